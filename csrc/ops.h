@@ -1,0 +1,89 @@
+// Prototypes of the native operations over plain data: addresses, sizes, dtype codes. No torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace vocabdistil {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Divergence : int { kl = 0, reverse_kl = 1, jsd = 2, mse = 3, cosine = 4 };
+
+// One span per pair, half-open token positions [start, end), ascending and disjoint (checked by the caller).
+struct Spans {
+  const int32_t* start;
+  const int32_t* end;
+};
+
+// The hidden states of one side: `count` layers of [rows, dim], combined as sum_l coef[l] * layer_l.
+struct Layers {
+  DType dtype;
+  int64_t count;
+  const void* const* data;    // [count], each [rows, dim] with unit column stride
+  const int64_t* row_stride;  // [count], in elements
+  const double* coef;         // [count]
+};
+
+// Writable gradients of the layers of one side, contiguous [rows, dim] each, in the side's dtype.
+struct LayerGrads {
+  DType dtype;
+  int64_t count;
+  void* const* data;   // [count]; count == 0: not wanted
+  const double* coef;  // [count]
+  int64_t rows;
+};
+
+// out[p] = sum_l coef[l] * mean_{i in span p} layer_l[i]   (the sum over the span if !mean; 0 if empty)
+struct SpanMeanArgs {
+  Layers x;
+  Spans spans;
+  int64_t pairs, dim;
+  bool mean;
+  DType out_dtype;
+  void* out;  // [pairs, dim]
+  int threads;
+};
+
+// grad_x_l[i] = coef[l] * grad[p] / len(p) for i in span p, 0 for a token in no span.
+struct SpanMeanBwdArgs {
+  DType grad_dtype;
+  const void* grad;  // [pairs, dim], rows grad_stride elements apart (0: one row for all pairs)
+  int64_t grad_stride;
+  Spans spans;
+  int64_t pairs, dim;
+  bool mean;
+  LayerGrads out;
+  int threads;
+};
+
+// Divergence between the averaged rows of both sides, and its gradients, in one pass.
+struct SpanLossArgs {
+  Layers student, teacher;
+  Spans student_spans, teacher_spans;
+  int64_t pairs, dim;
+  Divergence divergence;
+  bool mean;
+  double temperature, beta;
+  const void* scale;  // [pairs] in the accumulation dtype: what each pair's loss counts in total and gradient
+  void* loss;         // [pairs], accumulation dtype, unscaled
+  void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  LayerGrads student_grad, teacher_grad;
+  int threads;
+};
+
+// CPU. The accumulation dtype is f64 if any input is f64, else f32.
+void span_mean_fwd(const SpanMeanArgs&);
+void span_mean_bwd(const SpanMeanBwdArgs&);
+void span_loss(const SpanLossArgs&);
+const char* active_isa();
+
+#ifdef VD_CUDA
+namespace cuda {
+// Launched on `stream`; each returns an error text, or nullptr.
+const char* span_mean_fwd(DType dtype, const void* x, int64_t row_stride, int64_t rows, Spans spans, int64_t pairs,
+                          int64_t dim, bool mean, void* out, void* stream);
+const char* span_mean_bwd(DType dtype, const void* grad, int64_t grad_stride, Spans spans, int64_t pairs,
+                          int64_t dim, bool mean, void* out, int64_t rows, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace vocabdistil

@@ -1,0 +1,153 @@
+"""Aligned span pairs: which student tokens cover the same text as which teacher tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["SpanPairs"]
+
+_FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
+_INT32_MAX = 2**31 - 1
+
+
+def _as_positions(value: Tensor, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=None if len(value) else torch.int32)
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected a vector of token positions, got shape {tuple(value.shape)}")
+    if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name}: expected integer token positions, got {value.dtype}")
+    if value.dtype != torch.int32 and value.numel() and int(value.max()) > _INT32_MAX:
+        raise ValueError(f"{name}: position {int(value.max())} does not fit 32 bits")
+    return value.to(torch.int32).contiguous()
+
+
+def check_spans(start: Tensor, end: Tensor, side: str) -> int:
+    """Raises unless the spans are non-negative, ascending and disjoint; returns the largest end (0 if none).
+
+    Costs one host synchronisation for spans on a device: done once, when spans are built.
+    """
+    if start.shape != end.shape:
+        raise ValueError(
+            f"{side}_start and {side}_end: expected equal lengths, got {start.numel()} and {end.numel()}"
+        )
+    if start.device != end.device:
+        raise ValueError(
+            f"{side}_start and {side}_end: expected one device, got {start.device} and {end.device}"
+        )
+    if not start.numel():
+        return 0
+    negative = start < 0
+    reversed_ = end < start
+    overlap = start[1:] < end[:-1]
+    flags = torch.stack([negative.any(), reversed_.any(), overlap.any()]).tolist()
+    if flags[0]:
+        p = int(negative.nonzero()[0])
+        raise ValueError(f"{side}_start: expected positions >= 0, got {int(start[p])} for pair {p}")
+    if flags[1]:
+        p = int(reversed_.nonzero()[0])
+        raise ValueError(
+            f"{side}_end: expected end >= start, got span [{int(start[p])}, {int(end[p])}) for pair {p}"
+        )
+    if flags[2]:
+        p = int(overlap.nonzero()[0])
+        raise ValueError(
+            f"{side} spans: expected ascending spans that do not overlap, got [{int(start[p])}, {int(end[p])}) "
+            f"and then [{int(start[p + 1])}, {int(end[p + 1])}) (pairs {p} and {p + 1})"
+        )
+    return int(end[-1])
+
+
+class SpanPairs:
+    """Pairs of aligned spans over flattened positions ``b * L + i``, half-open.
+
+    Args:
+        student_start, student_end, teacher_start, teacher_end: ``[P]`` integers. The spans of each side are
+            ascending and disjoint; a span may be empty (``start == end``): its mean is 0 and its pair counts
+            for nothing.
+
+    Attributes:
+        student_start, student_end, teacher_start, teacher_end: int32 ``[P]``.
+        num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``).
+        student_tokens, teacher_tokens: the least number of tokens that a side must have (its largest end).
+
+    Raises:
+        TypeError: a field is not of an integer dtype.
+        ValueError: unequal lengths or devices, a negative position, spans that overlap or descend.
+    """
+
+    __slots__ = (*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens", "__weakref__")
+
+    student_start: Tensor
+    student_end: Tensor
+    teacher_start: Tensor
+    teacher_end: Tensor
+    num_nonempty: int
+    student_tokens: int
+    teacher_tokens: int
+
+    def __init__(
+        self, student_start: Tensor, student_end: Tensor, teacher_start: Tensor, teacher_end: Tensor
+    ) -> None:
+        values = (student_start, student_end, teacher_start, teacher_end)
+        for name, value in zip(_FIELDS, values, strict=True):
+            setattr(self, name, _as_positions(value, name))
+        if self.student_start.shape != self.teacher_start.shape:
+            raise ValueError(
+                f"teacher_start: expected one span per student span ({self.student_start.numel()}), "
+                f"got {self.teacher_start.numel()}"
+            )
+        if self.student_start.device != self.teacher_start.device:
+            raise ValueError(
+                f"teacher_start: expected device {self.student_start.device}, got {self.teacher_start.device}"
+            )
+        self.student_tokens = check_spans(self.student_start, self.student_end, "student")
+        self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher")
+        both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
+        self.num_nonempty = int(both.sum())
+
+    @classmethod
+    def _trusted(
+        cls,
+        student_start: Tensor,
+        student_end: Tensor,
+        teacher_start: Tensor,
+        teacher_end: Tensor,
+        num_nonempty: int,
+        student_tokens: int,
+        teacher_tokens: int,
+    ) -> SpanPairs:
+        """Wraps int32 vectors that are right by construction (native alignments), without checking them again."""
+        self = cls.__new__(cls)
+        self.student_start, self.student_end = student_start, student_end
+        self.teacher_start, self.teacher_end = teacher_start, teacher_end
+        self.num_nonempty = num_nonempty
+        self.student_tokens, self.teacher_tokens = student_tokens, teacher_tokens
+        return self
+
+    def __len__(self) -> int:
+        return self.student_start.numel()
+
+    def __repr__(self) -> str:
+        return f"SpanPairs({len(self)} pairs, device={self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.student_start.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanPairs:
+        """The same pairs on another device (nothing is checked again)."""
+        moved = [getattr(self, name).to(device, non_blocking=non_blocking) for name in _FIELDS]
+        return self._trusted(*moved, self.num_nonempty, self.student_tokens, self.teacher_tokens)
+
+    def pin_memory(self) -> SpanPairs:
+        pinned = [getattr(self, name).pin_memory() for name in _FIELDS]
+        return self._trusted(*pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens)
+
+    def __getstate__(self) -> tuple:
+        return (*(getattr(self, name) for name in _FIELDS), self.num_nonempty, self.student_tokens, self.teacher_tokens)
+
+    def __setstate__(self, state: tuple) -> None:
+        for name, value in zip((*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens"), state, strict=True):
+            setattr(self, name, value)

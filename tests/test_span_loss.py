@@ -87,8 +87,8 @@ def test_layer_lists(divergence, learned):
     options = {}
     if learned:
         options = {
-            "student_layer_weights": torch.rand(3, dtype=torch.float64) + 0.2,
-            "teacher_layer_weights": torch.rand(4, dtype=torch.float64) + 0.2,
+            "student_layer_weights": torch.rand(3) + 0.2,
+            "teacher_layer_weights": torch.rand(4) + 0.2,
         }
     compare(students, teachers, pairs, divergence=divergence, temperature=0.8, **options)
 
@@ -268,12 +268,12 @@ BAD = [
     ({"student": [[1.0]]}, TypeError, "student"),
     ({"student": torch.randn(4)}, ValueError, "student"),
     ({"student": torch.randn(6, 4).long()}, TypeError, "student"),
-    ({"student": torch.randn(6, 5)}, ValueError, "student"),
+    ({"student": torch.randn(6, 5)}, ValueError, "weight"),
     ({"student": torch.randn(5, 4)}, ValueError, "pairs"),
     ({"teacher": torch.randn(2, 4)}, ValueError, "pairs"),
     ({"teacher": torch.randn(3, 4).double()}, TypeError, "teacher"),
     ({"teacher": torch.randn(3, 4, device="meta")}, ValueError, "teacher"),
-    ({"student": []}, TypeError, "student"),
+    ({"student": []}, ValueError, "student"),
     ({"student": [torch.randn(6, 4), torch.randn(7, 4)]}, ValueError, r"student\[1\]"),
     ({"pairs": None}, TypeError, "pairs"),
     ({"divergence": "l2"}, ValueError, "divergence"),
@@ -283,6 +283,7 @@ BAD = [
     ({"reduction": "mean"}, ValueError, "reduction"),
     ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta"),
     ({"weight": torch.randn(4, 5)}, ValueError, "weight"),
+    ({"student": torch.randn(6, 0), "teacher": torch.randn(3, 0)}, ValueError, "student"),
     ({"weight": torch.randn(4, 4).double()}, TypeError, "weight"),
     ({"bias": torch.randn(4)}, ValueError, "bias"),
     ({"weight": torch.randn(4, 4), "bias": torch.randn(5)}, ValueError, "bias"),

@@ -43,6 +43,7 @@ __all__ = [
     "check_remap",
     "check_row_pairs",
     "check_same_kind",
+    "check_span_loss",
     "check_span_vectors",
     "check_temperature",
     "check_tensor",
@@ -104,10 +105,10 @@ def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -
 
 
 def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
-    """One device and one dtype."""
+    """One device and one dtype (any floating ones under autocast, which leaves both sides as they come)."""
     if a.device != b.device:
         raise ValueError(f"{b_name}: expected device {a.device} as {a_name}, got {b.device}")
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
         raise TypeError(f"{b_name}: expected dtype {_short(a.dtype)} as {a_name}, got {_short(b.dtype)}")
 
 
@@ -147,6 +148,8 @@ def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
     several = len(layers) > 1
     for i, layer in enumerate(layers):
         check_float(layer, f"{name}[{i}]" if several else name, dims=(2, 3))
+        if not layer.shape[-1]:
+            raise ValueError(f"{name}: expected a hidden size of at least 1, got shape {tuple(layer.shape)}")
         if i:
             check_same_kind(layers[0], f"{name}[0]", layer, f"{name}[{i}]")
             if layer.shape != layers[0].shape:
@@ -181,7 +184,7 @@ def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
     """A parameter on the device of ``x``, in its dtype or in the dtype that it is computed in."""
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device}, got {value.device}")
-    if value.dtype != x.dtype and value.dtype != compute_dtype(x.dtype):
+    if value.dtype not in (x.dtype, compute_dtype(x.dtype)) and not torch.is_autocast_enabled(x.device.type):
         wanted = dict.fromkeys((_short(x.dtype), _short(compute_dtype(x.dtype))))
         raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {_short(value.dtype)}")
 
@@ -227,6 +230,38 @@ def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
             f"pairs: expected teacher positions up to {teacher.shape[0]}, got a span that ends at "
             f"{pairs.teacher_tokens}"
         )
+
+
+def check_span_loss(
+    student: Layers,
+    teacher: Layers,
+    pairs: SpanPairs,
+    *,
+    divergence: str,
+    temperature: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pair_weights: Tensor | None,
+    beta: float,
+    pooling: str,
+    reduction: str,
+    student_layer_weights: LayerWeights | None,
+    teacher_layer_weights: LayerWeights | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """All that span_loss checks, for every implementation; returns both sides as layers ``[N, D]``."""
+    students, teachers = check_layers(student, "student"), check_layers(teacher, "teacher")
+    check_same_kind(students[0], "student", teachers[0], "teacher")
+    check_layer_weights(student_layer_weights, students, "student_layer_weights")
+    check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
+    check_pairs(pairs, students[0], teachers[0])
+    check_projection(weight, bias, students[0], teachers[0])
+    check_pair_weights(pair_weights, pairs, students[0])
+    check_choice(divergence, "divergence", DIVERGENCES)
+    check_choice(pooling, "pooling", POOLINGS)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_temperature(temperature)
+    check_beta(beta)
+    return students, teachers
 
 
 def check_row_pairs(
@@ -304,9 +339,10 @@ def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) ->
 
 
 def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:
-    """Two int32 or int64 vectors of equal length on ``device``.
+    """Two int32 or int64 vectors of equal length on ``device``: ascending, disjoint, within the tokens.
 
-    In host memory and outside compilation their values are checked too (ascending, disjoint, within the tokens).
+    The values are looked at outside compilation, the first time that a pair of vectors is seen: on a device that
+    costs one synchronisation.
     """
     for name, value in (("start", start), ("end", end)):
         _check_index(value, name)
@@ -316,7 +352,12 @@ def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torc
         raise TypeError(f"end: expected dtype {_short(start.dtype)} as start, got {_short(end.dtype)}")
     if start.shape != end.shape:
         raise ValueError(f"end: expected as many positions as start ({start.numel()}), got {end.numel()}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        last = check_spans(start, end, "span")
-        if last > num_tokens:
-            raise ValueError(f"end: expected positions up to {num_tokens}, got {last}")
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return
+    seen = (id(end), start._version, end._version)
+    known = getattr(start, "_vocabdistil_checked", None)
+    if known is None or known[0] != seen:
+        known = (seen, check_spans(start, end))
+        start._vocabdistil_checked = known  # type: ignore[attr-defined]
+    if known[1] > num_tokens:
+        raise ValueError(f"end: expected positions up to {num_tokens}, got {known[1]}")

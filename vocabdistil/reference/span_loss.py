@@ -75,20 +75,11 @@ def span_loss(
         ValueError: wrong shapes, names, devices, temperature, beta, or pairs past the end of a side.
     """
     checks.check_reference_backend(backend)
-    students = checks.check_layers(student, "student")
-    teachers = checks.check_layers(teacher, "teacher")
-    checks.check_same_kind(students[0], "student", teachers[0], "teacher")
-    checks.check_layer_weights(student_layer_weights, students, "student_layer_weights")
-    checks.check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
-    checks.check_pairs(pairs, students[0], teachers[0])
-    checks.check_projection(weight, bias, students[0], teachers[0])
-    checks.check_pair_weights(pair_weights, pairs, students[0])
-    checks.check_choice(divergence, "divergence", checks.DIVERGENCES)
-    checks.check_choice(pooling, "pooling", checks.POOLINGS)
-    checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
-    checks.check_temperature(temperature)
-    checks.check_beta(beta)
-
+    students, teachers = checks.check_span_loss(
+        student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
+        pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
+        student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
+    )  # fmt: skip
     student_rows = weighted_mean(students, student_layer_weights)
     teacher_rows = weighted_mean([layer.detach() for layer in teachers], teacher_layer_weights)
     student_rows, teacher_rows, valid = pool_pairs(student_rows, teacher_rows, pairs, pooling)

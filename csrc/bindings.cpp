@@ -1,0 +1,114 @@
+// The only file that knows pybind11. Everything crosses as addresses, sizes and codes: vocabdistil/_native.py has
+// already checked shapes, dtypes and devices and keeps the tensors alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace py = pybind11;
+namespace vd = vocabdistil;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+vd::Spans spans(Address start, Address end) { return {at<const int32_t>(start), at<const int32_t>(end)}; }
+
+// One side's layers as Python hands them over: dtype code, addresses, row strides (elements), coefficients.
+struct Side {
+  int dtype;
+  std::vector<Address> data;
+  std::vector<int64_t> stride;
+  std::vector<double> coef;
+
+  vd::Layers layers() const {
+    return {static_cast<vd::DType>(dtype), static_cast<int64_t>(data.size()),
+            reinterpret_cast<const void* const*>(data.data()), stride.data(), coef.data()};
+  }
+  vd::LayerGrads grads(const std::vector<Address>& out, int64_t rows) const {
+    return {static_cast<vd::DType>(dtype), static_cast<int64_t>(out.size()),
+            reinterpret_cast<void* const*>(out.data()), coef.data(), rows};
+  }
+};
+
+void span_mean_fwd(int dtype, std::vector<Address> data, std::vector<int64_t> stride, std::vector<double> coef,
+                   Address start, Address end, int64_t pairs, int64_t dim, bool mean, int out_dtype, Address out,
+                   int threads) {
+  py::gil_scoped_release release;
+  const Side x{dtype, std::move(data), std::move(stride), std::move(coef)};
+  vd::span_mean_fwd({x.layers(), spans(start, end), pairs, dim, mean, static_cast<vd::DType>(out_dtype),
+                     at<void>(out), threads});
+}
+
+void span_mean_bwd(int grad_dtype, Address grad, int64_t grad_stride, Address start, Address end, int64_t pairs,
+                   int64_t dim, bool mean, int dtype, std::vector<Address> out, std::vector<double> coef,
+                   int64_t rows, int threads) {
+  py::gil_scoped_release release;
+  const Side x{dtype, {}, {}, std::move(coef)};
+  vd::span_mean_bwd({static_cast<vd::DType>(grad_dtype), at<const void>(grad), grad_stride, spans(start, end), pairs,
+                     dim, mean, x.grads(out, rows), threads});
+}
+
+void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_stride, std::vector<double> s_coef,
+               std::vector<Address> s_grad, int64_t s_rows, int t_dtype, std::vector<Address> t_data,
+               std::vector<int64_t> t_stride, std::vector<double> t_coef, std::vector<Address> t_grad, int64_t t_rows,
+               Address s_start, Address s_end, Address t_start, Address t_end, int64_t pairs, int64_t dim,
+               int divergence, bool mean, double temperature, double beta, Address scale, Address loss, Address total,
+               int threads) {
+  py::gil_scoped_release release;
+  const Side s{s_dtype, std::move(s_data), std::move(s_stride), std::move(s_coef)};
+  const Side t{t_dtype, std::move(t_data), std::move(t_stride), std::move(t_coef)};
+  vd::span_loss({s.layers(), t.layers(), spans(s_start, s_end), spans(t_start, t_end), pairs, dim,
+                 static_cast<vd::Divergence>(divergence), mean, temperature, beta, at<const void>(scale),
+                 at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
+}
+
+#ifdef VD_CUDA
+void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("vocabdistil: CUDA kernel failed: ") + error);
+}
+
+void cuda_span_mean_fwd(int dtype, Address x, int64_t row_stride, int64_t rows, Address start, Address end,
+                        int64_t pairs, int64_t dim, bool mean, Address out, Address stream) {
+  py::gil_scoped_release release;
+  check(vd::cuda::span_mean_fwd(static_cast<vd::DType>(dtype), at<const void>(x), row_stride, rows,
+                                spans(start, end), pairs, dim, mean, at<void>(out), at<void>(stream)));
+}
+
+void cuda_span_mean_bwd(int dtype, Address grad, int64_t grad_stride, Address start, Address end, int64_t pairs,
+                        int64_t dim, bool mean, Address out, int64_t rows, Address stream) {
+  py::gil_scoped_release release;
+  check(vd::cuda::span_mean_bwd(static_cast<vd::DType>(dtype), at<const void>(grad), grad_stride, spans(start, end),
+                                pairs, dim, mean, at<void>(out), rows, at<void>(stream)));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of vocabdistil. Private: call the functions of the package instead.";
+  m.attr("cxx_compiler") = VD_CXX_COMPILER;
+  m.attr("isas") = VD_ISA_LIST;
+  m.def("active_isa", &vd::active_isa);
+  m.def("span_mean_fwd", &span_mean_fwd);
+  m.def("span_mean_bwd", &span_mean_bwd);
+  m.def("span_loss", &span_loss);
+#ifdef VD_CUDA
+  m.attr("cuda_compiler") = VD_CUDA_COMPILER;
+  m.attr("cuda_architectures") = VD_CUDA_ARCHITECTURES;
+  m.def("cuda_span_mean_fwd", &cuda_span_mean_fwd);
+  m.def("cuda_span_mean_bwd", &cuda_span_mean_bwd);
+#else
+  m.attr("cuda_compiler") = py::none();
+  m.attr("cuda_architectures") = "";
+#endif
+}

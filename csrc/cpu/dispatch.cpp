@@ -1,0 +1,60 @@
+// Chooses the instruction set of the CPU kernels once, by what this CPU has. VOCABDISTIL_ISA overrides it downwards.
+#include <cstdlib>
+#include <cstring>
+
+#include "../ops.h"
+
+namespace vocabdistil {
+
+#define VD_DECLARE(isa)                          \
+  namespace isa {                                \
+  void span_mean_fwd(const SpanMeanArgs&);       \
+  void span_mean_bwd(const SpanMeanBwdArgs&);    \
+  void span_loss(const SpanLossArgs&);           \
+  }
+VD_DECLARE(baseline)
+#if defined(__x86_64__)
+VD_DECLARE(avx2)
+VD_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+  const char* isa;
+  void (*span_mean_fwd)(const SpanMeanArgs&);
+  void (*span_mean_bwd)(const SpanMeanBwdArgs&);
+  void (*span_loss)(const SpanLossArgs&);
+};
+#define VD_KERNELS(isa) Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss}
+
+Kernels choose() {
+#if defined(__x86_64__)
+  const char* limit = std::getenv("VOCABDISTIL_ISA");
+  auto allowed = [&](const char* isa) { return !limit || !std::strcmp(limit, isa); };
+  const bool no_limit_below_avx512 = !limit || !std::strcmp(limit, "avx512");
+  __builtin_cpu_init();
+  if (no_limit_below_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return VD_KERNELS(avx512);
+  }
+  if ((no_limit_below_avx512 || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return VD_KERNELS(avx2);
+  }
+#endif
+  return VD_KERNELS(baseline);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+void span_mean_fwd(const SpanMeanArgs& args) { kernels().span_mean_fwd(args); }
+void span_mean_bwd(const SpanMeanBwdArgs& args) { kernels().span_mean_bwd(args); }
+void span_loss(const SpanLossArgs& args) { kernels().span_loss(args); }
+const char* active_isa() { return kernels().isa; }
+
+}  // namespace vocabdistil

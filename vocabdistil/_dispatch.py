@@ -1,0 +1,94 @@
+"""Which implementation serves which operation on which device: one table, one override.
+
+``backend=`` of a call, or the environment variable ``VOCABDISTIL_BACKEND``, overrides the table. An explicit choice
+that cannot run raises and says why; an automatic fallback to the reference warns once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+from . import _native
+
+# operation -> device type -> implementations, best first
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "span_loss": {"cpu": ("cpu",), "cuda": ()},
+}
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why this backend cannot run on this installation and machine; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels in the interpreter)"
+        return None
+    if error := _native.load_error():
+        return f"the compiled module vocabdistil._C could not be loaded: {error}"
+    if backend == "cuda":
+        if not _native.module().cuda_compiler:
+            return "the compiled module was built without CUDA (no nvcc, or VOCABDISTIL_CUDA=OFF)"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+    return None
+
+
+@functools.cache
+def _warn_fallback(op: str, device: str, reasons: str) -> None:
+    warnings.warn(
+        f"vocabdistil.{op}: running the reference implementation on {device}: {reasons}", stacklevel=4
+    )
+
+
+@functools.cache
+def _resolve(op: str, device: str, backend: str | None, source: str) -> tuple[str, str]:
+    choices = TABLE[op].get(device, ())
+    if backend is None:
+        reasons = [f"{b}: {why}" for b in choices if (why := unavailable(b))]
+        for choice in choices:
+            if not unavailable(choice):
+                return choice, ""
+        return "reference", "; ".join(reasons) or f"there is no native {op} for this device"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    interpreted = backend == "triton" and device == "cpu" and "triton" in TABLE[op].get("cuda", ())
+    if backend != "reference" and backend not in choices and not interpreted:
+        raise ValueError(
+            f"{source}: {backend!r} has no {op} for {device} tensors; available: "
+            f"{', '.join((*choices, 'reference'))}"
+        )
+    if why := unavailable(backend):
+        raise RuntimeError(f"{source}: {backend!r} cannot run here: {why}")
+    return backend, ""
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, device: str, backend: str | None) -> str:
+    source = "backend"
+    if backend is None and (backend := os.environ.get("VOCABDISTIL_BACKEND") or None):
+        source = "VOCABDISTIL_BACKEND"
+    choice, reasons = _resolve(op, device, backend, source)
+    if reasons:
+        _warn_fallback(op, device, reasons)
+    return choice
+
+
+def resolve(op: str, device: torch.device, backend: str | None) -> str:
+    """The implementation of ``op`` to run on ``device`` (a constant of the graph under torch.compile).
+
+    Raises:
+        ValueError: an unknown backend, or one that has no such operation for the device.
+        RuntimeError: a backend that cannot run on this installation or machine; the text says why.
+    """
+    return _choose(op, device.type, backend)

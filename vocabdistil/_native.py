@@ -1,0 +1,104 @@
+"""Tensors to addresses: the one place that calls the compiled module.
+
+Callers have checked shapes, dtypes and devices; here tensors become (address, stride, dtype code), the current
+stream and the thread count are passed along, and a missing module gives an error that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C as _module
+except ImportError as error:  # kept, to be told by whoever needs the module
+    _module = None
+    _load_error: str | None = str(error)
+else:
+    _load_error = None
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
+
+
+def load_error() -> str | None:
+    """Why the compiled module cannot be used, or None."""
+    return _load_error
+
+
+def module() -> ModuleType:
+    if _module is None:
+        raise ImportError(
+            f"vocabdistil._C could not be loaded ({_load_error}); build it with `pip install -e .` in the "
+            "source folder, which needs a C++17 compiler"
+        )
+    return _module
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _layers(layers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return [x.data_ptr() for x in layers], [x.stride(0) for x in layers]
+
+
+def _coef(coef: Tensor | None, count: int) -> list[float]:
+    return [1.0 / count] * count if coef is None else coef.tolist()
+
+
+def span_mean_fwd(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
+) -> None:
+    """x: layers [N, D], unit column stride; start, end: int32 [P]; coef: [n] or None (1/n each); out: [P, D]."""
+    module().span_mean_fwd(
+        DTYPE_CODES[x[0].dtype], *_layers(x), _coef(coef, len(x)), start.data_ptr(), end.data_ptr(),
+        start.numel(), x[0].shape[1], mean, DTYPE_CODES[out.dtype], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def span_mean_bwd(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
+) -> None:
+    """grad: [P, D], unit column stride; out: contiguous layers [N, D], every row written."""
+    module().span_mean_bwd(
+        DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(), start.numel(),
+        grad.shape[1], mean, DTYPE_CODES[out[0].dtype], [x.data_ptr() for x in out], _coef(coef, len(out)),
+        out[0].shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def span_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], scale: Tensor,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, loss: Tensor, total: Tensor, student_grads: Sequence[Tensor], teacher_grads: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Layers [N, D], unit column stride; spans: the four int32 [P] of SpanPairs; scale, loss: [P]; total: []."""
+    module().span_loss(
+        DTYPE_CODES[student[0].dtype], *_layers(student), _coef(student_coef, len(student)),
+        [g.data_ptr() for g in student_grads], student[0].shape[0],
+        DTYPE_CODES[teacher[0].dtype], *_layers(teacher), _coef(teacher_coef, len(teacher)),
+        [g.data_ptr() for g in teacher_grads], teacher[0].shape[0],
+        *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
+        scale.data_ptr(), loss.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def cuda_span_mean_fwd(x: Tensor, start: Tensor, end: Tensor, mean: bool, out: Tensor) -> None:
+    with torch.cuda.device(x.device):
+        module().cuda_span_mean_fwd(
+            DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], start.data_ptr(), end.data_ptr(),
+            start.numel(), x.shape[1], mean, out.data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+
+
+def cuda_span_mean_bwd(grad: Tensor, start: Tensor, end: Tensor, mean: bool, out: Tensor) -> None:
+    with torch.cuda.device(grad.device):
+        module().cuda_span_mean_bwd(
+            DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(),
+            start.numel(), grad.shape[1], mean, out.data_ptr(), out.shape[0],
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip

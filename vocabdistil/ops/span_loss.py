@@ -1,0 +1,226 @@
+"""span_loss: schema, implementation, autograd, public functions. Formulas: ``reference/span_loss.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from ._arguments import check_span_loss
+from .._dispatch import resolve
+from ..reference.span_loss import span_loss as reference_span_loss
+from ..spans import SpanPairs
+from ._library import define
+from .span_mean import pooled_rows
+
+
+def _empty_grads(layers: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in layers] if wanted else []
+
+
+def _impl(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], scale: Tensor,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, student_grad: bool, teacher_grad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    loss = torch.empty_like(scale)
+    total = scale.new_empty(())
+    student_grads, teacher_grads = _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
+    _native.span_loss(
+        student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, loss, total,
+        student_grads, teacher_grads,
+    )  # fmt: skip
+    return total, loss, student_grads, teacher_grads
+
+
+def _fake(
+    student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, student_grad,
+    teacher_grad,
+):  # fmt: skip
+    grads = _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
+    return scale.new_empty(()), torch.empty_like(scale), *grads
+
+
+_op = define(
+    "span_loss(Tensor[] student, Tensor[] teacher, Tensor[] spans, Tensor scale, Tensor? student_coef, "
+    "Tensor? teacher_coef, int divergence, bool mean, float temperature, float beta, bool student_grad, "
+    "bool teacher_grad) -> (Tensor, Tensor, Tensor[], Tensor[])",
+    _impl,
+    _fake,
+)
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class _SpanLoss(torch.autograd.Function):
+    """One pass gives the loss and, for a scalar reduction, the gradient: read student, read teacher, write gradient.
+
+    That gradient is handed out as it is where the upstream gradient is 1 (the usual ``loss.backward()``), without
+    a second pass and without a copy. Half-precision gradients under any other upstream gradient are computed anew
+    with it folded in, so that they are rounded once, after scaling, and a loss scaler can do its work.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, weights, student_coef, teacher_coef, base, options, reduce, needs_student, needs_teacher, count,
+        start_s, end_s, start_t, end_t, *layers,
+    ):  # fmt: skip
+        spans = (start_s, end_s, start_t, end_t)
+        scale = weights * base
+        compiling = torch.compiler.is_compiling()
+        early = reduce and not (compiling and any(x.dtype in _HALF for x in layers))
+        total, loss, student_grads, teacher_grads = _op(
+            layers[:count], layers[count:], spans, scale, student_coef, teacher_coef, *options,
+            early and needs_student, early and needs_teacher,
+        )  # fmt: skip
+        ready = (*student_grads, *teacher_grads)
+        ctx.static = (base, options, needs_student, needs_teacher, count, early, len(layers))
+        if compiling:
+            ctx.save_for_backward(weights, loss, student_coef, teacher_coef, *spans, *layers, *ready)
+        else:  # not among the saved tensors: whoever takes it must be its only owner
+            ctx.save_for_backward(weights, loss, student_coef, teacher_coef, *spans, *layers)
+            ctx.ready = ready if early else None
+        return total if reduce else loss * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        base, options, needs_student, needs_teacher, count, early, n = ctx.static
+        weights, loss, student_coef, teacher_coef, *rest = ctx.saved_tensors
+        spans, layers = rest[:4], rest[4 : 4 + n]
+        grad_weights = loss * (grad * base) if ctx.needs_input_grad[0] else None
+        grads: Sequence[Tensor] | None = None
+        if not (needs_student or needs_teacher):
+            grads = ()
+        elif torch.compiler.is_compiling():
+            if early:
+                grads = [g * grad.to(g.dtype) for g in rest[4 + n :]]
+        elif ctx.ready is not None:
+            ready, ctx.ready = ctx.ready, None
+            if bool(grad == 1):
+                grads = ready
+            elif all(g.dtype not in _HALF for g in ready):
+                grads = [g.mul_(grad) for g in ready]
+        if grads is None:
+            scale = (weights * base * grad).expand_as(weights).contiguous()
+            _, _, student_grads, teacher_grads = _op(
+                layers[:count], layers[count:], spans, scale, student_coef, teacher_coef, *options, needs_student,
+                needs_teacher,
+            )  # fmt: skip
+            grads = (*student_grads, *teacher_grads)
+        student_grads = tuple(grads[:count]) if needs_student else (None,) * count
+        teacher_grads = tuple(grads[-(n - count) :]) if needs_teacher else (None,) * (n - count)
+        return grad_weights, *(None,) * 12, *student_grads, *teacher_grads
+
+
+def _normalised(layer_weights: Tensor | Sequence[float] | None, like: Tensor) -> Tensor | None:
+    if layer_weights is None:
+        return None
+    weights = torch.as_tensor(layer_weights, device=like.device).to(torch.float64)
+    return weights / weights.sum()
+
+
+def span_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    pairs: SpanPairs,
+    *,
+    divergence: str = "kl",
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    beta: float = 0.5,
+    pooling: str = "mean",
+    reduction: str = "batchmean",
+    student_layer_weights: Tensor | Sequence[float] | None = None,
+    teacher_layer_weights: Tensor | Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence between the averaged hidden states of aligned spans; formulas in
+    :func:`vocabdistil.reference.span_loss`.
+
+    Args:
+        student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``, or a list of such layers (their weighted mean); float32,
+            float64, bfloat16 or float16; any strides (one copy where the last dimension is not contiguous).
+        teacher: the same for the teacher, width ``D_t``. It gets no gradient.
+        pairs: the aligned spans, on the same device.
+        divergence: ``"kl"`` (teacher to student), ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
+        temperature: ``T > 0``; the softmax divergences are multiplied by ``T^2``.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows.
+        pair_weights: ``[P]``, what each pair counts.
+        beta: weight of the teacher in the mixture of ``"jsd"``, ``0 < beta < 1``.
+        pooling: ``"mean"`` or ``"sum"`` over the tokens of a span.
+        reduction: ``"batchmean"`` (divided by the number of pairs with both spans non-empty), ``"sum"`` or
+            ``"none"`` (``[P]``).
+        student_layer_weights, teacher_layer_weights: one number per layer, normalised to sum 1; a tensor may
+            require gradients.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
+    """
+    students, teachers = check_span_loss(
+        student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
+        pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
+        student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
+    )  # fmt: skip
+    device = students[0].device
+    choice = resolve("span_loss", device, backend)
+    if choice == "reference":
+        return reference_span_loss(
+            student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
+            pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
+            student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
+        )  # fmt: skip
+    mean = pooling == "mean"
+    grad = torch.is_grad_enabled()
+    student_coef = _normalised(student_layer_weights, students[0])
+    teacher_coef = _normalised(teacher_layer_weights, teachers[0])
+    spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
+    learns_student = student_coef is not None and student_coef.requires_grad and grad
+    learns_teacher = teacher_coef is not None and teacher_coef.requires_grad and grad
+    dtype = _native.accumulation_dtype(students[0].dtype, teachers[0].dtype)
+    # Averaged rows are written to memory only where something outside the kernel needs them: a projection
+    # (a linear map commutes with the mean, so it sees one row per pair) or the gradient of layer weights.
+    if weight is not None or bias is not None or learns_student:
+        rows = pooled_rows(students, spans[0], spans[1], student_coef, mean, True, choice).to(dtype)
+        if weight is not None:
+            with torch.autocast(device.type, enabled=False):
+                rows = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        students, student_coef = [rows], None
+        spans[:2] = _row_spans(spans[0], spans[1])
+    if learns_teacher:
+        teachers = [pooled_rows(teachers, spans[2], spans[3], teacher_coef, mean, True, choice).to(dtype)]
+        teacher_coef = None
+        spans[2:] = _row_spans(spans[2], spans[3])
+    if pair_weights is None:
+        weights = torch.ones(len(pairs), dtype=dtype, device=device)
+    else:
+        weights = pair_weights.to(dtype)
+    base = 1.0 / max(pairs.num_nonempty, 1) if reduction == "batchmean" else 1.0
+    options = (_native.DIVERGENCE_CODES[divergence], mean, float(temperature), float(beta))
+    return _SpanLoss.apply(
+        weights, student_coef, teacher_coef, base, options, reduction != "none",
+        grad and any(x.requires_grad for x in students), learns_teacher, len(students), *spans, *students, *teachers,
+    )  # fmt: skip
+
+
+def _row_spans(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """One averaged row per pair: spans [p, p + 1), empty where the span that was averaged is."""
+    rows = torch.arange(start.shape[0], dtype=torch.int32, device=start.device)
+    return rows, rows + (end > start).to(torch.int32)
+
+
+def span_kl(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], pairs: SpanPairs, **options
+) -> Tensor:
+    """:func:`span_loss` with ``divergence="kl"``: ``T^2 KL(softmax(mean_t / T) || softmax(mean_s / T))`` per pair."""
+    if "divergence" in options:
+        raise TypeError("divergence: span_kl is span_loss with divergence='kl'; call span_loss for another one")
+    return span_loss(student, teacher, pairs, divergence="kl", **options)

@@ -1,0 +1,132 @@
+"""span_mean: schema, implementations, autograd, public function. Formula: ``reference/span_mean.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._arguments import POOLINGS, check_choice, check_rows, check_span_vectors
+from .._dispatch import resolve
+from ..reference.span_mean import span_mean as reference_span_mean
+from ._library import define
+
+
+def _impl(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, accumulate: bool, backend: str
+) -> Tensor:
+    dtype = _native.accumulation_dtype(x[0].dtype) if accumulate else x[0].dtype
+    if backend == "cpu":
+        out = x[0].new_empty(start.numel(), x[0].shape[1], dtype=dtype)
+        _native.span_mean_fwd(x, start, end, coef, mean, out)
+        return out
+    (rows,) = x  # the GPU kernels take one layer for now
+    if backend == "cuda":
+        out = rows.new_empty(start.numel(), rows.shape[1])
+        _native.cuda_span_mean_fwd(rows, start, end, mean, out)
+    else:
+        from ..triton_kernels import span_mean as triton_span_mean
+
+        out = triton_span_mean.span_mean_fwd(rows, start, end, mean)
+    return out.to(dtype)
+
+
+def _fake(x, start, end, coef, mean, accumulate, backend):
+    dtype = _native.accumulation_dtype(x[0].dtype) if accumulate else x[0].dtype
+    return x[0].new_empty(start.shape[0], x[0].shape[1], dtype=dtype)
+
+
+def _backward_impl(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, layers: int, rows: int,
+    dtype: torch.dtype, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    if grad.stride(1) != 1:
+        grad = grad.contiguous()
+    if backend == "triton":
+        from ..triton_kernels import span_mean as triton_span_mean
+
+        return [triton_span_mean.span_mean_bwd(grad.to(dtype), start, end, rows, mean)]
+    out = [grad.new_empty(rows, grad.shape[1], dtype=dtype) for _ in range(layers)]
+    if backend == "cuda":
+        _native.cuda_span_mean_bwd(grad.to(dtype), start, end, mean, out[0])
+    else:
+        _native.span_mean_bwd(grad, start, end, coef, mean, out)
+    return out
+
+
+def _backward_fake(grad, start, end, coef, mean, layers, rows, dtype, backend):
+    return [grad.new_empty(rows, grad.shape[1], dtype=dtype) for _ in range(layers)]
+
+
+_forward_op = define(
+    "span_mean(Tensor[] x, Tensor start, Tensor end, Tensor? coef, bool mean, bool accumulate, str backend) -> Tensor",
+    _impl,
+    _fake,
+)
+_backward_op = define(
+    "span_mean_backward(Tensor grad, Tensor start, Tensor end, Tensor? coef, bool mean, int layers, SymInt rows, "
+    "ScalarType dtype, str backend) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+class _SpanMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, start, end, coef, mean, accumulate, backend, *x):
+        ctx.save_for_backward(start, end, coef, *x)
+        ctx.options = (mean, backend)
+        return _forward_op(x, start, end, coef, mean, accumulate, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        start, end, coef, *x = ctx.saved_tensors
+        mean, backend = ctx.options
+        grad_coef = None
+        if ctx.needs_input_grad[2]:
+            # d out / d coef_l is the span mean of layer l alone.
+            grad_coef = torch.stack(
+                [(_forward_op([layer], start, end, None, mean, True, backend) * grad).sum() for layer in x]
+            ).to(coef.dtype)
+        grads = (None,) * len(x)
+        if any(ctx.needs_input_grad[6:]):
+            grads = _backward_op(grad, start, end, coef, mean, len(x), x[0].shape[0], x[0].dtype, backend)
+        return None, None, grad_coef, None, None, None, *grads
+
+
+def pooled_rows(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, accumulate: bool, backend: str
+) -> Tensor:
+    """Layers [N, D] -> [P, D], differentiable in the layers and in ``coef`` [n] (None: 1/n each)."""
+    return _SpanMean.apply(start, end, coef, mean, accumulate, backend, *x)
+
+
+def span_mean(
+    x: Tensor, start: Tensor, end: Tensor, *, pooling: str = "mean", backend: str | None = None
+) -> Tensor:
+    """Mean (or sum) of the rows of ``x`` over each span; see :func:`vocabdistil.reference.span_mean`.
+
+    Args:
+        x: ``[N, D]`` or ``[B, L, D]`` (flattened to ``N = B * L``), float32, float64, bfloat16 or float16; any
+            strides (a copy is made where the last dimension is not contiguous).
+        start, end: int32 ``[P]``, half-open spans, ascending and disjoint.
+        pooling: ``"mean"`` or ``"sum"``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        ``[P, D]`` in the dtype of ``x``, accumulated in float32 (float64 for float64); 0 for an empty span. The
+        gradient is deterministic: a token lies in at most one span, so it is a gather.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong dtype, shape or device, or spans that overlap, descend or run
+            past the end of ``x``.
+    """
+    check_choice("pooling", pooling, POOLINGS)
+    rows = check_rows(x, "x")
+    start, end = check_span_vectors(start, end, rows.shape[0], rows.device)
+    choice = resolve("span_mean", x.device, backend)
+    if choice == "reference":
+        return reference_span_mean(rows, start, end, pooling=pooling)
+    return pooled_rows([rows], start, end, None, pooling == "mean", False, choice)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _wordpiece import match_rule, russian_text, small_text, train
+from tests._wordpiece import match_rule, russian_text, small_text, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

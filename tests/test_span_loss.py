@@ -7,7 +7,7 @@ import torch
 
 import vocabdistil as vd
 from tests.spans import make_pairs
-from tests.tolerances import assert_close
+from tests.tolerances import assert_norm_close
 
 DIVERGENCES = ["kl", "reverse_kl", "jsd", "mse", "cosine"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ def compare(student, teacher, pairs, **options):
         expected_dtype = torch.float32 if name == "loss" and dtype != torch.float64 else dtype
         assert value.dtype == expected_dtype or name.endswith("weights"), name
         # A loss is float32 even for half inputs, and accurate as float32 is.
-        assert_close(value, want[name], expected_dtype, name)
+        assert_norm_close(value, want[name], expected_dtype, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -209,7 +209,7 @@ def test_float16_gradients_survive_a_loss_scale():
     (vd.span_loss(leaf, teacher, pairs) * 65536).backward()
     wide = student.double().requires_grad_()
     (vd.reference.span_loss(wide, teacher.double(), pairs) * 65536).backward()
-    assert_close(leaf.grad, wide.grad, torch.float16, "gradient")
+    assert_norm_close(leaf.grad, wide.grad, torch.float16, "gradient")
 
 
 def test_inputs_are_left_alone_and_gradients_are_owned():

@@ -1,11 +1,11 @@
 """Argument checks shared by every implementation of a loss.
 
-They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a device,
-and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also checked for their
-range, outside compilation.
+They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a
+device, and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also
+checked for their range, outside compilation.
 
-A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that names the
-argument, what was expected and what came.
+A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that
+names the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def check_reference_backend(backend: str | None) -> None:
 
 
 def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
-    """One tensor or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` views (or copies)."""
+    """One tensor, or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` tensors."""
     layers = (value,) if isinstance(value, Tensor) else value
     if not isinstance(layers, (list, tuple)):
         raise TypeError(f"{name}: expected a tensor or a list of tensors, got {_kind(value)}")
@@ -154,7 +154,8 @@ def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
             check_same_kind(layers[0], f"{name}[0]", layer, f"{name}[{i}]")
             if layer.shape != layers[0].shape:
                 raise ValueError(
-                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], got {tuple(layer.shape)}"
+                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], "
+                    f"got {tuple(layer.shape)}"
                 )
     return tuple(layer.flatten(0, -2) for layer in layers)
 
@@ -189,9 +190,7 @@ def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {_short(value.dtype)}")
 
 
-def check_projection(
-    weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor
-) -> None:
+def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
     """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide."""
     width_s, width_t = student.shape[-1], teacher.shape[-1]
     if weight is None:
@@ -199,8 +198,8 @@ def check_projection(
             raise ValueError("bias: expected None as there is no weight, got a tensor")
         if width_s != width_t:
             raise ValueError(
-                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ in "
-                f"width, got None"
+                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ "
+                f"in width, got None"
             )
         return
     check_float(weight, "weight")
@@ -215,7 +214,7 @@ def check_projection(
 
 
 def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
-    """Span pairs on the device of the rows ``student [N_s, .]``, ``teacher [N_t, .]``, none past their ends."""
+    """Span pairs on the device of the rows ``student [N_s, .]`` and ``teacher [N_t, .]``, none past an end."""
     if not isinstance(pairs, SpanPairs):
         raise TypeError(f"pairs: expected SpanPairs, got {_kind(pairs)}")
     if pairs.device != student.device:
@@ -272,8 +271,8 @@ def check_row_pairs(
         check_pairs(pairs, student, teacher)
     elif student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no pairs, "
-            f"got {student.shape[0]}"
+            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no "
+            f"pairs, got {student.shape[0]}"
         )
 
 
@@ -290,7 +289,9 @@ def check_columns(logits: object, name: str) -> None:
     """Logits ``[..., V]`` with at least one row dimension."""
     check_float(logits, name)
     if logits.dim() < 2:
-        raise ValueError(f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}"
+        )
 
 
 def _check_index(value: object, name: str) -> None:
@@ -302,7 +303,7 @@ def _check_index(value: object, name: str) -> None:
 
 
 def check_index_range(index: Tensor, name: str, size: int) -> None:
-    """Every index in ``[0, size)``; only in host memory and outside compilation, where looking costs nothing."""
+    """Every index in ``[0, size)``; looked at only in host memory and outside compilation."""
     if torch.compiler.is_compiling() or index.device.type != "cpu" or not index.numel():
         return
     low, high = (int(v) for v in torch.aminmax(index))
@@ -327,14 +328,16 @@ def check_matched(matched: Matched, student_columns: int, teacher_columns: int) 
 
 
 def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) -> None:
-    """A CSR table with a row per teacher column; further teacher columns (padding of the output layer) are allowed."""
+    """A CSR table with a row per teacher column; further columns (padding of an output layer) are allowed."""
     for field in ("indptr", "ids"):
         if not hasattr(table, field):
             raise TypeError(f"table: expected an object with {field}, got {_kind(table)}")
         _check_index(getattr(table, field), f"table.{field}")
     rows = table.indptr.numel() - 1
     if not 0 <= rows <= teacher_columns:
-        raise ValueError(f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}")
+        raise ValueError(
+            f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}"
+        )
     check_index_range(table.ids, "table.ids", student_columns)
 
 

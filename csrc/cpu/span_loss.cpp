@@ -45,7 +45,7 @@ Partition<Acc> softmax_both(const Pair<Acc>& a) {
     zs += es[i];
     zt += et[i];
   }
-  return {std::log(static_cast<double>(zs)) - std::log(static_cast<double>(zt)), Acc{1} / zs, Acc{1} / zt};
+  return {std::log(static_cast<double>(zs) / static_cast<double>(zt)), Acc{1} / zs, Acc{1} / zt};
 }
 
 // T^2 KL(p || q). log p - log q = lp - lq + log_ratio with log_ratio = log zq - log zp. Gradients (times T^2 / T):
@@ -177,7 +177,7 @@ void run(const SpanLossArgs& args) {
   }
   const Spans &ss = args.student_spans, &ts = args.teacher_spans;
   const int64_t width = (args.dim + 31) / 32 * 32;  // rows start on cache lines of their own
-  const int threads = useful_threads(args.threads, args.pairs * args.dim * (args.student.count + args.teacher.count));
+  const int threads = useful_threads(args.threads, args.pairs * (args.dim + 64) * (args.student.count + args.teacher.count));
   parallel_for(args.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> scratch(6 * width + 32);
     Acc* base = scratch.data();

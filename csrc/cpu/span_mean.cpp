@@ -5,7 +5,7 @@ namespace VD_ISA {
 
 template <class Acc>
 static void fwd(const SpanMeanArgs& a) {
-  const int threads = useful_threads(a.threads, a.pairs * a.dim * a.x.count);
+  const int threads = useful_threads(a.threads, a.pairs * (a.dim + 32) * a.x.count);
   parallel_for(a.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> row(a.dim);
     with_type(a.out_dtype, [&](auto type) {
@@ -23,7 +23,7 @@ static void fwd(const SpanMeanArgs& a) {
 template <class Acc>
 static void bwd(const SpanMeanBwdArgs& a) {
   if (a.pairs == 0) return zero_grads(a.out, a.dim);
-  const int threads = useful_threads(a.threads, a.out.rows * a.dim * a.out.count);
+  const int threads = useful_threads(a.threads, a.out.rows * (a.dim + 32) * a.out.count);
   parallel_for(a.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> row(a.dim);
     with_type(a.grad_dtype, [&](auto type) {

@@ -1,6 +1,40 @@
-"""Every loss in plain PyTorch, any dtype, with its formula and source: the ground truth for the kernels."""
+"""Plain PyTorch versions of every operation: the formulas, and the ground truth that the kernels are tested against.
 
-from .span_loss import span_kl, span_loss
-from .span_mean import span_mean
+Every loss takes float32, float64, bfloat16 or float16; half types are computed and returned in float32.
+"""
 
-__all__ = ["span_kl", "span_loss", "span_mean"]
+from __future__ import annotations
+
+from vocabdistil.reference.attention import attention_mse
+from vocabdistil.reference.contrastive import contrastive
+from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
+from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
+from vocabdistil.reference.linear_matched_kl import linear_matched_kl
+from vocabdistil.reference.matched_kl import matched_kl
+from vocabdistil.reference.mlm import MaskedTokens, mask_tokens, masking_probabilities, mlm_loss
+from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
+from vocabdistil.reference.remapped_kl import remapped_kl
+from vocabdistil.reference.span_loss import span_kl, span_loss
+from vocabdistil.reference.span_mean import span_mean
+
+__all__ = [
+    "DistilBertLoss",
+    "LayerAssignment",
+    "MaskedTokens",
+    "attention_mse",
+    "average_losses",
+    "contrastive",
+    "distilbert",
+    "ensemble_distribution",
+    "layer_map",
+    "layer_mean",
+    "linear_matched_kl",
+    "mask_tokens",
+    "masking_probabilities",
+    "matched_kl",
+    "mlm_loss",
+    "remapped_kl",
+    "span_kl",
+    "span_loss",
+    "span_mean",
+]

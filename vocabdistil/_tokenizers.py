@@ -1,0 +1,156 @@
+"""Reads what the alignments need out of a Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+__all__ = ["TokenizerInfo", "encode", "read_tokenizer"]
+
+_ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
+# What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.
+_CONVENTION = {
+    "[UNK]": "unk",
+    "<unk>": "unk",
+    "[PAD]": "pad",
+    "<pad>": "pad",
+    "[MASK]": "mask",
+    "<mask>": "mask",
+    "[CLS]": "cls",
+    "[SEP]": "sep",
+    "<s>": "bos",
+    "</s>": "eos",
+}
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """One tokenizer, read once.
+
+    Attributes:
+        backend: the ``tokenizers.Tokenizer`` behind it.
+        kind: the name of its model, such as ``"WordPiece"``.
+        tokens: the token string of each id, ``None`` for a hole; ``len(tokens)`` is the largest id + 1.
+        pieces: the same for the model alone, without added tokens.
+        prefix: what marks a token that continues a word (``"##"``), or ``""``.
+        max_chars: the longest word in characters that the model segments, or ``None``.
+        roles: ids of the special tokens by role (``unk pad mask cls sep bos eos``), those that exist.
+        special: ids of special tokens by string, with and without a role.
+        added: ids of the other added tokens by string.
+    """
+
+    backend: tokenizers.Tokenizer
+    kind: str
+    tokens: list[str | None]
+    pieces: list[str | None]
+    prefix: str
+    max_chars: int | None
+    roles: dict[str, int]
+    special: dict[str, int]
+    added: dict[str, int]
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.roles.get("unk")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.roles.get("pad")
+
+    def ids(self) -> dict[str, int]:
+        """Token string to id, added tokens included."""
+        return {token: i for i, token in enumerate(self.tokens) if token is not None}
+
+
+def backend_of(tokenizer: Any, name: str) -> tokenizers.Tokenizer:
+    """The ``tokenizers.Tokenizer`` of a fast tokenizer.
+
+    Raises:
+        TypeError: a slow tokenizer, or none at all; the message names the argument.
+    """
+    for candidate in (
+        tokenizer,
+        getattr(tokenizer, "backend_tokenizer", None),
+        getattr(tokenizer, "_tokenizer", None),
+    ):
+        if isinstance(candidate, tokenizers.Tokenizer):
+            return candidate
+    slow = " (a slow tokenizer)" if getattr(tokenizer, "is_fast", None) is False else ""
+    raise TypeError(
+        f"{name}: expected a fast tokenizer of transformers or a tokenizers.Tokenizer, "
+        f"got {type(tokenizer).__name__}{slow}"
+    )
+
+
+def _by_id(vocab: dict[str, int]) -> list[str | None]:
+    tokens: list[str | None] = [None] * (max(vocab.values(), default=-1) + 1)
+    for token, i in vocab.items():
+        tokens[i] = token
+    return tokens
+
+
+def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
+    """Reads a ``transformers`` fast tokenizer or a ``tokenizers.Tokenizer``; ``name`` is the argument's name.
+
+    Raises:
+        TypeError: not a fast tokenizer.
+    """
+    backend = backend_of(tokenizer, name)
+    model = backend.model
+    vocab = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    special = {token.content: i for i, token in added.items() if token.special}
+
+    roles: dict[str, int] = {}
+    if tokenizer is not backend:
+        for role in _ROLES:
+            token = getattr(tokenizer, f"{role}_token", None)
+            if token is not None and str(token) in vocab:
+                roles[role] = vocab[str(token)]
+    for token in (getattr(model, "unk_token", None), *_CONVENTION):
+        role = _CONVENTION.get(token, "unk") if token else None
+        if role and token in vocab:
+            roles.setdefault(role, vocab[token])
+
+    tokens = _by_id(vocab)
+    special.update({tokens[i]: i for i in roles.values()})
+    return TokenizerInfo(
+        backend=backend,
+        kind=type(model).__name__,
+        tokens=tokens,
+        pieces=_by_id(backend.get_vocab(with_added_tokens=False)) if added else tokens,
+        prefix=getattr(model, "continuing_subword_prefix", None) or "",
+        max_chars=getattr(model, "max_input_chars_per_word", None),
+        roles=roles,
+        special=special,
+        added={token.content: i for i, token in added.items() if not token.special},
+    )
+
+
+def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None = None) -> list[list[int]]:
+    """Token ids of each text with special tokens, cut to ``max_length``, not padded.
+
+    A tokenizer file may bring its own truncation and padding: both are set for the call and put back after it.
+
+    Raises:
+        ValueError: ``max_length`` without room for the special tokens.
+    """
+    backend = backend_of(tokenizer, name)
+    specials = backend.num_special_tokens_to_add(is_pair=False)
+    if max_length is not None and max_length < specials:
+        raise ValueError(
+            f"max_length: expected at least the {specials} special tokens of {name}, got {max_length}"
+        )
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        backend.no_padding()
+        if max_length is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(max_length)
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)

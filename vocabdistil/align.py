@@ -1,0 +1,257 @@
+"""Alignments: two tokenizations of the same texts, and which spans of them belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+from ._tokenizers import encode, read_tokenizer
+from .remap import RemapTable, _checked_batch, thread_count
+from .spans import SpanPairs
+from .vocab import MatchedVocab
+
+__all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "match_pairs"]
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One side of an aligned batch.
+
+    Attributes:
+        input_ids: int64 ``[B, L]``, padded to the longest sequence.
+        attention_mask: int64 ``[B, L]``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a batch an alignment covers.
+
+    Attributes:
+        teacher_tokens, student_tokens: tokens of each side, padding left out.
+        pairs: span pairs with both spans non-empty.
+        one_to_one: share of these pairs with one token on each side.
+        teacher_covered, student_covered: share of each side's tokens inside such a pair.
+    """
+
+    teacher_tokens: int
+    student_tokens: int
+    pairs: int
+    one_to_one: float
+    teacher_covered: float
+    student_covered: float
+
+    @classmethod
+    def of(cls, teacher: Tokens, student: Tokens, pairs: SpanPairs) -> Coverage:
+        teacher_tokens = int(teacher.attention_mask.sum())
+        student_tokens = int(student.attention_mask.sum())
+        teacher_sizes = pairs.teacher_end - pairs.teacher_start
+        student_sizes = pairs.student_end - pairs.student_start
+        both = (teacher_sizes > 0) & (student_sizes > 0)
+        count = int(both.sum())
+        return cls(
+            teacher_tokens,
+            student_tokens,
+            count,
+            int(((teacher_sizes == 1) & (student_sizes == 1)).sum()) / max(count, 1),
+            int(teacher_sizes[both].sum()) / max(teacher_tokens, 1),
+            int(student_sizes[both].sum()) / max(student_tokens, 1),
+        )
+
+
+@dataclass(frozen=True)
+class AlignedBatch:
+    """Texts as both sides read them, aligned.
+
+    Attributes:
+        teacher, student: ``input_ids`` and ``attention_mask``, int64 ``[B, L_t]`` and ``[B, L_s]``.
+        pairs: span pairs over positions ``b * L + i`` of each side.
+        coverage: how much of the batch the pairs cover.
+    """
+
+    teacher: Tokens
+    student: Tokens
+    pairs: SpanPairs
+    coverage: Coverage
+
+    def to(self, device: torch.device | str) -> AlignedBatch:
+        return AlignedBatch(
+            self.teacher.to(device), self.student.to(device), self.pairs.to(device), self.coverage
+        )
+
+
+def match_pairs(
+    teacher_ids: Tensor | Sequence[Sequence[int]],
+    student_ids: Tensor | Sequence[Sequence[int]],
+    matched: MatchedVocab,
+    teacher_mask: Tensor | Sequence[Sequence[int]] | None = None,
+    student_mask: Tensor | Sequence[Sequence[int]] | None = None,
+) -> SpanPairs:
+    """The ``match`` alignment of arXiv 2205.02340: equal tokens, taken greedily from left to right.
+
+    For each teacher token in order, the first equal student token after the last one taken. Special tokens
+    are tokens like any other; without masks, so is padding. An id outside the matched vocabulary equals nothing.
+
+    Args:
+        teacher_ids: ``[B, L_t]`` int64 or int32, or a list of lists.
+        student_ids: ``[B, L_s]``, the same.
+        matched: which ids are the same token.
+        teacher_mask, student_mask: bool or integers of the same shapes; tokens with 0 are left out.
+
+    Returns:
+        1:1 pairs over positions ``b * L_t + i`` and ``b * L_s + j``, on the device of ``teacher_ids``.
+
+    Raises:
+        TypeError: ids or masks of a wrong dtype.
+        ValueError: wrong shapes, mixed devices, a batch whose positions do not fit 32 bits.
+    """
+    if not isinstance(matched, MatchedVocab):
+        raise TypeError(f"matched: expected a MatchedVocab, got {type(matched).__name__}")
+    teacher, teacher_keep, device = _side(teacher_ids, teacher_mask, "teacher")
+    student, student_keep, student_device = _side(student_ids, student_mask, "student")
+    if student_device != device:
+        raise ValueError(f"student_ids: expected device {device}, got {student_device}")
+    batch, teacher_length = teacher.shape
+    student_length = student.shape[1]
+    if student.shape[0] != batch:
+        raise ValueError(f"student_ids: expected {batch} sequences, got {student.shape[0]}")
+    teacher_slots, student_slots = matched.slots()
+    found = torch.empty(2, batch, min(teacher_length, student_length), dtype=torch.int32)
+    counts = torch.empty(batch, dtype=torch.int64)
+    args = _C.MatchArgs(
+        teacher.data_ptr(),
+        student.data_ptr(),
+        0 if teacher_keep is None else teacher_keep.data_ptr(),
+        0 if student_keep is None else student_keep.data_ptr(),
+        (batch, teacher_length, student_length),
+        (teacher_slots.data_ptr(), teacher_slots.numel()),
+        (student_slots.data_ptr(), student_slots.numel()),
+        len(matched),
+        found.data_ptr(),
+        counts.data_ptr(),
+        thread_count(batch * (teacher_length + student_length)),
+    )
+    count = _C.align_match_plan(args)
+    spans = torch.empty(4, count, dtype=torch.int32)
+    _C.align_match_write(args, spans.data_ptr())
+    return SpanPairs._trusted(
+        *spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
+    )
+
+
+def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:
+    ids, mask, device = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
+    if ids.numel() > _INT32_MAX:
+        raise ValueError(f"{name}_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
+    keep = None if mask is None else mask.ne(0).contiguous()
+    return ids.to(torch.int64).contiguous(), keep, device
+
+
+def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
+    length = max(map(len, rows), default=0)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        input_ids[b, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[b, : len(row)] = 1
+    return Tokens(input_ids, attention_mask)
+
+
+def _read(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+    return _tokens(encode(tokenizer, texts, name, max_length), read_tokenizer(tokenizer, name).pad_id or 0)
+
+
+def _align_match(
+    texts: list[str],
+    teacher: Any,
+    student: Any,
+    max_length: int | None,
+    table: RemapTable | None,
+    matched: MatchedVocab | None,
+) -> tuple[Tokens, Tokens, SpanPairs]:
+    left = _read(texts, teacher, "teacher", max_length)
+    right = _read(texts, student, "student", max_length)
+    if matched is None:
+        matched = MatchedVocab.from_tokenizers(teacher, student)
+    pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
+    return left, right, pairs
+
+
+def _align_reduce(
+    texts: list[str],
+    teacher: Any,
+    student: Any,
+    max_length: int | None,
+    table: RemapTable | None,
+    matched: MatchedVocab | None,
+) -> tuple[Tokens, Tokens, SpanPairs]:
+    left = _read(texts, teacher, "teacher", max_length)
+    if table is None:
+        table = RemapTable.from_tokenizers(teacher, student)
+    out = table.remap(left.input_ids, left.attention_mask, max_length)
+    return left, Tokens(out.input_ids, out.attention_mask), out.pairs
+
+
+_METHODS: dict[str, Callable[..., tuple[Tokens, Tokens, SpanPairs]]] = {
+    "match": _align_match,
+    "reduce": _align_reduce,
+}
+
+
+def align(
+    texts: Sequence[str],
+    teacher: Any,
+    student: Any,
+    # The finest alignment, "boundary", takes this place once it exists.
+    method: str = "match",
+    max_length: int | None = None,
+    *,
+    table: RemapTable | None = None,
+    matched: MatchedVocab | None = None,
+) -> AlignedBatch:
+    """Tokenizes texts for both sides and aligns them.
+
+    Args:
+        texts: the texts.
+        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
+        method: ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
+            ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
+            teacher token and its pieces (both arXiv 2205.02340).
+        max_length: tokens of each side at most, special tokens included.
+        table: the remap table of the two tokenizers, if there is one already (``reduce``).
+        matched: their matched vocabulary, if there is one already (``match``).
+
+    Returns:
+        Both sides padded to their longest sequence, the span pairs and their coverage, on the CPU.
+
+    Raises:
+        TypeError: texts that are not strings, a tokenizer that is not fast.
+        ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}]: expected a string, got {type(text).__name__}")
+    if max_length is not None:
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
+        if max_length < 1:
+            raise ValueError(f"max_length: expected at least 1, got {max_length}")
+    left, right, pairs = _METHODS[method](list(texts), teacher, student, max_length, table, matched)
+    return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs))

@@ -1,0 +1,448 @@
+"""The remap table: every teacher token as the student tokens that spell it."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _C
+from ._tokenizers import TokenizerInfo, read_tokenizer
+from .spans import SpanPairs
+
+__all__ = ["RemapOutput", "RemapTable"]
+
+_INT32_MAX = 2**31 - 1
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+_ABSENT = (0, 8, 0)
+# Tokens that one more thread must have to be worth waking.
+_TOKENS_PER_THREAD = 16384
+# Roles that stand in for one that the student does not have.
+_SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
+
+_UNUSED = re.compile(r"\[unused[0-9]+\]")
+
+_MAGIC = b"VDREMAP\0"
+_VERSION = 1
+# Little-endian: magic, version, reserved, V_t, V_s, nnz, unk_id, pad_id.
+_HEADER = struct.Struct("<8sIIqqqqq")
+
+
+def thread_count(tokens: int) -> int:
+    return max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
+
+
+@dataclass(frozen=True)
+class RemapOutput:
+    """A remapped batch.
+
+    Attributes:
+        input_ids: int64 ``[B, L_s]``, padded with the student's pad id to the longest sequence.
+        attention_mask: int64 ``[B, L_s]``, 1 for tokens and 0 for padding.
+        pairs: one pair per kept teacher token, over positions ``b * L_s + i`` and ``b * L_t + i``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pairs: SpanPairs
+
+
+def _pad_ragged(rows: Sequence[Any], name: str, bools: bool = False) -> tuple[Tensor, Tensor]:
+    """Lists of integers as int64 [B, longest] and the bool mask of what they hold."""
+    arrays = []
+    for b, row in enumerate(rows):
+        if isinstance(row, Tensor):
+            row = row.detach().cpu().numpy()
+        if isinstance(row, (str, bytes)) or not isinstance(row, (Sequence, np.ndarray)):
+            raise TypeError(f"{name}[{b}]: expected a list of integers, got {type(row).__name__}")
+        try:
+            array = np.asarray(row)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}[{b}]: expected a list of integers ({error})") from None
+        if array.ndim != 1:
+            raise ValueError(f"{name}[{b}]: expected a list of integers, got shape {array.shape}")
+        if not array.size:
+            array = array.astype(np.int64)
+        if array.dtype.kind not in ("iub" if bools else "iu"):
+            raise TypeError(f"{name}[{b}]: expected a list of integers, got {array.dtype}")
+        if array.dtype == np.uint64:
+            raise ValueError(f"{name}[{b}]: expected ids that fit 64 signed bits, got {array.max()}")
+        arrays.append(array)
+    sizes = np.array([array.size for array in arrays], dtype=np.int64)
+    ids = np.zeros((len(arrays), int(sizes.max(initial=0))), dtype=np.int64)
+    mask = np.arange(ids.shape[1]) < sizes[:, None]
+    if arrays:
+        ids[mask] = np.concatenate(arrays)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.element_size(), tensor.stride(0)
+
+
+def _unit_columns(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
+
+
+def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one allocation.
+
+    One block is given back to the allocator whole and reused by the next batch. Three blocks of this size go back
+    to the operating system each time, and the page faults of fresh memory cost several times the remapping itself.
+    They are no views of one tensor: a change of one in place is not a change of the others to autograd.
+    """
+    tokens = batch * width
+    storage = torch.empty(16 * (tokens + count), dtype=torch.uint8).untyped_storage()
+    input_ids = torch.empty(0, dtype=torch.int64).set_(storage, 0, (batch, width))
+    mask = torch.empty(0, dtype=torch.int64).set_(storage, tokens, (batch, width))
+    spans = torch.empty(0, dtype=torch.int32).set_(storage, 4 * tokens, (4, count))
+    return input_ids, mask, spans
+
+
+def _as_int32(value: Any, name: str) -> Tensor:
+    tensor = torch.as_tensor(value)
+    if not tensor.numel():
+        tensor = tensor.to(torch.int32)
+    if tensor.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(tensor.shape)}")
+    if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) > _INT32_MAX):
+        raise ValueError(
+            f"{name}: expected values in [0, {_INT32_MAX}], got {int(tensor.min())} to {int(tensor.max())}"
+        )
+    return tensor.detach().to("cpu", torch.int32).contiguous()
+
+
+def _role_rows(teacher: TokenizerInfo, student: TokenizerInfo, unk_id: int) -> dict[int, list[int]]:
+    """Rows of the tokens that are not segmented: added tokens of either side, and special tokens."""
+    rows: dict[int, list[int]] = {}
+    if student.added:
+        ids = teacher.ids()
+        rows.update({ids[token]: [i] for token, i in student.added.items() if token in ids})
+    for token, i in teacher.special.items():
+        rows[i] = [student.special.get(token, unk_id)]
+    for role, i in reversed(teacher.roles.items()):
+        match = student.roles.get(role, student.roles.get(_SUBSTITUTE.get(role, ""), None))
+        if match is not None:
+            rows[i] = [match]
+    # The row rule sends these to UNK even where the student has the same one.
+    return {i: row for i, row in rows.items() if not _UNUSED.fullmatch(teacher.tokens[i] or "")}
+
+
+class RemapTable:
+    """Teacher id -> list of student ids, in CSR form, with a native remap of batches (arXiv 2205.02340).
+
+    Row ``t`` is ``ids[indptr[t]:indptr[t + 1]]``. The table is immutable: changing the tensors that it shows
+    does not change what ``remap`` does. It may be used from several threads at once.
+
+    Args:
+        indptr: ``[V_t + 1]`` integers, ascending from 0 to ``len(ids)``.
+        ids: ``[nnz]`` student ids.
+        student_vocab_size: V_s; every id is below it.
+        unk_id, pad_id: the student's tokens.
+
+    Attributes:
+        indptr: int32 ``[V_t + 1]``.
+        ids: int32 ``[nnz]``.
+
+    Raises:
+        TypeError: values that are not integers.
+        ValueError: rows that do not ascend, ids out of range.
+    """
+
+    def __init__(self, indptr: Any, ids: Any, *, student_vocab_size: int, unk_id: int, pad_id: int) -> None:
+        indptr, ids = _as_int32(indptr, "indptr"), _as_int32(ids, "ids")
+        index = _C.remap_from_csr(
+            indptr.data_ptr(), indptr.numel(), ids.data_ptr(), ids.numel(), int(student_vocab_size)
+        )
+        self._setup(index, student_vocab_size, unk_id, pad_id)
+
+    def _setup(self, index: Any, student_vocab_size: int, unk_id: int, pad_id: int) -> None:
+        for name, value in (("unk_id", unk_id), ("pad_id", pad_id)):
+            if not 0 <= value < student_vocab_size:
+                raise ValueError(f"{name}: expected a student id in [0, {student_vocab_size}), got {value}")
+        self._index = index
+        self.student_vocab_size = int(student_vocab_size)
+        self.unk_id = int(unk_id)
+        self.pad_id = int(pad_id)
+        self.indptr = torch.empty(index.rows + 1, dtype=torch.int32)
+        self.ids = torch.empty(index.nnz, dtype=torch.int32)
+        index.copy_to(self.indptr.data_ptr(), self.ids.data_ptr())
+
+    @classmethod
+    def from_tokenizers(cls, teacher: Any, student: Any) -> RemapTable:
+        """The student's WordPiece tokenization of every teacher token's own string.
+
+        Greedy longest match from the left; a teacher token with the continuation prefix (``##``) is matched as
+        a continuation from its first piece on; special tokens map to the student's token of the same role, else
+        to its special token of the same string, else to UNK; a string with a character that cannot be covered,
+        a string longer than the student's ``max_input_chars_per_word``, ``[unusedN]`` and holes in the
+        teacher's vocabulary map to UNK alone. A string that is an added token of the student maps to it.
+        Nothing is normalised.
+
+        Args:
+            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, both WordPiece. A
+                student without a padding token is padded with id 0, which its attention mask hides.
+
+        Raises:
+            TypeError: not a fast tokenizer.
+            ValueError: not WordPiece, or a student without an unknown token.
+        """
+        sides = read_tokenizer(teacher, "teacher"), read_tokenizer(student, "student")
+        for name, side in zip(("teacher", "student"), sides, strict=True):
+            if side.kind != "WordPiece":
+                raise ValueError(f"{name}: expected a WordPiece tokenizer, got {side.kind}")
+        source, target = sides
+        if target.unk_id is None:
+            raise ValueError(
+                "student: expected a tokenizer with an unknown token, got none in its vocabulary"
+            )
+        index = _C.remap_build(
+            source.tokens,
+            target.pieces,
+            source.prefix,
+            target.prefix,
+            target.max_chars,
+            target.unk_id,
+            _role_rows(source, target, target.unk_id),
+            len(target.tokens),
+        )
+        self = cls.__new__(cls)
+        self._setup(index, len(target.tokens), target.unk_id, target.pad_id or 0)
+        return self
+
+    def __len__(self) -> int:
+        return self.indptr.numel() - 1
+
+    def __repr__(self) -> str:
+        return (
+            f"RemapTable({len(self)} teacher tokens -> {self.student_vocab_size} student tokens, "
+            f"{self.pieces_per_token:.2f} pieces per token)"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemapTable):
+            return NotImplemented
+        return self._numbers() == other._numbers() and (
+            torch.equal(self.indptr, other.indptr) and torch.equal(self.ids, other.ids)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _numbers(self) -> tuple[int, int, int]:
+        return self.student_vocab_size, self.unk_id, self.pad_id
+
+    def __reduce__(self) -> tuple:
+        return _restore, (self.indptr.numpy(), self.ids.numpy(), *self._numbers())
+
+    def rows(self, teacher_id: int) -> list[int]:
+        """The student ids of one teacher token.
+
+        Raises:
+            ValueError: an id outside the table.
+        """
+        if not 0 <= teacher_id < len(self):
+            raise ValueError(f"teacher_id: expected an id in [0, {len(self)}), got {teacher_id}")
+        return self.ids[int(self.indptr[teacher_id]) : int(self.indptr[teacher_id + 1])].tolist()
+
+    @property
+    def pieces_per_token(self) -> float:
+        """Mean number of student tokens per row, every teacher token counted once."""
+        return self.ids.numel() / max(len(self), 1)
+
+    @property
+    def max_pieces(self) -> int:
+        """The longest row."""
+        return int(self.indptr.diff().max()) if len(self) else 0
+
+    @property
+    def unk_share(self) -> float:
+        """Share of the rows that are UNK alone, holes and unused tokens included."""
+        single = self.indptr.diff() == 1
+        first = self.ids[self.indptr[:-1][single].long()]
+        return int((first == self.unk_id).sum()) / max(len(self), 1)
+
+    def remap(
+        self,
+        teacher_ids: Tensor | Sequence[Sequence[int]],
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        max_length: int | None = None,
+    ) -> RemapOutput:
+        """Replaces every teacher token by its row.
+
+        Args:
+            teacher_ids: ``[B, L_t]`` int64 or int32 on any device, or a list of lists (L_t: the longest).
+            attention_mask: ``[B, L_t]`` bool or integer; tokens with 0 are left out, wherever they stand, and
+                their ids are not looked at.
+            max_length: student tokens at most. A teacher token is never cut: the first one whose pieces do
+                not fit ends its sequence.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 ``[B, L_s]``, and one span pair per kept teacher token,
+            all on the device of ``teacher_ids``. The work is done on the CPU.
+
+        Raises:
+            TypeError: ids or mask of a wrong dtype.
+            ValueError: wrong shapes or devices, an id outside the table, ``max_length < 1``, a batch whose
+                positions do not fit 32 bits.
+        """
+        if max_length is not None:
+            if isinstance(max_length, bool) or not isinstance(max_length, int):
+                raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
+            if max_length < 1:
+                raise ValueError(f"max_length: expected at least 1, got {max_length}")
+        ids, mask, device = _checked_batch(teacher_ids, attention_mask, "teacher_ids", "attention_mask")
+        batch, length = ids.shape
+        if batch * length > _INT32_MAX:
+            raise ValueError(f"teacher_ids: expected at most {_INT32_MAX} tokens, got {batch} x {length}")
+        threads = thread_count(batch * length)
+        ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
+        plan = torch.empty(batch, 3, dtype=torch.int64)
+        limit = -1 if max_length is None else max_length
+        bad_row, width, count = _C.remap_plan(
+            self._index, ids_view, mask_view, batch, length, limit, plan.data_ptr(), threads
+        )
+        if bad_row >= 0:
+            outside = (ids[bad_row] < 0) | (ids[bad_row] >= len(self))
+            if mask is not None:
+                outside &= mask[bad_row] != 0
+            at = int(outside.nonzero()[0])
+            raise ValueError(
+                f"teacher_ids: expected ids in [0, {len(self)}), "
+                f"got {int(ids[bad_row, at])} at [{bad_row}, {at}]"
+            )
+        if batch * width > _INT32_MAX:
+            raise ValueError(
+                f"teacher_ids: expected at most {_INT32_MAX} student tokens, got {batch} x {width}"
+            )
+        input_ids, out_mask, spans = _outputs(batch, width, count)
+        _C.remap_write(
+            self._index,
+            ids_view,
+            mask_view,
+            batch,
+            length,
+            plan.data_ptr(),
+            width,
+            self.pad_id,
+            input_ids.data_ptr(),
+            out_mask.data_ptr(),
+            spans.data_ptr(),
+            threads,
+        )
+        nonempty = int((spans[1] > spans[0]).sum()) if self._index.has_empty_rows else count
+        if device.type != "cpu":
+            input_ids, out_mask, spans = input_ids.to(device), out_mask.to(device), spans.to(device)
+        pairs = SpanPairs._trusted(*spans.unbind(), nonempty, batch * width, batch * length)
+        return RemapOutput(input_ids, out_mask, pairs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table to a file, whole or not at all.
+
+        Little-endian: 8 bytes ``VDREMAP\\0``, uint32 version (1), uint32 0, int64 V_t, V_s, nnz, unk_id,
+        pad_id, int32 ``indptr`` [V_t + 1], int32 ``ids`` [nnz], uint32 CRC-32 of everything before it.
+        """
+        path = Path(path)
+        sizes = len(self), self.student_vocab_size, self.ids.numel()
+        header = _HEADER.pack(_MAGIC, _VERSION, 0, *sizes, self.unk_id, self.pad_id)
+        body = b"".join([header, *(side.numpy().astype("<i4").tobytes() for side in (self.indptr, self.ids))])
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(body)
+                file.write(struct.pack("<I", zlib.crc32(body)))
+            # mkstemp makes files that only their owner reads; a table is like any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RemapTable:
+        """Reads a file written by ``save``.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: not such a file, another version, cut short or changed, or rows that do not fit.
+        """
+        data = Path(path).read_bytes()
+        if data[: len(_MAGIC)] != _MAGIC:
+            raise ValueError(f"{path}: expected a remap table, got a file that starts with {data[:8]!r}")
+        if len(data) < _HEADER.size:
+            raise ValueError(f"{path}: expected at least {_HEADER.size} bytes, got {len(data)}")
+        _, version, _, rows, student_size, nnz, unk_id, pad_id = _HEADER.unpack_from(data)
+        if version != _VERSION:
+            raise ValueError(f"{path}: expected version {_VERSION}, got {version}")
+        size = _HEADER.size + 4 * (rows + 1) + 4 * nnz + 4
+        if rows < 0 or nnz < 0 or len(data) != size:
+            raise ValueError(f"{path}: expected {size} bytes for {rows} rows and {nnz} ids, got {len(data)}")
+        (checksum,) = struct.unpack_from("<I", data, size - 4)
+        actual = zlib.crc32(memoryview(data)[:-4])
+        if checksum != actual:
+            raise ValueError(f"{path}: expected checksum {checksum:08x}, got {actual:08x}: file damaged")
+        values = np.frombuffer(data, "<i4", rows + 1 + nnz, _HEADER.size).astype(np.int32)
+        try:
+            return _restore(values[: rows + 1], values[rows + 1 :], student_size, unk_id, pad_id)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _restore(indptr: np.ndarray, ids: np.ndarray, student_size: int, unk_id: int, pad_id: int) -> RemapTable:
+    return RemapTable(
+        torch.from_numpy(indptr),
+        torch.from_numpy(ids),
+        student_vocab_size=student_size,
+        unk_id=unk_id,
+        pad_id=pad_id,
+    )
+
+
+def _checked_batch(
+    ids: Tensor | Sequence[Sequence[int]],
+    mask: Tensor | Sequence[Sequence[int]] | None,
+    ids_name: str,
+    mask_name: str,
+) -> tuple[Tensor, Tensor | None, torch.device]:
+    """Ids and mask on the CPU with adjacent columns, and the device that they came from."""
+    if isinstance(ids, (list, tuple)):
+        ids, present = _pad_ragged(ids, ids_name)
+        if isinstance(mask, (list, tuple)):
+            mask, mask_present = _pad_ragged(mask, mask_name, bools=True)
+            if not torch.equal(present, mask_present):
+                raise ValueError(f"{mask_name}: expected one value per id, got lists of other lengths")
+        if mask is None:
+            mask = None if bool(present.all()) else present
+        elif isinstance(mask, Tensor) and mask.shape == present.shape and mask.dtype in _MASK_DTYPES:
+            mask = mask.ne(0) & present.to(mask.device)
+    elif not isinstance(ids, Tensor):
+        raise TypeError(f"{ids_name}: expected a tensor or a list of lists, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{ids_name}: expected int64 or int32, got {ids.dtype}")
+    if ids.dim() != 2:
+        raise ValueError(f"{ids_name}: expected shape [batch, length], got {tuple(ids.shape)}")
+    device = ids.device
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{mask_name}: expected a tensor like {ids_name}, got {type(mask).__name__}")
+        if mask.dtype not in _MASK_DTYPES:
+            raise TypeError(f"{mask_name}: expected bool or integers, got {mask.dtype}")
+        if mask.shape != ids.shape:
+            raise ValueError(f"{mask_name}: expected shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"{mask_name}: expected device {device}, got {mask.device}")
+        mask = _unit_columns(mask.cpu())
+    return _unit_columns(ids.cpu()), mask, device

@@ -20,7 +20,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` in the dtype of ``x``, whatever autocast is on: the ground truth is not rounded."""
+    """``x @ weight.T + bias`` in the dtype of ``x``, under autocast too: the ground truth is not rounded."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -79,7 +79,8 @@ def distilbert(
         )
     if attention_mask is not None and attention_mask.shape != student_logits.shape[:-1]:
         raise ValueError(
-            f"attention_mask: expected shape {tuple(student_logits.shape[:-1])}, got {tuple(attention_mask.shape)}"
+            f"attention_mask: expected shape {tuple(student_logits.shape[:-1])}, "
+            f"got {tuple(attention_mask.shape)}"
         )
 
     mlm = mlm_loss(student_logits, labels, lambda logits: logits)

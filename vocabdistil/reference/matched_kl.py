@@ -43,7 +43,7 @@ def matched_kl(
     teacher's side always. When the teacher has no unmatched column, q_U is 0. ``batchmean`` divides by the
     number of rows, or of pairs with both spans non-empty; no rows give 0. No gradient reaches the teacher.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, section 3 (KL over the matched vocabulary: ``renormalize``);
+    Source: Kolesnikova et al., arXiv 2205.02340 (KL over the matched vocabulary: ``renormalize``);
     ``rest`` and ``drop`` are this package's.
 
     Args:
@@ -107,8 +107,8 @@ def check_matched_arguments(
     num_matched = matched.student_ids.numel()
     if unmatched == "rest" and student_columns <= num_matched and teacher_columns > num_matched:
         raise ValueError(
-            f"unmatched: expected 'renormalize' or 'drop' as all {student_columns} student columns are matched, "
-            f"got 'rest'"
+            f"unmatched: expected 'renormalize' or 'drop' as all {student_columns} student columns are "
+            f"matched, got 'rest'"
         )
 
 

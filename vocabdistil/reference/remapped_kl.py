@@ -39,7 +39,7 @@ def remapped_kl(
     the spans. A term with q = 0 is 0. No gradient reaches the teacher. ``batchmean`` divides by the number of
     rows, or of pairs with both spans non-empty; no rows give 0.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, section 3 (reduce-map); ``logsumexp`` is this package's.
+    Source: Kolesnikova et al., arXiv 2205.02340 (reduce-map); ``logsumexp`` is this package's.
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.

@@ -34,8 +34,8 @@ def contrastive(
 
     with ``e(a, b) = exp(sim(a, b) / T)``. ``side`` says where the negatives are taken from; they are compared
     with the other side of pair p (a reading: our sources do not say what they are compared with). Pairs with
-    an empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No gradient
-    reaches the teacher.
+    an empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No
+    gradient reaches the teacher.
 
     Source: Kolesnikova et al., arXiv 2205.02340 (contrastive loss on hidden states, K = 32 or 64);
     van den Oord et al., arXiv 1807.03748, equation 4.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vocabdistil import _checks as checks
 from vocabdistil._checks import Matched
-from vocabdistil.reference._common import kl_rows, pool_pairs, reduce_pairs, safe_log, upcast
+from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
 from vocabdistil.spans import SpanPairs
 
 
@@ -128,8 +127,7 @@ def matched_rows(
     unmatched: str,
 ) -> Tensor:
     """``[P, .]`` logits -> ``[P]`` losses; for ``"renormalize"`` the columns are the matched ones already."""
-    log_r = F.log_softmax(student / temperature, dim=-1)
-    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    log_r, log_q = log_softmax(student, temperature), log_softmax(teacher, temperature)
     if unmatched == "rest":
         log_r = _with_rest(log_r, student_ids)
         log_q = _with_rest(log_q, teacher_ids)

@@ -1,4 +1,4 @@
-// The only file that knows pybind11. Everything crosses as addresses, sizes and codes: vocabdistil/_native.py has
+// With remap/bindings.cpp the only file that knows pybind11. Everything crosses as addresses, sizes and codes: vocabdistil/_native.py has
 // already checked shapes, dtypes and devices and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "remap/remap.h"
 
 namespace py = pybind11;
 namespace vd = vocabdistil;
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("span_mean_fwd", &span_mean_fwd);
   m.def("span_mean_bwd", &span_mean_bwd);
   m.def("span_loss", &span_loss);
+  vd::bind_remap(m);
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;
   m.attr("cuda_architectures") = VD_CUDA_ARCHITECTURES;

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models
 
-from tests.wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
+from tests._wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
 from vocabdistil.remap import RemapTable
 
 ALPHABET = "abяé語#"

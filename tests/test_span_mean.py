@@ -7,7 +7,7 @@ import torch
 
 import vocabdistil as vd
 from tests.spans import make_pairs
-from tests.tolerances import assert_close
+from tests.tolerances import assert_norm_close
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -24,8 +24,8 @@ def test_against_float64(dim, dtype, pooling):
     want = vd.reference.span_mean(wide, start, end, pooling=pooling)
     want.backward(upstream.double())
     assert out.dtype == dtype
-    assert_close(out.detach(), want.detach(), dtype, "out")
-    assert_close(x.grad, wide.grad, dtype, "gradient")
+    assert_norm_close(out.detach(), want.detach(), dtype, "out")
+    assert_norm_close(x.grad, wide.grad, dtype, "gradient")
 
 
 def test_worked_by_hand():
@@ -73,10 +73,10 @@ def test_gradcheck_opcheck_compile():
 @pytest.mark.parametrize(
     ("start", "end", "error", "name"),
     [
-        ([0, 1], [2, 3], ValueError, "x spans"),
-        ([2, 0], [3, 1], ValueError, "x spans"),
-        ([-1], [1], ValueError, "x_start"),
-        ([2], [1], ValueError, "x_end"),
+        ([0, 1], [2, 3], ValueError, "start"),
+        ([2, 0], [3, 1], ValueError, "start"),
+        ([-1], [1], ValueError, "start"),
+        ([2], [1], ValueError, "end"),
         ([0], [9], ValueError, "end"),
         ([0, 1], [1], ValueError, "end"),
         ([0.0], [1.0], TypeError, "start"),

@@ -31,8 +31,8 @@ def test_moves_and_pickles():
 @pytest.mark.parametrize(
     ("fields", "error", "name"),
     [
-        (([0, 1], [2, 3], [0, 1], [1, 2]), ValueError, "student spans"),
-        (([0, 1], [1, 2], [1, 0], [2, 1]), ValueError, "teacher spans"),
+        (([0, 1], [2, 3], [0, 1], [1, 2]), ValueError, "student_start"),
+        (([0, 1], [1, 2], [1, 0], [2, 1]), ValueError, "teacher_start"),
         (([-1], [1], [0], [1]), ValueError, "student_start"),
         (([0], [1], [3], [1]), ValueError, "teacher_end"),
         (([0], [1, 2], [0], [1]), ValueError, "student_start and student_end"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.wordpiece import SPECIALS, small_text, train, wordpiece
+from tests._wordpiece import SPECIALS, small_text, train, wordpiece
 from vocabdistil.vocab import MatchedVocab
 
 

@@ -1,11 +1,11 @@
 """Argument checks shared by every implementation of a loss.
 
-They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a device,
-and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also checked for their
-range, outside compilation.
+They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a
+device, and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also
+checked for their range, outside compilation.
 
-A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that names the
-argument, what was expected and what came.
+A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that
+names the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "check_remap",
     "check_row_pairs",
     "check_same_kind",
+    "check_span_loss",
     "check_span_vectors",
     "check_temperature",
     "check_tensor",
@@ -104,10 +105,10 @@ def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -
 
 
 def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
-    """One device and one dtype."""
+    """One device and one dtype (any floating ones under autocast, which leaves both sides as they come)."""
     if a.device != b.device:
         raise ValueError(f"{b_name}: expected device {a.device} as {a_name}, got {b.device}")
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
         raise TypeError(f"{b_name}: expected dtype {_short(a.dtype)} as {a_name}, got {_short(b.dtype)}")
 
 
@@ -138,7 +139,7 @@ def check_reference_backend(backend: str | None) -> None:
 
 
 def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
-    """One tensor or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` views (or copies)."""
+    """One tensor, or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` tensors."""
     layers = (value,) if isinstance(value, Tensor) else value
     if not isinstance(layers, (list, tuple)):
         raise TypeError(f"{name}: expected a tensor or a list of tensors, got {_kind(value)}")
@@ -147,11 +148,14 @@ def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
     several = len(layers) > 1
     for i, layer in enumerate(layers):
         check_float(layer, f"{name}[{i}]" if several else name, dims=(2, 3))
+        if not layer.shape[-1]:
+            raise ValueError(f"{name}: expected a hidden size of at least 1, got shape {tuple(layer.shape)}")
         if i:
             check_same_kind(layers[0], f"{name}[0]", layer, f"{name}[{i}]")
             if layer.shape != layers[0].shape:
                 raise ValueError(
-                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], got {tuple(layer.shape)}"
+                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], "
+                    f"got {tuple(layer.shape)}"
                 )
     return tuple(layer.flatten(0, -2) for layer in layers)
 
@@ -181,14 +185,12 @@ def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
     """A parameter on the device of ``x``, in its dtype or in the dtype that it is computed in."""
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device}, got {value.device}")
-    if value.dtype != x.dtype and value.dtype != compute_dtype(x.dtype):
+    if value.dtype not in (x.dtype, compute_dtype(x.dtype)) and not torch.is_autocast_enabled(x.device.type):
         wanted = dict.fromkeys((_short(x.dtype), _short(compute_dtype(x.dtype))))
         raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {_short(value.dtype)}")
 
 
-def check_projection(
-    weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor
-) -> None:
+def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
     """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide."""
     width_s, width_t = student.shape[-1], teacher.shape[-1]
     if weight is None:
@@ -196,8 +198,8 @@ def check_projection(
             raise ValueError("bias: expected None as there is no weight, got a tensor")
         if width_s != width_t:
             raise ValueError(
-                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ in "
-                f"width, got None"
+                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ "
+                f"in width, got None"
             )
         return
     check_float(weight, "weight")
@@ -212,7 +214,7 @@ def check_projection(
 
 
 def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
-    """Span pairs on the device of the rows ``student [N_s, .]``, ``teacher [N_t, .]``, none past their ends."""
+    """Span pairs on the device of the rows ``student [N_s, .]`` and ``teacher [N_t, .]``, none past an end."""
     if not isinstance(pairs, SpanPairs):
         raise TypeError(f"pairs: expected SpanPairs, got {_kind(pairs)}")
     if pairs.device != student.device:
@@ -229,6 +231,38 @@ def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_span_loss(
+    student: Layers,
+    teacher: Layers,
+    pairs: SpanPairs,
+    *,
+    divergence: str,
+    temperature: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pair_weights: Tensor | None,
+    beta: float,
+    pooling: str,
+    reduction: str,
+    student_layer_weights: LayerWeights | None,
+    teacher_layer_weights: LayerWeights | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """All that span_loss checks, for every implementation; returns both sides as layers ``[N, D]``."""
+    students, teachers = check_layers(student, "student"), check_layers(teacher, "teacher")
+    check_same_kind(students[0], "student", teachers[0], "teacher")
+    check_layer_weights(student_layer_weights, students, "student_layer_weights")
+    check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
+    check_pairs(pairs, students[0], teachers[0])
+    check_projection(weight, bias, students[0], teachers[0])
+    check_pair_weights(pair_weights, pairs, students[0])
+    check_choice(divergence, "divergence", DIVERGENCES)
+    check_choice(pooling, "pooling", POOLINGS)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_temperature(temperature)
+    check_beta(beta)
+    return students, teachers
+
+
 def check_row_pairs(
     pairs: SpanPairs | None, student: Tensor, teacher: Tensor, student_name: str, teacher_name: str
 ) -> None:
@@ -237,8 +271,8 @@ def check_row_pairs(
         check_pairs(pairs, student, teacher)
     elif student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no pairs, "
-            f"got {student.shape[0]}"
+            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no "
+            f"pairs, got {student.shape[0]}"
         )
 
 
@@ -255,7 +289,9 @@ def check_columns(logits: object, name: str) -> None:
     """Logits ``[..., V]`` with at least one row dimension."""
     check_float(logits, name)
     if logits.dim() < 2:
-        raise ValueError(f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}"
+        )
 
 
 def _check_index(value: object, name: str) -> None:
@@ -267,7 +303,7 @@ def _check_index(value: object, name: str) -> None:
 
 
 def check_index_range(index: Tensor, name: str, size: int) -> None:
-    """Every index in ``[0, size)``; only in host memory and outside compilation, where looking costs nothing."""
+    """Every index in ``[0, size)``; looked at only in host memory and outside compilation."""
     if torch.compiler.is_compiling() or index.device.type != "cpu" or not index.numel():
         return
     low, high = (int(v) for v in torch.aminmax(index))
@@ -292,21 +328,24 @@ def check_matched(matched: Matched, student_columns: int, teacher_columns: int) 
 
 
 def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) -> None:
-    """A CSR table with a row per teacher column; further teacher columns (padding of the output layer) are allowed."""
+    """A CSR table with a row per teacher column; further columns (padding of an output layer) are allowed."""
     for field in ("indptr", "ids"):
         if not hasattr(table, field):
             raise TypeError(f"table: expected an object with {field}, got {_kind(table)}")
         _check_index(getattr(table, field), f"table.{field}")
     rows = table.indptr.numel() - 1
     if not 0 <= rows <= teacher_columns:
-        raise ValueError(f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}")
+        raise ValueError(
+            f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}"
+        )
     check_index_range(table.ids, "table.ids", student_columns)
 
 
 def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:
-    """Two int32 or int64 vectors of equal length on ``device``.
+    """Two int32 or int64 vectors of equal length on ``device``: ascending, disjoint, within the tokens.
 
-    In host memory and outside compilation their values are checked too (ascending, disjoint, within the tokens).
+    The values are looked at outside compilation, the first time that a pair of vectors is seen: on a device that
+    costs one synchronisation.
     """
     for name, value in (("start", start), ("end", end)):
         _check_index(value, name)
@@ -316,7 +355,12 @@ def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torc
         raise TypeError(f"end: expected dtype {_short(start.dtype)} as start, got {_short(end.dtype)}")
     if start.shape != end.shape:
         raise ValueError(f"end: expected as many positions as start ({start.numel()}), got {end.numel()}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        last = check_spans(start, end, "span")
-        if last > num_tokens:
-            raise ValueError(f"end: expected positions up to {num_tokens}, got {last}")
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return
+    seen = (id(end), start._version, end._version)
+    known = getattr(start, "_vocabdistil_checked", None)
+    if known is None or known[0] != seen:
+        known = (seen, check_spans(start, end))
+        start._vocabdistil_checked = known  # type: ignore[attr-defined]
+    if known[1] > num_tokens:
+        raise ValueError(f"end: expected positions up to {num_tokens}, got {known[1]}")

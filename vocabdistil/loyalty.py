@@ -1,6 +1,7 @@
 """How closely a student follows its teacher on the same inputs.
 
-Label and probability loyalty: Xu et al., arXiv 2109.03228. Regression loyalty: Avram et al., arXiv 2112.12650.
+Label and probability loyalty: Xu et al., arXiv 2109.03228. Regression loyalty: Avram et al., arXiv
+2112.12650.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def label(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def probability(student_logits: Tensor, teacher_logits: Tensor, base: float | None = None) -> Tensor:
     """``mean_i (1 - sqrt(JS(p_t, p_s)))``, p the softmax of the logits.
 
-    ``JS = (KL(p_t || m) + KL(p_s || m)) / 2`` with ``m = (p_t + p_s) / 2``. With base 2 the range is [0, 1]; with
-    the natural logarithm (the default, as ``scipy.spatial.distance.jensenshannon``, which returns the square root
-    already) the least value is ``1 - sqrt(log 2)``.
+    ``JS = (KL(p_t || m) + KL(p_s || m)) / 2`` with ``m = (p_t + p_s) / 2``. With base 2 the range is [0, 1];
+    with the natural logarithm (the default, as ``scipy.spatial.distance.jensenshannon``, which returns the
+    square root already) the least value is ``1 - sqrt(log 2)``.
 
     Args:
         student_logits, teacher_logits: ``[..., C]`` of one shape.
@@ -80,8 +81,9 @@ def probability(student_logits: Tensor, teacher_logits: Tensor, base: float | No
 def regression(student_scores: Tensor, teacher_scores: Tensor) -> RegressionLoyalty:
     """Pearson's and Spearman's correlation between the student's and the teacher's outputs.
 
-    This is our reading of "regression loyalty": Avram et al., arXiv 2112.12650, name the measure, but its exact
-    formula was not at hand. Spearman's is Pearson's correlation of the ranks, equal scores sharing their mean rank.
+    This is our reading of "regression loyalty": Avram et al., arXiv 2112.12650, name the measure, but its
+    exact formula was not at hand. Spearman's is Pearson's correlation of the ranks, equal scores sharing
+    their mean rank.
 
     Args:
         student_scores, teacher_scores: n >= 2 scores each, of one shape (``[n]``, ``[n, 1]``, ...).
@@ -108,7 +110,9 @@ def _check_shapes(student: Tensor, teacher: Tensor, student_name: str, teacher_n
     checks.check_float(student, student_name)
     checks.check_float(teacher, teacher_name)
     if student.device != teacher.device:
-        raise ValueError(f"{teacher_name}: expected device {student.device} as {student_name}, got {teacher.device}")
+        raise ValueError(
+            f"{teacher_name}: expected device {student.device} as {student_name}, got {teacher.device}"
+        )
     if student.shape != teacher.shape:
         raise ValueError(
             f"{teacher_name}: expected shape {tuple(student.shape)} as {student_name}, got {tuple(teacher.shape)}"
@@ -124,7 +128,8 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def _relative_entropy(p: Tensor, m: Tensor) -> Tensor:
-    # The ratio is exactly 1 where p = m, so equal distributions have distance 0 and not the root of a rounding error.
+    # The ratio is exactly 1 where p = m, so equal distributions have distance 0 and not the root of a
+    # rounding error.
     ratio = p / torch.where(m > 0, m, 1.0)
     return torch.special.xlogy(p, ratio).sum(-1)
 

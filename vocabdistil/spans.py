@@ -23,18 +23,18 @@ def _as_positions(value: Tensor, name: str) -> Tensor:
     return value.to(torch.int32).contiguous()
 
 
-def check_spans(start: Tensor, end: Tensor, side: str) -> int:
+def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
     """Raises unless the spans are non-negative, ascending and disjoint; returns the largest end (0 if none).
 
     Costs one host synchronisation for spans on a device: done once, when spans are built.
     """
     if start.shape != end.shape:
         raise ValueError(
-            f"{side}_start and {side}_end: expected equal lengths, got {start.numel()} and {end.numel()}"
+            f"{prefix}start and {prefix}end: expected equal lengths, got {start.numel()} and {end.numel()}"
         )
     if start.device != end.device:
         raise ValueError(
-            f"{side}_start and {side}_end: expected one device, got {start.device} and {end.device}"
+            f"{prefix}start and {prefix}end: expected one device, got {start.device} and {end.device}"
         )
     if not start.numel():
         return 0
@@ -44,16 +44,16 @@ def check_spans(start: Tensor, end: Tensor, side: str) -> int:
     flags = torch.stack([negative.any(), reversed_.any(), overlap.any()]).tolist()
     if flags[0]:
         p = int(negative.nonzero()[0])
-        raise ValueError(f"{side}_start: expected positions >= 0, got {int(start[p])} for pair {p}")
+        raise ValueError(f"{prefix}start: expected positions >= 0, got {int(start[p])} for pair {p}")
     if flags[1]:
         p = int(reversed_.nonzero()[0])
         raise ValueError(
-            f"{side}_end: expected end >= start, got span [{int(start[p])}, {int(end[p])}) for pair {p}"
+            f"{prefix}end: expected end >= start, got span [{int(start[p])}, {int(end[p])}) for pair {p}"
         )
     if flags[2]:
         p = int(overlap.nonzero()[0])
         raise ValueError(
-            f"{side} spans: expected ascending spans that do not overlap, got [{int(start[p])}, {int(end[p])}) "
+            f"{prefix}start: expected ascending spans that do not overlap, got [{int(start[p])}, {int(end[p])}) "
             f"and then [{int(start[p + 1])}, {int(end[p + 1])}) (pairs {p} and {p + 1})"
         )
     return int(end[-1])
@@ -102,8 +102,8 @@ class SpanPairs:
             raise ValueError(
                 f"teacher_start: expected device {self.student_start.device}, got {self.teacher_start.device}"
             )
-        self.student_tokens = check_spans(self.student_start, self.student_end, "student")
-        self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher")
+        self.student_tokens = check_spans(self.student_start, self.student_end, "student_")
+        self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher_")
         both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
         self.num_nonempty = int(both.sum())
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as checks
 from .. import _native
-from ._arguments import check_span_loss
+from .._checks import Layers, LayerWeights
 from .._dispatch import resolve
 from ..reference.span_loss import span_loss as reference_span_loss
 from ..spans import SpanPairs
 from ._library import define
-from .span_mean import pooled_rows
+from .span_mean import native_rows, pooled_rows
 
 
 def _empty_grads(layers: Sequence[Tensor], wanted: bool) -> list[Tensor]:
@@ -115,7 +116,7 @@ class _SpanLoss(torch.autograd.Function):
         return grad_weights, *(None,) * 12, *student_grads, *teacher_grads
 
 
-def _normalised(layer_weights: Tensor | Sequence[float] | None, like: Tensor) -> Tensor | None:
+def _normalised(layer_weights: LayerWeights | None, like: Tensor) -> Tensor | None:
     if layer_weights is None:
         return None
     weights = torch.as_tensor(layer_weights, device=like.device).to(torch.float64)
@@ -123,8 +124,8 @@ def _normalised(layer_weights: Tensor | Sequence[float] | None, like: Tensor) ->
 
 
 def span_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Layers,
+    teacher: Layers,
     pairs: SpanPairs,
     *,
     divergence: str = "kl",
@@ -135,8 +136,8 @@ def span_loss(
     beta: float = 0.5,
     pooling: str = "mean",
     reduction: str = "batchmean",
-    student_layer_weights: Tensor | Sequence[float] | None = None,
-    teacher_layer_weights: Tensor | Sequence[float] | None = None,
+    student_layer_weights: LayerWeights | None = None,
+    teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divergence between the averaged hidden states of aligned spans; formulas in
@@ -165,7 +166,7 @@ def span_loss(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
     """
-    students, teachers = check_span_loss(
+    students, teachers = checks.check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
         student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
@@ -178,6 +179,7 @@ def span_loss(
             pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
             student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
         )  # fmt: skip
+    students, teachers = [native_rows(x) for x in students], [native_rows(x) for x in teachers]
     mean = pooling == "mean"
     grad = torch.is_grad_enabled()
     student_coef = _normalised(student_layer_weights, students[0])
@@ -218,9 +220,23 @@ def _row_spans(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def span_kl(
-    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], pairs: SpanPairs, **options
+    student: Layers,
+    teacher: Layers,
+    pairs: SpanPairs,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    pooling: str = "mean",
+    reduction: str = "batchmean",
+    student_layer_weights: LayerWeights | None = None,
+    teacher_layer_weights: LayerWeights | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """:func:`span_loss` with ``divergence="kl"``: ``T^2 KL(softmax(mean_t / T) || softmax(mean_s / T))`` per pair."""
-    if "divergence" in options:
-        raise TypeError("divergence: span_kl is span_loss with divergence='kl'; call span_loss for another one")
-    return span_loss(student, teacher, pairs, divergence="kl", **options)
+    """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t / T) || softmax(mean_s / T)) / P``."""
+    return span_loss(
+        student, teacher, pairs, divergence="kl", temperature=temperature, weight=weight, bias=bias,
+        pair_weights=pair_weights, pooling=pooling, reduction=reduction,
+        student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights, backend=backend,
+    )  # fmt: skip

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _checks as checks
 from .. import _native
-from ._arguments import POOLINGS, check_choice, check_rows, check_span_vectors
 from .._dispatch import resolve
 from ..reference.span_mean import span_mean as reference_span_mean
 from ._library import define
@@ -103,8 +103,13 @@ def pooled_rows(
     return _SpanMean.apply(start, end, coef, mean, accumulate, backend, *x)
 
 
+def native_rows(rows: Tensor) -> Tensor:
+    """[N, D] with unit column stride, as the kernels read it: a copy only where it has another."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def span_mean(
-    x: Tensor, start: Tensor, end: Tensor, *, pooling: str = "mean", backend: str | None = None
+    x: Tensor, start: Tensor, end: Tensor, pooling: str = "mean", *, backend: str | None = None
 ) -> Tensor:
     """Mean (or sum) of the rows of ``x`` over each span; see :func:`vocabdistil.reference.span_mean`.
 
@@ -123,10 +128,12 @@ def span_mean(
         TypeError, ValueError: an argument of a wrong dtype, shape or device, or spans that overlap, descend or run
             past the end of ``x``.
     """
-    check_choice("pooling", pooling, POOLINGS)
-    rows = check_rows(x, "x")
-    start, end = check_span_vectors(start, end, rows.shape[0], rows.device)
+    checks.check_float(x, "x", dims=(2, 3))
+    checks.check_choice(pooling, "pooling", checks.POOLINGS)
+    rows = native_rows(x.flatten(0, -2))
+    checks.check_span_vectors(start, end, rows.shape[0], rows.device)
     choice = resolve("span_mean", x.device, backend)
     if choice == "reference":
         return reference_span_mean(rows, start, end, pooling=pooling)
+    start, end = start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
     return pooled_rows([rows], start, end, None, pooling == "mean", False, choice)

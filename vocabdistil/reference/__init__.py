@@ -1,4 +1,5 @@
-"""Plain PyTorch versions of every operation: the formulas, and the ground truth that the kernels are tested against.
+"""Plain PyTorch versions of every operation: the formulas, and the ground truth that the kernels are tested
+against.
 
 Every loss takes float32, float64, bfloat16 or float16; half types are computed and returned in float32.
 """

@@ -48,8 +48,8 @@ def weighted_mean(layers: Sequence[Tensor], weights: LayerWeights | None) -> Ten
 def span_of_token(start: Tensor, end: Tensor, num_tokens: int) -> Tensor:
     """``[N]`` int64: the span that holds each token, ``P`` for a token in no span.
 
-    The spans ascend and are disjoint, so the only candidate is the first span that ends after the token. The shapes
-    do not depend on the values: no host synchronisation, no graph break.
+    The spans ascend and are disjoint, so the only candidate is the first span that ends after the token. The
+    shapes do not depend on the values: no host synchronisation, no graph break.
     """
     position = torch.arange(num_tokens, dtype=end.dtype, device=end.device)
     span = torch.searchsorted(end, position, right=True)
@@ -80,8 +80,8 @@ def pool_pairs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows ``[N_s, .]``, ``[N_t, .]`` -> pooled ``[P, .]`` of both sides and the mask of valid pairs.
 
-    Both rows of a pair with an empty span are set to 0, so that what stands on its other side (NaN even) reaches
-    neither the loss nor a gradient.
+    Both rows of a pair with an empty span are set to 0, so that what stands on its other side (NaN even)
+    reaches neither the loss nor a gradient.
     """
     student = span_pool(student, pairs.student_start, pairs.student_end, pooling)
     teacher = span_pool(teacher, pairs.teacher_start, pairs.teacher_end, pooling)

@@ -20,9 +20,9 @@ def attention_mse(
 ) -> Tensor:
     """Mean squared difference of the attention maps, each side averaged over its layers.
 
-    With ``A`` the mean over the layers of a side (and over its heads with ``average_heads``, which students with
-    another number of heads need), ``L = mean_{b, h, i, j} (A_s - A_t)^2`` over the positions i and j that are
-    attended. No gradient reaches the teacher.
+    With ``A`` the mean over the layers of a side (and over its heads with ``average_heads``, which students
+    with another number of heads need), ``L = mean_{b, h, i, j} (A_s - A_t)^2`` over the positions i and j
+    that are attended. No gradient reaches the teacher.
 
     Source: model card of ``distilrubert-small-cased-conversational`` (six teacher layers, one student layer).
 

@@ -26,15 +26,16 @@ def contrastive(
 ) -> Tensor:
     """Contrastive loss: the two sides of a pair are to be more alike than one of them and other pairs.
 
-    With ``s_p = weight mean_s(p) + bias`` (``mean_s(p)`` without a weight), ``t_p = mean_t(p)``, ``sim`` the cosine
-    (each norm at least 1e-8), and K other pairs n of the batch drawn without replacement for each p::
+    With ``s_p = weight mean_s(p) + bias`` (``mean_s(p)`` without a weight), ``t_p = mean_t(p)``, ``sim`` the
+    cosine (each norm at least 1e-8), and K other pairs n of the batch drawn without replacement for each p::
 
-        side="student"  l_p = -log( e^{sim(t_p, s_p) / T} / (e^{sim(t_p, s_p) / T} + sum_n e^{sim(t_p, s_n) / T}) )
-        side="teacher"  l_p = -log( e^{sim(s_p, t_p) / T} / (e^{sim(s_p, t_p) / T} + sum_n e^{sim(s_p, t_n) / T}) )
+        side="student"  l_p = -log( e^{sim(t_p, s_p) / T} / (e^{sim(t_p, s_p) / T} + sum_n e^{sim(t_p, s_n) /
+        T}) ) side="teacher"  l_p = -log( e^{sim(s_p, t_p) / T} / (e^{sim(s_p, t_p) / T} + sum_n e^{sim(s_p,
+        t_n) / T}) )
 
-    ``side`` says where the negatives are taken from; they are compared with the other side of pair p. Pairs with an
-    empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No gradient reaches
-    the teacher.
+    ``side`` says where the negatives are taken from; they are compared with the other side of pair p. Pairs
+    with an empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No
+    gradient reaches the teacher.
 
     Source: Kolesnikova et al., arXiv 2205.02340, section 3 (contrastive loss on hidden states, K = 32 or 64);
     van den Oord et al., arXiv 1807.03748, equation 4.
@@ -56,7 +57,8 @@ def contrastive(
 
     Raises:
         TypeError: a wrong type or dtype, student and teacher of different dtypes.
-        ValueError: wrong shapes, names, devices, temperature, number of negatives, or pairs past the end of a side.
+        ValueError: wrong shapes, names, devices, temperature, number of negatives, or pairs past the end of a
+            side.
     """
     checks.check_reference_backend(backend)
     checks.check_float(student, "student", dims=(2, 3))

@@ -37,12 +37,12 @@ def distilbert(
 ) -> DistilBertLoss:
     """``alpha_ce T^2 mean KL(q || r) + alpha_mlm MLM + alpha_cos mean(1 - cos(h_s, h_t))``.
 
-    ``q = softmax(z_t / T)``, ``r = softmax(z_s / T)``; KL and cosine are means over the attended positions, MLM is
-    the mean cross-entropy over the positions with a label. No gradient reaches the teacher. Without a position to
-    average over, a term is 0.
+    ``q = softmax(z_t / T)``, ``r = softmax(z_s / T)``; KL and cosine are means over the attended positions,
+    MLM is the mean cross-entropy over the positions with a label. No gradient reaches the teacher. Without a
+    position to average over, a term is 0.
 
-    Source: Sanh et al., arXiv 1910.01108, section 2 (the triple loss); T = 2 and the weights 5 : 2 : 1 are those of
-    the authors' BERT recipe.
+    Source: Sanh et al., arXiv 1910.01108, section 2 (the triple loss); T = 2 and the weights 5 : 2 : 1 are
+    those of the authors' BERT recipe.
 
     Args:
         student_logits, teacher_logits: ``[..., V]``.
@@ -61,7 +61,10 @@ def distilbert(
     """
     checks.check_reference_backend(backend)
     checks.check_temperature(temperature)
-    for name, a, b in (("logits", student_logits, teacher_logits), ("hidden", student_hidden, teacher_hidden)):
+    for name, a, b in (
+        ("logits", student_logits, teacher_logits),
+        ("hidden", student_hidden, teacher_hidden),
+    ):
         checks.check_columns(a, f"student_{name}")
         checks.check_columns(b, f"teacher_{name}")
         checks.check_same_kind(a, f"student_{name}", b, f"teacher_{name}")

@@ -42,7 +42,8 @@ def layer_map(
         explicit     a list of (student layer or layers, teacher layer or layers)
 
     Sources: ``skip``: Sanh et al., arXiv 1910.01108, section 3; ``average``: the model cards of
-    ``distilrubert-base`` (two teacher layers for one of the student) and ``distilrubert-small`` (six for one).
+    ``distilrubert-base`` (two teacher layers for one of the student) and ``distilrubert-small`` (six for
+    one).
 
     Args:
         kind: one of the names above, or the explicit list.

@@ -30,15 +30,16 @@ def linear_matched_kl(
     """`matched_kl` of the logits ``z = h weight^T + bias`` of both sides, without writing all of them.
 
     ``linear_matched_kl(h_s, W_s, h_t, W_t, ...) = matched_kl(h_s W_s^T + b_s, h_t W_t^T + b_t, ...)``, up to
-    rounding. Two things save the work: pooling commutes with the linear map, so hidden states are pooled first (a sum
-    over n tokens adds the bias n times); and ``"renormalize"`` reads the matched rows of the weights only.
+    rounding. Two things save the work: pooling commutes with the linear map, so hidden states are pooled
+    first (a sum over n tokens adds the bias n times); and ``"renormalize"`` reads the matched rows of the
+    weights only.
 
     Source: as `matched_kl`.
 
     Args:
         student_hidden: ``[..., D_s]``, flattened to rows.
-        student_weight, student_bias: ``[V_s, D_s]``, ``[V_s]`` or None; the dtype of the hidden states, or float32
-            with half-precision hidden states.
+        student_weight, student_bias: ``[V_s, D_s]``, ``[V_s]`` or None; the dtype of the hidden states, or
+            float32 with half-precision hidden states.
         teacher_hidden: ``[..., D_t]``; the student's dtype and device.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
         matched, pairs, temperature, unmatched, pooling, reduction, backend: as in `matched_kl`.

@@ -26,8 +26,9 @@ def matched_kl(
 ) -> Tensor:
     """KL of the student from the teacher over the matched vocabulary.
 
-    ``z_s``, ``z_t`` are row p of the two logits; with ``pairs``, the mean (or sum, by ``pooling``) of the rows of
-    span pair p. Over the matched tokens i, with S and U the columns of a side that are matched and unmatched::
+    ``z_s``, ``z_t`` are row p of the two logits; with ``pairs``, the mean (or sum, by ``pooling``) of the
+    rows of span pair p. Over the matched tokens i, with S and U the columns of a side that are matched and
+    unmatched::
 
         renormalize  q_i = exp(z_t[i] / T) / sum_{j in S_t} exp(z_t[j] / T),  r likewise
                      l_p = T^2 sum_i q_i log(q_i / r_i)
@@ -37,17 +38,18 @@ def matched_kl(
         drop         q and r over all columns as in ``rest``
                      l_p = T^2 sum_i q_i log(q_i / r_i)
 
-    ``drop`` is no divergence: without the class of the rest it can be negative, and it is not least at r = q. A term
-    with q = 0 is 0, so a logit of -inf is allowed wherever the teacher's is -inf too, and on the teacher's side
-    always. When the teacher has no unmatched column, q_U is 0. ``batchmean`` divides by the number of rows, or of
-    pairs with both spans non-empty; no rows give 0. No gradient reaches the teacher.
+    ``drop`` is no divergence: without the class of the rest it can be negative, and it is not least at r = q.
+    A term with q = 0 is 0, so a logit of -inf is allowed wherever the teacher's is -inf too, and on the
+    teacher's side always. When the teacher has no unmatched column, q_U is 0. ``batchmean`` divides by the
+    number of rows, or of pairs with both spans non-empty; no rows give 0. No gradient reaches the teacher.
 
     Source: Kolesnikova et al., arXiv 2205.02340, section 3 (KL over the matched vocabulary: ``renormalize``);
     ``rest`` and ``drop`` are this package's.
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.
-        teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``; the student's dtype, device.
+        teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``; the student's dtype,
+            device.
         matched: ``.student_ids`` and ``.teacher_ids``, int64 or int32 ``[V_m]``, distinct on each side.
         pairs: span pairs over the flattened rows, or None for row i with row i.
         temperature: T > 0, finite.
@@ -62,8 +64,8 @@ def matched_kl(
     Raises:
         TypeError: a wrong type or dtype, student and teacher of different dtypes.
         ValueError: wrong shapes, names, devices, temperature; ids outside the columns (looked at only in host
-            memory); ``"rest"`` where the teacher has unmatched columns and the student has none (the loss would be
-            infinite).
+            memory); ``"rest"`` where the teacher has unmatched columns and the student has none (the loss
+            would be infinite).
     """
     checks.check_reference_backend(backend)
     checks.check_columns(student_logits, "student_logits")
@@ -72,7 +74,9 @@ def matched_kl(
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
     checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
-    check_matched_arguments(matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction)
+    check_matched_arguments(
+        matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
+    )
 
     student_ids, teacher_ids = matched_ids(matched, student.device)
     if unmatched == "renormalize":
@@ -138,7 +142,8 @@ def _with_rest(log_p: Tensor, ids: Tensor) -> Tensor:
     """``[P, V]`` log-probabilities -> ``[P, V_m + 1]``: the matched columns and the mass of all others."""
     is_matched = torch.zeros(log_p.shape[1], dtype=torch.bool, device=log_p.device).index_fill(0, ids, True)
     others = log_p.masked_fill(is_matched, float("-inf"))
-    # logsumexp by hand: torch's has a NaN gradient where all terms are -inf, and the rest may well have no mass.
+    # logsumexp by hand: torch's has a NaN gradient where all terms are -inf, and the rest may well have no
+    # mass.
     top = others.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     rest = top + safe_log((others - top).exp().sum(-1, keepdim=True))
     return torch.cat([log_p[:, ids], rest], dim=-1)

@@ -23,15 +23,13 @@ class MaskedTokens(NamedTuple):
     labels: Tensor
 
 
-def masking_probabilities(
-    counts: Tensor, special_ids: Sequence[int] = (), smoothing: float = 0.7
-) -> Tensor:
+def masking_probabilities(counts: Tensor, special_ids: Sequence[int] = (), smoothing: float = 0.7) -> Tensor:
     """How likely each token of the vocabulary is to be masked, up to a factor: ``max(count, 1)^-smoothing``.
 
     Rare tokens are masked more often; specials never.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, after Lample and Conneau, arXiv 1901.07291, and the training code
-    of Sanh et al., arXiv 1910.01108 (0.7).
+    Source: Kolesnikova et al., arXiv 2205.02340, after Lample and Conneau, arXiv 1901.07291, and the training
+    code of Sanh et al., arXiv 1910.01108 (0.7).
 
     Args:
         counts: ``[V]``, how often each token occurs in the training text.
@@ -70,13 +68,13 @@ def mask_tokens(
 ) -> MaskedTokens:
     """Chooses the tokens to predict and hides them.
 
-    ``ceil(mlm_probability * n)`` of the batch's n attended tokens (specials counted) are drawn without replacement,
-    each with probability proportional to ``probabilities[id]``; fewer if fewer have a probability above 0. Of the
-    drawn tokens 80% become ``mask_id``, 10% a uniformly drawn token of those with a probability above 0, and 10% stay
-    as they are, independently of each other.
+    ``ceil(mlm_probability * n)`` of the batch's n attended tokens (specials counted) are drawn without
+    replacement, each with probability proportional to ``probabilities[id]``; fewer if fewer have a
+    probability above 0. Of the drawn tokens 80% become ``mask_id``, 10% a uniformly drawn token of those with
+    a probability above 0, and 10% stay as they are, independently of each other.
 
-    Source: Devlin et al., arXiv 1810.04805, section 3.1 (80/10/10); the drawing as in the training code of Sanh et
-    al., arXiv 1910.01108.
+    Source: Devlin et al., arXiv 1810.04805, section 3.1 (80/10/10); the drawing as in the training code of
+    Sanh et al., arXiv 1910.01108.
 
     Args:
         input_ids: integer ``[B, L]``.
@@ -137,7 +135,8 @@ def mask_tokens(
 def mlm_loss(
     hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, ignore_index: int = IGNORE
 ) -> Tensor:
-    """``-mean_i log softmax(head(h_i))[y_i]`` over the masked positions i; only they go through the output layer.
+    """``-mean_i log softmax(head(h_i))[y_i]`` over the masked positions i; only they go through the output
+    layer.
 
     Source: Devlin et al., arXiv 1810.04805, section 3.1.
 
@@ -161,4 +160,6 @@ def mlm_loss(
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
     positions = (labels.flatten() != ignore_index).nonzero()[:, 0]
     logits = upcast(head(hidden.flatten(0, -2)[positions]))
-    return F.cross_entropy(logits, labels.flatten()[positions].long(), reduction="sum") / max(positions.numel(), 1)
+    return F.cross_entropy(logits, labels.flatten()[positions].long(), reduction="sum") / max(
+        positions.numel(), 1
+    )

@@ -53,7 +53,8 @@ def ensemble_distribution(
     for i, z in enumerate(logits):
         checks.check_float(z, f"logits[{i}]")
     return sum(
-        share * torch.softmax(upcast(z.detach()) / temperature, -1) for share, z in zip(shares, logits, strict=True)
+        share * torch.softmax(upcast(z.detach()) / temperature, -1)
+        for share, z in zip(shares, logits, strict=True)
     )
 
 

@@ -35,15 +35,16 @@ def remapped_kl(
         q = softmax(z_t / T),  r = softmax(z' / T)  over the mapped v
         l_p = T^2 sum_v q(v) log(q(v) / r(v))
 
-    A student id that stands twice in a row counts twice. With ``pairs``, ``z_s`` and ``z_t`` are means over the
-    spans. A term with q = 0 is 0. No gradient reaches the teacher. ``batchmean`` divides by the number of rows, or
-    of pairs with both spans non-empty; no rows give 0.
+    A student id that stands twice in a row counts twice. With ``pairs``, ``z_s`` and ``z_t`` are means over
+    the spans. A term with q = 0 is 0. No gradient reaches the teacher. ``batchmean`` divides by the number of
+    rows, or of pairs with both spans non-empty; no rows give 0.
 
     Source: Kolesnikova et al., arXiv 2205.02340, section 3 (reduce-map); ``logsumexp`` is this package's.
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.
-        teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows; the student's dtype, device.
+        teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows; the student's dtype,
+            device.
         table: ``.indptr [rows + 1]`` and ``.ids [nnz]``, int32 or int64.
         pairs: span pairs over the flattened rows, or None for row i with row i.
         combine: ``"sum"`` or ``"logsumexp"``.
@@ -56,8 +57,8 @@ def remapped_kl(
 
     Raises:
         TypeError: a wrong type or dtype, student and teacher of different dtypes.
-        ValueError: wrong shapes, names, devices, temperature; ids outside the student's columns (looked at only in
-            host memory).
+        ValueError: wrong shapes, names, devices, temperature; ids outside the student's columns (looked at
+            only in host memory).
     """
     checks.check_reference_backend(backend)
     checks.check_columns(student_logits, "student_logits")

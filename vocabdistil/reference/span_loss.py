@@ -41,16 +41,17 @@ def span_loss(
         mse         l_p = sum_d (s_p - t_p)^2
         cosine      l_p = 1 - s_p . t_p / (max(|s_p|, 1e-8) max(|t_p|, 1e-8))
 
-    A term whose first factor (q or r) is 0 is 0. A pair with an empty span on either side has ``l_p = 0`` and gives
-    no gradient. ``batchmean``: ``sum_p w_p l_p / P``, P the number of pairs with both spans non-empty (0 if there
-    are none); ``sum``: ``sum_p w_p l_p``; ``none``: the vector ``w_p l_p``.
+    A term whose first factor (q or r) is 0 is 0. A pair with an empty span on either side has ``l_p = 0`` and
+    gives no gradient. ``batchmean``: ``sum_p w_p l_p / P``, P the number of pairs with both spans non-empty
+    (0 if there are none); ``sum``: ``sum_p w_p l_p``; ``none``: the vector ``w_p l_p``.
 
-    Gradients reach the student, ``weight``, ``bias``, ``pair_weights`` and both layer weights, never the teacher.
+    Gradients reach the student, ``weight``, ``bias``, ``pair_weights`` and both layer weights, never the
+    teacher.
 
     Sources: KL between averaged hidden states: model card of ``distilrubert-tiny-cased-conversational-5k``;
-    MSE on aligned tokens: Kolesnikova et al., arXiv 2205.02340, section 3; cosine: Sanh et al., arXiv 1910.01108,
-    section 2; T^2: Hinton et al., arXiv 1503.02531, section 2; generalised JSD: Agarwal et al., arXiv 2306.13649,
-    equation 1 with the teacher as P.
+    MSE on aligned tokens: Kolesnikova et al., arXiv 2205.02340, section 3; cosine: Sanh et al., arXiv
+    1910.01108, section 2; T^2: Hinton et al., arXiv 1503.02531, section 2; generalised JSD: Agarwal et al.,
+    arXiv 2306.13649, equation 1 with the teacher as P.
 
     Args:
         student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``, or a list of such layers.
@@ -58,13 +59,14 @@ def span_loss(
         pairs: P span pairs over the flattened positions.
         divergence: ``"kl"``, ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
         temperature: T > 0, finite; no effect on ``mse`` and ``cosine``.
-        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the pooled student rows; required when D_s differs
-            from D_t. Their dtype is the student's, or float32 for a half-precision student.
+        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the pooled student rows; required when D_s
+            differs from D_t. Their dtype is the student's, or float32 for a half-precision student.
         pair_weights: ``[P]`` or None for 1.
         beta: the weight of the teacher in ``jsd``, ``0 < beta < 1``.
         pooling: ``"mean"`` or ``"sum"``, for the student's spans and the teacher's.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
-        student_layer_weights, teacher_layer_weights: one weight per layer, a tensor ``[n]`` or a list of numbers.
+        student_layer_weights, teacher_layer_weights: one weight per layer, a tensor ``[n]`` or a list of
+            numbers.
         backend: None or ``"reference"``.
 
     Returns:
@@ -75,20 +77,11 @@ def span_loss(
         ValueError: wrong shapes, names, devices, temperature, beta, or pairs past the end of a side.
     """
     checks.check_reference_backend(backend)
-    students = checks.check_layers(student, "student")
-    teachers = checks.check_layers(teacher, "teacher")
-    checks.check_same_kind(students[0], "student", teachers[0], "teacher")
-    checks.check_layer_weights(student_layer_weights, students, "student_layer_weights")
-    checks.check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
-    checks.check_pairs(pairs, students[0], teachers[0])
-    checks.check_projection(weight, bias, students[0], teachers[0])
-    checks.check_pair_weights(pair_weights, pairs, students[0])
-    checks.check_choice(divergence, "divergence", checks.DIVERGENCES)
-    checks.check_choice(pooling, "pooling", checks.POOLINGS)
-    checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
-    checks.check_temperature(temperature)
-    checks.check_beta(beta)
-
+    students, teachers = checks.check_span_loss(
+        student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
+        pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
+        student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
+    )  # fmt: skip
     student_rows = weighted_mean(students, student_layer_weights)
     teacher_rows = weighted_mean([layer.detach() for layer in teachers], teacher_layer_weights)
     student_rows, teacher_rows, valid = pool_pairs(student_rows, teacher_rows, pairs, pooling)

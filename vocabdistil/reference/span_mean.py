@@ -13,12 +13,13 @@ def span_mean(
 ) -> Tensor:
     """Averages (or adds) the rows of ``x`` over each span.
 
-    ``out[p] = sum_{start[p] <= i < end[p]} x[i] / n_p`` with ``n_p = max(end[p] - start[p], 1)`` for ``"mean"`` and
-    ``n_p = 1`` for ``"sum"``. An empty span gives 0 and no gradient. Each token lies in at most one span, so
-    ``grad x[i] = grad out[p] / n_p`` for the span p that holds token i, and 0 outside all spans.
+    ``out[p] = sum_{start[p] <= i < end[p]} x[i] / n_p`` with ``n_p = max(end[p] - start[p], 1)`` for
+    ``"mean"`` and ``n_p = 1`` for ``"sum"``. An empty span gives 0 and no gradient. Each token lies in at
+    most one span, so ``grad x[i] = grad out[p] / n_p`` for the span p that holds token i, and 0 outside all
+    spans.
 
-    Source: the span average of the reduce alignment, Kolesnikova et al., arXiv 2205.02340, section 3; ``"sum"`` is
-    what the authors' code computes for hidden states.
+    Source: the span average of the reduce alignment, Kolesnikova et al., arXiv 2205.02340, section 3;
+    ``"sum"`` is what the authors' code computes for hidden states.
 
     Args:
         x: ``[N, D]`` or ``[B, L, D]`` (flattened to ``N = B * L``); float32, float64, bfloat16 or float16.
@@ -31,8 +32,8 @@ def span_mean(
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: wrong shapes, devices or names; spans that overlap, descend or run past the end (looked at only
-            in host memory).
+        ValueError: wrong shapes, devices or names; spans that overlap, descend or run past the end (looked at
+            only in host memory).
     """
     checks.check_reference_backend(backend)
     checks.check_float(x, "x", dims=(2, 3))

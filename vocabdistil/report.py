@@ -1,0 +1,269 @@
+"""What people see: progress, tables, CPU times, the model card."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from transformers import TrainerCallback
+
+from ._tokenizers import encode
+
+if TYPE_CHECKING:
+    from .data import CoverageReport
+    from .teachers import Teacher
+    from .training import DistillConfig
+
+__all__ = ["Reporter", "compare_models", "cpu_time", "describe_model", "model_card", "timing_texts"]
+
+_LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "mlm")
+_HELD_OUT = (
+    ("kl_reduce", "span KL, reduce input", "lower"),
+    ("kl_own", "span KL, own tokenization", "lower"),
+    ("mlm", "MLM loss", "lower"),
+    ("cosine", "cosine of pooled embeddings", "higher"),
+    ("pearson", "regression loyalty, Pearson", "higher"),
+    ("spearman", "regression loyalty, Spearman", "higher"),
+)
+
+
+# ---------------------------------------------------------------- sizes and times
+
+
+def describe_model(model: nn.Module, vocab_size: int) -> dict[str, int | float]:
+    """``parameters`` (tied ones once), ``vocab`` (tokens), ``mb`` (10^6 bytes of the weights)."""
+    parameters = {p.data_ptr(): p for p in model.parameters()}.values()
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "vocab": vocab_size,
+        "mb": round(sum(p.numel() * p.element_size() for p in parameters) / 1e6, 2),
+    }
+
+
+def timing_texts(texts: Sequence[str], tokenizers: Sequence[Any], batch: int, length: int) -> list[str]:
+    """``batch`` texts that every tokenizer reads in at most ``length`` tokens, as long as they can be.
+
+    Texts are joined by spaces, from the first on and around again if there are too few, then cut at a word.
+    """
+    made, position = [], 0
+    for _ in range(batch):
+        words: list[str] = []
+        # A word is a token at least, so this many are enough.
+        while len(words) < length:
+            words += texts[position % len(texts)].split()
+            position += 1
+        low, high = 1, min(len(words), length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            text = " ".join(words[:middle])
+            fits = all(len(encode(tokenizer, [text], "tokenizer")[0]) <= length for tokenizer in tokenizers)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        made.append(" ".join(words[:low]))
+    return made
+
+
+@torch.no_grad()
+def cpu_time(model: nn.Module, tokenizer: Any, texts: Sequence[str], repeats: int = 3) -> dict[str, float | int]:
+    """Seconds of one forward pass over ``texts`` as one batch, tokenizing left out: median, and the token count."""
+    rows = encode(tokenizer, list(texts), "tokenizer")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+        mask[b, : len(row)] = 1
+    device = next(model.parameters()).device
+    model.to("cpu").eval()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        model(input_ids=ids, attention_mask=mask)
+        seconds.append(time.perf_counter() - start)
+    model.to(device)
+    return {"seconds": round(statistics.median(seconds[1:]), 4), "tokens": int(mask.sum())}
+
+
+def compare_models(
+    teacher: Teacher, student: nn.Module, tokenizer: Any, texts: Sequence[str], batch: int, length: int
+) -> dict[str, Any]:
+    """Sizes of teacher and student, and the CPU time of their bodies on the same text, each with its own tokenizer."""
+    length = min(length, teacher.max_positions, student.config.max_position_embeddings)
+    texts = timing_texts(texts, [teacher.tokenizer, tokenizer], batch, length)
+    rows = {
+        "teacher": describe_model(teacher.model, len(teacher.tokenizer))
+        | cpu_time(teacher.model, teacher.tokenizer, texts),
+        "student": describe_model(student, len(tokenizer)) | cpu_time(student.distilbert, tokenizer, texts),
+    }
+    return {
+        **rows,
+        "time_batch": batch,
+        "time_length": length,
+        "threads": torch.get_num_threads(),
+        "compression": round(rows["teacher"]["mb"] / rows["student"]["mb"], 2),
+        "speedup": round(rows["teacher"]["seconds"] / rows["student"]["seconds"], 2),
+    }
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+class _ProgressCallback(TrainerCallback):
+    """A bar with the losses on a terminal; elsewhere a line now and then; nothing if quiet."""
+
+    def __init__(self, console: Console | None, steps: int) -> None:
+        self.console, self.steps = console, steps
+        self.bar: Progress | None = None
+        self.every = max(1, steps // 20)
+        self.last = 0
+
+    def __enter__(self) -> _ProgressCallback:
+        if self.console is not None and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("Distilling"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=self.steps, losses="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _LOSSES if name in (logs or {}))
+        if not losses or self.console is None:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, losses=losses)
+        elif state.global_step - self.last >= self.every or state.global_step == self.steps:
+            self.last = state.global_step
+            self.console.print(f"step {state.global_step}/{self.steps}  {losses}", highlight=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+class Reporter:
+    """Prints to standard output unless quiet."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        width = None if sys.stdout.isatty() else 110
+        self.console = None if quiet else Console(width=width)
+
+    def print(self, *objects: Any) -> None:
+        if self.console is not None:
+            self.console.print(*objects, highlight=False, soft_wrap=all(isinstance(o, str) for o in objects))
+
+    def status(self, text: str) -> None:
+        self.print(f"{text} ...")
+
+    def progress(self, steps: int) -> _ProgressCallback:
+        return _ProgressCallback(self.console, steps)
+
+    def coverage(self, name: str, report: CoverageReport) -> None:
+        table = Table(title=f"How the vocabularies align ({Path(name).name}, {report.texts} texts)", title_justify="left")
+        table.add_column("")
+        table.add_column("", justify="right")
+        for label, value in (
+            ("teacher vocabulary", f"{report.teacher_vocab:,}"),
+            ("student vocabulary", f"{report.student_vocab:,}"),
+            ("matched vocabulary", f"{report.matched_vocab:,}"),
+            ("teacher tokens in the text with a match", f"{report.matched_tokens:.1%}"),
+            ("student pieces per teacher token (reduce)", f"{report.pieces_per_token:.3f}"),
+            ("UNK rate: teacher", f"{report.unk_rate_teacher:.3%}"),
+            ("UNK rate: student, reduce", f"{report.unk_rate_reduce:.3%}"),
+            ("UNK rate: student, own tokenization", f"{report.unk_rate_own:.3%}"),
+            ("texts where reduce equals own tokenization", f"{report.reduce_equals_own:.1%}"),
+        ):
+            table.add_row(label, value)
+        self.print(table)
+
+    def results(self, metrics: dict[str, Any], out: Path) -> None:
+        models = metrics["models"]
+        sizes = Table(title="Teacher and student", title_justify="left")
+        for column in ("", "teacher", "student", "ratio"):
+            sizes.add_column(column, justify="left" if not column else "right")
+        teacher, student = models["teacher"], models["student"]
+        for label, key, form in (
+            ("parameters, M", "parameters", lambda v: f"{v / 1e6:.2f}"),
+            ("vocabulary, tokens", "vocab", lambda v: f"{v:,}"),
+            ("size, MB", "mb", lambda v: f"{v:.1f}"),
+            (
+                f"CPU s, batch {models['time_batch']}, <= {models['time_length']} tokens, {models['threads']} threads",
+                "seconds",
+                lambda v: f"{v:.3f}",
+            ),
+        ):
+            sizes.add_row(label, form(teacher[key]), form(student[key]), f"{teacher[key] / student[key]:.1f}x")
+        self.print(sizes)
+        changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
+        for column in ("", "untrained", "trained", "better is"):
+            changes.add_column(column, justify="left" if column in ("", "better is") else "right")
+        for key, label, better in _HELD_OUT:
+            changes.add_row(label, _number(metrics["before"][key]), _number(metrics["after"][key]), better)
+        self.print(changes)
+        self.print(f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s. The student is in {out}")
+
+
+# ---------------------------------------------------------------- the model card
+
+
+def model_card(config: DistillConfig, metrics: dict[str, Any]) -> str:
+    """``README.md`` of the student's folder."""
+    teacher, student = metrics["models"]["teacher"], metrics["models"]["student"]
+    names = ", ".join(f"`{Path(name).name}`" for name in metrics["teacher"])
+    rows = "\n".join(
+        f"| {label} | {_number(metrics['before'][key])} | {_number(metrics['after'][key])} |"
+        for key, label, _ in _HELD_OUT
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [distillation, vocabdistil]
+---
+
+# {Path(config.out).name}
+
+A DistilBERT ({config.preset}) with {student["vocab"]:,} tokens, distilled by vocabdistil from {names}
+({teacher["vocab"]:,} tokens), whose vocabulary it does not share.
+
+| | parameters, M | vocabulary | MB | CPU s (batch {metrics["models"]["time_batch"]}, \
+up to {metrics["models"]["time_length"]} tokens) |
+| --- | --- | --- | --- | --- |
+| teacher | {teacher["parameters"] / 1e6:.2f} | {teacher["vocab"]:,} | {teacher["mb"]:.1f} | {teacher["seconds"]:.3f} |
+| student | {student["parameters"] / 1e6:.2f} | {student["vocab"]:,} | {student["mb"]:.1f} | {student["seconds"]:.3f} |
+
+Held-out text ({metrics["held_out_texts"]} texts):
+
+| | untrained | trained |
+| --- | --- | --- |
+{rows}
+
+```python
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{Path(config.out).name}")
+model = AutoModel.from_pretrained("{Path(config.out).name}")
+```
+
+`projection.safetensors`, if there, maps the student's hidden states to the teacher's width (`[D_t, D_s]`);
+`remap.vdrt` maps the teacher's tokens to the student's; `metrics.json` and `training_log.jsonl` have all figures.
+"""

@@ -44,7 +44,7 @@ def naive(
 
 
 def two_distributions():
-    """Hidden states whose softmax is q = (1/2, 1/4, 1/4) for the teacher and r = (1/4, 1/4, 1/2) for the student."""
+    """Hidden states with softmax r = (1/4, 1/4, 1/2) (student) and q = (1/2, 1/4, 1/4) (teacher)."""
     teacher = torch.tensor([[LOG2, 0.0, 0.0]], dtype=F64)
     student = torch.tensor([[0.0, 0.0, LOG2]], dtype=F64)
     return student, teacher

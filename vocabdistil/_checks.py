@@ -198,8 +198,8 @@ def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor
             raise ValueError("bias: expected None as there is no weight, got a tensor")
         if width_s != width_t:
             raise ValueError(
-                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher differ "
-                f"in width, got None"
+                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher "
+                f"differ in width, got None"
             )
         return
     check_float(weight, "weight")
@@ -214,7 +214,7 @@ def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor
 
 
 def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
-    """Span pairs on the device of the rows ``student [N_s, .]`` and ``teacher [N_t, .]``, none past an end."""
+    """Span pairs on the device of the rows ``student [N_s, .]``, ``teacher [N_t, .]``, none past an end."""
     if not isinstance(pairs, SpanPairs):
         raise TypeError(f"pairs: expected SpanPairs, got {_kind(pairs)}")
     if pairs.device != student.device:

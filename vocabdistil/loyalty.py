@@ -115,7 +115,8 @@ def _check_shapes(student: Tensor, teacher: Tensor, student_name: str, teacher_n
         )
     if student.shape != teacher.shape:
         raise ValueError(
-            f"{teacher_name}: expected shape {tuple(student.shape)} as {student_name}, got {tuple(teacher.shape)}"
+            f"{teacher_name}: expected shape {tuple(student.shape)} as {student_name}, "
+            f"got {tuple(teacher.shape)}"
         )
 
 
@@ -123,7 +124,8 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     _check_shapes(student_logits, teacher_logits, "student_logits", "teacher_logits")
     if student_logits.dim() < 1 or not student_logits.numel():
         raise ValueError(
-            f"student_logits: expected shape [..., C] with at least one sample, got {tuple(student_logits.shape)}"
+            f"student_logits: expected shape [..., C] with at least one sample, "
+            f"got {tuple(student_logits.shape)}"
         )
 
 

@@ -20,7 +20,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` in the dtype of ``x``, whatever autocast is on: the ground truth is not rounded."""
+    """``x @ weight.T + bias`` in the dtype of ``x``, under autocast too: the ground truth is not rounded."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -92,6 +92,11 @@ def pool_pairs(
     return student, teacher, valid
 
 
+def log_softmax(x: Tensor, temperature: float) -> Tensor:
+    """``log softmax(x / T)`` over the last dimension; at T = 1 without a pass over ``x`` for the division."""
+    return F.log_softmax(x if temperature == 1 else x / temperature, dim=-1)
+
+
 def safe_log(x: Tensor) -> Tensor:
     """``log x``, and -inf with gradient 0 (not NaN) where x = 0."""
     positive = x > 0
@@ -118,8 +123,7 @@ def divergence_rows(
         return (student - teacher).square().sum(-1)
     if divergence == "cosine":
         return 1 - cosine_rows(student, teacher)
-    log_r = F.log_softmax(student / temperature, dim=-1)
-    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    log_r, log_q = log_softmax(student, temperature), log_softmax(teacher, temperature)
     if divergence == "kl":
         loss = kl_rows(log_q, log_r)
     elif divergence == "reverse_kl":

@@ -29,15 +29,15 @@ def contrastive(
     With ``s_p = weight mean_s(p) + bias`` (``mean_s(p)`` without a weight), ``t_p = mean_t(p)``, ``sim`` the
     cosine (each norm at least 1e-8), and K other pairs n of the batch drawn without replacement for each p::
 
-        side="student"  l_p = -log( e^{sim(t_p, s_p) / T} / (e^{sim(t_p, s_p) / T} + sum_n e^{sim(t_p, s_n) /
-        T}) ) side="teacher"  l_p = -log( e^{sim(s_p, t_p) / T} / (e^{sim(s_p, t_p) / T} + sum_n e^{sim(s_p,
-        t_n) / T}) )
+        side="student"  l_p = -log( e(t_p, s_p) / (e(t_p, s_p) + sum_n e(t_p, s_n)) )
+        side="teacher"  l_p = -log( e(s_p, t_p) / (e(s_p, t_p) + sum_n e(s_p, t_n)) )
 
-    ``side`` says where the negatives are taken from; they are compared with the other side of pair p. Pairs
-    with an empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No
+    with ``e(a, b) = exp(sim(a, b) / T)``. ``side`` says where the negatives are taken from; they are compared
+    with the other side of pair p (a reading: our sources do not say what they are compared with). Pairs with
+    an empty span have loss 0 and serve as no one's negative. A pair alone in its batch has loss 0. No
     gradient reaches the teacher.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, section 3 (contrastive loss on hidden states, K = 32 or 64);
+    Source: Kolesnikova et al., arXiv 2205.02340 (contrastive loss on hidden states, K = 32 or 64);
     van den Oord et al., arXiv 1807.03748, equation 4.
 
     Args:

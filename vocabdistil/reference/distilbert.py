@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vocabdistil import _checks as checks
-from vocabdistil.reference._common import cosine_rows, kl_rows, upcast
+from vocabdistil.reference._common import cosine_rows, kl_rows, log_softmax, upcast
 from vocabdistil.reference.mlm import mlm_loss
 
 
@@ -79,7 +78,8 @@ def distilbert(
         )
     if attention_mask is not None and attention_mask.shape != student_logits.shape[:-1]:
         raise ValueError(
-            f"attention_mask: expected shape {tuple(student_logits.shape[:-1])}, got {tuple(attention_mask.shape)}"
+            f"attention_mask: expected shape {tuple(student_logits.shape[:-1])}, "
+            f"got {tuple(attention_mask.shape)}"
         )
 
     mlm = mlm_loss(student_logits, labels, lambda logits: logits)
@@ -92,7 +92,7 @@ def distilbert(
         rows = [x[attended] for x in rows]
     z_s, z_t, h_s, h_t = (upcast(x) for x in rows)
     count = max(z_s.shape[0], 1)
-    log_r, log_q = F.log_softmax(z_s / temperature, -1), F.log_softmax(z_t / temperature, -1)
+    log_r, log_q = log_softmax(z_s, temperature), log_softmax(z_t, temperature)
     ce = temperature**2 * kl_rows(log_q, log_r).sum() / count
     cos = (1 - cosine_rows(h_s, h_t)).sum() / count
     return DistilBertLoss(alpha_ce * ce + alpha_mlm * mlm + alpha_cos * cos, ce, mlm, cos)

@@ -108,15 +108,15 @@ def _step(k: int | None, student_layers: int, teacher_layers: int) -> int:
     if k is None:
         if teacher_layers % student_layers:
             raise ValueError(
-                f"k: expected a step, as {teacher_layers} teacher layers do not divide by {student_layers} student "
-                f"layers, got None"
+                f"k: expected a step, as {teacher_layers} teacher layers do not divide by {student_layers} "
+                f"student layers, got None"
             )
         return teacher_layers // student_layers
     _check_int(k, "k")
     if k < 1 or k * student_layers > teacher_layers:
         raise ValueError(
-            f"k: expected a step from 1 to {teacher_layers // student_layers} ({student_layers} student layers, "
-            f"{teacher_layers} teacher layers), got {k}"
+            f"k: expected a step from 1 to {teacher_layers // student_layers} ({student_layers} student "
+            f"layers, {teacher_layers} teacher layers), got {k}"
         )
     return k
 

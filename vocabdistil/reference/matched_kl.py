@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vocabdistil import _checks as checks
 from vocabdistil._checks import Matched
-from vocabdistil.reference._common import kl_rows, pool_pairs, reduce_pairs, safe_log, upcast
+from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
 from vocabdistil.spans import SpanPairs
 
 
@@ -43,7 +42,7 @@ def matched_kl(
     teacher's side always. When the teacher has no unmatched column, q_U is 0. ``batchmean`` divides by the
     number of rows, or of pairs with both spans non-empty; no rows give 0. No gradient reaches the teacher.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, section 3 (KL over the matched vocabulary: ``renormalize``);
+    Source: Kolesnikova et al., arXiv 2205.02340 (KL over the matched vocabulary: ``renormalize``);
     ``rest`` and ``drop`` are this package's.
 
     Args:
@@ -107,8 +106,8 @@ def check_matched_arguments(
     num_matched = matched.student_ids.numel()
     if unmatched == "rest" and student_columns <= num_matched and teacher_columns > num_matched:
         raise ValueError(
-            f"unmatched: expected 'renormalize' or 'drop' as all {student_columns} student columns are matched, "
-            f"got 'rest'"
+            f"unmatched: expected 'renormalize' or 'drop' as all {student_columns} student columns are "
+            f"matched, got 'rest'"
         )
 
 
@@ -128,8 +127,7 @@ def matched_rows(
     unmatched: str,
 ) -> Tensor:
     """``[P, .]`` logits -> ``[P]`` losses; for ``"renormalize"`` the columns are the matched ones already."""
-    log_r = F.log_softmax(student / temperature, dim=-1)
-    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    log_r, log_q = log_softmax(student, temperature), log_softmax(teacher, temperature)
     if unmatched == "rest":
         log_r = _with_rest(log_r, student_ids)
         log_q = _with_rest(log_q, teacher_ids)

@@ -17,7 +17,7 @@ def average_losses(losses: Sequence[Tensor], weights: Sequence[float] | None = N
 
     Each teacher has its own tokenizer, so its own alignment and its own loss.
 
-    Source: Avram et al., arXiv 2112.12650, section 3.
+    Source: Avram et al., arXiv 2112.12650.
 
     Args:
         losses: tensors of one shape, one per teacher.
@@ -35,7 +35,7 @@ def ensemble_distribution(
 ) -> Tensor:
     """``sum_k w_k softmax(z_k / T) / sum_k w_k``: the mean of the teachers' distributions.
 
-    Source: Avram et al., arXiv 2112.12650, section 4 (label and probability of an ensemble).
+    Source: Avram et al., arXiv 2112.12650 (label and probability of an ensemble).
 
     Args:
         logits: ``[..., C]``, one tensor per teacher, over the same classes.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vocabdistil import _checks as checks
 from vocabdistil._checks import RemapLike
-from vocabdistil.reference._common import kl_rows, pool_pairs, reduce_pairs, safe_log, upcast
+from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
 from vocabdistil.spans import SpanPairs
 
 COMBINES = ("sum", "logsumexp")
@@ -39,7 +38,7 @@ def remapped_kl(
     the spans. A term with q = 0 is 0. No gradient reaches the teacher. ``batchmean`` divides by the number of
     rows, or of pairs with both spans non-empty; no rows give 0.
 
-    Source: Kolesnikova et al., arXiv 2205.02340, section 3 (reduce-map); ``logsumexp`` is this package's.
+    Source: Kolesnikova et al., arXiv 2205.02340 (reduce-map); ``logsumexp`` is this package's.
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.
@@ -79,8 +78,8 @@ def remapped_kl(
         count = pairs.num_nonempty
     lengths = table.indptr.to(student.device, torch.int64).diff()
     mapped = lengths.nonzero()[:, 0]
-    log_r = F.log_softmax(_combine(student, table, lengths[mapped], combine) / temperature, dim=-1)
-    log_q = F.log_softmax(teacher[:, mapped] / temperature, dim=-1)
+    log_r = log_softmax(_combine(student, table, lengths[mapped], combine), temperature)
+    log_q = log_softmax(teacher[:, mapped], temperature)
     return reduce_pairs(temperature**2 * kl_rows(log_q, log_r), valid, count, reduction)
 
 

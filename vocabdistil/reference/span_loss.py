@@ -49,7 +49,7 @@ def span_loss(
     teacher.
 
     Sources: KL between averaged hidden states: model card of ``distilrubert-tiny-cased-conversational-5k``;
-    MSE on aligned tokens: Kolesnikova et al., arXiv 2205.02340, section 3; cosine: Sanh et al., arXiv
+    MSE on aligned tokens: Kolesnikova et al., arXiv 2205.02340; cosine: Sanh et al., arXiv
     1910.01108, section 2; T^2: Hinton et al., arXiv 1503.02531, section 2; generalised JSD: Agarwal et al.,
     arXiv 2306.13649, equation 1 with the teacher as P.
 

@@ -18,7 +18,7 @@ def span_mean(
     most one span, so ``grad x[i] = grad out[p] / n_p`` for the span p that holds token i, and 0 outside all
     spans.
 
-    Source: the span average of the reduce alignment, Kolesnikova et al., arXiv 2205.02340, section 3;
+    Source: the span average of the reduce alignment, Kolesnikova et al., arXiv 2205.02340;
     ``"sum"`` is what the authors' code computes for hidden states.
 
     Args:

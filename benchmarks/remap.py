@@ -1,4 +1,4 @@
-"""Remap table and match alignment against plain Python, on made-up vocabularies with a Zipf-like use of tokens."""
+"""Remap table and match alignment against plain Python, on made-up vocabularies by default."""
 
 from __future__ import annotations
 

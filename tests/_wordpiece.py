@@ -69,7 +69,7 @@ def row_rule(token: str, vocab: dict[str, int], prefix: str = "##", max_chars: i
 
 
 def match_rule(teacher: list[str | None], student: list[str | None]) -> list[tuple[int, int]]:
-    """Pairs (student position, teacher position) of equal tokens, greedily from the left; None equals nothing."""
+    """Pairs (student position, teacher position) of equal tokens, taken greedily; None equals nothing."""
     pairs, last = [], -1
     for i, token in enumerate(teacher):
         j = next(

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests._wordpiece import match_rule, russian_text, small_text, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests._wordpiece import match_rule, russian_text, small_text, train
 from vocabdistil.align import align, match_pairs
 from vocabdistil.remap import RemapTable
 from vocabdistil.spans import SpanPairs
@@ -83,7 +83,7 @@ def test_many_tokens_and_threads() -> None:
 
 
 def test_long_sequences_take_linear_time() -> None:
-    # Most teacher tokens find nothing: looking for each through the rest of the student would need 10^10 steps.
+    # Most teacher tokens find nothing: looking for each in all the rest would need 10^10 steps.
     matched = MatchedVocab(teacher_ids=[0, 1], student_ids=[0, 1])
     teacher = torch.arange(200_000).remainder(2).view(1, -1)
     student = torch.zeros(1, 200_000, dtype=torch.int64)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from tests._wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models
 
+from tests._wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
 from vocabdistil.remap import RemapTable
 
 ALPHABET = "abяé語#"

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests._wordpiece import SPECIALS, small_text, train, wordpiece
 
+from tests._wordpiece import SPECIALS, small_text, train, wordpiece
 from vocabdistil.vocab import MatchedVocab
 
 

@@ -132,7 +132,7 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
 def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None = None) -> list[list[int]]:
     """Token ids of each text with special tokens, cut to ``max_length``, not padded.
 
-    A tokenizer file may bring its own truncation and padding: both are set for the call and put back after it.
+    A tokenizer file may bring its own truncation and padding: both are set for the call and put back.
 
     Raises:
         ValueError: ``max_length`` without room for the special tokens.

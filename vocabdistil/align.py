@@ -103,7 +103,8 @@ def match_pairs(
     """The ``match`` alignment of arXiv 2205.02340: equal tokens, taken greedily from left to right.
 
     For each teacher token in order, the first equal student token after the last one taken. Special tokens
-    are tokens like any other; without masks, so is padding. An id outside the matched vocabulary equals nothing.
+    are tokens like any other; without masks, so is padding. An id outside the matched vocabulary equals
+    nothing.
 
     Args:
         teacher_ids: ``[B, L_t]`` int64 or int32, or a list of lists.

@@ -97,9 +97,9 @@ def _unit_columns(tensor: Tensor) -> Tensor:
 def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one allocation.
 
-    One block is given back to the allocator whole and reused by the next batch. Three blocks of this size go back
-    to the operating system each time, and the page faults of fresh memory cost several times the remapping itself.
-    They are no views of one tensor: a change of one in place is not a change of the others to autograd.
+    The allocator keeps one freed block for the next batch, but gives three of this size back to the system,
+    and the page faults of fresh memory cost several times the remapping itself. They are no views of one
+    tensor: to autograd, a change of one in place is not a change of the others.
     """
     tokens = batch * width
     storage = torch.empty(16 * (tokens + count), dtype=torch.uint8).untyped_storage()
@@ -184,12 +184,13 @@ class RemapTable:
     def from_tokenizers(cls, teacher: Any, student: Any) -> RemapTable:
         """The student's WordPiece tokenization of every teacher token's own string.
 
-        Greedy longest match from the left; a teacher token with the continuation prefix (``##``) is matched as
-        a continuation from its first piece on; special tokens map to the student's token of the same role, else
-        to its special token of the same string, else to UNK; a string with a character that cannot be covered,
-        a string longer than the student's ``max_input_chars_per_word``, ``[unusedN]`` and holes in the
-        teacher's vocabulary map to UNK alone. A string that is an added token of the student maps to it.
-        Nothing is normalised.
+        - Greedy longest match from the left, by characters; nothing is normalised.
+        - A teacher token with the continuation prefix (``##``) is matched as a continuation from its first
+          piece on.
+        - Special tokens map to the student's token of the same role, else to its special token of the same
+          string, else to UNK. A string that is an added token of the student maps to it.
+        - A string with a character that cannot be covered, a string longer than the student's
+          ``max_input_chars_per_word``, ``[unusedN]`` and holes in the teacher's vocabulary map to UNK alone.
 
         Args:
             teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, both WordPiece. A
@@ -289,8 +290,8 @@ class RemapTable:
                 not fit ends its sequence.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int64 ``[B, L_s]``, and one span pair per kept teacher token,
-            all on the device of ``teacher_ids``. The work is done on the CPU.
+            ``input_ids`` and ``attention_mask``, int64 ``[B, L_s]``, and one span pair per kept teacher
+            token, all on the device of ``teacher_ids``. The work is done on the CPU.
 
         Raises:
             TypeError: ids or mask of a wrong dtype.

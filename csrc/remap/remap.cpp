@@ -75,6 +75,31 @@ struct Lexicon {
   }
 };
 
+// Three slots are written whatever the row holds, and the next token overwrites those that were too many: no branch
+// depends on the data.
+inline int64_t put_short(uint64_t entry, int64_t* out) {
+  out[0] = static_cast<int64_t>((entry >> 4) & kIdMask);
+  out[1] = static_cast<int64_t>((entry >> (4 + kIdBits)) & kIdMask);
+  out[2] = static_cast<int64_t>(entry >> (4 + 2 * kIdBits));
+  return static_cast<int64_t>(entry & 15);
+}
+
+// Writes the rows of ids[i...] up to the first that is long, or that would start past `safe`: the last slots of a
+// sequence are not for scribbling, since they have a neighbour. Returns where it stopped.
+template <class Id>
+int64_t put_short_rows(const Id* ids, int64_t i, int64_t end, const uint64_t* packed, int64_t safe, int64_t* out,
+                       int64_t& at, int32_t* starts, int32_t base) {
+  int64_t here = at;
+  for (; i < end && here <= safe; ++i) {
+    const uint64_t entry = packed[ids[i]];
+    if ((entry & 15) == kLong) break;
+    starts[i] = base + static_cast<int32_t>(here);
+    here += put_short(entry, out + here);
+  }
+  at = here;
+  return i;
+}
+
 // A value whose sign bit tells whether the mask is not 0.
 template <class U, class Mask>
 U mask_bits(Mask value) {
@@ -272,29 +297,13 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
   int64_t at = 0, pair = 0, i = 0;
   const bool masked = plan.kept != plan.used;
   const int32_t base = static_cast<int32_t>(student_base);
-  // Three slots are written whatever the row holds, and the next token overwrites those that were too many: no
-  // branch depends on the data. The last slots of the sequence are written exactly, since they have a neighbour.
-  auto put = [&](int64_t id) {
-    const uint64_t entry = packed[id];
-    const uint64_t count = entry & 15;
-    if (count == kLong) {
-      at += put_row(id, out + at);
-      return;
-    }
-    out[at] = static_cast<int64_t>((entry >> 4) & kIdMask);
-    out[at + 1] = static_cast<int64_t>((entry >> (4 + kIdBits)) & kIdMask);
-    out[at + 2] = static_cast<int64_t>(entry >> (4 + 2 * kIdBits));
-    at += static_cast<int64_t>(count);
-  };
   const int64_t safe = width - kInline;
   if (!masked) {
-    for (; i < plan.used && at <= safe; ++i) {
+    while (i < plan.used) {
+      i = put_short_rows(ids, i, plan.used, packed, safe, out, at, starts, base);
+      if (i == plan.used) break;
       starts[i] = base + static_cast<int32_t>(at);
-      put(ids[i]);
-    }
-    for (; i < plan.used; ++i) {
-      starts[i] = base + static_cast<int32_t>(at);
-      at += put_row(ids[i], out + at);
+      at += put_row(ids[i++], out + at);
     }
     for (int64_t k = 0; k < plan.kept; ++k) pairs[2][k] = static_cast<int32_t>(teacher_base + k);
     for (int64_t k = 0; k < plan.kept; ++k) pairs[3][k] = static_cast<int32_t>(teacher_base + k + 1);
@@ -305,11 +314,8 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
       pairs[2][pair] = static_cast<int32_t>(teacher_base + i);
       pairs[3][pair] = static_cast<int32_t>(teacher_base + i + 1);
       ++pair;
-      if (at <= safe) {
-        put(ids[i]);
-      } else {
-        at += put_row(ids[i], out + at);
-      }
+      const uint64_t entry = packed[ids[i]];
+      at += (entry & 15) != kLong && at <= safe ? put_short(entry, out + at) : put_row(ids[i], out + at);
     }
   }
   if (plan.kept > 0) {

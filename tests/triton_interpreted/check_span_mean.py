@@ -17,16 +17,18 @@ from vocabdistil.triton_kernels import span_mean as kernels
 def test_against_float64(dim, dtype, pooling):
     pairs, n, _ = make_pairs(9, seed=dim, gaps=True, empty=True)
     start, end = pairs.student_start, pairs.student_end
-    x = torch.randn(n, dim).to(dtype).requires_grad_()
-    upstream = torch.randn(9, dim).to(dtype)
+    generator = torch.Generator().manual_seed(dim)
+    x = torch.randn(n, dim, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(9, dim, generator=generator).to(dtype)
     out = vd.span_mean(x, start, end, pooling=pooling, backend="triton")
     out.backward(upstream)
     wide = x.detach().double().requires_grad_()
     want = vd.reference.span_mean(wide, start, end, pooling=pooling)
     want.backward(upstream.double())
     assert out.dtype == dtype
-    assert_norm_close(out.detach(), want.detach(), dtype, "out")
-    assert_norm_close(x.grad, wide.grad, dtype, "gradient")
+    factor = 2 if dtype == torch.bfloat16 else 1  # the interpreter cuts a float32 to bfloat16 instead of rounding
+    assert_norm_close(out.detach(), want.detach(), dtype, "out", factor)
+    assert_norm_close(x.grad, wide.grad, dtype, "gradient", factor)
 
 
 def test_no_row_is_left_unwritten_and_none_outside_is_touched():

@@ -1,0 +1,73 @@
+"""Test tiers: which part of the package a run has proven. The count per tier stands at the end of every run, and a
+whole run fails if a tier that could run here ran nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# tier -> (file name prefixes, whether it can run here)
+TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "reference": (("test_reference", "test_loyalty"), True),
+    "C++ on CPU": (("test_span_", "test_remap", "test_align"), True),
+    "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),
+    "Triton, compiled": (("test_triton_compile",), HAS_TRITON),
+    "CUDA, compiled": (("test_cuda_build",), shutil.which("nvcc") is not None),
+    "GPU": (("test_gpu",), torch.cuda.is_available()),
+    "package": (("test_",), True),
+}
+
+
+def tier_of(path: Path) -> str:
+    return next(tier for tier, (prefixes, _) in TIERS.items() if path.name.startswith(prefixes))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[counts_key] = dict.fromkeys(TIERS, 0)
+
+
+counts_key = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.when == "call" and not report.skipped:
+        # A test that runs others in a process of their own says how many.
+        item.config.stash[counts_key][tier_of(item.path)] += dict(report.user_properties).get("tests", 1)
+    return report
+
+
+def _empty_tiers(config: pytest.Config) -> list[str]:
+    whole = not config.option.keyword and not config.option.markexpr and not config.option.collectonly
+    whole = whole and config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    counts = config.stash[counts_key]
+    return [tier for tier, (_, possible) in TIERS.items() if whole and possible and not counts[tier]]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and _empty_tiers(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    empty = _empty_tiers(config)
+    terminalreporter.section("tests run per tier")
+    for tier, count in config.stash[counts_key].items():
+        possible = TIERS[tier][1]
+        note = "  <- could run here and ran nothing" if tier in empty else "" if possible else "  (cannot run here)"
+        terminalreporter.write_line(f"{tier:20} {count:5}{note}")

@@ -1,0 +1,53 @@
+"""The CUDA half of the build, on a machine with nvcc and without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import vocabdistil as vd
+from vocabdistil import _native
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(not _native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
+]
+
+
+def test_every_architecture_from_sm_75_on_is_built():
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = {int(arch.removeprefix("compute_")) for arch in listed}
+    built = {int(arch.split("-")[0]) for arch in vd.backends()["build"]["cuda_architectures"]}
+    assert built == {arch for arch in known if arch >= 75}
+
+
+def test_kernels_are_in_the_module():
+    bundled = Path(str(importlib.util.find_spec("triton").origin)).parent / "backends/nvidia/bin" if HAS_TRITON else None
+    cuobjdump = shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not on the PATH")
+    run = subprocess.run([cuobjdump, "-elf", _native.module().__file__], capture_output=True, text=True, check=True)
+    assert "fwd_kernel" in run.stdout and "bwd_kernel" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_call_without_a_driver_says_so():
+    spans = torch.zeros(1, dtype=torch.int32)
+    x = torch.zeros(1, 4)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        _native.module().cuda_span_mean_fwd(
+            0, x.data_ptr(), 4, 1, spans.data_ptr(), spans.data_ptr(), 1, 4, True, x.data_ptr(), 0
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backends_say_why_cuda_cannot_run():
+    cuda = vd.backends()["backends"]["cuda"]
+    assert not cuda["available"] and "CUDA device" in cuda["reason"]

@@ -13,8 +13,6 @@ import torch
 import vocabdistil as vd
 from vocabdistil import _native
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
     pytest.mark.skipif(not _native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
@@ -29,7 +27,8 @@ def test_every_architecture_from_sm_75_on_is_built():
 
 
 def test_kernels_are_in_the_module():
-    bundled = Path(str(importlib.util.find_spec("triton").origin)).parent / "backends/nvidia/bin" if HAS_TRITON else None
+    triton = importlib.util.find_spec("triton")  # brings the tool along
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
     cuobjdump = shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")

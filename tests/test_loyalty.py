@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reference_cases import rows
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from tests.reference_cases import rows
 from vocabdistil import loyalty
 
 

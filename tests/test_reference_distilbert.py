@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.reference_cases import F64, rows
 from tests.tolerances import LOSS, assert_close
-
 from vocabdistil.reference import distilbert
 
 LABELS = torch.tensor([[2, -100, -100], [-100, 0, 4]])

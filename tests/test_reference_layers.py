@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.reference_cases import F64, rows
 from tests.tolerances import LOSS, VALUE, assert_close
-
 from vocabdistil.reference import attention_mse, average_losses, ensemble_distribution, layer_map, layer_mean
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from tests.reference_cases import F64, both_spans, matched, mixed_pairs, naive_kl, no_pairs, rows
 from tests.tolerances import LOSS, VALUE, assert_close
-
 from vocabdistil._checks import UNMATCHED
 from vocabdistil.reference import linear_matched_kl, matched_kl
 from vocabdistil.spans import SpanPairs

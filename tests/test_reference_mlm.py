@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.reference_cases import F64, rows
 from tests.tolerances import LOSS, assert_close
-
 from vocabdistil.reference import mask_tokens, masking_probabilities, mlm_loss
 from vocabdistil.reference.mlm import IGNORE
 

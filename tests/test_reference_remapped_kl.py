@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from tests.reference_cases import F64, matched, mixed_pairs, naive_kl, no_pairs, remap, rows
 from tests.tolerances import LOSS, VALUE, assert_close
-
 from vocabdistil.reference import matched_kl, remapped_kl
 
 TABLE = remap([[2], [], [0, 3], [3, 1, 1], [4]])  # 5 teacher tokens, 5 student columns

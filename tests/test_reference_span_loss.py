@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.reference_cases import F64, both_spans, identity_pairs, mixed_pairs, naive_kl, no_pairs, rows
 from tests.tolerances import LOSS, VALUE, assert_close
-
 from vocabdistil._checks import DIVERGENCES
 from vocabdistil.reference import span_kl, span_loss
 from vocabdistil.spans import SpanPairs

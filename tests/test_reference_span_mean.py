@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.reference_cases import F64, mixed_pairs, rows, spans
 from tests.tolerances import VALUE, assert_close
-
 from vocabdistil.reference import span_mean
 
 

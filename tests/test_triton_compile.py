@@ -8,7 +8,6 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
 from vocabdistil.triton_kernels import span_mean  # noqa: E402
 
 SPANS = {"start": "*i32", "end": "*i32"}

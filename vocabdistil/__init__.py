@@ -1,5 +1,8 @@
 """Distil a transformer into one with a different, smaller vocabulary."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import loyalty, reference
 from ._backends import backends
 from .align import AlignedBatch, align, match_pairs
@@ -8,20 +11,61 @@ from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
 from .vocab import MatchedVocab
 
+if TYPE_CHECKING:
+    from .data import DistillCollator
+    from .pretraining import TeacherConfig, train_teacher
+    from .trainer import DistillModel, DistillTrainer, LossWeights, Objective
+    from .training import DistillConfig, DistillResult, distill
+
 __version__ = "0.1.0"
+
+# Loaded on first use: transformers' trainer takes seconds to import, and the losses do not need it.
+_LAZY = {
+    "DistillCollator": "data",
+    "DistillConfig": "training",
+    "DistillModel": "trainer",
+    "DistillResult": "training",
+    "DistillTrainer": "trainer",
+    "LossWeights": "trainer",
+    "Objective": "trainer",
+    "TeacherConfig": "pretraining",
+    "distill": "training",
+    "train_teacher": "pretraining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "AlignedBatch",
+    "DistillCollator",
+    "DistillConfig",
+    "DistillModel",
+    "DistillResult",
+    "DistillTrainer",
+    "LossWeights",
     "MatchedVocab",
+    "Objective",
     "RemapOutput",
     "RemapTable",
     "SpanPairs",
+    "TeacherConfig",
     "align",
     "backends",
+    "distill",
     "loyalty",
     "match_pairs",
     "reference",
     "span_kl",
     "span_loss",
     "span_mean",
+    "train_teacher",
 ]

@@ -73,7 +73,6 @@ def _resolve(op: str, device: str, backend: str | None, source: str) -> tuple[st
     return backend, ""
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, device: str, backend: str | None) -> str:
     source = "backend"
     if backend is None and (backend := os.environ.get("VOCABDISTIL_BACKEND") or None):
@@ -82,6 +81,10 @@ def _choose(op: str, device: str, backend: str | None) -> str:
     if reasons:
         _warn_fallback(op, device, reasons)
     return choice
+
+
+# What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, which takes seconds.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, device: torch.device, backend: str | None) -> str:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 __all__ = ["build_parser", "main"]
 
@@ -30,71 +31,198 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-def _add_distill(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("distill", help="distil a teacher into a student with a smaller vocabulary")
-    p.add_argument("--teacher", action="append", required=True, metavar="FOLDER_OR_NAME",
-                   help="the teacher; give it again for more teachers")  # fmt: skip
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to write the student to")
-    p.add_argument("--preset", default="tiny-5k", help="base, small, tiny or tiny-5k (default %(default)s)")
-    p.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the student (default: the preset's)")
-    p.add_argument("--steps", type=int, metavar="N", help="training steps (default: by --epochs)")
-    p.add_argument("--epochs", type=float, default=3.0, metavar="X", help="passes over the text (default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per step (default %(default)s)")
-    p.add_argument("--max-length", type=int, default=128, metavar="N",
-                   help="teacher tokens of a text (default %(default)s)")  # fmt: skip
-    p.add_argument("--student-max-length", type=int, metavar="N",
-                   help="student tokens of a text (default: twice --max-length, at most 512)")  # fmt: skip
-    p.add_argument("--lr", type=float, default=5e-4, metavar="X", help="peak learning rate (default %(default)s)")
-    p.add_argument("--warmup", type=float, default=0.05, metavar="X", help="share of steps of warm-up (default %(default)s)")
-    p.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of the span KL (default %(default)s)")
-    p.add_argument("--weights", default="", metavar="NAME=X,...",
-                   help="weights of the losses kl, mlm, cosine, mse (default kl=2,mlm=0.5)")  # fmt: skip
-    p.add_argument("--teacher-weights", type=_numbers, metavar="X,...", help="what each teacher counts (default: alike)")
-    p.add_argument("--layer-map", default="last", help="last, skip, average or average_all (default %(default)s)")
-    p.add_argument("--held-out", type=float, default=0.05, metavar="X",
-                   help="share of the texts kept for evaluation (default %(default)s)")  # fmt: skip
+def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
+    kind, metavar = (int, "N") if isinstance(default, int) else (float, "X")
+    p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
+
+
+def _add_run_options(p: argparse.ArgumentParser, steps: int | None) -> None:
+    """What every training run has."""
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    _number(p, "--batch-size", 32, "texts per step")
+    _number(p, "--max-length", 128, "teacher tokens")
+    _number(p, "--lr", 5e-4, "peak learning rate")
+    p.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default {steps or 'by --epochs'}")
+    _number(p, "--held-out", 0.05, "share to evaluate on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
-    p.add_argument("--precision", default="fp32", help="fp32 or bf16 (default %(default)s)")
-    p.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default %(default)s)")
-    p.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between log entries (default %(default)s)")
+    _number(p, "--seed", 0, "of everything random")
+    _number(p, "--save-every", 500, "checkpoint every N steps")
+    _number(p, "--log-every", 50, "log every N steps")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
-    p.add_argument("--time-batch", type=int, default=16, metavar="N", help="batch of the CPU timing (default %(default)s)")
-    p.add_argument("--time-length", type=int, default=512, metavar="N",
-                   help="tokens per text of the CPU timing (default %(default)s)")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue an interrupted run")
     p.add_argument("--overwrite", action="store_true", help="replace the output folder")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.set_defaults(run=_distill)
 
 
-def _distill(args: argparse.Namespace) -> int:
+def _config(kind: type, args: argparse.Namespace) -> Any:
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+
+
+def _add_distill(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--teacher", action="append", required=True, metavar="DIR_OR_NAME", help="repeat for several")
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
+    p.add_argument("--preset", default="tiny-5k", help="base, small, tiny or tiny-5k (default %(default)s)")
+    p.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the student (default: the preset's)")
+    _add_run_options(p, None)
+    _number(p, "--epochs", 3.0, "passes over the text")
+    p.add_argument("--student-max-length", type=int, metavar="N", help="student tokens (default: twice --max-length)")
+    _number(p, "--warmup", 0.05, "share of the steps")
+    _number(p, "--weight-decay", 0.01, "of AdamW")
+    p.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of the span KL (default %(default)s)")
+    p.add_argument("--weights", default="", metavar="NAME=X,...", help="kl, mlm, cosine, mse (default kl=2,mlm=0.5)")
+    p.add_argument("--teacher-weights", type=_numbers, metavar="X,...", help="of the teachers (default: alike)")
+    p.add_argument("--layer-map", default="last", help="last, skip, average or average_all (default %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    p.add_argument("--precision", default="fp32", help="fp32 or bf16 (default %(default)s)")
+    _number(p, "--time-batch", 16, "of the CPU timing")
+    _number(p, "--time-length", 512, "tokens per text")
+
+
+def _distill(args: argparse.Namespace) -> None:
     from .training import DistillConfig, distill
 
-    distill(DistillConfig(**{field.name: getattr(args, field.name) for field in fields(DistillConfig)}))
-    return 0
+    distill(_config(DistillConfig, args))
 
 
-def _add_env(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("env", help="what is built and what can run here, as JSON")
-    p.set_defaults(run=_env)
+def _add_teacher(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
+    _number(p, "--vocab-size", 30000, "tokens")
+    _number(p, "--layers", 4, "transformer layers")
+    _number(p, "--dim", 256, "hidden width")
+    _number(p, "--heads", 4, "attention heads")
+    p.add_argument("--cased", action="store_true", help="keep upper case and accents")
+    _add_run_options(p, 1000)
 
 
-def _env(args: argparse.Namespace) -> int:
+def _teacher(args: argparse.Namespace) -> None:
+    from .pretraining import TeacherConfig, train_teacher
+
+    train_teacher(_config(TeacherConfig, args))
+
+
+def _add_demo(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", default="vocabdistil-demo", metavar="DIR", help="folder to write (default %(default)s)")
+    _number(p, "--seed", 0, "of everything random")
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+
+    demo(args.out, args.seed, args.overwrite)
+
+
+def _add_coverage(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher's tokenizer")
+    p.add_argument("--student", metavar="DIR_OR_NAME", help="the student's (default: trained on the text)")
+    _number(p, "--vocab-size", 5000, "of a trained one")
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to count on")
+    p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _coverage(args: argparse.Namespace) -> None:
+    from .data import coverage, read_text, wordpiece_like
+    from .report import Reporter
+    from .teachers import load_tokenizer
+
+    texts = read_text(args.text, args.unit)
+    teacher = load_tokenizer(args.teacher)
+    if args.student is None:
+        student = wordpiece_like(teacher, texts, args.vocab_size, 512)
+    else:
+        student = load_tokenizer(args.student, "--student")
+    found = coverage(texts, teacher, student)
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        Reporter().coverage(args.teacher, found)
+
+
+def _add_loyalty(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher")
+    p.add_argument("--student", nargs="+", required=True, metavar="DIR_OR_NAME", help="the students")
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text that none was trained on")
+    p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
+    _number(p, "--texts", 512, "at most so many")
+    _number(p, "--max-length", 128, "tokens of a text")
+    _number(p, "--seed", 0, "of the choice of texts")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _loyalty(args: argparse.Namespace) -> None:
+    import random
+
+    from .data import read_text
+    from .report import Reporter, embedding_loyalty
+    from .teachers import load_teacher
+
+    texts = sorted(set(read_text(args.text, args.unit)))
+    texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
+    teacher = load_teacher(args.teacher)
+    students = [load_teacher(name, "--student") for name in args.student]
+    found = {student.name: embedding_loyalty(teacher, student, texts, args.max_length) for student in students}
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        Reporter().loyalty(found, len(texts))
+
+
+def _add_bench(p: argparse.ArgumentParser) -> None:
+    p.add_argument("models", nargs="+", metavar="DIR_OR_NAME", help="models to compare; the first is the yardstick")
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to read")
+    _number(p, "--batch", 16, "texts at once")
+    _number(p, "--length", 512, "tokens of each")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from .data import read_text
+    from .report import Reporter, bench_models
+    from .teachers import load_teacher
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    texts = read_text(args.text)
+    rows = bench_models([load_teacher(name, "models") for name in args.models], texts, args.batch, args.length)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Reporter().bench(rows, args.batch, args.length)
+
+
+def _add_env(p: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _env(args: argparse.Namespace) -> None:
     from ._backends import backends
 
     print(json.dumps(backends(), indent=2))
-    return 0
+
+
+_COMMANDS = {
+    "distill": (_add_distill, _distill, "distil a teacher into a student with a smaller vocabulary"),
+    "demo": (_add_demo, _demo, "see it work: teacher, student and table in a few minutes, nothing downloaded"),
+    "teacher": (_add_teacher, _teacher, "train a small BERT on a text, to have a teacher"),
+    "coverage": (_add_coverage, _coverage, "how two tokenizers align on a text, before any training"),
+    "loyalty": (_add_loyalty, _loyalty, "how far students agree with their teacher on a text"),
+    "bench": (_add_bench, _bench, "parameters, vocabulary, size and CPU time of models on the same text"),
+    "env": (_add_env, _env, "what is built and what can run here, as JSON"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vocabdistil", description="Distil a transformer into one with a different, smaller vocabulary.")
+    about = "Distil a transformer into one with a different, smaller vocabulary."
+    parser = _Parser(prog="vocabdistil", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_distill(commands)
-    _add_env(commands)
+    for name, (add, run, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add(command)
+        command.set_defaults(run=run)
     return parser
 
 
@@ -118,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _quiet_libraries()
     try:
-        return args.run(args)
+        args.run(args)
+        return 0
     except VocabdistilError as error:
         print(f"vocabdistil: {error}", file=sys.stderr)
         return 2

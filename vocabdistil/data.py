@@ -28,6 +28,7 @@ __all__ = [
     "TextSplit",
     "coverage",
     "read_text",
+    "pad",
     "save_tokenizer",
     "split_text",
     "token_counts",
@@ -358,7 +359,7 @@ def coverage(
 # ---------------------------------------------------------------- batches
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     """``[B, L]`` ids and attention mask, padded on the right."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), value, dtype=torch.int64)
@@ -418,13 +419,13 @@ class DistillCollator:
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         texts = [feature if isinstance(feature, str) else feature["text"] for feature in features]
-        own_ids, own_mask = _pad(
+        own_ids, own_mask = pad(
             encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id
         )
         teacher_ids, teacher_mask = [], []
         blocks = []
         for tokenizer, table in zip(self.teachers, self.tables, strict=True):
-            ids, mask = _pad(encode(tokenizer, texts, "teacher", self.max_length), tokenizer.pad_token_id)
+            ids, mask = pad(encode(tokenizer, texts, "teacher", self.max_length), tokenizer.pad_token_id)
             teacher_ids.append(ids)
             teacher_mask.append(mask)
             blocks.append(table.remap(ids, mask, max_length=self.student_max_length))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vocabdistil import _checks as checks
 
-__all__ = ["RegressionLoyalty", "label", "probability", "regression"]
+__all__ = ["RegressionLoyalty", "label", "mean_over_tokens", "pairwise_cosine", "probability", "regression"]
 
 
 class RegressionLoyalty(NamedTuple):
@@ -149,3 +149,16 @@ def _ranks(x: Tensor) -> Tensor:
     last = size.cumsum(0)
     ranks = (last - (size - 1) / 2)[group].to(x.dtype)
     return torch.where(x.isnan().any(), torch.nan, ranks)
+
+
+def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the attended tokens: ``[B, L, D]``, ``[B, L]`` -> ``[B, D]``."""
+    mask = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def pairwise_cosine(x: Tensor) -> Tensor:
+    """Cosine similarities of all pairs of rows: ``[N, D]`` -> float64 ``[N (N - 1) / 2]``."""
+    x = torch.nn.functional.normalize(x.double(), dim=-1)
+    i, j = torch.triu_indices(len(x), len(x), 1)
+    return (x @ x.T)[i, j]

@@ -17,13 +17,25 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ._tokenizers import encode
+from .data import pad
+from .errors import VocabdistilError
+from .loyalty import mean_over_tokens, pairwise_cosine, regression
 
 if TYPE_CHECKING:
     from .data import CoverageReport
     from .teachers import Teacher
     from .training import DistillConfig
 
-__all__ = ["Reporter", "compare_models", "cpu_time", "describe_model", "model_card", "timing_texts"]
+__all__ = [
+    "Reporter",
+    "bench_models",
+    "compare_models",
+    "cpu_time",
+    "describe_model",
+    "embedding_loyalty",
+    "model_card",
+    "timing_texts",
+]
 
 _LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "mlm")
 _HELD_OUT = (
@@ -113,14 +125,56 @@ def compare_models(
     }
 
 
+def bench_models(models: Sequence[Teacher], texts: Sequence[str], batch: int, length: int) -> list[dict[str, Any]]:
+    """One row per model: name, ``describe_model``, ``cpu_time`` on the same texts with its own tokenizer.
+
+    Raises:
+        VocabdistilError: a model cannot read ``length`` tokens.
+    """
+    for model in models:
+        if model.max_positions < length:
+            raise VocabdistilError(f"--length: {model.name} reads at most {model.max_positions} tokens, got {length}")
+    texts = timing_texts(texts, [model.tokenizer for model in models], batch, length)
+    return [
+        {"model": model.name, **describe_model(model.model, len(model.tokenizer))}
+        | cpu_time(model.model, model.tokenizer, texts)
+        for model in models
+    ]
+
+
+@torch.no_grad()
+def pooled(model: Teacher, texts: Sequence[str], max_length: int, batch: int = 32) -> torch.Tensor:
+    """Mean last hidden state over the tokens of each text: ``[N, D]`` float32."""
+    found = []
+    for start in range(0, len(texts), batch):
+        rows = encode(model.tokenizer, list(texts[start : start + batch]), "tokenizer", max_length)
+        ids, mask = pad(rows, model.tokenizer.pad_token_id)
+        hidden = model.hidden_states(ids, mask)[0]
+        found.append(mean_over_tokens(hidden, mask))
+    return torch.cat(found)
+
+
+def embedding_loyalty(teacher: Teacher, student: Teacher, texts: Sequence[str], max_length: int) -> dict[str, float]:
+    """Regression loyalty of the cosine similarities of all pairs of texts: ``pearson`` and ``spearman``.
+
+    Raises:
+        VocabdistilError: fewer than three texts.
+    """
+    if len(texts) < 3:
+        raise VocabdistilError(f"--text: expected at least 3 distinct texts, got {len(texts)}")
+    ours, theirs = (pairwise_cosine(pooled(model, texts, max_length)) for model in (student, teacher))
+    pearson, spearman = regression(ours, theirs)
+    return {"pearson": float(pearson), "spearman": float(spearman)}
+
+
 # ---------------------------------------------------------------- the terminal
 
 
 class _ProgressCallback(TrainerCallback):
     """A bar with the losses on a terminal; elsewhere a line now and then; nothing if quiet."""
 
-    def __init__(self, console: Console | None, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console | None, steps: int, label: str) -> None:
+        self.console, self.steps, self.label = console, steps, label
         self.bar: Progress | None = None
         self.every = max(1, steps // 20)
         self.last = 0
@@ -128,7 +182,7 @@ class _ProgressCallback(TrainerCallback):
     def __enter__(self) -> _ProgressCallback:
         if self.console is not None and self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("Distilling"),
+                TextColumn(self.label),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -176,11 +230,11 @@ class Reporter:
     def status(self, text: str) -> None:
         self.print(f"{text} ...")
 
-    def progress(self, steps: int) -> _ProgressCallback:
-        return _ProgressCallback(self.console, steps)
+    def progress(self, steps: int, label: str) -> _ProgressCallback:
+        return _ProgressCallback(self.console, steps, label)
 
     def coverage(self, name: str, report: CoverageReport) -> None:
-        table = Table(title=f"How the vocabularies align ({Path(name).name}, {report.texts} texts)", title_justify="left")
+        table = Table(title=f"Alignment with {Path(name).name} ({report.texts} texts)", title_justify="left")
         table.add_column("")
         table.add_column("", justify="right")
         for label, value in (
@@ -195,6 +249,31 @@ class Reporter:
             ("texts where reduce equals own tokenization", f"{report.reduce_equals_own:.1%}"),
         ):
             table.add_row(label, value)
+        self.print(table)
+
+    def loyalty(self, found: dict[str, dict[str, float]], texts: int) -> None:
+        table = Table(title=f"Regression loyalty of pooled embeddings ({texts} texts)", title_justify="left")
+        for column in ("student", "Pearson", "Spearman"):
+            table.add_column(column, justify="left" if column == "student" else "right")
+        for name, row in found.items():
+            table.add_row(Path(name).name, f"{row['pearson']:.4f}", f"{row['spearman']:.4f}")
+        self.print(table)
+
+    def bench(self, rows: list[dict[str, Any]], batch: int, length: int) -> None:
+        title = f"CPU, batch {batch}, <= {length} tokens, {torch.get_num_threads()} threads"
+        table = Table(title=title, title_justify="left")
+        for column in ("model", "parameters, M", "vocabulary", "MB", "tokens", "s", "faster"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for row in rows:
+            table.add_row(
+                Path(row["model"]).name,
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['vocab']:,}",
+                f"{row['mb']:.1f}",
+                f"{row['tokens']:,}",
+                f"{row['seconds']:.4f}",
+                f"{rows[0]['seconds'] / row['seconds']:.1f}x",
+            )
         self.print(table)
 
     def results(self, metrics: dict[str, Any], out: Path) -> None:
@@ -243,8 +322,8 @@ tags: [distillation, vocabdistil]
 
 # {Path(config.out).name}
 
-A DistilBERT ({config.preset}) with {student["vocab"]:,} tokens, distilled by vocabdistil from {names}
-({teacher["vocab"]:,} tokens), whose vocabulary it does not share.
+A DistilBERT ({config.architecture.layers} layers, width {config.architecture.dim}) with \
+{student["vocab"]:,} tokens, distilled by vocabdistil from {names} ({teacher["vocab"]:,} tokens).
 
 | | parameters, M | vocabulary | MB | CPU s (batch {metrics["models"]["time_batch"]}, \
 up to {metrics["models"]["time_length"]} tokens) |

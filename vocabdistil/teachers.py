@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import VocabdistilError
@@ -99,7 +97,8 @@ def load_tokenizer(source: str | os.PathLike, argument: str = "--teacher") -> Pr
         raise VocabdistilError(f"{argument}: cannot load a tokenizer from {source}: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise VocabdistilError(
-            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); a fast one (tokenizer.json) is needed"
+            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
+            "a fast one (tokenizer.json) is needed"
         )
     return tokenizer
 

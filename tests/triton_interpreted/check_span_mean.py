@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vocabdistil.triton_kernels import span_mean as kernels
 
 import vocabdistil as vd
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
-from vocabdistil.triton_kernels import span_mean as kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -234,7 +234,7 @@ def span_kl(
     teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t / T) || softmax(mean_s / T)) / P``."""
+    """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t/T) || softmax(mean_s/T)) / P``."""
     return span_loss(
         student, teacher, pairs, divergence="kl", temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, pooling=pooling, reduction=reduction,

@@ -71,3 +71,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         possible = TIERS[tier][1]
         note = "  <- could run here and ran nothing" if tier in empty else "" if possible else "  (cannot run here)"
         terminalreporter.write_line(f"{tier:20} {count:5}{note}")
+
+
+@pytest.fixture(scope="session")
+def demo_lines() -> list[str]:
+    from vocabdistil.demo import demo_text
+
+    return demo_text(1200)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, demo_lines: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(demo_lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A BERT of two layers and width 48 with 600 tokens, trained for a moment."""
+    import vocabdistil as vd
+
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    options = {"vocab_size": 600, "layers": 2, "dim": 48, "heads": 4, "max_length": 32}
+    return vd.train_teacher(text=text_file, out=out, steps=40, lr=2e-3, quiet=True, **options)

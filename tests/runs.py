@@ -1,0 +1,37 @@
+"""Small training runs, and ways to stop them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vocabdistil.runs import SeededTrainer
+from vocabdistil.students import Preset
+
+PRESET = Preset(layers=2, dim=24, heads=4, ffn=48, vocab_size=150)
+
+
+def options(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    small = {"preset": PRESET, "steps": 12, "batch_size": 8, "max_length": 32, "lr": 2e-3, "log_every": 4}
+    small |= {"time_batch": 2, "time_length": 16, "quiet": True}
+    return {"teacher": teacher, "text": text, "out": out, **small, **changes}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
+    """Calls ``action`` before the step (counted from 0) is computed."""
+    original = SeededTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SeededTrainer, "training_step", training_step)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,124 @@
+"""The command line: exit codes, one-line errors, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+from vocabdistil.cli import main
+
+
+@pytest.fixture(scope="module")
+def untrained(teacher_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "student"
+    command = ["distill", "--teacher", str(teacher_folder), "--text", str(text_file), "--out", str(out), "--quiet"]
+    sizes = ["--vocab-size", "150", "--steps", "1", "--batch-size", "4", "--max-length", "32"]
+    assert main([*command, *sizes, "--time-batch", "1", "--time-length", "8"]) == 0
+    return out
+
+
+def last_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_env_is_json(capsys):
+    assert main(["env"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["build"]["loaded"] and found["backends"]["cpu"]["available"]
+
+
+def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_file, capsys):
+    command = ["loyalty", "--teacher", str(teacher_folder), "--student", str(teacher_folder), str(untrained)]
+    assert main([*command, "--text", str(text_file), "--texts", "20", "--max-length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[str(teacher_folder)]["pearson"] == pytest.approx(1)
+    assert -1 <= found[str(untrained)]["spearman"] < 0.999
+
+
+def test_bench_counts_parameters(teacher_folder, untrained, text_file, capsys):
+    sizes = ["--batch", "2", "--length", "16", "--json"]
+    assert main(["bench", str(teacher_folder), str(untrained), "--text", str(text_file), *sizes]) == 0
+    teacher, student = json.loads(capsys.readouterr().out)
+    assert teacher["vocab"] == 600 and student["vocab"] == 150
+    assert teacher["mb"] == pytest.approx(teacher["parameters"] * 4e-6, abs=0.01)
+    assert 0 < student["tokens"] <= 2 * 16
+
+
+def test_coverage_of_a_tokenizer_by_itself(teacher_folder, text_file, capsys):
+    folder = str(teacher_folder)
+    assert main(["coverage", "--teacher", folder, "--student", folder, "--text", str(text_file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["matched_vocab"] == 600 and found["pieces_per_token"] == 1 and found["reduce_equals_own"] == 1
+    assert main(["coverage", "--teacher", folder, "--vocab-size", "150", "--text", str(text_file)]) == 0
+    assert "150" in capsys.readouterr().out
+
+
+@pytest.fixture
+def bad_teacher(teacher_folder, tmp_path):
+    def make(kind: str) -> str:
+        folder = tmp_path / kind
+        if kind == "empty":
+            folder.mkdir()
+        elif kind == "slow":
+            folder.mkdir()
+            (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+            (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+            (folder / "config.json").write_text('{"model_type": "bert"}')
+        elif kind == "no-model":
+            AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["empty", "slow", "no-model", "missing"])
+def test_bad_teachers(bad_teacher, text_file, tmp_path, capsys, kind):
+    folder = bad_teacher(kind)
+    assert main(["distill", "--teacher", folder, "--text", str(text_file), "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    line = last_line(captured.err)
+    assert line.startswith("vocabdistil: --teacher: ") and folder in line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_bad_text_and_usage(teacher_folder, tmp_path, capsys):
+    missing = str(tmp_path / "none.txt")
+    assert main(["distill", "--teacher", str(teacher_folder), "--text", missing, "--out", str(tmp_path / "o")]) == 2
+    assert last_line(capsys.readouterr().err) == f"vocabdistil: --text: no such file: {missing}"
+    assert main(["distill", "--out", "x"]) == 2
+    assert "--teacher" in last_line(capsys.readouterr().err)
+    assert main(["distil"]) == 2
+    assert "distil" in last_line(capsys.readouterr().err)
+    assert main(["--help"]) == 0
+    assert "distill" in capsys.readouterr().out
+
+
+def test_control_c_saves_a_checkpoint_and_exits_130(teacher_folder, text_file, tmp_path):
+    out = tmp_path / "student"
+    command = [sys.executable, "-m", "vocabdistil", "distill", "--teacher", str(teacher_folder)]
+    sizes = ["--vocab-size", "150", "--steps", "100000", "--batch-size", "4", "--max-length", "32", "--save-every", "1"]
+    run = subprocess.Popen(
+        [*command, "--text", str(text_file), "--out", str(out), *sizes],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "student.partial").glob("checkpoint-*")) and time.monotonic() < deadline:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert err.startswith("vocabdistil: interrupted at step ") and "--resume" in err
+    assert list((tmp_path / "student.partial").glob("checkpoint-*/trainer_state.json"))
+    assert not out.exists()

@@ -239,7 +239,7 @@ def test_calibration_finds_the_scaled_isometry():
     batch = {"student_ids": None, "student_mask": None, "teacher_ids": [torch.zeros(3, 10)], "reduce_pairs": [pairs]}
     fixed = _Fixed(hidden, taught, torch.zeros(9, 6))
     scales = calibrate(fixed, fixed, batch)
-    torch.testing.assert_close(fixed.weight, 2.5 * isometry, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fixed.weight, 2.5 * isometry, atol=1e-3, rtol=1e-3)
     rows = taught.flatten(0, 1)
     want = (rows - rows.mean(1, keepdim=True)).square().mean().sqrt()
     assert scales[0][0] == pytest.approx(float(want), rel=1e-5)

@@ -72,6 +72,7 @@ def _add_distill(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", default="", metavar="NAME=X,...", help="kl, mlm, cosine, mse (default kl=2,mlm=0.5)")
     p.add_argument("--teacher-weights", type=_numbers, metavar="X,...", help="of the teachers (default: alike)")
     p.add_argument("--layer-map", default="last", help="last, skip, average or average_all (default %(default)s)")
+    p.add_argument("--train-projection", action="store_true", help="train the map to the teacher's width too")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     p.add_argument("--precision", default="fp32", help="fp32 or bf16 (default %(default)s)")
     _number(p, "--time-batch", 16, "of the CPU timing")

@@ -56,6 +56,7 @@ class DistillModel(nn.Module):
         teacher_widths: hidden widths of the teachers.
         assignments: for each teacher, which of its layers teach which of the student's.
         seed: of the projections, orthonormal until :func:`calibrate` fits them.
+        train_projections: else they stay as fitted.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class DistillModel(nn.Module):
         teacher_widths: Sequence[int],
         assignments: Sequence[Sequence[LayerAssignment]],
         seed: int = 0,
+        train_projections: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -77,7 +79,7 @@ class DistillModel(nn.Module):
             for i in range(len(group)):
                 linear = nn.Linear(width, teacher_width, bias=False)
                 nn.init.orthogonal_(linear.weight, generator=generator)
-                self.projections[f"{t}_{i}"] = linear
+                self.projections[f"{t}_{i}"] = linear.requires_grad_(train_projections)
 
     def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
         """``[D_t, D_s]``, or None where the widths are equal."""
@@ -197,13 +199,25 @@ def _teacher_side(layers: list[Tensor], assignment: LayerAssignment) -> list[Ten
     return [layers[k if len(layers) > 1 else -1] for k in assignment.teacher]
 
 
+def _isometry(student: Tensor, teacher: Tensor) -> Tensor:
+    """``[P, D_s]``, ``[P, D_t]`` -> ``[D_t, D_s]``: a rotation into the teacher's leading principal axes, scaled."""
+    axes = torch.linalg.eigh(teacher.T @ teacher).eigenvectors[:, -min(student.shape[1], teacher.shape[1]) :]
+    u, fit, v = torch.linalg.svd((teacher @ axes).T @ student, full_matrices=False)
+    # Least squares would shrink the image of a student that explains little yet; equal norms would be too large for
+    # one that never explains all. The geometric mean of the two scales lies between.
+    norms = student.norm(), (teacher @ axes).norm()
+    scale = (fit.sum() / norms[0] ** 2 * norms[1] / norms[0]).sqrt()
+    return axes @ u @ v * scale
+
+
 @torch.no_grad()
 def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) -> list[list[float]]:
-    """Fits the projections to one batch: the scaled isometry that takes the student's span means nearest to the
-    teacher's (orthogonal Procrustes, Schoenemann 1966).
+    """Fits the projections to one batch: scaled isometries onto the leading principal axes of the teacher's span
+    means, turned so that the student's come nearest to them (orthogonal Procrustes).
 
-    Any other start spends its first thousand steps on finding the scale, and a free regression would leave the
-    student's own space, which is what its users see, with other angles than the teacher's.
+    As an isometry keeps angles, what the student learns shows in its own space, which is what its users see; a free
+    linear map would learn part of it in the student's place. Orthogonal projections for distillation: Miles et al.,
+    arXiv 2403.06213.
 
     Args:
         batch: as :class:`DistillCollator` makes it.
@@ -228,8 +242,7 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
             scales[t].append(max(float(teacher.var(1, correction=0).mean().sqrt()), 1e-6))
             if (weight := model.projection(t, i)) is not None:
                 student = means([hidden[k][rows] for k in assignment.student], pairs.student_start, pairs.student_end)
-                u, stretch, v = torch.linalg.svd(teacher.T @ student, full_matrices=False)
-                weight.copy_(u @ v * (stretch.sum() / student.square().sum()))
+                weight.copy_(_isometry(student, teacher))
     model.train(training)
     return scales
 

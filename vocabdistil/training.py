@@ -74,6 +74,8 @@ class DistillConfig:
         weights: a :class:`LossWeights` or its text form.
         teacher_weights: what each teacher counts; None: alike.
         layer_map: which teacher layers teach which student layers: ``last skip average average_all``.
+        train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
+            isometry that :func:`vocabdistil.trainer.calibrate` fits.
         held_out: the share of texts kept for evaluation.
         unit: ``"line"`` or ``"paragraph"``, see :func:`vocabdistil.data.read_text`.
         seed: of the split, the weights, the order of texts, masks and dropout.
@@ -101,6 +103,7 @@ class DistillConfig:
     weights: LossWeights | str = field(default_factory=LossWeights)
     teacher_weights: Sequence[float] | None = None
     layer_map: str = "last"
+    train_projection: bool = False
     held_out: float = 0.05
     unit: str = "line"
     seed: int = 0
@@ -256,7 +259,8 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
         assignments = [layer_map(config.layer_map, preset.layers, teacher.num_layers) for teacher in teachers]
     except ValueError as error:
         raise VocabdistilError(f"--layer-map: {error}") from None
-    model = DistillModel(student, [t.width for t in teachers], assignments, config.seed).to(device)
+    widths = [teacher.width for teacher in teachers]
+    model = DistillModel(student, widths, assignments, config.seed, config.train_projection).to(device)
     for teacher in teachers:
         teacher.model.to(device)
     shares = config.teacher_weights or [1.0] * len(teachers)

@@ -191,6 +191,13 @@ def test_share_of_others():
     assert report.share_of_others(None, (1.0, 1.0, 1.0)) == ""
 
 
+def test_retries_look_at_the_machine_and_not_at_the_times(monkeypatch):
+    shares = iter(["0.60", "0.30", "0.05", "0.90"])
+    monkeypatch.setattr(harness, "share_of_others", lambda before, after: next(shares))
+    rows = harness.run_case("toy", square({"ours": right}, ("fwd",)), CPU, ["ours"], quick=True, retries=5)
+    assert [row["others"] for row in rows] == ["0.05"] and next(shares) == "0.90"
+
+
 def made_row(**values: object) -> dict[str, object]:
     row = dict.fromkeys(report.COLUMNS, "") | {"operation": "span_loss", "case": "b8-l256-d768"}
     return row | {"mode": "fwd+bwd", "threads": 2, "copy_fraction": 0.5, "gb_s": 10} | values

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own number)")
     p.add_argument("--quick", action="store_true", help="three rounds per case: to see that it runs")
     p.add_argument("--retries", type=int, default=0, metavar="N",
-                   help=f"measure again while other processes take over {report.QUIET:.0%}%% of the CPU")  # fmt: skip
+                   help=f"measure again while others take over {report.QUIET:.0%}% of the CPU")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="CSV",
                    help="default: benchmarks/results/cpu.csv or cuda-GPU.csv")  # fmt: skip
     return p
@@ -43,9 +43,7 @@ def _report(argv: Sequence[str]) -> int:
     if argv[0] == "picture":
         p.description = "Draw time against pairs and against hidden size from the sweep in a results file."
         p.add_argument("csv", type=Path)
-        p.add_argument("--retries", type=int, default=0, metavar="N",
-                   help=f"measure again while other processes take over {report.QUIET:.0%}%% of the CPU")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+        p.add_argument("--out", type=Path, required=True, metavar="FILE.png")
         args = p.parse_args(argv[1:])
         report.picture(args.csv, args.out)
         return 0
@@ -79,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in operation.cases(device):
             if args.case not in case.name:
                 continue
-            rows = harness.run_case(operation.OPERATION, case, device, args.providers, args.quick, args.retries)
+            rows = harness.run_case(
+                operation.OPERATION, case, device, args.providers, args.quick, args.retries
+            )
             if not rows:
                 continue
             measured += len(rows)

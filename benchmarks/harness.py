@@ -163,8 +163,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """``||got - want|| / ||want||`` in float64, infinite for another shape and NaN if ``got`` holds one."""
     if got.shape != want.shape:
         return float("inf")
-    norm = max(float(want.double().norm()), 1e-30)
-    return float((got.detach().double() - want.double()).norm()) / norm
+    want = want.double()
+    return float((got.detach().double() - want).norm()) / max(float(want.norm()), 1e-30)
 
 
 def judge(got: Sequence[Tensor | None], want: Sequence[Tensor], slack: float = 0.0) -> str:
@@ -234,13 +234,11 @@ def _times(
     """Provider -> (p20, p50, p80) in ms."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
-    rounds, seconds = (3, 0.2) if quick else (case.rounds, case.seconds)
-    warm_up = 1 if quick else 2
-    deadline = float("inf")
+    rounds, seconds, warm_up = (3, 0.2, 1) if quick else (case.rounds, case.seconds, 2)
+    done, deadline = -warm_up, float("inf")
     collecting = gc.isenabled()
     gc.disable()
     try:
-        done = -warm_up
         while order and (done < rounds or time.perf_counter() < deadline):
             if done == 0:
                 deadline = time.perf_counter() + seconds
@@ -313,8 +311,7 @@ def run_case(
     wanted = {name: p for name, p in problem.providers.items() if _wanted(name, providers)}
     missing = {name: why for name, why in problem.missing.items() if _wanted(name, providers)}
     clock, rows = Clock(device), []
-    modes = case.modes + (("graph",) if device.type == "cuda" and "fwd+bwd" in case.modes else ())
-    for mode in modes:
+    for mode in case.modes + (("graph",) if device.type == "cuda" and "fwd+bwd" in case.modes else ()):
         want = problem.truth()
         prepared = {}
         for name, provider in wanted.items():

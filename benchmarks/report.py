@@ -25,7 +25,7 @@ COLUMNS = (
     "gb_s", "copy_fraction", "speedup_vs_reference", "speedup_vs_compile", "tokens_per_s", "launches",
     "peak_mb", "others", "error", "device", "name", "driver", "python", "torch", "triton", "commit", "date",
 )  # fmt: skip
-# Share of the CPUs that other processes may take before a figure is marked as disturbed.
+# Share of the CPUs that other processes may take before a figure counts as disturbed.
 QUIET = 0.1
 # How the error of a provider begins that cannot run here, which is no failure.
 UNAVAILABLE = "unavailable:"
@@ -154,8 +154,14 @@ HEADLINES = (
 )
 
 
+def disturbed(row: dict[str, str]) -> bool:
+    """Other processes took so much of the CPU that neither the times nor their ratios mean anything."""
+    return float(row["others"] or 0) > QUIET
+
+
 def latest(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
-    """(operation, case, mode, threads) -> provider -> row, of the last run that measured ours."""
+    """(operation, case, mode, threads) -> provider -> row, of the last undisturbed run that measured ours, or
+    of the last one if all were disturbed."""
     groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("operation", "case", "mode", "threads"))
@@ -163,8 +169,9 @@ def latest(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[str, di
     chosen = {}
     for key, runs in groups.items():
         own = [date for date, run in runs.items() if any(name.startswith("ours") for name in run)]
+        calm = [date for date in own if not any(map(disturbed, runs[date].values()))]
         if own:
-            chosen[key] = runs[max(own)]
+            chosen[key] = runs[max(calm or own)]
     return chosen
 
 
@@ -191,12 +198,13 @@ def figures(paths: Sequence[Path]) -> str:
                 about = best
                 baseline = next((_cell(run, name) for name in ("reference", "python") if name in run), "-")
                 rate = f"{float(best['tokens_per_s']) / 1e6:.0f} M/s" if best["tokens_per_s"] else "-"
-                cells = (
-                    best["operation"], best["case"] + ("*" if float(best["others"] or 0) > QUIET else ""),
-                    best["mode"], best["threads"], baseline, _cell(run, "compile"), best["p50_ms"],
-                    best["speedup_vs_reference"] or "-", best["speedup_vs_compile"] or "-",
-                    best["copy_fraction"], rate,
-                )  # fmt: skip
+                cells = [
+                    best["operation"], best["case"], best["mode"], best["threads"], baseline,
+                    _cell(run, "compile"), best["p50_ms"], best["speedup_vs_reference"] or "-",
+                    best["speedup_vs_compile"] or "-", best["copy_fraction"], rate,
+                ]  # fmt: skip
+                if disturbed(best):
+                    cells[4:] = ["*"] * len(cells[4:])
                 lines.append(f"| {' | '.join(cells)} |")
         if about is None:
             continue
@@ -209,7 +217,7 @@ def figures(paths: Sequence[Path]) -> str:
         rule = f"|{' --- |' * 3}{' ---: |' * (len(head) - 3)}"
         parts.append("\n".join((where, "", f"| {' | '.join(head)} |", rule, *lines)))
         if any("*" in line for line in lines):
-            parts.append(f"\\* disturbed: other processes took more than {QUIET:.0%} of the CPU.")
+            parts.append(f"\\* left out: other processes took more than {QUIET:.0%} of the CPU meanwhile.")
     return "\n\n".join(parts)
 
 
@@ -225,11 +233,13 @@ def picture(path: Path, out: Path, mode: str = "fwd+bwd") -> None:
     from matplotlib import pyplot
 
     points: dict[tuple[str, str], dict[int, float]] = {}
+    busy = False
     for (_, case, row_mode, _), run in latest(read_rows(path)).items():
         match = re.fullmatch(r"sweep-(\d+)-(\d+)", case)
         if not match or row_mode != mode:
             continue
         pairs, hidden = int(match[1]), int(match[2])
+        busy |= any(map(disturbed, run.values()))
         times = {name: float(row["p50_ms"]) for name, row in run.items() if row["p50_ms"]}
         for row in run.values():
             if row["gb_s"] and float(row["copy_fraction"]):
@@ -251,6 +261,8 @@ def picture(path: Path, out: Path, mode: str = "fwd+bwd") -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"ms, {mode}")
     axes[0].legend()
+    if busy:
+        figure.suptitle("Some points are disturbed by other processes")
     figure.tight_layout()
     figure.savefig(out, dpi=150)
     pyplot.close(figure)

@@ -203,17 +203,25 @@ def made_row(**values: object) -> dict[str, object]:
     return row | {"mode": "fwd+bwd", "threads": 2, "copy_fraction": 0.5, "gb_s": 10} | values
 
 
-def test_figures_take_the_last_run_and_mark_disturbed_ones(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("shares", "shown"),
+    [
+        ((0.0, 0.1), "| 12.0 | - | 3.0 | 4 | - | 0.5 | - |"),
+        ((0.0, 0.4), "| 28.0 | - | 7.0 | 4 | - | 0.5 | - |"),
+        ((0.3, 0.4), "| * | * | * | * | * | * | * |"),
+    ],
+)
+def test_figures_take_the_last_undisturbed_run(shares, shown, tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    rows = []
-    for date, ms, others in (("2020-01-02", 3.0, 0.4), ("2020-01-01", 7.0, 0.0)):
-        rows.append(made_row(date=date, provider="reference", p50_ms=4 * ms, others=others))
-        rows.append(made_row(date=date, provider="ours", p50_ms=ms, speedup_vs_reference=4, others=others))
-    report.append_rows(path, rows)
+    for date, ms, others in zip(("2020-01-01", "2020-01-02"), (7.0, 3.0), shares, strict=True):
+        run = {"date": date, "others": others}
+        rows = [made_row(provider="reference", p50_ms=4 * ms, **run)]
+        rows.append(made_row(provider="ours", p50_ms=ms, speedup_vs_reference=4, **run))
+        report.append_rows(path, rows)
     assert main(["figures", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "| span_loss | b8-l256-d768* | fwd+bwd | 2 | 12.0 | - | 3.0 | 4 | - | 0.5 | - |" in printed
-    assert "disturbed" in printed and "7.0" not in printed
+    assert f"| span_loss | b8-l256-d768 | fwd+bwd | 2 {shown}" in printed
+    assert ("left out" in printed) == ("*" in shown)
 
 
 def test_figures_of_the_committed_results(capsys):

@@ -1,98 +1,147 @@
-"""Remap table and match alignment against plain Python, on made-up vocabularies by default."""
+"""The remap table against plain Python: building it, and remapping made-up and Russian ids."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import tokenizers
 import torch
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
-from vocabdistil.align import match_pairs
-from vocabdistil.remap import RemapTable
-from vocabdistil.vocab import MatchedVocab
+from vocabdistil.remap import RemapOutput, RemapTable
 
-_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+from .harness import Case, Problem, Provider
+
+OPERATION = "remap"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 
 
 def wordpiece(size: int) -> tokenizers.Tokenizer:
     """A WordPiece tokenizer of ``size`` tokens: letters first, then all strings of letters by length."""
-    tokens = [*_SPECIALS, *_LETTERS, *("##" + letter for letter in _LETTERS)]
+    tokens = [*SPECIALS, *_LETTERS, *("##" + letter for letter in _LETTERS)]
     longer = ("".join(c) for n in itertools.count(2) for c in itertools.product(_LETTERS, repeat=n))
     for i, text in enumerate(itertools.islice(longer, size - len(tokens))):
         tokens.append(text if i % 2 else "##" + text)
-    model = tokenizers.models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]")
-    return tokenizers.Tokenizer(model)
+    return tokenizers.Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
 
 
-def zipf_ids(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
+def zipf_ids(batch: int, length: int, vocab: int, seed: int = 0) -> Tensor:
     """int64 [batch, length]: id r about as often as 1 / (r + 1)."""
     uniform = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (vocab**uniform).long().clamp_(max=vocab) - 1
 
 
-def _measure(run: Callable[[], Any], repeats: int = 30) -> tuple[float, float, float]:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    cuts = statistics.quantiles(times, n=10)
-    return cuts[1], statistics.median(times), cuts[7]
+def russian_file() -> Path | None:
+    """The Russian text, if the environment variable VOCABDISTIL_DATA names a folder that holds it."""
+    folder = os.environ.get("VOCABDISTIL_DATA")
+    path = Path(folder) / "war_and_peace_ru.txt" if folder else None
+    return path if path and path.is_file() else None
 
 
-def _row(
-    provider: str, case: str, times: tuple[float, float, float], tokens: int, size: int
-) -> dict[str, Any]:
-    return {
-        "provider": provider,
-        "case": case,
-        "p20": times[0],
-        "p50": times[1],
-        "p80": times[2],
-        "tokens_per_s": tokens / times[1],
-        "bytes": size,
+@functools.cache
+def russian_tokenizers(path: Path) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """WordPiece tokenizers of 30,000 and 5,000 tokens, trained on the text."""
+    made = []
+    for size in (30_000, 5_000):
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        options = {"vocab_size": size, "special_tokens": list(SPECIALS), "show_progress": False}
+        tokenizer.train([str(path)], trainers.WordPieceTrainer(**options))
+        made.append(tokenizer)
+    return made[0], made[1]
+
+
+def _row(token: str, vocab: dict[str, int]) -> list[int]:
+    """Greedy longest match from the left, UNK where a character cannot be covered."""
+    row, inside = [], token.startswith("##")
+    text = token[2:] if inside else token
+    while text:
+        lead = "##" if inside else ""
+        size = next((n for n in range(len(text), 0, -1) if lead + text[:n] in vocab), 0)
+        if not size:
+            return [vocab["[UNK]"]]
+        row.append(vocab[lead + text[:size]])
+        text, inside = text[size:], True
+    return row
+
+
+def _python_table(teacher: tokenizers.Tokenizer, student: tokenizers.Tokenizer) -> list[list[int]]:
+    vocab = student.get_vocab()
+    ordered = sorted(teacher.get_vocab().items(), key=lambda item: item[1])
+    return [[vocab[token]] if token in SPECIALS else _row(token, vocab) for token, _ in ordered]
+
+
+def _csr(rows: list[list[int]]) -> list[Tensor]:
+    sizes = torch.tensor([0, *map(len, rows)])
+    return [sizes.cumsum(0), torch.tensor(list(itertools.chain.from_iterable(rows)))]
+
+
+def _build_table(device: torch.device) -> Problem:
+    teacher, student = wordpiece(120_000), wordpiece(5_000)
+    truth = _csr(_python_table(teacher, student))
+    providers = {
+        "python": Provider(lambda: _python_table(teacher, student), _csr),
+        "ours": Provider(
+            lambda: RemapTable.from_tokenizers(teacher, student), lambda table: [table.indptr, table.ids]
+        ),
     }
+    return Problem(providers, lambda: truth, {"run": 4 * sum(x.numel() for x in truth)})
 
 
-def rows(
-    teacher: Any = None,
-    student: Any = None,
-    ids: torch.Tensor | None = None,
-    own_ids: torch.Tensor | None = None,
-) -> Iterator[dict[str, Any]]:
-    """One row per provider and case.
+def _padded(rows: list[list[int]], pad_id: int) -> list[Tensor]:
+    width = max(map(len, rows))
+    return [torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])]
 
-    Args:
-        teacher, student: WordPiece tokenizers; made-up ones of 120,000 and 5,000 tokens by default.
-        ids: int64 ``[B, L]`` teacher ids; 1,000 x 512 by default.
-        own_ids: int64 ``[B, L']`` student ids of the same texts, for the match; the remapped ids by default.
-    """
-    teacher, student = teacher or wordpiece(120_000), student or wordpiece(5_000)
-    build = _measure(lambda: RemapTable.from_tokenizers(teacher, student), repeats=5)
-    table = RemapTable.from_tokenizers(teacher, student)
-    nbytes = 4 * (table.indptr.numel() + table.ids.numel())
-    yield _row("vocabdistil", f"build {len(table)} rows", build, len(table), nbytes)
 
-    ids = zipf_ids(1000, 512, len(table)) if ids is None else ids
+def remap_problem(table: RemapTable, ids: Tensor) -> Problem:
     mask = torch.ones_like(ids)
-    out = table.remap(ids, mask)
-    nbytes = 8 * (ids.numel() + mask.numel() + 2 * out.input_ids.numel()) + 16 * len(out.pairs)
-    case = f"remap {ids.shape[0]}x{ids.shape[1]}"
-    yield _row("vocabdistil", case, _measure(lambda: table.remap(ids, mask)), ids.numel(), nbytes)
-    by_id = {t: table.rows(t) for t in range(len(table))}
-    lists = ids.tolist()
-    loop = _measure(lambda: [[piece for t in row for piece in by_id[t]] for row in lists], repeats=5)
-    yield _row("python dict", case, loop, ids.numel(), nbytes)
+    by_id, lists = [table.rows(t) for t in range(len(table))], ids.tolist()
 
-    matched = MatchedVocab.from_tokenizers(teacher, student)
-    own_ids = out.input_ids if own_ids is None else own_ids
-    tokens = ids.numel() + own_ids.numel()
-    case = f"match {ids.shape[0]}x{ids.shape[1]}"
-    yield _row("vocabdistil", case, _measure(lambda: match_pairs(ids, own_ids, matched)), tokens, 8 * tokens)
+    def loop() -> list[list[int]]:
+        return [[piece for t in row for piece in by_id[t]] for row in lists]
+
+    def spans(out: RemapOutput) -> list[Tensor]:
+        sizes = (out.pairs.student_end - out.pairs.student_start).view(ids.shape)
+        return [out.input_ids, sizes.sum(1), out.attention_mask.sum(1)]
+
+    def python_spans(rows: list[list[int]]) -> list[Tensor]:
+        lengths = torch.tensor([*map(len, rows)])
+        return [*_padded(rows, table.pad_id), lengths, lengths]
+
+    truth = python_spans(loop())
+    nbytes = 8 * (ids.numel() + mask.numel() + 2 * truth[0].numel()) + 16 * ids.numel()
+    providers = {
+        "python": Provider(loop, python_spans),
+        "ours": Provider(lambda: table.remap(ids, mask), spans),
+    }
+    return Problem(providers, lambda: truth, {"run": nbytes}, tokens=ids.numel())
+
+
+def _zipf(device: torch.device) -> Problem:
+    table = RemapTable.from_tokenizers(wordpiece(120_000), wordpiece(5_000))
+    return remap_problem(table, zipf_ids(1000, 512, len(table)))
+
+
+def _russian(device: torch.device, path: Path) -> Problem:
+    teacher, student = russian_tokenizers(path)
+    ids = teacher.encode(path.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    repeated = itertools.islice(itertools.cycle(ids), 1000 * 512)
+    return remap_problem(
+        RemapTable.from_tokenizers(teacher, student), torch.tensor([*repeated]).view(1000, 512)
+    )
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    if device.type != "cpu":
+        return
+    yield Case("build-120000", _build_table, torch.int32, ("run",))
+    yield Case("zipf-1000x512", _zipf, torch.int64, ("run",))
+    if path := russian_file():
+        yield Case("ru-1000x512", functools.partial(_russian, path=path), torch.int64, ("run",))

@@ -1,0 +1,96 @@
+"""``python -m benchmarks NAME...`` measures, ``picture CSV --out FILE.png`` and ``figures [CSV...]`` show.
+
+The Russian cases of remap and align read war_and_peace_ru.txt in the folder VOCABDISTIL_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import report
+
+OPERATIONS = ("span_mean", "span_loss", "remap", "align")
+ALIASES = {"span_kl": "span_loss"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("names", nargs="+", metavar="NAME", choices=[*OPERATIONS, *ALIASES, "all"],
+                   help=f"{', '.join(OPERATIONS)} (span_kl is span_loss), or all")  # fmt: skip
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
+    p.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name holds this")
+    p.add_argument("--providers", nargs="+", metavar="NAME",
+                   help="only these; ours takes ours-cuda and ours-triton")  # fmt: skip
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own number)")
+    p.add_argument("--quick", action="store_true", help="three rounds per case: to see that it runs")
+    p.add_argument("--retries", type=int, default=0, metavar="N",
+                   help=f"measure again while others take over {report.QUIET:.0%}% of the CPU")  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="CSV",
+                   help="default: benchmarks/results/cpu.csv or cuda-GPU.csv")  # fmt: skip
+    return p
+
+
+def _report(argv: Sequence[str]) -> int:
+    p = argparse.ArgumentParser(prog=f"python -m benchmarks {argv[0]}")
+    if argv[0] == "picture":
+        p.description = "Draw time against pairs and against hidden size from the sweep in a results file."
+        p.add_argument("csv", type=Path)
+        p.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+        args = p.parse_args(argv[1:])
+        report.picture(args.csv, args.out)
+        return 0
+    p.description = "Print the headline rows of results files as Markdown."
+    p.add_argument("csv", type=Path, nargs="*", help="default: all files in benchmarks/results")
+    paths = p.parse_args(argv[1:]).csv or sorted(report.RESULTS.glob("*.csv"))
+    print(report.figures(paths))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 when one of our implementations is wrong or raises."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("picture", "figures"):
+        return _report(argv)
+    from . import harness
+
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error(f"argument --threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device")
+    names = [ALIASES.get(name, name) for name in args.names]
+    path, measured, bad = args.out or report.default_path(device), 0, False
+    for name in OPERATIONS if "all" in names else dict.fromkeys(names):
+        operation = importlib.import_module(f"benchmarks.{name}")
+        for case in operation.cases(device):
+            if args.case not in case.name:
+                continue
+            rows = harness.run_case(
+                operation.OPERATION, case, device, args.providers, args.quick, args.retries
+            )
+            if not rows:
+                continue
+            measured += len(rows)
+            report.print_rows(rows)
+            report.append_rows(path, rows)
+            bad |= any(map(report.failed, rows))
+    if not measured:
+        parser.error("no case and provider of that name for this device")
+    print(f"{measured} rows added to {path}")
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

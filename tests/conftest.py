@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vocabdistil import _native
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,7 +22,7 @@ TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "C++ on CPU": (("test_span_", "test_remap", "test_align"), True),
     "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),
     "Triton, compiled": (("test_triton_compile",), HAS_TRITON),
-    "CUDA, compiled": (("test_cuda_build",), shutil.which("nvcc") is not None),
+    "CUDA, compiled": (("test_cuda_build",), bool(shutil.which("nvcc") and _native.module().cuda_compiler)),
     "GPU": (("test_gpu",), torch.cuda.is_available()),
     "package": (("test_",), True),
 }

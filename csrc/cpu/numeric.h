@@ -97,26 +97,21 @@ inline f16 store<f16>(double x) {
   return store<f16>(static_cast<float>(x));
 }
 
-// exp(x) for x <= 0 to about 1 ulp; results under 2^-126 are flushed to 0; NaN stays NaN.
-inline float exp_nonpositive(float x) {
-  const float lowest = -87.3365f;
-  const float clamped = x < lowest ? lowest : x;
-  const float shifted = madd(clamped, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  const float n = shifted - 12582912.0f;
-  float r = madd(n, -0.693359375f, clamped);
-  r = madd(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;  // Cephes expf
-  p = madd(p, r, 1.3981999507e-3f);
-  p = madd(p, r, 8.3334519073e-3f);
-  p = madd(p, r, 4.1665795894e-2f);
-  p = madd(p, r, 1.6666665459e-1f);
-  p = madd(p, r, 5.0000001201e-1f);
-  p = madd(p, r * r, r) + 1.0f;
-  const uint32_t exponent = (bit_cast<uint32_t>(shifted) - 0x4b400000u + 127u) << 23;
-  const float result = p * bit_cast<float>(exponent);
-  return x < lowest ? 0.0f : result;
+// 2^x for x <= 0 (or a rounding above it) to about 1 ulp; results under 2^-126 are flushed to 0; NaN stays NaN.
+inline float exp2_nonpositive(float x) {
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which ends in the lowest bits
+  const float f = x - (shifted - 12582912.0f);
+  float p = 1.53458124e-4f;  // minimax for the relative error on [-1/2, 1/2], 1.9e-9
+  p = madd(p, f, 1.33999309e-3f);
+  p = madd(p, f, 9.61848907e-3f);
+  p = madd(p, f, 5.55032864e-2f);
+  p = madd(p, f, 2.40226462e-1f);
+  p = madd(p, f, 6.93147182e-1f);
+  p = madd(p, f, 1.0f);
+  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
+  return x < -126.0f ? 0.0f : p * power;
 }
-inline double exp_nonpositive(double x) { return std::exp(x); }
+inline double exp2_nonpositive(double x) { return std::exp2(x); }
 
 // log(x) for normal positive x to about 1 ulp (Cephes logf); NaN stays NaN.
 inline float log_positive(float x) {

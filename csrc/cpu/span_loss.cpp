@@ -10,65 +10,62 @@ template <class Acc>
 struct Pair {
   int64_t dim;
   Acc temperature, beta;
-  Acc *s, *t;    // averaged rows; the softmax divergences turn them into (x - max) / T
+  Acc *s, *t;    // averaged rows; the softmax divergences turn them into (x - max) / T, in units of log 2
   Acc *es, *et;  // exp of those
   Acc *gs, *gt;  // d loss / d s and d loss / d t
   bool want_s, want_t;
 };
 
 template <class Acc>
-Acc row_max(const Acc* __restrict x, int64_t dim) {
-  Acc m = -std::numeric_limits<Acc>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < dim; ++i) m = x[i] > m ? x[i] : m;
-  return m;
-}
-
-template <class Acc>
 struct Partition {
-  double log_ratio;  // log sum exp s - log sum exp t
-  Acc inv_s, inv_t;  // 1 / sum exp
+  double log_ratio;  // log sum exp q - log sum exp p
+  Acc inv_p, inv_q;  // 1 / sum exp
+  Acc cross;         // sum_i exp(p_i) (p_i - q_i), in units of log 2
 };
 
+// Softmaxes of two rows: p and q become (x - max) / (T log 2), ep and eq 2 to those.
 template <class Acc>
-Partition<Acc> softmax_both(const Pair<Acc>& a) {
-  const Acc inv_temperature = Acc{1} / a.temperature;
-  const Acc max_s = row_max(a.s, a.dim), max_t = row_max(a.t, a.dim);
-  Acc *__restrict s = a.s, *__restrict t = a.t, *__restrict es = a.es, *__restrict et = a.et;
-  Acc zs = 0, zt = 0;
-#pragma omp simd reduction(+ : zs, zt)
-  for (int64_t i = 0; i < a.dim; ++i) {
-    s[i] = (s[i] - max_s) * inv_temperature;
-    t[i] = (t[i] - max_t) * inv_temperature;
-    es[i] = exp_nonpositive(s[i]);
-    et[i] = exp_nonpositive(t[i]);
-    zs += es[i];
-    zt += et[i];
+Partition<Acc> softmax_both(Acc temperature, int64_t dim, Acc* __restrict p, Acc* __restrict q, Acc* __restrict ep,
+                            Acc* __restrict eq) {
+  Acc max_p = -std::numeric_limits<Acc>::infinity(), max_q = max_p;
+#pragma omp simd reduction(max : max_p, max_q)
+  for (int64_t i = 0; i < dim; ++i) {
+    max_p = p[i] > max_p ? p[i] : max_p;
+    max_q = q[i] > max_q ? q[i] : max_q;
   }
-  return {std::log(static_cast<double>(zs) / static_cast<double>(zt)), Acc{1} / zs, Acc{1} / zt};
+  const Acc unit = static_cast<Acc>(1.4426950408889634) / temperature;
+  Acc zp = 0, zq = 0, cross = 0;
+#pragma omp simd reduction(+ : zp, zq, cross)
+  for (int64_t i = 0; i < dim; ++i) {
+    p[i] = (p[i] - max_p) * unit;
+    q[i] = (q[i] - max_q) * unit;
+    ep[i] = exp2_nonpositive(p[i]);
+    eq[i] = exp2_nonpositive(q[i]);
+    zp += ep[i];
+    zq += eq[i];
+    const Acc term = ep[i] * (p[i] - q[i]);
+    cross += ep[i] == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
+  }
+  return {std::log(static_cast<double>(zq) / static_cast<double>(zp)), Acc{1} / zp, Acc{1} / zq, cross};
 }
 
-// T^2 KL(p || q). log p - log q = lp - lq + log_ratio with log_ratio = log zq - log zp. Gradients (times T^2 / T):
-// q - p for the logits of q, p (log p - log q - KL) for those of p.
+// T^2 KL(p || q), log p - log q = p_i - q_i + log_ratio. Gradients (times T^2 / T): q - p for the logits of q,
+// p (log p - log q - KL) for those of p.
 template <class Acc>
-double kl(Acc temperature, int64_t dim, const Acc* __restrict lp, const Acc* __restrict lq, const Acc* __restrict ep,
-          const Acc* __restrict eq, Acc inv_p, Acc inv_q, double log_ratio, Acc* __restrict gp, Acc* __restrict gq) {
-  Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < dim; ++i) {
-    const Acc term = ep[i] * (lp[i] - lq[i]);
-    sum += ep[i] == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
-  }
-  const double loss = static_cast<double>(sum) * static_cast<double>(inv_p) + log_ratio;
+double kl(Acc temperature, int64_t dim, Acc* __restrict p, Acc* __restrict q, Acc* __restrict ep, Acc* __restrict eq,
+          Acc* __restrict gp, Acc* __restrict gq) {
+  const Partition<Acc> z = softmax_both(temperature, dim, p, q, ep, eq);
+  const double log2 = 0.6931471805599453;
+  const double loss = static_cast<double>(z.cross) * static_cast<double>(z.inv_p) * log2 + z.log_ratio;
   if (gp) {
-    const Acc shift = static_cast<Acc>(log_ratio - loss);
+    const Acc shift = static_cast<Acc>(z.log_ratio - loss), unit = static_cast<Acc>(log2);
     VD_SIMD for (int64_t i = 0; i < dim; ++i) {
-      const Acc g = temperature * (ep[i] * inv_p) * (lp[i] - lq[i] + shift);
+      const Acc g = temperature * (ep[i] * z.inv_p) * ((p[i] - q[i]) * unit + shift);
       gp[i] = ep[i] == 0 ? Acc{0} : g;
     }
   }
   if (gq) {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) gq[i] = temperature * (eq[i] * inv_q - ep[i] * inv_p);
+    VD_SIMD for (int64_t i = 0; i < dim; ++i) gq[i] = temperature * (eq[i] * z.inv_q - ep[i] * z.inv_p);
   }
   return loss * static_cast<double>(temperature) * static_cast<double>(temperature);
 }
@@ -77,13 +74,13 @@ double kl(Acc temperature, int64_t dim, const Acc* __restrict lp, const Acc* __r
 // Gradient for the student's logits: (1 - beta) r (log(r / m) - KL(r || m)); for the teacher's likewise.
 template <class Acc>
 double jsd(const Pair<Acc>& a) {
-  const Partition<Acc> z = softmax_both(a);
+  const Partition<Acc> z = softmax_both(a.temperature, a.dim, a.s, a.t, a.es, a.et);
   Acc *__restrict log_r = a.s, *__restrict log_q = a.t, *__restrict r = a.es, *__restrict q = a.et;
   Acc kl_r = 0, kl_q = 0;
 #pragma omp simd reduction(+ : kl_r, kl_q)
   for (int64_t i = 0; i < a.dim; ++i) {
-    r[i] *= z.inv_s;
-    q[i] *= z.inv_t;
+    r[i] *= z.inv_p;
+    q[i] *= z.inv_q;
     const Acc mixture = r[i] + a.beta * (q[i] - r[i]);  // exactly r where q = r
     const Acc m = mixture == 0 ? Acc{1} : mixture;
     // r / m <= 1 / (1 - beta): the quotient, unlike a difference of logarithms, is exact where both are close.
@@ -150,16 +147,10 @@ double cosine(const Pair<Acc>& a) {
 template <class Acc>
 double divergence(Divergence kind, const Pair<Acc>& a) {
   switch (kind) {
-    case Divergence::kl: {
-      const Partition<Acc> z = softmax_both(a);
-      return kl(a.temperature, a.dim, a.t, a.s, a.et, a.es, z.inv_t, z.inv_s, z.log_ratio, a.want_t ? a.gt : nullptr,
-                a.want_s ? a.gs : nullptr);
-    }
-    case Divergence::reverse_kl: {
-      const Partition<Acc> z = softmax_both(a);
-      return kl(a.temperature, a.dim, a.s, a.t, a.es, a.et, z.inv_s, z.inv_t, -z.log_ratio, a.want_s ? a.gs : nullptr,
-                a.want_t ? a.gt : nullptr);
-    }
+    case Divergence::kl:
+      return kl(a.temperature, a.dim, a.t, a.s, a.et, a.es, a.want_t ? a.gt : nullptr, a.want_s ? a.gs : nullptr);
+    case Divergence::reverse_kl:
+      return kl(a.temperature, a.dim, a.s, a.t, a.es, a.et, a.want_s ? a.gs : nullptr, a.want_t ? a.gt : nullptr);
     case Divergence::jsd: return jsd(a);
     case Divergence::mse: return mse(a);
     case Divergence::cosine: return cosine(a);

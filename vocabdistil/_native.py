@@ -6,7 +6,8 @@ stream and the thread count are passed along, and a missing module gives an erro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -96,18 +97,21 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _cuda_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+@contextlib.contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[int]:
+    """Makes the device current, as launches go there; gives its current stream."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def cuda_span_mean_fwd(
     x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
 ) -> None:
     """As :func:`span_mean_fwd`; coef: float64 [n] on the device, or None (1/n each)."""
-    with torch.cuda.device(out.device):
+    with _cuda_stream(out.device) as stream:
         module().cuda_span_mean_fwd(
             *_cuda_rows(x, coef), start.data_ptr(), end.data_ptr(), *out.shape, mean, DTYPE_CODES[out.dtype],
-            out.data_ptr(), _cuda_stream(out.device),
+            out.data_ptr(), stream,
         )  # fmt: skip
 
 
@@ -115,10 +119,10 @@ def cuda_span_mean_bwd(
     grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
 ) -> None:
     """As :func:`span_mean_bwd`; coef: float64 [n] on the device, or None (1/n each)."""
-    with torch.cuda.device(grad.device):
+    with _cuda_stream(grad.device) as stream:
         module().cuda_span_mean_bwd(
             DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(), *grad.shape,
-            mean, *_cuda_rows(out, coef), _cuda_stream(grad.device),
+            mean, *_cuda_rows(out, coef), stream,
         )  # fmt: skip
 
 
@@ -128,10 +132,9 @@ def cuda_span_loss(
     beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
 ) -> None:  # fmt: skip
     """The arguments of ``triton_kernels.span_loss.span_loss``; one dtype, at most CUDA_MAX_LAYERS layers a side."""
-    device = student[0].device
-    with torch.cuda.device(device):
+    with _cuda_stream(student[0].device) as stream:
         module().cuda_span_loss(
             *_cuda_rows(student, student_coef), [g.data_ptr() for g in grads], *_cuda_rows(teacher, teacher_coef),
             *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
-            base, _address(weights), _address(upstream), _address(loss), _address(total), _cuda_stream(device),
+            base, _address(weights), _address(upstream), _address(loss), _address(total), stream,
         )  # fmt: skip

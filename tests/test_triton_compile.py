@@ -20,14 +20,20 @@ SPANS = {"start": "*i32", "end": "*i32"}
 
 
 def compile(kernel, signature, constants, capability, num_warps=4):
-    """``constants``: the compile-time arguments, None among them."""
+    """``constants``: the compile-time arguments, None among them. Pointers, strides and ``dim`` are multiples of 16, as
+    Triton finds them at the usual sizes. Returns the PTX."""
+    multiples = [k for k, v in signature.items() if v.startswith("*") or k == "dim" or k.endswith("stride")]
     source = ASTSource(
-        kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
+        kernel,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
+    return compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,10 @@ def compile_span_loss(divergence, dtypes, dim, capability, layered=False):
         constants |= dict.fromkeys(TABLES)
     kernel = span_loss.loss_kernel
     signature = {k: signature[k] for k in kernel.arg_names if k in signature}
-    compile(kernel, signature, constants, capability, tile["num_warps"])
+    ptx = compile(kernel, signature, constants, capability, tile["num_warps"])
+    if dim % 16 == 0:  # accesses of 16 bytes, to layer lists too
+        assert re.search(r"ld\.global\.v4", ptx) and re.search(r"st\.global\.v[24]", ptx)
+        assert not re.search(r"(ld|st)\.global\.b16", ptx)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

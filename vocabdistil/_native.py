@@ -22,7 +22,7 @@ else:
     _load_error = None
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/cuda/rows.cuh
+CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
 DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
 
 

@@ -70,6 +70,12 @@ def test_against_float64(dim, pooling, divergence, dtype, backend, device):
     compare(backend, device, [student], [teacher], pairs, **options)
 
 
+@pytest.mark.parametrize(("count", "dim"), [(1100, 2), (300, 16), (70, 1100)])
+def test_more_pairs_than_run_at_once(count, dim, backend, device):
+    pairs, n_s, n_t = make_pairs(count, seed=dim, gaps=True, empty=True)
+    compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence="mse")
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_reductions_pair_weights_and_upstream(reduction, divergence, backend, device):
@@ -200,6 +206,37 @@ def test_mixed_dtypes_under_autocast(backend, device):
     wide = student.detach().double().requires_grad_()
     vd.reference.span_loss(wide, teacher.double(), pairs).backward()
     assert_norm_close(student.grad, wide.grad, torch.float16, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_traces_as_one_graph(reduction, dtype, backend, device):
+    pairs, n_s, n_t = make_pairs(12, seed=4)
+    student, teacher, pairs = to(device, [rows(n_s, 24, 1, dtype), rows(n_t, 24, 2, dtype), pairs])
+
+    def loss(s):
+        return (vd.span_loss(s * 2, teacher, pairs, temperature=2.0, reduction=reduction, backend=backend) * 3).sum()
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = student.clone().requires_grad_()
+        value = f(leaf)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_opcheck(backend, device):
+    pairs, n_s, n_t = make_pairs(9, seed=4, gaps=True)
+    pairs = pairs.to(device)
+    spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
+    weights, coef = torch.rand(9, device=device), torch.rand(2, dtype=torch.float64, device=device)
+    students = to(device, [rows(n_s, 8, 1), rows(n_s, 16, 2)[:, :8]])
+    torch.library.opcheck(
+        torch.ops.vocabdistil.span_loss.default,
+        (students, to(device, [rows(n_t, 8, 3)]), spans, weights, 0.5, coef, None, 0, True, 2.0, 0.5, backend)
+        + (True, True),
+    )
 
 
 def test_inputs_that_the_kernels_cannot_take(backend, device):

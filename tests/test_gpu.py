@@ -146,7 +146,7 @@ def test_float16_gradients_survive_a_loss_scale(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiles_as_one_graph(dtype, backend):
+def test_compiles_with_inductor(dtype, backend):
     student, teacher, pairs = inputs(264, dtype)
 
     def loss(s):

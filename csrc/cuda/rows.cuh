@@ -99,6 +99,7 @@ __device__ void store_rows(T* out, int64_t stride, const Span& s, const Rows& wr
   Pack<T, N> zero;
 #pragma unroll
   for (int n = 0; n < N; ++n) zero.value[n] = store<T>(0.0f);
+#pragma unroll 1  // one to three rows as a rule
   for (int64_t i = written.start; i < written.end; ++i)
     *reinterpret_cast<Pack<T, N>*>(out + i * stride) = i >= s.start && i < s.end ? value : zero;
 }

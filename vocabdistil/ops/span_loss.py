@@ -36,10 +36,11 @@ def _run(
         )  # fmt: skip
         return
     kernel = implementation("span_loss", backend, "span_loss")
-    kernel(
-        student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta, loss,
-        total, student_grads, upstream,
-    )  # fmt: skip
+    if loss is not None or student_grads:
+        kernel(
+            student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
+            loss, total, student_grads, upstream,
+        )  # fmt: skip
     if teacher_grads:  # the gradient in the teacher is that of the mirrored divergence in its student
         kernel(
             teacher, student, [*spans[2:], *spans[:2]], weights, base, teacher_coef, student_coef, _MIRROR[divergence],
@@ -292,7 +293,8 @@ def span_kl(
     teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t / T) || softmax(mean_s / T)) / P``."""
+    """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t / T) || softmax(mean_s / T)) / P``.
+    """
     return span_loss(
         student, teacher, pairs, divergence="kl", temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, pooling=pooling, reduction=reduction,

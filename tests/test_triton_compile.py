@@ -88,8 +88,10 @@ def compile_span_loss(divergence, dtypes, dim, capability, layered=False):
         assert not re.search(r"(ld|st)\.global\.b16", ptx)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("divergence", sorted(_native.DIVERGENCE_CODES))
+@pytest.mark.parametrize(
+    ("divergence", "capability"),
+    [("kl", 80), ("kl", 90), ("kl", 100), ("reverse_kl", 90), ("jsd", 90), ("mse", 90), ("cosine", 90)],
+)
 def test_span_loss(divergence, capability):
     compile_span_loss(_native.DIVERGENCE_CODES[divergence], ("bf16", "bf16"), 768, capability)
 

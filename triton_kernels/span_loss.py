@@ -89,7 +89,7 @@ def divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
         return softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "student_rows", "teacher_rows"])  # they differ from batch to batch
 def loss_kernel(
     student, student_table, student_coef, student_rows, student_stride, student_start, student_end,
     teacher, teacher_table, teacher_coef, teacher_rows, teacher_stride, teacher_start, teacher_end,
@@ -141,7 +141,7 @@ def loss_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def total_kernel(loss, weights, total, pairs, base, BLOCK: tl.constexpr):
     """``total = base * sum_p weights[p] * loss[p]`` by one program: a fixed order, so the same sum every time."""
     sums = tl.zeros([BLOCK], dtype=tl.float32)

@@ -24,7 +24,7 @@ from .rows import (
 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])  # they differ from batch to batch
 def fwd_kernel(
     x, x_table, coef, start, end, out, pairs, rows, row_stride, dim,
     LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
@@ -42,7 +42,7 @@ def fwd_kernel(
         tl.store(out + p[:, None] * dim + d[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])
 def bwd_kernel(
     grad, start, end, out, out_table, coef, pairs, rows, grad_stride, dim,
     LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,

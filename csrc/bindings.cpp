@@ -1,9 +1,8 @@
-// With remap/bindings.cpp and cuda/bindings.cpp the only file that knows pybind11. Everything crosses as addresses, sizes and codes: vocabdistil/_native.py has
-// already checked shapes, dtypes and devices and keeps the tensors alive.
+// With remap/bindings.cpp and cuda/bindings.cpp the only file that knows pybind11. Everything crosses as addresses,
+// sizes and codes: vocabdistil/_native.py has already checked shapes, dtypes and devices and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
 #include <vector>
 
 #include "ops.h"

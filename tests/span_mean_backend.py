@@ -75,14 +75,15 @@ def forward(backend, x, start, end):
 
 
 @pytest.mark.parametrize("dim", [3, 8])
-def test_span_mean_writes_every_row_and_none_outside(dim, backend, device):
-    start, end = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([1, 4], [2, 900]))  # past the end
+@pytest.mark.parametrize("last", [5, 900])  # before the end of the rows, and past it
+def test_span_mean_writes_every_row_and_none_outside(last, dim, backend, device):
+    start, end = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([1, 4], [2, last]))
     x = torch.randn(6, dim, device=device)
-    torch.testing.assert_close(forward(backend, x, start, end), torch.stack([x[1], x[4:].mean(0)]))
+    torch.testing.assert_close(forward(backend, x, start, end), torch.stack([x[1], x[4:last].mean(0)]))
     grad = torch.full((8, dim), float("nan"), device=device)
     upstream = torch.ones(2, dim, device=device)
     _dispatch.implementation("span_mean", backend, "span_mean_bwd")(upstream, start, end, None, False, [grad[1:7]])
-    assert grad[1:7, -1].tolist() == [0, 1, 0, 0, 1, 1] and grad[[0, 7]].isnan().all()
+    assert grad[1:7, -1].tolist() == [0, 1, 0, 0, 1, last > 5] and grad[[0, 7]].isnan().all()
 
 
 def test_span_mean_strides_and_zero_pairs(backend, device):

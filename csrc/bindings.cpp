@@ -1,10 +1,8 @@
-// With remap/bindings.cpp the only file that knows pybind11. Everything crosses as addresses, sizes and codes: vocabdistil/_native.py has
-// already checked shapes, dtypes and devices and keeps the tensors alive.
+// With remap/bindings.cpp and cuda/bindings.cpp the only file that knows pybind11. Everything crosses as addresses,
+// sizes and codes: vocabdistil/_native.py has already checked shapes, dtypes and devices and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "ops.h"
@@ -12,6 +10,14 @@
 
 namespace py = pybind11;
 namespace vd = vocabdistil;
+
+#ifdef VD_CUDA
+namespace vocabdistil {
+namespace cuda {
+void bind(py::module_& m);
+}  // namespace cuda
+}  // namespace vocabdistil
+#endif
 
 namespace {
 
@@ -73,26 +79,6 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
 }
 
-#ifdef VD_CUDA
-void check(const char* error) {
-  if (error) throw std::runtime_error(std::string("vocabdistil: CUDA kernel failed: ") + error);
-}
-
-void cuda_span_mean_fwd(int dtype, Address x, int64_t row_stride, int64_t rows, Address start, Address end,
-                        int64_t pairs, int64_t dim, bool mean, Address out, Address stream) {
-  py::gil_scoped_release release;
-  check(vd::cuda::span_mean_fwd(static_cast<vd::DType>(dtype), at<const void>(x), row_stride, rows,
-                                spans(start, end), pairs, dim, mean, at<void>(out), at<void>(stream)));
-}
-
-void cuda_span_mean_bwd(int dtype, Address grad, int64_t grad_stride, Address start, Address end, int64_t pairs,
-                        int64_t dim, bool mean, Address out, int64_t rows, Address stream) {
-  py::gil_scoped_release release;
-  check(vd::cuda::span_mean_bwd(static_cast<vd::DType>(dtype), at<const void>(grad), grad_stride, spans(start, end),
-                                pairs, dim, mean, at<void>(out), rows, at<void>(stream)));
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -107,8 +93,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;
   m.attr("cuda_architectures") = VD_CUDA_ARCHITECTURES;
-  m.def("cuda_span_mean_fwd", &cuda_span_mean_fwd);
-  m.def("cuda_span_mean_bwd", &cuda_span_mean_bwd);
+  vd::cuda::bind(m);
 #else
   m.attr("cuda_compiler") = py::none();
   m.attr("cuda_architectures") = "";

@@ -76,14 +76,45 @@ void span_mean_bwd(const SpanMeanBwdArgs&);
 void span_loss(const SpanLossArgs&);
 const char* active_isa();
 
-#ifdef VD_CUDA
+// GPU, where it was built.
 namespace cuda {
+
+constexpr int kMaxLayers = 64;  // as many as fit the 4 KB of a kernel's arguments
+
+// The layers of one side, read or written: `coef` lies on the device, null for 1 / count each.
+struct GpuLayers {
+  DType dtype;
+  int64_t count;
+  void* const* data;          // [count], each [rows, dim] with unit column stride
+  const int64_t* row_stride;  // [count], in elements
+  int64_t rows;
+  const double* coef;  // [count] on the device, or null
+};
+
+// As SpanLossArgs, in float32, with the gradient of the student alone.
+struct GpuSpanLossArgs {
+  GpuLayers student, teacher;
+  int64_t grads;      // 0: not wanted
+  void* const* grad;  // [grads], contiguous [rows, dim] each, in the student's dtype
+  Spans student_spans, teacher_spans;
+  int64_t pairs, dim;
+  Divergence divergence;
+  bool mean;
+  double temperature, beta, base;
+  const float* weights;   // [pairs] or null: pair p counts base * weights[p]
+  const float* upstream;  // [1] or null: another factor; where it is 1 the gradients are left as they are
+  float* loss;            // [pairs] or null, unscaled
+  float* total;           // [1] or null
+  void* stream;
+};
+
 // Launched on `stream`; each returns an error text, or nullptr.
-const char* span_mean_fwd(DType dtype, const void* x, int64_t row_stride, int64_t rows, Spans spans, int64_t pairs,
-                          int64_t dim, bool mean, void* out, void* stream);
-const char* span_mean_bwd(DType dtype, const void* grad, int64_t grad_stride, Spans spans, int64_t pairs,
-                          int64_t dim, bool mean, void* out, int64_t rows, void* stream);
+const char* span_mean_fwd(const GpuLayers& x, Spans spans, int64_t pairs, int64_t dim, bool mean, DType out_dtype,
+                          void* out, void* stream);
+const char* span_mean_bwd(DType grad_dtype, const void* grad, int64_t grad_stride, Spans spans, int64_t pairs,
+                          int64_t dim, bool mean, const GpuLayers& out, void* stream);
+const char* span_loss(const GpuSpanLossArgs&);
+
 }  // namespace cuda
-#endif
 
 }  // namespace vocabdistil

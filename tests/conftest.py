@@ -15,6 +15,7 @@ from vocabdistil import _native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
+HAS_PYBIND = importlib.util.find_spec("pybind11") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # tier -> (file name prefixes, whether it can run here)
 TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -22,6 +23,7 @@ TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "C++ on CPU": (("test_span_", "test_remap", "test_align"), True),
     "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),
     "Triton, compiled": (("test_triton_compile",), HAS_TRITON),
+    "CUDA, on the host": (("test_cuda_host",), HAS_PYBIND and shutil.which("c++") is not None),
     "CUDA, compiled": (("test_cuda_build",), bool(shutil.which("nvcc") and _native.module().cuda_compiler)),
     "GPU": (("test_gpu",), torch.cuda.is_available()),
     "package": (("test_",), True),

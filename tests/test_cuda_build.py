@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import subprocess
@@ -33,17 +34,27 @@ def test_kernels_are_in_the_module():
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
     run = subprocess.run([cuobjdump, "-elf", _native.module().__file__], capture_output=True, text=True, check=True)
-    assert "fwd_kernel" in run.stdout and "bwd_kernel" in run.stdout
+    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "total_kernel"):
+        assert kernel in run.stdout, kernel
+
+
+def test_as_many_layers_are_allowed_as_the_kernels_take():
+    rows = Path(__file__).parent.parent / "csrc/ops.h"
+    assert f"kMaxLayers = {_native.CUDA_MAX_LAYERS};" in rows.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_call_without_a_driver_says_so():
-    spans = torch.zeros(1, dtype=torch.int32)
-    x = torch.zeros(1, 4)
-    with pytest.raises(RuntimeError, match="CUDA"):
-        _native.module().cuda_span_mean_fwd(
-            0, x.data_ptr(), 4, 1, spans.data_ptr(), spans.data_ptr(), 1, 4, True, x.data_ptr(), 0
-        )
+def test_a_call_without_a_driver_says_so(monkeypatch):
+    monkeypatch.setattr(_native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    span, x = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4)
+    options = (0, True, 1.0, 0.5, torch.zeros(1), torch.zeros(()), [x], None)
+    for call in (
+        lambda: _native.cuda_span_mean_fwd([x], span, span, None, True, x),
+        lambda: _native.cuda_span_mean_bwd(x, span, span, None, True, [x]),
+        lambda: _native.cuda_span_loss([x], [x], [span] * 4, None, 1.0, None, None, *options),
+    ):
+        with pytest.raises(RuntimeError, match="CUDA driver"):
+            call()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

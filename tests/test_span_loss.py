@@ -182,7 +182,8 @@ def test_opcheck():
     for student in (torch.randn(n_s, 8), torch.randn(n_s, 16)[:, ::2].contiguous(), torch.randn(n_s, 16)[:, :8]):
         torch.library.opcheck(
             torch.ops.vocabdistil.span_loss.default,
-            ([student], [torch.randn(n_t, 8)], spans, torch.rand(9), None, None, 0, True, 2.0, 0.5, True, True),
+            ([student], [torch.randn(n_t, 8)], spans, torch.rand(9), 0.5, None, None, 0, True, 2.0, 0.5, "cpu")
+            + (True, True),
         )
 
 

@@ -1,86 +1,95 @@
-"""Span averaging in Triton: one program per pair, looping over blocks of the hidden dimension.
-
-Every load is widened before arithmetic (the interpreter computes bfloat16 wrongly otherwise), addresses are int64,
-spans are clamped to the rows, and nothing is atomic: a token lies in at most one span.
-"""
+"""Span averaging in Triton: a program takes the tile of a few pairs, looping over blocks of the hidden dimension."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import (
+    add_rest,
+    address_table,
+    aligned,
+    first_row,
+    on_device,
+    one_stride,
+    span,
+    span_share,
+    store_rows,
+    tile,
+    written_rows,
+)  # fmt: skip
 
-@triton.jit
-def _clamp(position, rows):
-    return tl.minimum(tl.maximum(position.to(tl.int64), 0), rows)
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])  # they differ from batch to batch
 def fwd_kernel(
-    x, start, end, out, rows, row_stride, dim, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+    x, x_table, coef, start, end, out, pairs, rows, row_stride, dim,
+    LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64)
-    first, last = _clamp(tl.load(start + p), rows), _clamp(tl.load(end + p), rows)
-    share = 1.0
-    if MEAN:
-        share = 1.0 / tl.maximum(last - first, 1).to(ACC)
+    p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first, last = span(start, end, p, pairs, rows)
+    share = span_share(first, last, MEAN, ACC)
     for block in range(0, dim, BLOCK):
         d = block + tl.arange(0, BLOCK)
         inside = d < dim
-        total = tl.zeros([BLOCK], dtype=ACC)
-        for i in range(first, last):
-            total += tl.load(x + i * row_stride + d, mask=inside, other=0.0).to(ACC)
-        tl.store(out + p * dim + d, (total * share).to(out.dtype.element_ty), mask=inside)
+        total = first_row(x, x_table, coef, row_stride, first, last, d, inside, share, LAYERS, ALIGNED, ACC)
+        total = add_rest(total, x, x_table, coef, row_stride, first, last, d, inside, share, LAYERS, ALIGNED, ACC)
+        mask = (p < pairs)[:, None] & inside[None, :]
+        tl.store(out + p[:, None] * dim + d[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])
 def bwd_kernel(
-    grad, start, end, out, pairs, rows, grad_stride, dim, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+    grad, start, end, out, out_table, coef, pairs, rows, grad_stride, dim,
+    LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The program of pair p also clears the rows between the span before and its own, the last one the tail."""
-    p = tl.program_id(0).to(tl.int64)
-    first, last = _clamp(tl.load(start + p), rows), _clamp(tl.load(end + p), rows)
-    begin = _clamp(tl.load(end + p - 1, mask=p > 0, other=0), rows)
-    stop = last
-    if p + 1 == pairs:
-        stop = stop * 0 + rows
-    share = 1.0
-    if MEAN:
-        share = 1.0 / tl.maximum(last - first, 1).to(ACC)
+    p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first, last = span(start, end, p, pairs, rows)
+    begin, stop = written_rows(end, p, pairs, first, last, rows)
+    share = span_share(first, last, MEAN, ACC)
     for block in range(0, dim, BLOCK):
         d = block + tl.arange(0, BLOCK)
         inside = d < dim
-        value = tl.load(grad + p * grad_stride + d, mask=inside, other=0.0).to(ACC) * share
-        for i in range(begin, stop):
-            kept = tl.where((i >= first) & (i < last), value, 0.0)
-            tl.store(out + i * dim + d, kept.to(out.dtype.element_ty), mask=inside)
+        mask = (p < pairs)[:, None] & inside[None, :]
+        value = tl.load(grad + p[:, None] * grad_stride + d[None, :], mask=mask, other=0.0).to(ACC) * share[:, None]
+        store_rows(value, out, out_table, coef, begin, first, last, stop, dim, d, inside, LAYERS, ALIGNED, ACC)
 
 
-def _options(dtype: torch.dtype, dim: int) -> dict[str, object]:
-    return {
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BLOCK": min(triton.next_power_of_2(dim), 1024),
-    }
+def _options(x: Tensor) -> dict[str, object]:
+    return {"ACC": tl.float64 if x.dtype == torch.float64 else tl.float32, **tile(x.shape[1], 4096)}
 
 
-def span_mean_fwd(x: Tensor, start: Tensor, end: Tensor, mean: bool) -> Tensor:
-    """x ``[N, D]`` (unit column stride), int32 spans ``[P]`` -> ``[P, D]`` in the dtype of x."""
-    out = x.new_empty(start.shape[0], x.shape[1])
-    if out.numel():
-        options = _options(x.dtype, x.shape[1])
-        fwd_kernel[(start.shape[0],)](x, start, end, out, x.shape[0], x.stride(0), x.shape[1], MEAN=mean, **options)
-    return out
+def span_mean_fwd(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
+) -> None:
+    """x: layers ``[N, D]`` (unit column stride); int32 spans ``[P]``; coef ``[n]`` or None (1/n); out: ``[P, D]``."""
+    if not out.numel():
+        return
+    x, options = one_stride(x), _options(x[0])
+    with on_device(out):
+        fwd_kernel[(triton.cdiv(out.shape[0], options["ROWS"]),)](
+            x[0], address_table(x), coef, start, end, out, out.shape[0], x[0].shape[0], x[0].stride(0), x[0].shape[1],
+            LAYERS=len(x), ALIGNED=aligned(*x), MEAN=mean, **options,
+        )  # fmt: skip
 
 
-def span_mean_bwd(grad: Tensor, start: Tensor, end: Tensor, rows: int, mean: bool) -> Tensor:
-    """grad ``[P, D]`` (unit column stride), int32 spans ``[P]`` -> the gradient ``[rows, D]``, every row written."""
+def span_mean_bwd(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
+) -> None:
+    """grad ``[P, D]`` (unit column stride) -> out, the gradients of the layers ``[N, D]``, every row written."""
     pairs, dim = grad.shape
     if not pairs:
-        return grad.new_zeros(rows, dim)
-    out = grad.new_empty(rows, dim)
-    if out.numel():
-        options = _options(grad.dtype, dim)
-        bwd_kernel[(pairs,)](grad, start, end, out, pairs, rows, grad.stride(0), dim, MEAN=mean, **options)
-    return out
+        for x in out:
+            x.zero_()
+    elif out[0].numel():
+        options = _options(grad)
+        with on_device(grad):
+            bwd_kernel[(triton.cdiv(pairs, options["ROWS"]),)](
+                grad, start, end, out[0], address_table(out), coef, pairs, out[0].shape[0], grad.stride(0), dim,
+                LAYERS=len(out), ALIGNED=aligned(*out), MEAN=mean, **options,
+            )  # fmt: skip

@@ -7,18 +7,22 @@ that cannot run raises and says why; an automatic fallback to the reference warn
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from . import _native
 
-# operation -> device type -> implementations, best first
+# operation -> device type -> implementations, best first. On a GPU both move the same bytes at any size; CUDA stands
+# first because it pads rows to 8 columns per thread where Triton pads to a power of two (768 to 1024), and starts
+# sooner, which is what small inputs pay for. That order is by reasoning, not yet measured.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
-    "span_loss": {"cpu": ("cpu",), "cuda": ()},
+    "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -52,14 +56,18 @@ def _warn_fallback(op: str, device: str, reasons: str) -> None:
 
 
 @functools.cache
-def _resolve(op: str, device: str, backend: str | None, source: str) -> tuple[str, str]:
+def _resolve(
+    op: str, device: str, backend: str | None, source: str, limits: tuple[tuple[str, str], ...]
+) -> tuple[str, str]:
     choices = TABLE[op].get(device, ())
+    limit = dict(limits)
     if backend is None:
-        reasons = [f"{b}: {why}" for b in choices if (why := unavailable(b))]
-        for choice in choices:
-            if not unavailable(choice):
+        reasons = {b: unavailable(b) or limit.get(b) for b in choices}
+        for choice, reason in reasons.items():
+            if not reason:
                 return choice, ""
-        return "reference", "; ".join(reasons) or f"there is no native {op} for this device"
+        told = "; ".join(f"{b}: {why}" for b, why in reasons.items())
+        return "reference", told or f"there is no native {op} for this device"
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     interpreted = backend == "triton" and device == "cpu" and "triton" in TABLE[op].get("cuda", ())
@@ -68,16 +76,18 @@ def _resolve(op: str, device: str, backend: str | None, source: str) -> tuple[st
             f"{source}: {backend!r} has no {op} for {device} tensors; available: "
             f"{', '.join((*choices, 'reference'))}"
         )
+    if backend in limit:
+        raise ValueError(f"{source}: {backend!r} cannot take these inputs to {op}: {limit[backend]}")
     if why := unavailable(backend):
         raise RuntimeError(f"{source}: {backend!r} cannot run here: {why}")
     return backend, ""
 
 
-def _choose(op: str, device: str, backend: str | None) -> str:
+def _choose(op: str, device: str, backend: str | None, limits: tuple[tuple[str, str], ...]) -> str:
     source = "backend"
     if backend is None and (backend := os.environ.get("VOCABDISTIL_BACKEND") or None):
         source = "VOCABDISTIL_BACKEND"
-    choice, reasons = _resolve(op, device, backend, source)
+    choice, reasons = _resolve(op, device, backend, source, limits)
     if reasons:
         _warn_fallback(op, device, reasons)
     return choice
@@ -87,11 +97,21 @@ def _choose(op: str, device: str, backend: str | None) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(op: str, device: torch.device, backend: str | None) -> str:
+def resolve(op: str, device: torch.device, backend: str | None, limits: tuple[tuple[str, str], ...] = ()) -> str:
     """The implementation of ``op`` to run on ``device`` (a constant of the graph under torch.compile).
 
+    Args:
+        limits: pairs of a backend that cannot take these inputs, and why.
+
     Raises:
-        ValueError: an unknown backend, or one that has no such operation for the device.
+        ValueError: an unknown backend, or one that has no such operation for the device or the inputs.
         RuntimeError: a backend that cannot run on this installation or machine; the text says why.
     """
-    return _choose(op, device.type, backend)
+    return _choose(op, device.type, backend, limits)
+
+
+def implementation(op: str, backend: str, name: str) -> Callable:
+    """The function ``name`` of an operation in a backend: a file of triton_kernels, or the compiled module."""
+    if backend == "triton":
+        return getattr(importlib.import_module(f"{__package__}.triton_kernels.{op}"), name)
+    return getattr(_native, f"cuda_{name}" if backend == "cuda" else name)

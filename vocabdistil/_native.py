@@ -6,7 +6,8 @@ stream and the thread count are passed along, and a missing module gives an erro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -21,6 +22,7 @@ else:
     _load_error = None
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
 DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
 
 
@@ -87,18 +89,52 @@ def span_loss(
     )  # fmt: skip
 
 
-def cuda_span_mean_fwd(x: Tensor, start: Tensor, end: Tensor, mean: bool, out: Tensor) -> None:
-    with torch.cuda.device(x.device):
+def _cuda_rows(layers: Sequence[Tensor], coef: Tensor | None) -> tuple:
+    return DTYPE_CODES[layers[0].dtype], *_layers(layers), layers[0].shape[0], _address(coef)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@contextlib.contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[int]:
+    """Makes the device current, as launches go there; gives its current stream."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def cuda_span_mean_fwd(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
+) -> None:
+    """As :func:`span_mean_fwd`; coef: float64 [n] on the device, or None (1/n each)."""
+    with _cuda_stream(out.device) as stream:
         module().cuda_span_mean_fwd(
-            DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], start.data_ptr(), end.data_ptr(),
-            start.numel(), x.shape[1], mean, out.data_ptr(), torch.cuda.current_stream().cuda_stream,
+            *_cuda_rows(x, coef), start.data_ptr(), end.data_ptr(), *out.shape, mean, DTYPE_CODES[out.dtype],
+            out.data_ptr(), stream,
         )  # fmt: skip
 
 
-def cuda_span_mean_bwd(grad: Tensor, start: Tensor, end: Tensor, mean: bool, out: Tensor) -> None:
-    with torch.cuda.device(grad.device):
+def cuda_span_mean_bwd(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
+) -> None:
+    """As :func:`span_mean_bwd`; coef: float64 [n] on the device, or None (1/n each)."""
+    with _cuda_stream(grad.device) as stream:
         module().cuda_span_mean_bwd(
-            DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(),
-            start.numel(), grad.shape[1], mean, out.data_ptr(), out.shape[0],
-            torch.cuda.current_stream().cuda_stream,
+            DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(), *grad.shape,
+            mean, *_cuda_rows(out, coef), stream,
+        )  # fmt: skip
+
+
+def cuda_span_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+) -> None:  # fmt: skip
+    """The arguments of ``triton_kernels.span_loss.span_loss``; one dtype, at most CUDA_MAX_LAYERS layers a side."""
+    with _cuda_stream(student[0].device) as stream:
+        module().cuda_span_loss(
+            *_cuda_rows(student, student_coef), [g.data_ptr() for g in grads], *_cuda_rows(teacher, teacher_coef),
+            *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
+            base, _address(weights), _address(upstream), _address(loss), _address(total), stream,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .. import _native
 from .._checks import Layers, LayerWeights
-from .._dispatch import resolve
+from .._dispatch import implementation, resolve
 from ..reference.span_loss import span_loss as reference_span_loss
 from ..spans import SpanPairs
 from ._library import define
@@ -22,32 +22,65 @@ def _empty_grads(layers: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in layers] if wanted else []
 
 
-def _impl(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], scale: Tensor,
+def _run(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
-    beta: float, student_grad: bool, teacher_grad: bool,
+    beta: float, backend: str, loss: Tensor | None, total: Tensor | None, student_grads: Sequence[Tensor],
+    teacher_grads: Sequence[Tensor], upstream: Tensor | None = None,
+) -> None:  # fmt: skip
+    if backend == "cpu":
+        scale = loss.new_full(loss.shape, base) if weights is None else weights * base
+        _native.span_loss(
+            student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, loss,
+            total, student_grads, teacher_grads,
+        )  # fmt: skip
+        return
+    kernel = implementation("span_loss", backend, "span_loss")
+    if loss is not None or student_grads:
+        kernel(
+            student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
+            loss, total, student_grads, upstream,
+        )  # fmt: skip
+    if teacher_grads:  # the gradient in the teacher is that of the mirrored divergence in its student
+        kernel(
+            teacher, student, [*spans[2:], *spans[:2]], weights, base, teacher_coef, student_coef, _MIRROR[divergence],
+            mean, temperature, 1 - beta, None, None, teacher_grads, upstream,
+        )  # fmt: skip
+
+
+_CODES = _native.DIVERGENCE_CODES
+_MIRROR = {code: code for code in _CODES.values()} | {
+    _CODES["kl"]: _CODES["reverse_kl"],
+    _CODES["reverse_kl"]: _CODES["kl"],
+}
+
+
+def _impl(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, backend: str, student_grad: bool, teacher_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    loss = torch.empty_like(scale)
-    total = scale.new_empty(())
-    student_grads, teacher_grads = _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
-    _native.span_loss(
-        student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, loss, total,
-        student_grads, teacher_grads,
+    arguments = (
+        student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
+        backend,
     )  # fmt: skip
-    return total, loss, student_grads, teacher_grads
+    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad)
+    _run(*arguments, loss, total, *grads)
+    return total, loss, *grads
 
 
 def _fake(
-    student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, student_grad,
-    teacher_grad,
+    student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta, backend,
+    student_grad, teacher_grad,
 ):  # fmt: skip
-    grads = _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
-    return scale.new_empty(()), torch.empty_like(scale), *grads
+    dtype = _native.accumulation_dtype(student[0].dtype, teacher[0].dtype)
+    loss = student[0].new_empty(spans[0].shape[0], dtype=dtype)
+    return loss.new_empty(()), loss, _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
 
 
 _op = define(
-    "span_loss(Tensor[] student, Tensor[] teacher, Tensor[] spans, Tensor scale, Tensor? student_coef, "
-    "Tensor? teacher_coef, int divergence, bool mean, float temperature, float beta, bool student_grad, "
+    "span_loss(Tensor[] student, Tensor[] teacher, Tensor[] spans, Tensor? weights, float base, Tensor? student_coef, "
+    "Tensor? teacher_coef, int divergence, bool mean, float temperature, float beta, str backend, bool student_grad, "
     "bool teacher_grad) -> (Tensor, Tensor, Tensor[], Tensor[])",
     _impl,
     _fake,
@@ -61,7 +94,8 @@ class _SpanLoss(torch.autograd.Function):
 
     That gradient is handed out as it is where the upstream gradient is 1 (the usual ``loss.backward()``), without
     a second pass and without a copy. Half-precision gradients under any other upstream gradient are computed anew
-    with it folded in, so that they are rounded once, after scaling, and a loss scaler can do its work.
+    with it folded in, so that they are rounded once, after scaling, and a loss scaler can do its work. On a GPU the
+    kernel itself looks at the upstream gradient and ends at once where it is 1: the host need not wait for it.
     """
 
     @staticmethod
@@ -70,11 +104,10 @@ class _SpanLoss(torch.autograd.Function):
         start_s, end_s, start_t, end_t, *layers,
     ):  # fmt: skip
         spans = (start_s, end_s, start_t, end_t)
-        scale = weights * base
         compiling = torch.compiler.is_compiling()
         early = reduce and not (compiling and any(x.dtype in _HALF for x in layers))
         total, loss, student_grads, teacher_grads = _op(
-            layers[:count], layers[count:], spans, scale, student_coef, teacher_coef, *options,
+            layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
             early and needs_student, early and needs_teacher,
         )  # fmt: skip
         ready = (*student_grads, *teacher_grads)
@@ -84,7 +117,9 @@ class _SpanLoss(torch.autograd.Function):
         else:  # not among the saved tensors: whoever takes it must be its only owner
             ctx.save_for_backward(weights, loss, student_coef, teacher_coef, *spans, *layers)
             ctx.ready = ready if early else None
-        return total if reduce else loss * scale
+        if reduce:
+            return total
+        return loss * base if weights is None else loss * (weights * base)
 
     @staticmethod
     def backward(ctx, grad):
@@ -100,15 +135,22 @@ class _SpanLoss(torch.autograd.Function):
                 grads = [g * grad.to(g.dtype) for g in rest[4 + n :]]
         elif ctx.ready is not None:
             ready, ctx.ready = ctx.ready, None
-            if bool(grad == 1):
+            if options[-1] != "cpu":
+                split = count if needs_student else 0
+                _run(
+                    layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
+                    None, None, ready[:split], ready[split:], grad,
+                )  # fmt: skip
+                grads = ready
+            elif bool(grad == 1):
                 grads = ready
             elif all(g.dtype not in _HALF for g in ready):
                 grads = [g.mul_(grad) for g in ready]
         if grads is None:
-            scale = (weights * base * grad).expand_as(weights).contiguous()
+            scale = (grad if weights is None else weights * grad).expand_as(loss).contiguous()
             _, _, student_grads, teacher_grads = _op(
-                layers[:count], layers[count:], spans, scale, student_coef, teacher_coef, *options, needs_student,
-                needs_teacher,
+                layers[:count], layers[count:], spans, scale, base, student_coef, teacher_coef, *options,
+                needs_student, needs_teacher,
             )  # fmt: skip
             grads = (*student_grads, *teacher_grads)
         student_grads = tuple(grads[:count]) if needs_student else (None,) * count
@@ -119,8 +161,26 @@ class _SpanLoss(torch.autograd.Function):
 def _normalised(layer_weights: LayerWeights | None, like: Tensor) -> Tensor | None:
     if layer_weights is None:
         return None
-    weights = torch.as_tensor(layer_weights, device=like.device).to(torch.float64)
-    return weights / weights.sum()
+    if isinstance(layer_weights, Tensor):
+        weights = layer_weights.to(torch.float64)
+        return weights / weights.sum()
+    # Filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph.
+    norm = sum(layer_weights)
+    return torch.stack([like.new_full((), w / norm, dtype=torch.float64) for w in layer_weights])
+
+
+_GPU_WIDEST = 16384
+
+
+def _limits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[tuple[str, str], ...]:
+    """What the GPU kernels cannot take: pairs of a backend and the reason."""
+    if torch.float64 in (student[0].dtype, teacher[0].dtype):
+        return tuple((backend, "float64 goes through the reference") for backend in ("cuda", "triton"))
+    if (dim := teacher[0].shape[1]) > _GPU_WIDEST:
+        return tuple((backend, f"hidden size {dim} > {_GPU_WIDEST}") for backend in ("cuda", "triton"))
+    if (layers := max(len(student), len(teacher))) > _native.CUDA_MAX_LAYERS:
+        return (("cuda", f"{layers} layers > {_native.CUDA_MAX_LAYERS}"),)
+    return ()
 
 
 def span_loss(
@@ -172,7 +232,7 @@ def span_loss(
         student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
     )  # fmt: skip
     device = students[0].device
-    choice = resolve("span_loss", device, backend)
+    choice = resolve("span_loss", device, backend, _limits(students, teachers))
     if choice == "reference":
         return reference_span_loss(
             student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
@@ -180,6 +240,8 @@ def span_loss(
             student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
         )  # fmt: skip
     students, teachers = [native_rows(x) for x in students], [native_rows(x) for x in teachers]
+    if choice == "cuda" and students[0].dtype != teachers[0].dtype:  # under autocast only
+        students, teachers = [x.float() for x in students], [x.float() for x in teachers]
     mean = pooling == "mean"
     grad = torch.is_grad_enabled()
     student_coef = _normalised(student_layer_weights, students[0])
@@ -201,12 +263,9 @@ def span_loss(
         teachers = [pooled_rows(teachers, spans[2], spans[3], teacher_coef, mean, True, choice).to(dtype)]
         teacher_coef = None
         spans[2:] = _row_spans(spans[2], spans[3])
-    if pair_weights is None:
-        weights = torch.ones(len(pairs), dtype=dtype, device=device)
-    else:
-        weights = pair_weights.to(dtype)
+    weights = None if pair_weights is None else pair_weights.to(dtype).contiguous()
     base = 1.0 / max(pairs.num_nonempty, 1) if reduction == "batchmean" else 1.0
-    options = (_native.DIVERGENCE_CODES[divergence], mean, float(temperature), float(beta))
+    options = (_CODES[divergence], mean, float(temperature), float(beta), choice)
     return _SpanLoss.apply(
         weights, student_coef, teacher_coef, base, options, reduction != "none",
         grad and any(x.requires_grad for x in students), learns_teacher, len(students), *spans, *students, *teachers,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 from .. import _native
-from .._dispatch import resolve
+from .._dispatch import implementation, resolve
 from ..reference.span_mean import span_mean as reference_span_mean
 from ._library import define
 
@@ -17,20 +17,9 @@ from ._library import define
 def _impl(
     x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, accumulate: bool, backend: str
 ) -> Tensor:
-    dtype = _native.accumulation_dtype(x[0].dtype) if accumulate else x[0].dtype
-    if backend == "cpu":
-        out = x[0].new_empty(start.numel(), x[0].shape[1], dtype=dtype)
-        _native.span_mean_fwd(x, start, end, coef, mean, out)
-        return out
-    (rows,) = x  # the GPU kernels take one layer for now
-    if backend == "cuda":
-        out = rows.new_empty(start.numel(), rows.shape[1])
-        _native.cuda_span_mean_fwd(rows, start, end, mean, out)
-    else:
-        from ..triton_kernels import span_mean as triton_span_mean
-
-        out = triton_span_mean.span_mean_fwd(rows, start, end, mean)
-    return out.to(dtype)
+    out = _fake(x, start, end, coef, mean, accumulate, backend)
+    implementation("span_mean", backend, "span_mean_fwd")(x, start, end, coef, mean, out)
+    return out
 
 
 def _fake(x, start, end, coef, mean, accumulate, backend):
@@ -44,15 +33,8 @@ def _backward_impl(
 ) -> list[Tensor]:  # fmt: skip
     if grad.stride(1) != 1:
         grad = grad.contiguous()
-    if backend == "triton":
-        from ..triton_kernels import span_mean as triton_span_mean
-
-        return [triton_span_mean.span_mean_bwd(grad.to(dtype), start, end, rows, mean)]
-    out = [grad.new_empty(rows, grad.shape[1], dtype=dtype) for _ in range(layers)]
-    if backend == "cuda":
-        _native.cuda_span_mean_bwd(grad.to(dtype), start, end, mean, out[0])
-    else:
-        _native.span_mean_bwd(grad, start, end, coef, mean, out)
+    out = _backward_fake(grad, start, end, coef, mean, layers, rows, dtype, backend)
+    implementation("span_mean", backend, "span_mean_bwd")(grad, start, end, coef, mean, out)
     return out
 
 

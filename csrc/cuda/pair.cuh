@@ -1,0 +1,248 @@
+// A pair of averaged rows in the registers of a warp or of a block, and its divergences. Formulas:
+// vocabdistil/reference/span_loss.py. Where both rows are equal the gradient is exactly 0: each is written such that a
+// fused multiply-add cannot break that.
+#pragma once
+
+#include "rows.cuh"
+
+namespace vocabdistil {
+namespace cuda {
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// 2^x, 0 under 2^-126; one instruction, which the scaling for subnormal results would triple.
+__device__ float exp2_flushed(float x) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Sums or maxima over the threads that share a pair, in a fixed order, the same in all of them.
+class Group {
+ public:
+  __device__ explicit Group(float4 (*parts)[32]) : parts_(parts) {}
+
+  template <class Op, class... Float>
+  __device__ void reduce(Op op, Float&... value) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) ((value = op(value, __shfl_xor_sync(0xffffffffu, value, mask))), ...);
+    if (blockDim.x > 32) across_warps(op, value...);
+  }
+  template <class... Float>
+  __device__ void sum(Float&... value) {
+    reduce([](float x, float y) { return x + y; }, value...);
+  }
+  __device__ void max(float& a, float& b) {
+    reduce([](float x, float y) { return fmaxf(x, y); }, a, b);
+  }
+
+ private:
+  template <class Op>
+  __device__ void across_warps(Op op, float& a, float& b, float& c) {
+    float4* parts = parts_[turn_];
+    turn_ ^= 1;  // two buffers: the next but one reduction is behind a barrier that follows the reads of this one
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = make_float4(a, b, c, 0);
+    __syncthreads();
+    a = parts[0].x, b = parts[0].y, c = parts[0].z;
+    for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) {
+      const float4 part = parts[w];
+      a = op(a, part.x), b = op(b, part.y), c = op(c, part.z);
+    }
+  }
+  template <class Op>
+  __device__ void across_warps(Op op, float& a, float& b) {
+    float none = 0;
+    across_warps(op, a, b, none);
+  }
+  template <class Op>
+  __device__ void across_warps(Op op, float& a) {
+    float none = 0;
+    across_warps(op, a, none);
+  }
+
+  float4 (*parts_)[32];
+  int turn_ = 0;
+};
+
+// A thread's share of a pair: K packs of N columns of both averaged rows. A warp's columns are consecutive, and a
+// thread's packs 32 N columns apart: a constant, so one address serves them all.
+// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`.
+template <class T, int N, int K>
+struct Pair {
+  static constexpr int kSize = N * K;
+  float s[kSize], t[kSize];
+  float scale;
+
+  __device__ Pair(int dim) : column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * N), dim_(dim) {}
+
+  __device__ int column(int k) const { return column_ + k * 32 * N; }
+  __device__ bool inside(int k) const { return column(k) < dim_; }  // of a whole pack: N divides dim
+
+  __device__ void fetch(Pack<T, N> (&raw)[K], const T* row) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      raw[k] = inside(k) ? *reinterpret_cast<const Pack<T, N>*>(row + column_ + k * 32 * N) : Pack<T, N>{};
+  }
+  static __device__ void add(float (&x)[kSize], const Pack<T, N> (&raw)[K], float weight) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) x[e] = fmaf(weight, load<float>(raw[e / N].value[e % N]), x[e]);
+  }
+  // All rows of a span in all layers, but for the first: that one was fetched before.
+  __device__ void add_rest(float (&x)[kSize], const LayerTable& layers, const Span& span, float part) const {
+#pragma unroll 1  // registers are dearer here than loads in flight
+    for (int l = 0; l < layers.count; ++l) {
+      const float weight = part * layers.weight<float>(l);
+#pragma unroll 1
+      for (int i = span.start + (l == 0); i < span.end; ++i) {
+        Pack<T, N> raw[K];
+        fetch(raw, layers.row<const T>(l, i));
+        add(x, raw, weight);
+      }
+    }
+  }
+
+  // Averages both rows; columns past the end get `outside`. The first loads of both sides, for most spans the only
+  // ones, are in flight together.
+  __device__ void average(const LayerTable& student, const Span& student_span, const LayerTable& teacher,
+                          const Span& teacher_span, bool mean, float outside) {
+    Pack<T, N> first_s[K], first_t[K];
+    fetch(first_s, student.row<const T>(0, student_span.start));
+    fetch(first_t, teacher.row<const T>(0, teacher_span.start));
+    const float part_s = share<float>(student_span, mean), part_t = share<float>(teacher_span, mean);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] = t[e] = inside(e / N) ? 0 : outside;
+    add(s, first_s, part_s * student.weight<float>(0));
+    add(t, first_t, part_t * teacher.weight<float>(0));
+    add_rest(s, student, student_span, part_s);
+    add_rest(t, teacher, teacher_span, part_t);
+  }
+
+  // s and t become base-2 exponents: (x - max x) / (T ln 2).
+  __device__ void exponents(Group& group, float temperature) {
+    float max_s = -INFINITY, max_t = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      max_s = fmaxf(max_s, s[e]);
+      max_t = fmaxf(max_t, t[e]);
+    }
+    group.max(max_s, max_t);
+    const float factor = kLog2E / temperature;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      s[e] = (s[e] - max_s) * factor;
+      t[e] = (t[e] - max_t) * factor;
+    }
+  }
+
+  __device__ float kl(Group& group, float temperature) {
+    float sum_s = 0, sum_t = 0, sum = 0;
+    exponents(group, temperature);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float difference = t[e] - s[e];
+      s[e] = exp2_flushed(s[e]);
+      t[e] = exp2_flushed(t[e]);
+      sum_s += s[e];
+      sum_t += t[e];
+      if (t[e] != 0) sum += t[e] * difference;  // no mass, no contribution, even where the difference is infinite
+    }
+    group.sum(sum_s, sum_t, sum);
+    const float ratio = sum_s / sum_t;
+    scale = temperature / sum_s;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * ratio;
+    return temperature * temperature * (kLn2 * (sum / sum_t) + logf(ratio));
+  }
+
+  __device__ float reverse_kl(Group& group, float temperature) {
+    float sum_s = 0, sum_t = 0, sum = 0;
+    exponents(group, temperature);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float difference = s[e] - t[e];
+      s[e] = exp2_flushed(s[e]);
+      sum_s += s[e];
+      sum_t += exp2_flushed(t[e]);
+      if (s[e] != 0) sum += s[e] * difference;
+      t[e] = difference;
+    }
+    group.sum(sum_s, sum_t, sum);
+    const float expected = sum / sum_s;
+    scale = kLn2 * temperature / sum_s;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (t[e] - expected);
+    return temperature * temperature * (kLn2 * expected + logf(sum_t / sum_s));
+  }
+
+  __device__ float jsd(Group& group, float temperature, float beta) {
+    float sum_s = 0, sum_t = 0, kl_r = 0, kl_q = 0;
+    exponents(group, temperature);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      s[e] = exp2_flushed(s[e]);
+      t[e] = exp2_flushed(t[e]);
+      sum_s += s[e];
+      sum_t += t[e];
+    }
+    group.sum(sum_s, sum_t);
+    const float inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float r = s[e] * inverse_s, q = t[e] * inverse_t;
+      // log(r / m) = -log(1 + beta (q - r) / r): exactly 0 where q = r, and accurate where they are close.
+      const float log_r = r == 0 ? 0 : -log1pf(beta * __fdividef(q - r, r));
+      const float log_q = q == 0 ? 0 : -log1pf((1 - beta) * __fdividef(r - q, q));
+      kl_r += r * log_r;
+      kl_q += q * log_q;
+      s[e] = r;
+      t[e] = log_r;
+    }
+    group.sum(kl_r, kl_q);
+    scale = (1 - beta) * temperature;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
+    return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
+  }
+
+  __device__ float mse(Group& group) {
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      s[e] -= t[e];
+      sum += s[e] * s[e];
+    }
+    group.sum(sum);
+    scale = 2;
+    return sum;
+  }
+
+  __device__ float cosine(Group& group) {
+    float ss = 0, tt = 0, st = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      ss += s[e] * s[e];
+      tt += t[e] * t[e];
+      st += s[e] * t[e];
+    }
+    group.sum(ss, tt, st);
+    // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
+    const float floor = 1e-16f;
+    const float norms = ss == tt && ss > floor ? ss : sqrtf(fmaxf(ss, floor)) * sqrtf(fmaxf(tt, floor));
+    const float along = ss > floor ? st / ss : 0;
+    scale = 1 / norms;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] = s[e] * along - t[e];
+    return ss != ss || tt != tt ? ss + tt : 1 - st / norms;  // fmaxf() drops a NaN
+  }
+
+ private:
+  int column_, dim_;
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace vocabdistil

@@ -1,0 +1,159 @@
+// What the GPU kernels share: element types, packs of 16 bytes, the layers of a side, spans clamped to the rows so that
+// no position, however wrong, reads or writes outside the tensors, and launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../ops.h"
+
+namespace vocabdistil {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+template <class A, class T>
+__device__ A load(T x) {
+  return static_cast<A>(x);
+}
+template <>
+__device__ float load<float>(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <>
+__device__ float load<float>(__half x) {
+  return __half2float(x);
+}
+template <class T, class A>
+__device__ T store(A x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __nv_bfloat16 store<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half store<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T value[N];
+};
+
+// A kernel argument: the addresses travel with the launch, so nothing is copied from the host beforehand.
+struct LayerTable {
+  void* data[kMaxLayers];
+  int64_t stride[kMaxLayers];
+  int64_t rows;
+  int count;
+  const double* coef;
+
+  template <class T>
+  __device__ T* row(int layer, int64_t position) const {
+    return static_cast<T*>(data[layer]) + position * stride[layer];
+  }
+  template <class A>
+  __device__ A weight(int layer) const {
+    return coef ? static_cast<A>(coef[layer]) : A{1} / static_cast<A>(count);
+  }
+};
+
+struct Span {
+  int start, end;
+};
+struct Rows {
+  int64_t start, end;
+};
+inline __device__ int clamp(int position, int64_t rows) {
+  return position < 0 ? 0 : position < rows ? position : static_cast<int>(rows);
+}
+inline __device__ Span span(const Spans& spans, int64_t p, int64_t rows) {
+  return {clamp(spans.start[p], rows), clamp(spans.end[p], rows)};
+}
+// What pair p writes of a gradient: the gap before its span, the span, and for the last pair the tail. So every row is
+// written once, and none twice.
+inline __device__ Rows written_rows(const Spans& spans, int64_t p, int64_t pairs, int64_t rows) {
+  return {p ? clamp(spans.end[p - 1], rows) : 0, p + 1 == pairs ? rows : clamp(spans.end[p], rows)};
+}
+template <class A>
+__device__ A share(const Span& s, bool mean) {
+  return mean && s.end > s.start ? A{1} / static_cast<A>(s.end - s.start) : A{1};
+}
+
+// One column pack of a gradient: the value on the rows of the span, 0 on the others of `written`.
+template <class T, int N>
+__device__ void store_rows(T* out, int64_t stride, const Span& s, const Rows& written, const Pack<T, N>& value) {
+  Pack<T, N> zero;
+#pragma unroll
+  for (int n = 0; n < N; ++n) zero.value[n] = store<T>(0.0f);
+#pragma unroll 1  // one to three rows as a rule
+  for (int64_t i = written.start; i < written.end; ++i)
+    *reinterpret_cast<Pack<T, N>*>(out + i * stride) = i >= s.start && i < s.end ? value : zero;
+}
+
+inline LayerTable table(const GpuLayers& x) {
+  LayerTable t{};
+  t.rows = x.rows;
+  t.count = static_cast<int>(x.count);
+  t.coef = x.coef;
+  for (int l = 0; l < t.count; ++l) {
+    t.data[l] = x.data[l];
+    t.stride[l] = x.row_stride[l];
+  }
+  return t;
+}
+
+inline bool aligned(const void* address, int64_t stride, size_t size) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && (stride * size) % 16 == 0;
+}
+inline bool aligned(const LayerTable& x, size_t size) {
+  for (int l = 0; l < x.count; ++l)
+    if (!aligned(x.data[l], x.stride[l], size)) return false;
+  return true;
+}
+
+inline const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+inline const char* clear(const LayerTable& x, size_t row_bytes, cudaStream_t stream) {
+  for (int l = 0; l < x.count; ++l)
+    if (const char* error = text(cudaMemsetAsync(x.data[l], 0, x.rows * row_bytes, stream))) return error;
+  return nullptr;
+}
+
+// `threads` per pair: a warp, of which a block holds four, or a block. The grid covers the GPU twice over and loops:
+// enough to even out spans of different length, and little to start where there is nothing to do.
+template <class Args>
+const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int threads, cudaStream_t stream) {
+  int device = 0, processors = 0;
+  if (const char* error = text(cudaGetDevice(&device))) return error;
+  const auto attribute = cudaDevAttrMultiProcessorCount;
+  if (const char* error = text(cudaDeviceGetAttribute(&processors, attribute, device))) return error;
+  const int shared = threads == 32 ? 4 : 1;
+  const int64_t most = 2 * int64_t{processors} * (2048 / (threads * shared));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min((pairs + shared - 1) / shared, most)));
+  config.blockDim = dim3(threads, shared);
+  config.stream = stream;
+  return text(cudaLaunchKernelEx(&config, kernel, args));
+}
+inline __device__ int64_t first_pair() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
+inline __device__ int64_t pair_step() { return int64_t{gridDim.x} * blockDim.y; }
+
+inline int round_up(int64_t n, int step) { return static_cast<int>((n + step - 1) / step * step); }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace vocabdistil

@@ -1,0 +1,9 @@
+#pragma once
+#ifndef VD_ISA
+#define VD_ISA host
+#endif
+#include "../../csrc/cpu/numeric.h"
+
+using __nv_bfloat16 = vocabdistil::host::bf16;
+inline float __bfloat162float(__nv_bfloat16 x) { return vocabdistil::host::load(x); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return vocabdistil::host::store<__nv_bfloat16>(x); }

@@ -1,0 +1,128 @@
+// As much of the CUDA runtime as csrc/cuda asks for, on the host: the threads of a block are fibers that run in turn from
+// one shuffle or barrier to the next. Blocks run one after the other, so __shared__ is static.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __fdividef(float a, float b) { return a / b; }
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline const char* cudaGetErrorString(cudaError_t) { return "no such error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;  // a small grid, so that blocks loop
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
+  std::memset(data, value, size);
+  return cudaSuccess;
+}
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace cuda_on_host {
+
+enum class Wait { none, shuffle, barrier, done };
+inline std::function<void()> body;
+inline ucontext_t scheduler;
+inline std::vector<ucontext_t> fibers;
+inline std::vector<Wait> waits;
+inline std::vector<float> exchanged;
+inline unsigned current;
+
+inline void wait(Wait kind) {
+  waits[current] = kind;
+  swapcontext(&fibers[current], &scheduler);
+}
+inline void run_fiber() {
+  body();
+  waits[current] = Wait::done;
+}
+
+// What undefined behaviour would be on a GPU: part of a warp at a shuffle, or of a block at a barrier.
+inline void check_convergence() {
+  for (unsigned i = 0; i < waits.size(); ++i) {
+    const bool alone = waits[i] != waits[i / 32 * 32] || (waits[i] == Wait::barrier && waits[i] != waits[0]);
+    if (alone) {
+      std::fprintf(stderr, "cuda_on_host: thread %u waits where its neighbours do not\n", i);
+      std::abort();
+    }
+  }
+}
+
+inline void run_block() {
+  constexpr size_t kStack = 1 << 16;
+  const unsigned count = blockDim.x * blockDim.y;
+  static std::vector<char> stacks;
+  stacks.resize(count * kStack);
+  fibers.resize(count);
+  exchanged.resize(count);
+  waits.assign(count, Wait::none);
+  for (unsigned i = 0; i < count; ++i) {
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = stacks.data() + i * kStack;
+    fibers[i].uc_stack.ss_size = kStack;
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], run_fiber, 0);
+  }
+  for (bool alive = true; alive;) {
+    alive = false;
+    for (current = 0; current < count; ++current) {
+      if (waits[current] == Wait::done) continue;
+      threadIdx = dim3(current % blockDim.x, current / blockDim.x);
+      swapcontext(&scheduler, &fibers[current]);
+      alive = alive || waits[current] != Wait::done;
+    }
+    check_convergence();
+  }
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Wait::barrier); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  using namespace cuda_on_host;
+  exchanged[current] = value;
+  wait(Wait::shuffle);
+  const float other = exchanged[current ^ mask];
+  wait(Wait::shuffle);
+  return other;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+template <class Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  cuda_on_host::body = [&] { kernel(args); };
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cuda_on_host::run_block();
+  return cudaSuccess;
+}

@@ -1,0 +1,186 @@
+"""Divergence between averaged rows in Triton, with its gradient, in one pass: the averaged rows stay in registers,
+and only the loss of each pair and the rows of the gradient are written. Formulas: ``reference/span_loss.py``.
+
+Only the student has a gradient: the teacher's is that of the mirrored divergence with the sides exchanged. Where both
+means are equal the gradient is exactly 0: each is written such that a fused multiply-add cannot break that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import (
+    add_rest,
+    address_table,
+    aligned,
+    first_row,
+    on_device,
+    one_stride,
+    span,
+    span_share,
+    store_rows,
+    tile,
+    written_rows,
+)  # fmt: skip
+
+KL, REVERSE_KL, JSD, MSE, COSINE = (tl.constexpr(code) for code in range(5))
+
+
+@triton.jit
+def _centred(x, inside):
+    x = tl.where(inside[None, :], x, float("-inf"))
+    return x - tl.max(x, 1)[:, None]
+
+
+@triton.jit
+def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
+    """``s, t [ROWS, BLOCK]`` -> the divergences ``[ROWS]`` and their gradients in s."""
+    s, t = _centred(s, inside), _centred(t, inside)
+    inverse = 1.0 / temperature
+    exp_s, exp_t = tl.exp(s * inverse), tl.exp(t * inverse)
+    sum_s, sum_t = tl.sum(exp_s, 1), tl.sum(exp_t, 1)
+    if DIVERGENCE == KL:
+        # A term without mass is 0, even where the difference is infinite.
+        terms = tl.where(exp_t == 0, 0.0, exp_t * ((t - s) * inverse))
+        ratio = tl.div_rn(sum_s, sum_t)
+        loss = tl.sum(terms, 1) / sum_t + tl.log(ratio)
+        grad = (exp_s - exp_t * ratio[:, None]) * (temperature / sum_s)[:, None]
+    elif DIVERGENCE == REVERSE_KL:
+        difference = (s - t) * inverse
+        expected = tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
+        loss = expected + tl.log(tl.div_rn(sum_t, sum_s))
+        grad = tl.where(exp_s == 0, 0.0, exp_s * (difference - expected[:, None])) * (temperature / sum_s)[:, None]
+    else:
+        r, q = exp_s / sum_s[:, None], exp_t / sum_t[:, None]
+        mixture = r + beta * (q - r)  # exactly r where q = r
+        mixture = tl.where(mixture == 0, 1.0, mixture)
+        log_r = tl.where(r == 0, 0.0, tl.log(tl.div_rn(r, mixture)))
+        log_q = tl.where(q == 0, 0.0, tl.log(tl.div_rn(q, mixture)))
+        kl_r = tl.sum(r * log_r, 1)
+        loss = beta * tl.sum(q * log_q, 1) + (1 - beta) * kl_r
+        grad = (1 - beta) * temperature * r * (log_r - kl_r[:, None])
+    return loss * temperature * temperature, grad
+
+
+@triton.jit
+def cosine(s, t):
+    ss, tt, st = tl.sum(s * s, 1), tl.sum(t * t, 1), tl.sum(s * t, 1)
+    floor = 1e-16  # of a squared norm, as torch.nn.functional.cosine_similarity; a clamped norm is a constant
+    root_s, root_t = tl.sqrt(tl.maximum(ss, floor)), tl.sqrt(tl.maximum(tt, floor))
+    norms = tl.where((ss == tt) & (ss > floor), ss, root_s * root_t)  # exactly 1 - 1 where s = t
+    loss = 1 - tl.div_rn(st, norms)
+    along = tl.where(ss > floor, tl.div_rn(st, tl.maximum(ss, floor)), 0.0)
+    grad = (s * along[:, None] - t) / norms[:, None]
+    return tl.where((ss != ss) | (tt != tt), ss + tt, loss), grad  # maximum() drops a NaN
+
+
+@triton.jit
+def divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
+    if DIVERGENCE == MSE:
+        difference = s - t
+        return tl.sum(difference * difference, 1), 2 * difference
+    elif DIVERGENCE == COSINE:
+        return cosine(s, t)
+    else:
+        return softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE)
+
+
+@triton.jit(do_not_specialize=["pairs", "student_rows", "teacher_rows"])  # they differ from batch to batch
+def loss_kernel(
+    student, student_table, student_coef, student_rows, student_stride, student_start, student_end,
+    teacher, teacher_table, teacher_coef, teacher_rows, teacher_stride, teacher_start, teacher_end,
+    grad, grad_table, loss, weights, upstream, pairs, dim, base, temperature, beta,
+    DIVERGENCE: tl.constexpr, MEAN: tl.constexpr, STUDENT_LAYERS: tl.constexpr, TEACHER_LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``grad``, ``loss``, ``weights`` and ``upstream`` may be None; with an ``upstream`` of 1 nothing is done."""
+    ACC: tl.constexpr = tl.float32
+    if upstream is not None:
+        factor = tl.load(upstream)
+        pairs = tl.where(factor == 1, 0, pairs)  # no pairs: every mask is empty, every loop ends at once
+        base = base * factor
+    p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_s, last_s = span(student_start, student_end, p, pairs, student_rows)
+    first_t, last_t = span(teacher_start, teacher_end, p, pairs, teacher_rows)
+    share_s, share_t = span_share(first_s, last_s, MEAN, ACC), span_share(first_t, last_t, MEAN, ACC)
+    d = tl.arange(0, BLOCK)
+    inside = d < dim
+    s = first_row(
+        student, student_table, student_coef, student_stride, first_s, last_s, d, inside, share_s,
+        STUDENT_LAYERS, ALIGNED, ACC,
+    )  # fmt: skip
+    t = first_row(
+        teacher, teacher_table, teacher_coef, teacher_stride, first_t, last_t, d, inside, share_t,
+        TEACHER_LAYERS, ALIGNED, ACC,
+    )  # fmt: skip
+    s = add_rest(
+        s, student, student_table, student_coef, student_stride, first_s, last_s, d, inside, share_s,
+        STUDENT_LAYERS, ALIGNED, ACC,
+    )  # fmt: skip
+    t = add_rest(
+        t, teacher, teacher_table, teacher_coef, teacher_stride, first_t, last_t, d, inside, share_t,
+        TEACHER_LAYERS, ALIGNED, ACC,
+    )  # fmt: skip
+    value, gradient = divergence(s, t, inside, temperature, beta, DIVERGENCE)
+    both = (last_s > first_s) & (last_t > first_t)
+    if loss is not None:
+        tl.store(loss + p, tl.where(both, value, 0.0), mask=p < pairs)
+    if grad is not None:
+        scale = share_s * base
+        if weights is not None:
+            scale *= tl.load(weights + p, mask=p < pairs, other=0.0)
+        begin, stop = written_rows(student_end, p, pairs, first_s, last_s, student_rows)
+        gradient = tl.where(both[:, None], gradient * scale[:, None], 0.0)
+        store_rows(
+            gradient, grad, grad_table, student_coef, begin, first_s, last_s, stop, dim, d, inside,
+            STUDENT_LAYERS, ALIGNED, ACC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def total_kernel(loss, weights, total, pairs, base, BLOCK: tl.constexpr):
+    """``total = base * sum_p weights[p] * loss[p]`` by one program: a fixed order, so the same sum every time."""
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for block in range(0, pairs, BLOCK):
+        p = block + tl.arange(0, BLOCK)
+        value = tl.load(loss + p, mask=p < pairs, other=0.0)
+        if weights is not None:
+            value *= tl.load(weights + p, mask=p < pairs, other=0.0)
+        sums += value
+    tl.store(total, tl.sum(sums, 0) * base)
+
+
+def span_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes what is not None or empty: ``loss [P]``, ``total []`` (float32), ``grads``, one ``[N_s, D]`` per layer.
+
+    student, teacher: layers ``[N, D]`` with unit column stride, float32, bfloat16 or float16; spans: the four int32
+    ``[P]`` of SpanPairs; weights: float32 ``[P]`` or None; coefs: ``[n]`` or None (1/n). ``base * weights[p]`` is what
+    pair p counts. With ``upstream []`` the gradients, already there for an upstream gradient of 1, are written again
+    with it folded in, unless it is 1: decided on the device.
+    """
+    student, teacher = one_stride(student), one_stride(teacher)
+    pairs, (rows, dim) = spans[0].shape[0], student[0].shape
+    if not pairs:
+        for x in [*grads, *([] if total is None else [total])]:
+            x.zero_()
+        return
+    options = tile(dim, 16384)
+    with on_device(student[0]):
+        loss_kernel[(triton.cdiv(pairs, options["ROWS"]),)](
+            student[0], address_table(student), student_coef, rows, student[0].stride(0), spans[0], spans[1],
+            teacher[0], address_table(teacher), teacher_coef, teacher[0].shape[0], teacher[0].stride(0), *spans[2:],
+            grads[0] if grads else None, address_table(grads) if grads else None, loss, weights, upstream,
+            pairs, dim, base, temperature, beta,
+            DIVERGENCE=divergence, MEAN=mean, STUDENT_LAYERS=len(student), TEACHER_LAYERS=len(teacher),
+            ALIGNED=aligned(*student, *teacher, *grads), **options,
+        )  # fmt: skip
+        if total is not None:
+            total_kernel[(1,)](loss, weights, total, pairs, base, BLOCK=2048, num_warps=8)

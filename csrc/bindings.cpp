@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ops.h"
@@ -73,6 +74,25 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
 }
 
+// Logits as Python hands them over: dtype code, address, row stride (elements), rows, columns.
+using PyRows = std::tuple<int, Address, int64_t, int64_t, int64_t>;
+
+vd::Rows logits(const PyRows& x) {
+  return {static_cast<vd::DType>(std::get<0>(x)), at<const void>(std::get<1>(x)), std::get<2>(x), std::get<3>(x),
+          std::get<4>(x)};
+}
+
+void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
+                Address t_end, Address s_ids, Address t_ids, int64_t matched, int64_t pairs, int unmatched, bool mean,
+                double temperature, Address teacher_rest, Address scale, Address loss, Address total, Address grad,
+                int threads) {
+  py::gil_scoped_release release;
+  vd::matched_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+                  at<const int32_t>(s_ids), at<const int32_t>(t_ids), matched, pairs,
+                  static_cast<vd::Unmatched>(unmatched), mean, temperature, at<const void>(teacher_rest),
+                  at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
+}
+
 #ifdef VD_CUDA
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("vocabdistil: CUDA kernel failed: ") + error);
@@ -103,6 +123,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("span_mean_fwd", &span_mean_fwd);
   m.def("span_mean_bwd", &span_mean_bwd);
   m.def("span_loss", &span_loss);
+  m.def("matched_kl", &matched_kl);
   vd::bind_remap(m);
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;

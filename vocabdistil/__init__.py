@@ -3,7 +3,7 @@
 from . import loyalty, reference
 from ._backends import backends
 from .align import AlignedBatch, align, match_pairs
-from .ops import span_kl, span_loss, span_mean
+from .ops import matched_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
 from .vocab import MatchedVocab
@@ -20,6 +20,7 @@ __all__ = [
     "backends",
     "loyalty",
     "match_pairs",
+    "matched_kl",
     "reference",
     "span_kl",
     "span_loss",

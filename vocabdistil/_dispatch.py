@@ -19,6 +19,7 @@ from . import _native
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ()},
+    "matched_kl": {"cpu": ("cpu",), "cuda": ()},
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 

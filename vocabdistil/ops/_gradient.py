@@ -17,10 +17,10 @@ def formed_early(reduce: bool, *inputs: Tensor) -> bool:
 
 
 def hand_out(ready: Sequence[Tensor], grad: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """``ready`` times the upstream gradient: as it is where that is 1 (the usual ``loss.backward()``), in place for
-    full precision, and computed anew for half types, so that it is rounded once, after scaling, and a loss scaler can
-    do its work. The caller gives up ``ready``."""
-    if bool(grad == 1):
+    """``ready`` times the upstream gradient: as it is where that is 1 (the usual ``loss.backward()``, seen in host
+    memory only), in place for full precision, and computed anew for half types, so that it is rounded once, after
+    scaling, and a loss scaler can do its work. The caller gives up ``ready``."""
+    if grad.device.type == "cpu" and bool(grad == 1):
         return ready
     if any(g.dtype in HALF for g in ready):
         return recompute()

@@ -22,6 +22,15 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are so small that waking a second thread takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """16 rows and 16 columns at a time, so that small inputs take several turns."""
@@ -57,8 +66,8 @@ def compare(tensors, matched, backend, **options):
     for name, value in got.items():
         dtype = exact if name == "loss" else tensors[name].dtype
         assert value.dtype == dtype, name
-        # A float32 loss is rounded in the products and, for "drop", by what its terms cancel.
-        assert_norm_close(value, want[name], dtype, name, factor=4 if name == "loss" else 1)
+        # In float32 the products round, and the shares of matched and unmatched mass cancel.
+        assert_norm_close(value, want[name], dtype, name, factor=4 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +145,7 @@ def test_tied_embeddings(backend, small_chunks):
     ids = torch.arange(40) % 50
 
     def grad(module, dtype, **options):
-        weight = tensors["student_weight"].to(dtype).requires_grad_()
+        weight = tensors["student_weight"].to(dtype, copy=True).requires_grad_()
         hidden = weight[ids].tanh()
         teacher = (tensors["teacher_hidden"].to(dtype), tensors["teacher_weight"].to(dtype))
         module.linear_matched_kl(hidden, weight, *teacher, matched, **options).backward()

@@ -93,6 +93,18 @@ void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, A
                   at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
 }
 
+void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
+                 Address t_end, Address rows, int64_t mapped, Address shapes, int64_t buckets, Address ids,
+                 Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
+                 Address loss, Address total, Address grad, int threads) {
+  py::gil_scoped_release release;
+  vd::remapped_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+                   {at<const int32_t>(rows), mapped, at<const int32_t>(shapes), buckets, at<const int32_t>(ids),
+                    at<const int32_t>(indptr), at<const int32_t>(pieces_of)},
+                   pairs, logsumexp, temperature, at<const void>(scale), at<void>(loss), at<void>(total),
+                   at<void>(grad), threads});
+}
+
 #ifdef VD_CUDA
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("vocabdistil: CUDA kernel failed: ") + error);
@@ -124,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("span_mean_bwd", &span_mean_bwd);
   m.def("span_loss", &span_loss);
   m.def("matched_kl", &matched_kl);
+  m.def("remapped_kl", &remapped_kl);
   vd::bind_remap(m);
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;

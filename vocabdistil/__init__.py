@@ -3,7 +3,7 @@
 from . import loyalty, reference
 from ._backends import backends
 from .align import AlignedBatch, align, match_pairs
-from .ops import linear_matched_kl, matched_kl, span_kl, span_loss, span_mean
+from .ops import linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
 from .vocab import MatchedVocab
@@ -23,6 +23,7 @@ __all__ = [
     "match_pairs",
     "matched_kl",
     "reference",
+    "remapped_kl",
     "span_kl",
     "span_loss",
     "span_mean",

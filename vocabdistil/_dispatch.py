@@ -20,6 +20,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ()},
     "matched_kl": {"cpu": ("cpu",), "cuda": ()},
+    "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")

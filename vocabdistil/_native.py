@@ -114,6 +114,20 @@ def matched_kl(
     )  # fmt: skip
 
 
+def remapped_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor], logsumexp: bool,
+    temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """As matched_kl; plan: rows [M], shapes [B, 2], ids [nnz], indptr [V_s + 1], pieces_of [nnz], int32 (RemapPlan)."""
+    rows, shapes, ids, indptr, pieces_of = plan
+    module().remapped_kl(
+        _rows(student), _rows(teacher), *_addresses(spans), rows.data_ptr(), rows.numel(), shapes.data_ptr(),
+        shapes.shape[0], ids.data_ptr(), indptr.data_ptr(), pieces_of.data_ptr(), scale.numel(), logsumexp,
+        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), 0 if grad is None else grad.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def cuda_span_mean_fwd(x: Tensor, start: Tensor, end: Tensor, mean: bool, out: Tensor) -> None:
     with torch.cuda.device(x.device):
         module().cuda_span_mean_fwd(

@@ -33,23 +33,6 @@ std::vector<int32_t> other_ids(const char* side, const int32_t* ids, int64_t cou
   return others;
 }
 
-// Rows [begin, end) of x, pooled, at the listed columns; returns the largest value (a NaN is left to the sums).
-template <class Acc>
-Acc gather(const Rows& x, int64_t begin, int64_t end, bool mean, const int32_t* __restrict ids, int64_t count,
-           Acc* __restrict out) {
-  const Acc share = mean ? Acc{1} / static_cast<Acc>(end - begin) : Acc{1};
-  with_type(x.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* row = static_cast<const T*>(x.data) + begin * x.stride;
-    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = share * static_cast<Acc>(load(row[ids[i]]));
-    for (int64_t k = begin + 1; k < end; ++k) {
-      row += x.stride;
-      VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = madd(share, static_cast<Acc>(load(row[ids[i]])), out[i]);
-    }
-  });
-  return max_of(out, count);
-}
-
 // The unmatched logits of one side: turned into exp((x - top) / T); log of their sum (with top / T added back).
 template <class Acc>
 struct Rest {
@@ -125,12 +108,9 @@ void run(const MatchedKlArgs& a) {
   const Acc* scale = static_cast<const Acc*>(a.scale);
   Acc* loss = static_cast<Acc*>(a.loss);
   const Acc temperature = static_cast<Acc>(a.temperature), inv_temperature = Acc{1} / temperature;
-  const int64_t columns = a.student.columns;
   const Spans &ss = a.student_spans, &ts = a.teacher_spans;
 
-  if (a.grad && a.pairs == 0) {
-    with_type(a.student.dtype, [&](auto type) { zero_rows<decltype(type)>(a.grad, 0, a.student.rows, columns); });
-  }
+  if (a.grad && a.pairs == 0) zero_grad(a.student, a.grad);
   const int threads = useful_threads(a.threads, a.pairs * 4 * (a.matched + num_s + num_t + 64));
   parallel_for(a.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> scratch(2 * a.matched + num_s + num_t);
@@ -165,27 +145,15 @@ void run(const MatchedKlArgs& a) {
       if (!a.grad) continue;
       const Acc share = a.mean && !empty ? Acc{1} / static_cast<Acc>(s_end - s_begin) : Acc{1};
       const Acc factor = temperature * scale[p] * share;
-      with_type(a.student.dtype, [&](auto type) {
-        using T = decltype(type);
-        T* base = static_cast<T*>(a.grad);
-        const int64_t gap = ss.start && p ? ss.end[p - 1] : ss.start ? 0 : p;
-        // The owner of a pair writes the rows from the end of the pair before it; the last one also the tail.
-        zero_rows<T>(base, gap, empty || !whole ? s_end : s_begin, columns);
-        if (!empty) {
-          T* __restrict row = base + s_begin * columns;
-          const int32_t* __restrict ids = a.student_ids;
-          for (int64_t i = 0; i < a.matched; ++i)
-            row[ids[i]] = store<T>(factor * (out.student * s[i] - out.teacher * t[i]));
-          for (int64_t i = 0; i < num_s; ++i) row[s_others[i]] = store<T>(factor * out.rest * us[i]);
-          for (int64_t k = s_begin + 1; k < s_end; ++k) std::memcpy(base + k * columns, row, sizeof(T) * columns);
-        }
-        if (p + 1 == a.pairs) zero_rows<T>(base, s_end, a.student.rows, columns);
+      write_grad(a.student, a.grad, ss, p, a.pairs, empty, !whole, [&](auto* __restrict row) {
+        using T = std::remove_reference_t<decltype(*row)>;
+        const int32_t *__restrict ids = a.student_ids, *__restrict others = s_others.data();
+        for (int64_t i = 0; i < a.matched; ++i) row[ids[i]] = store<T>(factor * (out.student * s[i] - out.teacher * t[i]));
+        for (int64_t i = 0; i < num_s; ++i) row[others[i]] = store<T>(factor * out.rest * us[i]);
       });
     }
   });
-  double total = 0;  // in the order of the pairs: the same sum for any number of threads
-  for (int64_t p = 0; p < a.pairs; ++p) total += static_cast<double>(loss[p]) * static_cast<double>(scale[p]);
-  *static_cast<Acc*>(a.total) = static_cast<Acc>(total);
+  *static_cast<Acc*>(a.total) = weighted_total(loss, scale, a.pairs);
 }
 
 }  // namespace

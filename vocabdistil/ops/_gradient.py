@@ -25,3 +25,44 @@ def hand_out(ready: Sequence[Tensor], grad: Tensor, recompute: Callable[[], Sequ
     if any(g.dtype in HALF for g in ready):
         return recompute()
     return [g.mul_(grad) for g in ready]
+
+
+class RowLoss(torch.autograd.Function):
+    """A loss of which one pass of a private op gives each row's value and, for a scalar reduction, the gradient for
+    the student's logits, the only array of its size.
+
+    ``op(student, teacher, spans, a, b, scale, *options, wanted) -> (total, loss, grad)`` with two index vectors a, b.
+    """
+
+    @staticmethod
+    def forward(ctx, op, student, teacher, a, b, scale, options, reduce, needed, *spans):
+        compiling = torch.compiler.is_compiling()
+        early = formed_early(reduce, student)
+        total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed)
+        ctx.static = (op, options, early)
+        ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *spans)
+        if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
+            ctx.ready = grad if early else None
+        return total if reduce else loss * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        op, options, early = ctx.static
+        student, teacher, a, b, scale, *spans = ctx.saved_tensors
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            ready, *spans = spans
+        else:
+            ready, ctx.ready = ctx.ready, None
+
+        def compute() -> list[Tensor]:
+            scaled = (scale * grad).expand_as(scale).contiguous()
+            return [op(student, teacher, spans, a, b, scaled, *options, True)[2]]
+
+        if not early or ready is None:
+            (result,) = compute()
+        elif compiling:
+            result = ready * grad.to(ready.dtype)
+        else:
+            (result,) = hand_out([ready], grad, compute)
+        return None, result, *(None,) * (7 + len(spans))

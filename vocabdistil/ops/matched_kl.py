@@ -14,7 +14,7 @@ from .._dispatch import resolve
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
 from ..spans import SpanPairs
-from ._gradient import formed_early, hand_out
+from ._gradient import RowLoss
 from ._library import define
 from .span_mean import native_rows
 
@@ -44,46 +44,6 @@ _op = define(
     _impl,
     _fake,
 )
-
-
-class _MatchedKL(torch.autograd.Function):
-    """One pass gives the loss and, for a scalar reduction, the gradient, which is the only array of its size."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, student_ids, teacher_ids, scale, options, reduce, needed, *spans):
-        compiling = torch.compiler.is_compiling()
-        early = formed_early(reduce, student)
-        total, loss, grad = _op(
-            student, teacher, spans, student_ids, teacher_ids, scale, *options, early and needed
-        )
-        ctx.static = (options, early)
-        ready = (grad,) if compiling else ()
-        ctx.save_for_backward(student, teacher, student_ids, teacher_ids, scale, *ready, *spans)
-        if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
-            ctx.ready = grad if early else None
-        return total if reduce else loss * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        options, early = ctx.static
-        student, teacher, student_ids, teacher_ids, scale, *spans = ctx.saved_tensors
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            ready, *spans = spans
-        else:
-            ready, ctx.ready = ctx.ready, None
-
-        def compute() -> list[Tensor]:
-            scaled = (scale * grad).expand_as(scale).contiguous()
-            return [_op(student, teacher, spans, student_ids, teacher_ids, scaled, *options, True)[2]]
-
-        if not early or ready is None:
-            (result,) = compute()
-        elif compiling:
-            result = ready * grad.to(ready.dtype)
-        else:
-            (result,) = hand_out([ready], grad, compute)
-        return result, *(None,) * (7 + len(spans))
 
 
 def matched_kl(
@@ -140,10 +100,10 @@ def matched_kl(
     dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
     options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature))
-    return _MatchedKL.apply(
-        native_rows(student), native_rows(teacher), matched.student_ids.to(student.device, torch.int32).contiguous(),
-        matched.teacher_ids.to(student.device, torch.int32).contiguous(), scale, options, reduction != "none",
-        torch.is_grad_enabled() and student.requires_grad, *spans,
+    ids = (matched.student_ids.to(student.device, torch.int32), matched.teacher_ids.to(student.device, torch.int32))
+    return RowLoss.apply(
+        _op, native_rows(student), native_rows(teacher), *(v.contiguous() for v in ids), scale, options,
+        reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
     )  # fmt: skip
 
 

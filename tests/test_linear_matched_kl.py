@@ -11,7 +11,7 @@ import torch
 import vocabdistil as vd
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
-from tests.vocabularies import make_matched, randn
+from tests.vocabularies import LargestAllocation, make_matched, randn
 
 UNMATCHED = ["renormalize", "rest", "drop"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -184,29 +184,15 @@ def test_upstream_gradients(dtype, backend):
 
 
 @pytest.mark.parametrize("unmatched", UNMATCHED)
-@pytest.mark.parametrize("rows", [100, 1000])
-def test_memory_does_not_grow_with_the_rows(rows, unmatched, backend, small_chunks):
-    tensors = make(rows, rows, v_s=400, v_t=600, d_s=8, d_t=8, bias=False)
+def test_memory_does_not_grow_with_the_rows(unmatched, backend, small_chunks):
+    rows = 160
+    tensors = make(rows, rows, v_s=100, v_t=150, d_s=8, d_t=8, bias=False)
     tensors = {k: v.requires_grad_(k.startswith("student")) for k, v in tensors.items()}
-    matched = make_matched(400, 600, 350)
-    largest = LargestAllocation()
-    with largest:
+    matched = make_matched(100, 150, 90)
+    with LargestAllocation() as largest:
         vd.linear_matched_kl(**tensors, matched=matched, unmatched=unmatched, backend=backend).backward()
     # The gradient of the hidden states is the only thing that has a row for each row.
-    assert largest.numel <= max(rows * 8, 16 * 600, 400 * 8)
-
-
-class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation within returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
+    assert 0 < largest.nbytes <= 4 * max(rows * 8, 16 * 150, 100 * 8)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])

@@ -3,7 +3,7 @@
 from . import loyalty, reference
 from ._backends import backends
 from .align import AlignedBatch, align, match_pairs
-from .ops import linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
+from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
 from .vocab import MatchedVocab
@@ -18,6 +18,7 @@ __all__ = [
     "SpanPairs",
     "align",
     "backends",
+    "contrastive",
     "linear_matched_kl",
     "loyalty",
     "match_pairs",

@@ -21,6 +21,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_loss": {"cpu": ("cpu",), "cuda": ()},
     "matched_kl": {"cpu": ("cpu",), "cuda": ()},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
+    "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")

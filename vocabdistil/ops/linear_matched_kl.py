@@ -306,8 +306,8 @@ def linear_matched_kl(
     student_lengths = teacher_lengths = None
     if pairs is not None:
         valid = valid_pairs(pairs)
-        student = _pool(student, pairs.student_start, pairs.student_end, pooling, valid)
-        teacher = _pool(teacher, pairs.teacher_start, pairs.teacher_end, pooling, valid)
+        student = pool_rows(student, pairs.student_start, pairs.student_end, pooling, valid)
+        teacher = pool_rows(teacher, pairs.teacher_start, pairs.teacher_end, pooling, valid)
         if valid is not None:  # such a pair is left with the bias of each side, and counts for nothing
             scale = torch.where(valid, scale, 0.0)
         if pooling == "sum":
@@ -325,7 +325,7 @@ def linear_matched_kl(
     )  # fmt: skip
 
 
-def _pool(x: Tensor, start: Tensor, end: Tensor, pooling: str, valid: Tensor | None) -> Tensor:
+def pool_rows(x: Tensor, start: Tensor, end: Tensor, pooling: str, valid: Tensor | None) -> Tensor:
     """[P, D] in the accumulation dtype; 0 for a pair with an empty side, whatever stands on its other one."""
     choice = resolve("span_mean", x.device, None)
     if choice == "reference":

@@ -21,6 +21,13 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(sys.modules["vocabdistil.ops.contrastive"], "BUDGET", 2048)
 
 
+@pytest.fixture(params=["product", "gathered"])
+def scores(request, monkeypatch):
+    """Both ways to form the scores of drawn negatives, however many pairs there are."""
+    module = sys.modules["vocabdistil.ops.contrastive"]
+    monkeypatch.setattr(module, "_SPARSE", 10**9 if request.param == "product" else 0)
+
+
 def run(module, student, teacher, pairs, seed=None, **options):
     leaves = {"student": student.clone().requires_grad_()}
     leaves |= {k: v.clone().requires_grad_() for k, v in options.items() if k in ("weight", "bias")}
@@ -49,7 +56,7 @@ def compare(student, teacher, pairs, seed=None, **options):
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("negatives", [-1, 1, 7, 60])
 @pytest.mark.parametrize("empty", [False, True])
-def test_against_float64(side, negatives, empty, dtype):
+def test_against_float64(side, negatives, empty, dtype, scores):
     pairs, n_s, n_t = make_pairs(61, seed=3, gaps=True, empty=empty)
     student, teacher = randn(n_s, 20, seed=1, dtype=dtype), randn(n_t, 20, seed=2, dtype=dtype)
     options = {"side": side, "negatives": negatives, "temperature": 0.3}
@@ -69,7 +76,7 @@ def test_projection_and_reductions(negatives, side, reduction):
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("negatives", [-1, 3])
-def test_gradcheck(side, negatives):
+def test_gradcheck(side, negatives, scores):
     pairs, n_s, n_t = make_pairs(9, seed=2, gaps=True, empty=True)
     student = randn(n_s, 4, dtype=torch.float64).requires_grad_()
     weight = randn(5, 4, seed=1, dtype=torch.float64).requires_grad_()
@@ -116,7 +123,7 @@ def test_a_generator_makes_it_reproducible():
 
 
 @pytest.mark.parametrize("negatives", [-1, 9])
-def test_nothing_large_is_allocated(negatives):
+def test_nothing_large_is_allocated(negatives, scores):
     pairs, n_s, n_t = make_pairs(300, seed=5)
     student, teacher = randn(n_s, 8, seed=1).requires_grad_(), randn(n_t, 8, seed=2)
     with LargestAllocation() as largest:
@@ -126,7 +133,7 @@ def test_nothing_large_is_allocated(negatives):
 
 
 @pytest.mark.parametrize("negatives", [-1, 5])
-def test_same_for_any_number_of_threads(negatives):
+def test_same_for_any_number_of_threads(negatives, scores):
     pairs, n_s, n_t = make_pairs(200, seed=9, gaps=True)
     student, teacher = randn(n_s, 30, seed=1), randn(n_t, 30, seed=2)
     before = torch.get_num_threads()

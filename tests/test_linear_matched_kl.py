@@ -39,6 +39,13 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_COLUMNS", {"cpu": 16})
 
 
+@pytest.fixture(params=["gathered", "whole"])
+def student_weight(request, monkeypatch):
+    """Both ways to form the student's logits, whatever share of its vocabulary is matched."""
+    module = sys.modules["vocabdistil.ops.linear_matched_kl"]
+    monkeypatch.setattr(module, "_MOSTLY", 2.0 if request.param == "gathered" else 0.0)
+
+
 def make(n_s, n_t, v_s=50, v_t=90, d_s=12, d_t=20, dtype=torch.float32, bias=True):
     tensors = {
         "student_hidden": randn(n_s, d_s, seed=1), "student_weight": randn(v_s, d_s, seed=2, scale=0.4),
@@ -72,7 +79,7 @@ def compare(tensors, matched, backend, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("unmatched", UNMATCHED)
-def test_against_float64(unmatched, dtype, backend, small_chunks):
+def test_against_float64(unmatched, dtype, backend, small_chunks, student_weight):
     tensors = make(41, 41, dtype=dtype, bias=dtype != torch.float16)
     compare(tensors, make_matched(50, 90, 37), backend, unmatched=unmatched, temperature=1.7)
 
@@ -139,7 +146,7 @@ def test_gradcheck(unmatched, with_pairs, backend):
         assert torch.autograd.gradcheck(loss, student)
 
 
-def test_tied_embeddings(backend, small_chunks):
+def test_tied_embeddings(backend, small_chunks, student_weight):
     matched = make_matched(50, 90, 37)
     tensors = make(40, 40, bias=False)
     ids = torch.arange(40) % 50
@@ -184,7 +191,7 @@ def test_upstream_gradients(dtype, backend):
 
 
 @pytest.mark.parametrize("unmatched", UNMATCHED)
-def test_memory_does_not_grow_with_the_rows(unmatched, backend, small_chunks):
+def test_memory_does_not_grow_with_the_rows(unmatched, backend, small_chunks, student_weight):
     rows = 160
     tensors = make(rows, rows, v_s=100, v_t=150, d_s=8, d_t=8, bias=False)
     tensors = {k: v.requires_grad_(k.startswith("student")) for k, v in tensors.items()}

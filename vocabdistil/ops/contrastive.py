@@ -1,7 +1,7 @@
 """contrastive: schema, implementation, autograd, public function. Formula: ``reference/contrastive.py``.
 
-Pairs are taken in chunks. With all negatives a chunk's scores are one product with every pair of the batch; with K of
-them, only those K are gathered. Either way scores become probabilities and then the gradient in place.
+Pairs are taken in chunks, whose scores are one product with every pair of the batch, those not drawn left out; where
+few of many pairs are drawn, these are gathered instead. Scores become the gradient in place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
 
 BUDGET = 16 << 20  # bytes for the scores of a chunk of pairs, or for the rows of their negatives
+_SPARSE = 64  # with fewer than one in this many pairs drawn, gathering them is cheaper than a product with all
 
 
 def _chunks(count: int, row_bytes: int) -> list[slice]:
@@ -58,11 +59,16 @@ def _impl(
     loss = torch.empty_like(scale)
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
     d_other = torch.zeros_like(other) if other_grad else None
-    for part in _chunks(count, size * (count if negatives is None else negatives.shape[1] * width)):
+    dense = negatives is None or count < _SPARSE * negatives.shape[1]
+    for part in _chunks(count, size * (count if dense else negatives.shape[1] * width)):
         a, b = anchor[part], other[part]
-        if negatives is None:
+        if dense:
             scores = torch.mm(a, other.t()).mul_(1 / temperature)
             own = scores[:, part].diagonal()
+            if negatives is not None:
+                left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
+                left_out[:, part].fill_diagonal_(False)
+                scores.masked_fill_(left_out, float("-inf"))
             loss[part] = _loss_and_slope(scores, own, scale[part], temperature)
             if d_anchor is not None:
                 torch.mm(scores, other, out=d_anchor[part])

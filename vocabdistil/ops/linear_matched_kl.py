@@ -29,11 +29,17 @@ from .span_mean import native_rows, pooled_rows
 # What a chunk of rows may take for the logits of both sides. Where the weights are large, half of what the matched
 # rows of both take, as each chunk has to read them all.
 BUDGET = 4 << 20
-_COLUMNS = {"cpu": 512, "cuda": 16384}
+# Columns whose weights are gathered at a time.
+_COLUMNS = {"cpu": 1024, "cuda": 16384}
+# From this share of matched columns on, products with the whole weight of the student are cheaper than to gather it.
+_MOSTLY = 0.8
 
 
 def _column_chunks(weight: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """begin, end and, for one turn, ``weight[ids[begin:end]]`` (``weight[begin:end]`` without ids) in ``dtype``."""
+    if ids is None and weight.dtype == dtype:
+        yield 0, weight.shape[0], weight
+        return
     count = weight.shape[0] if ids is None else ids.numel()
     step = _COLUMNS.get(weight.device.type, 1024)
     buffer = None if ids is None else weight.new_empty(min(step, count), weight.shape[1])
@@ -70,7 +76,10 @@ def _log_sum_exp(
 ) -> Tensor:
     """[R]: log sum exp(z / T) over all columns but those marked in ``left_out`` [V]; z lives a chunk at a time."""
     total = x.new_full((x.shape[0],), float("-inf"))
-    for begin, end, rows in _column_chunks(weight, None, x.dtype):
+    step = _COLUMNS.get(weight.device.type, 1024)
+    for begin in range(0, weight.shape[0], step):
+        end = min(weight.shape[0], begin + step)
+        rows = weight[begin:end].to(x.dtype)
         z = x.new_empty(x.shape[0], end - begin)
         _add_product(z, x, rows, None if bias is None else bias[begin:end], lengths)
         z.mul_(1 / temperature).masked_fill_(left_out[begin:end], float("-inf"))
@@ -122,9 +131,11 @@ def _impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, count = scale.dtype, scale.numel()
     whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
-    columns = None if whole else student_ids  # whose logits the student needs
-    width, num_matched = student_weight.shape[0] if whole else student_ids.numel(), student_ids.numel()
-    used = torch.arange(num_matched, device=scale.device) if columns is not None else student_ids
+    num_matched = student_ids.numel()
+    mostly = student_weight.dtype == dtype and num_matched >= _MOSTLY * student_weight.shape[0]
+    columns = None if whole or mostly else student_ids  # whose logits are formed
+    width = student_weight.shape[0] if columns is None else num_matched
+    used = student_ids if columns is None else torch.arange(num_matched, device=scale.device)
     native_ids = [ids.to(torch.int32) for ids in (used, torch.arange(num_matched, device=scale.device))]
     left_out = None
     if whole:
@@ -265,8 +276,9 @@ def linear_matched_kl(
 
     Rows are taken in chunks whose logits take 4 MiB (or half of what the matched rows of both weights take, if that is
     more): the memory does not grow with the number of rows. ``"renormalize"`` reads only the matched rows of the
-    weights. The gradients to the hidden states, the weight and the bias are formed in the same sweep, accumulated in
-    float32 (float64 for float64); weight rows outside the matched vocabulary get exactly 0 under ``"renormalize"``.
+    teacher's weight. The gradients to the hidden states, the weight and the bias are formed in the same sweep,
+    accumulated in float32 (float64 for float64); weight rows outside the matched vocabulary get exactly 0 under
+    ``"renormalize"``.
 
     Args:
         student_hidden: ``[..., D_s]``, flattened to rows; float32, float64, bfloat16 or float16.

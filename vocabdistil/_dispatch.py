@@ -19,7 +19,7 @@ from . import _native
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ()},
-    "matched_kl": {"cpu": ("cpu",), "cuda": ()},
+    "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},

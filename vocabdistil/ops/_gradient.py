@@ -11,9 +11,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def formed_early(reduce: bool, *inputs: Tensor) -> bool:
-    """Whether forward forms the gradient: for a scalar loss, and not of half inputs in a compiled graph, where it
-    could only be scaled after it was rounded."""
-    return reduce and not (torch.compiler.is_compiling() and any(x.dtype in HALF for x in inputs))
+    """Whether forward forms the gradient: for a scalar loss, and of half inputs only where backward can see, without
+    waiting for a device, whether it has to be scaled: it would be scaled after it was rounded."""
+    unseen = torch.compiler.is_compiling() or inputs[0].device.type != "cpu"
+    return reduce and not (unseen and any(x.dtype in HALF for x in inputs))
 
 
 def hand_out(ready: Sequence[Tensor], grad: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -21,10 +21,17 @@ from .span_mean import native_rows
 
 def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
-    scale: Tensor, unmatched: int, mean: bool, temperature: float, wanted: bool,
+    scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        from ..triton_kernels import matched_kl as triton_matched_kl
+
+        with torch.cuda.device_of(student):
+            return triton_matched_kl.matched_kl(
+                student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, wanted
+            )
     total, loss, grad = _fake(
-        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, wanted
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted
     )
     _native.matched_kl(
         student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, None, scale, loss, total,
@@ -33,14 +40,14 @@ def _impl(
     return total, loss, grad
 
 
-def _fake(student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, wanted):
+def _fake(student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted):
     grad = student.new_empty(student.shape if wanted else 0)
     return scale.new_empty(()), torch.empty_like(scale), grad
 
 
 _op = define(
     "matched_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor student_ids, Tensor teacher_ids, "
-    "Tensor scale, int unmatched, bool mean, float temperature, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool wanted) -> (Tensor, Tensor, Tensor)",
     _impl,
     _fake,
 )
@@ -75,7 +82,7 @@ def matched_kl(
         pooling: ``"mean"`` or ``"sum"`` over the rows of a span; used with ``pairs`` only.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
-        backend: ``"cpu"`` or ``"reference"``; None chooses by device.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
         The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
@@ -92,14 +99,15 @@ def matched_kl(
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )
-    if resolve("matched_kl", student.device, backend) == "reference":
+    choice = resolve("matched_kl", student.device, backend)
+    if choice == "reference":
         return reference_matched_kl(
             student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
             pooling=pooling, reduction=reduction,
         )  # fmt: skip
     dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
-    options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature))
+    options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
     ids = (matched.student_ids.to(student.device, torch.int32), matched.teacher_ids.to(student.device, torch.int32))
     return RowLoss.apply(
         _op, native_rows(student), native_rows(teacher), *(v.contiguous() for v in ids), scale, options,

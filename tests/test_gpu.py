@@ -124,3 +124,13 @@ def test_contrastive_is_deterministic_and_reproducible(negatives):
     if negatives == -1:
         want = vd.reference.contrastive(student.double(), teacher.double(), pairs)
         assert_norm_close(first[0], want, torch.float32, "loss", 2)
+
+
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest"])
+def test_matched_kl_of_equal_sides_is_zero(unmatched):
+    x, ids = torch.randn(200, 5031, device="cuda"), torch.randperm(5031)[:4000].sort().values
+    leaf = x.clone().requires_grad_()
+    matched = vd.MatchedVocab(ids, ids)
+    loss = vd.matched_kl(leaf, x, matched, unmatched=unmatched, temperature=1.3, backend="triton")
+    loss.backward()
+    assert loss.item() == 0 and torch.count_nonzero(leaf.grad) == 0

@@ -93,11 +93,11 @@ def kernel(
         ids, both = _teacher_columns(teacher_of, d, inside, v_t)
         s = _pooled(student, first, last, s_stride, d, inside, share, ACC, BLOCK)
         q = _pooled(teacher, t_first, t_last, t_stride, ids, both, t_share, ACC, BLOCK)
-        log_s, log_t = (s - shift_s) * inverse, (q - shift_t) * inverse
-        mass = tl.exp(log_t)
-        sum_s += tl.where(both, tl.exp(log_s), 0.0)
+        mass = tl.exp((q - shift_t) * inverse)
+        sum_s += tl.where(both, tl.exp((s - shift_s) * inverse), 0.0)
         sum_t += mass
-        dot += tl.where(both & (mass != 0), mass * (log_t - log_s), 0.0)
+        # One product, not a difference of two: that would be contracted, and no longer be 0 where both are equal.
+        dot += tl.where(both & (mass != 0), mass * (((q - shift_t) - (s - shift_s)) * inverse), 0.0)
         if UNMATCHED != 0:
             sum_u += tl.where(inside & (ids < 0), tl.exp((s - shift_u) * inverse), 0.0)
     if UNMATCHED != 0:
@@ -108,8 +108,9 @@ def kernel(
             sum_v += tl.exp((v - shift_v) * inverse)
     z_s, z_t, total = tl.sum(sum_s), tl.sum(sum_t), tl.sum(dot)
 
-    # d loss / d logit: matched: by_s exp s - by_t exp t; unmatched: by_u exp u.
-    by_s, by_t, by_u = 1.0 / z_s, 1.0 / z_t, z_s * 0
+    # d loss / d logit: matched: by_s exp(s + add_s) - exp(t + add_t); unmatched: by_u exp u. by_s is 1 wherever equal
+    # sides must give exactly 0.
+    by_s, by_u, add_s, add_t = 1.0, z_s * 0, -tl.log(z_s), -tl.log(z_t)
     value = total / z_t + tl.log(z_s / z_t)
     if UNMATCHED != 0:
         z_u, z_v = tl.sum(sum_u), tl.sum(sum_v)
@@ -124,14 +125,13 @@ def kernel(
         log_q, rest_q = a - all_t, b - all_t
         mass, rest = tl.exp(log_q), tl.exp(rest_q)
         value = tl.where(mass == 0, 0.0, mass * (total / z_t + (log_q - tl.log(z_t)) - (log_r - tl.log(z_s))))
-        by_u = mass * tl.exp(rest_r)
-        by_s = mass
         if UNMATCHED == 1:
             value += tl.where(rest == 0, 0.0, rest * (rest_q - rest_r))
             by_u = tl.exp(rest_r) - rest
-            by_s = mass * 0 + 1.0
-        by_s = tl.where(z_s == 0, 0.0, by_s * tl.exp(log_r) / z_s)
-        by_t = tl.where(z_t == 0, 0.0, mass / z_t)
+        else:
+            by_s, by_u = mass, mass * tl.exp(rest_r)
+        add_s = tl.where(z_s == 0, float("-inf"), log_r + add_s)
+        add_t = tl.where(z_t == 0, float("-inf"), log_q + add_t)
         by_u = tl.where(z_u == 0, 0.0, by_u / z_u)
     tl.store(loss + p, tl.where(filled, value * t * t, 0.0))
 
@@ -149,7 +149,7 @@ def kernel(
             ids, both = _teacher_columns(teacher_of, d, inside, v_t)
             s = _pooled(student, first, last, s_stride, d, inside, share, ACC, BLOCK)
             q = _pooled(teacher, t_first, t_last, t_stride, ids, both, t_share, ACC, BLOCK)
-            slope = by_s * tl.exp((s - shift_s) * inverse) - by_t * tl.exp((q - shift_t) * inverse)
+            slope = by_s * tl.exp((s - shift_s) * inverse + add_s) - tl.exp((q - shift_t) * inverse + add_t)
             outer = zeros
             if UNMATCHED != 0:
                 outer = by_u * tl.exp((s - shift_u) * inverse)
@@ -163,8 +163,8 @@ def matched_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
     scale: Tensor, unmatched: int, mean: bool, temperature: float, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]`` -> the total,
-    scaled, the losses ``[P]`` and, if ``wanted``, the gradient of the total for the student's logits."""
+    """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]`` -> the
+    scaled total, the losses ``[P]`` and, if ``wanted``, the gradient of the total for the student's logits."""
     loss = torch.empty_like(scale)
     grad = student.new_empty(student.shape if wanted else 0)
     pairs = scale.shape[0]

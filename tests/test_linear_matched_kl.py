@@ -293,3 +293,20 @@ BAD = [
 def test_bad_input_is_named(change, error, text):
     with pytest.raises(error, match=f"^{text}"):
         vd.linear_matched_kl(**{**make(6, 6), "matched": make_matched(50, 90, 37), **change})
+
+
+def test_one_graph_for_any_number_of_rows(backend):
+    tensors, matched = make(1, 1), make_matched(50, 90, 37)
+    weights = {k: tensors[k] for k in ("student_weight", "teacher_weight")}
+
+    def loss(student, teacher):
+        logits = (student @ weights["student_weight"].t(), teacher @ weights["teacher_weight"].t())
+        both = vd.linear_matched_kl(student, weights["student_weight"], teacher, weights["teacher_weight"], matched,
+                                    backend=backend)  # fmt: skip
+        return both + vd.matched_kl(*logits, matched, unmatched="rest")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 8, 13):
+        student, teacher = randn(n, 12, seed=n).requires_grad_(), randn(n, 20, seed=n + 1)
+        got, want = (torch.autograd.grad(f(student, teacher), student)[0] for f in (compiled, loss))
+        torch.testing.assert_close(got, want)

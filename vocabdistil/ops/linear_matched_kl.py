@@ -203,20 +203,20 @@ def _fake(
     )  # fmt: skip
 
 
+def _without_autocast(*args):
+    """The products are to be as precise as the row kernel: autocast would round them to half."""
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _impl(*args)
+
+
 _op = define(
     "linear_matched_kl(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor? student_lengths, "
     "Tensor teacher, Tensor teacher_weight, Tensor? teacher_bias, Tensor? teacher_lengths, Tensor student_ids, "
     "Tensor teacher_ids, Tensor scale, int unmatched, float temperature, str backend, bool hidden_grad, "
     "bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: _without_autocast(*args),
+    _without_autocast,
     _fake,
 )
-
-
-def _without_autocast(*args):
-    """The products are to be as precise as the row kernel: autocast would round them to half."""
-    with torch.autocast(args[0].device.type, enabled=False):
-        return _impl(*args)
 
 
 class _LinearMatchedKL(torch.autograd.Function):

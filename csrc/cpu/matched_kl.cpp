@@ -54,7 +54,7 @@ Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature
     }
     total += static_cast<double>(z);
   }
-  return {static_cast<double>(shift) / temperature + std::log(total), total == 0 ? Acc{0} : static_cast<Acc>(1 / total)};
+  return {static_cast<double>(shift) / temperature + std::log(total), static_cast<Acc>(total == 0 ? 0 : 1 / total)};
 }
 
 // log of the matched and of the unmatched share of a row: a and b minus log(exp a + exp b).
@@ -148,7 +148,8 @@ void run(const MatchedKlArgs& a) {
       write_grad(a.student, a.grad, ss, p, a.pairs, empty, !whole, [&](auto* __restrict row) {
         using T = std::remove_reference_t<decltype(*row)>;
         const int32_t *__restrict ids = a.student_ids, *__restrict others = s_others.data();
-        for (int64_t i = 0; i < a.matched; ++i) row[ids[i]] = store<T>(factor * (out.student * s[i] - out.teacher * t[i]));
+        for (int64_t i = 0; i < a.matched; ++i)
+          row[ids[i]] = store<T>(factor * (out.student * s[i] - out.teacher * t[i]));
         for (int64_t i = 0; i < num_s; ++i) row[others[i]] = store<T>(factor * out.rest * us[i]);
       });
     }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <vector>
 
 #include "ops.h"
@@ -79,6 +80,37 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
 }
 
+// Logits as Python hands them over: dtype code, address, row stride (elements), rows, columns.
+using PyRows = std::tuple<int, Address, int64_t, int64_t, int64_t>;
+
+vd::Rows logits(const PyRows& x) {
+  return {static_cast<vd::DType>(std::get<0>(x)), at<const void>(std::get<1>(x)), std::get<2>(x), std::get<3>(x),
+          std::get<4>(x)};
+}
+
+void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
+                Address t_end, Address s_ids, Address t_ids, int64_t matched, int64_t pairs, int unmatched, bool mean,
+                double temperature, Address teacher_rest, Address scale, Address loss, Address total, Address grad,
+                int threads) {
+  py::gil_scoped_release release;
+  vd::matched_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+                  at<const int32_t>(s_ids), at<const int32_t>(t_ids), matched, pairs,
+                  static_cast<vd::Unmatched>(unmatched), mean, temperature, at<const void>(teacher_rest),
+                  at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
+}
+
+void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
+                 Address t_end, Address rows, int64_t mapped, Address shapes, int64_t buckets, Address ids,
+                 Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
+                 Address loss, Address total, Address grad, int threads) {
+  py::gil_scoped_release release;
+  vd::remapped_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+                   {at<const int32_t>(rows), mapped, at<const int32_t>(shapes), buckets, at<const int32_t>(ids),
+                    at<const int32_t>(indptr), at<const int32_t>(pieces_of)},
+                   pairs, logsumexp, temperature, at<const void>(scale), at<void>(loss), at<void>(total),
+                   at<void>(grad), threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,6 +121,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("span_mean_fwd", &span_mean_fwd);
   m.def("span_mean_bwd", &span_mean_bwd);
   m.def("span_loss", &span_loss);
+  m.def("matched_kl", &matched_kl);
+  m.def("remapped_kl", &remapped_kl);
   vd::bind_remap(m);
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;

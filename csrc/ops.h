@@ -7,6 +7,7 @@ namespace vocabdistil {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Divergence : int { kl = 0, reverse_kl = 1, jsd = 2, mse = 3, cosine = 4 };
+enum class Unmatched : int { renormalize = 0, rest = 1, drop = 2 };
 
 // One span per pair, half-open token positions [start, end), ascending and disjoint (checked by the caller).
 struct Spans {
@@ -70,10 +71,65 @@ struct SpanLossArgs {
   int threads;
 };
 
+// Logits [rows, columns] with unit column stride, rows `stride` elements apart.
+struct Rows {
+  DType dtype;
+  const void* data;
+  int64_t stride, rows, columns;
+};
+
+// KL over the matched columns and its gradient for the student's logits, in one pass. Raises std::invalid_argument
+// for ids out of range or repeated.
+struct MatchedKlArgs {
+  Rows student, teacher;
+  Spans student_spans, teacher_spans;        // start == nullptr: row p with row p
+  const int32_t *student_ids, *teacher_ids;  // [matched]
+  int64_t matched, pairs;
+  Unmatched unmatched;
+  bool mean;
+  double temperature;
+  const void* teacher_rest;  // [pairs], accumulation dtype: log sum exp(z / T) over the teacher's unmatched columns,
+                             // where `teacher` does not hold them; nullptr where it does
+  const void* scale;         // [pairs], accumulation dtype
+  void* loss;                // [pairs], accumulation dtype, unscaled
+  void* total;               // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  void* grad;  // contiguous, the student's shape and dtype, or nullptr; without spans it may be the student itself
+  int threads;
+};
+
+// A remap table as the kernel reads it: the non-empty rows sorted by length; within the rows of one length, which lie
+// side by side, entry i of piece k is ids[k * count + i].
+struct RemapPlan {
+  const int32_t* rows;  // [mapped]: teacher ids
+  int64_t mapped;
+  const int32_t* shapes;  // [buckets, 2]: length and count of the rows of one length
+  int64_t buckets;
+  const int32_t* ids;        // [nnz]: student ids
+  const int32_t* indptr;     // [student columns + 1]: the transposed table
+  const int32_t* pieces_of;  // [nnz]: positions in `rows` that the student id is a piece of
+};
+
+// KL over the mapped teacher tokens and its gradient for the student's logits, in one pass.
+struct RemappedKlArgs {
+  Rows student, teacher;
+  Spans student_spans, teacher_spans;  // start == nullptr: row p with row p
+  RemapPlan plan;
+  int64_t pairs;
+  bool logsumexp;
+  double temperature;
+  const void* scale;  // [pairs], accumulation dtype
+  void* loss;         // [pairs], accumulation dtype, unscaled
+  void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  void* grad;         // contiguous, the student's shape and dtype, or nullptr
+  int threads;
+};
+
 // CPU. The accumulation dtype is f64 if any input is f64, else f32.
 void span_mean_fwd(const SpanMeanArgs&);
 void span_mean_bwd(const SpanMeanBwdArgs&);
 void span_loss(const SpanLossArgs&);
+void matched_kl(const MatchedKlArgs&);
+void remapped_kl(const RemappedKlArgs&);
 const char* active_isa();
 
 // GPU, where it was built.

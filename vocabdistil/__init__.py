@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import loyalty, reference
 from ._backends import backends
 from .align import AlignedBatch, align, match_pairs
-from .ops import span_kl, span_loss, span_mean
+from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
 from .vocab import MatchedVocab
@@ -60,10 +60,14 @@ __all__ = [
     "TeacherConfig",
     "align",
     "backends",
+    "contrastive",
     "distill",
+    "linear_matched_kl",
     "loyalty",
     "match_pairs",
+    "matched_kl",
     "reference",
+    "remapped_kl",
     "span_kl",
     "span_loss",
     "span_mean",

@@ -124,7 +124,7 @@ def _check_real(value: object, name: str) -> None:
 
 def check_temperature(temperature: float) -> None:
     _check_real(temperature, "temperature")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:  # traceable where the compiler makes the number a symbol
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
 
 

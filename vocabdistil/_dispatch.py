@@ -23,14 +23,18 @@ from . import _native
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
+    "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
+    "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
 }
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 
 
 @functools.cache
 def unavailable(backend: str) -> str | None:
     """Why this backend cannot run on this installation and machine; None if it can."""
-    if backend == "reference":
+    if backend in ("torch", "reference"):
         return None
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:

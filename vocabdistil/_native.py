@@ -24,6 +24,7 @@ else:
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
 DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
+UNMATCHED_CODES = {"renormalize": 0, "rest": 1, "drop": 2}
 
 
 def load_error() -> str | None:
@@ -86,6 +87,46 @@ def span_loss(
         [g.data_ptr() for g in teacher_grads], teacher[0].shape[0],
         *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
         scale.data_ptr(), loss.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    return DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], x.shape[1]
+
+
+def _addresses(spans: Sequence[Tensor]) -> list[int]:
+    """The four vectors of SpanPairs, or none: row p with row p."""
+    return [s.data_ptr() for s in spans] or [0] * 4
+
+
+def matched_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
+    unmatched: int, mean: bool, temperature: float, teacher_rest: Tensor | None, scale: Tensor, loss: Tensor,
+    total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """Logits [N, V], unit column stride; spans: none or four int32 [P]; ids: int32 [V_m]; scale, loss: [P]; total: [].
+
+    grad: contiguous, like the student (without spans it may be the student). Raises ValueError for bad ids, spans.
+    """
+    module().matched_kl(
+        _rows(student), _rows(teacher), *_addresses(spans), student_ids.data_ptr(), teacher_ids.data_ptr(),
+        student_ids.numel(), scale.numel(), unmatched, mean, temperature,
+        0 if teacher_rest is None else teacher_rest.data_ptr(), scale.data_ptr(), loss.data_ptr(), total.data_ptr(),
+        0 if grad is None else grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def remapped_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor], logsumexp: bool,
+    temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """As matched_kl; plan: rows [M], shapes [B, 2], ids [nnz], indptr [V_s + 1], pieces_of [nnz], int32 (RemapPlan)."""
+    rows, shapes, ids, indptr, pieces_of = plan
+    module().remapped_kl(
+        _rows(student), _rows(teacher), *_addresses(spans), rows.data_ptr(), rows.numel(), shapes.data_ptr(),
+        shapes.shape[0], ids.data_ptr(), indptr.data_ptr(), pieces_of.data_ptr(), scale.numel(), logsumexp,
+        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), 0 if grad is None else grad.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ namespace vocabdistil {
   void span_mean_fwd(const SpanMeanArgs&);       \
   void span_mean_bwd(const SpanMeanBwdArgs&);    \
   void span_loss(const SpanLossArgs&);           \
+  void matched_kl(const MatchedKlArgs&);         \
+  void remapped_kl(const RemappedKlArgs&);       \
   }
 VD_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -25,8 +27,11 @@ struct Kernels {
   void (*span_mean_fwd)(const SpanMeanArgs&);
   void (*span_mean_bwd)(const SpanMeanBwdArgs&);
   void (*span_loss)(const SpanLossArgs&);
+  void (*matched_kl)(const MatchedKlArgs&);
+  void (*remapped_kl)(const RemappedKlArgs&);
 };
-#define VD_KERNELS(isa) Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss}
+#define VD_KERNELS(isa) \
+  Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::remapped_kl}
 
 Kernels choose() {
 #if defined(__x86_64__)
@@ -55,6 +60,8 @@ const Kernels& kernels() {
 void span_mean_fwd(const SpanMeanArgs& args) { kernels().span_mean_fwd(args); }
 void span_mean_bwd(const SpanMeanBwdArgs& args) { kernels().span_mean_bwd(args); }
 void span_loss(const SpanLossArgs& args) { kernels().span_loss(args); }
+void matched_kl(const MatchedKlArgs& args) { kernels().matched_kl(args); }
+void remapped_kl(const RemappedKlArgs& args) { kernels().remapped_kl(args); }
 const char* active_isa() { return kernels().isa; }
 
 }  // namespace vocabdistil

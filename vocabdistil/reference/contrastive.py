@@ -61,6 +61,33 @@ def contrastive(
             side.
     """
     checks.check_reference_backend(backend)
+    student_rows, teacher_rows = check_contrastive_arguments(
+        student, teacher, pairs, temperature, negatives, side, weight, bias, reduction
+    )
+    student_rows, teacher_rows, valid = pool_pairs(upcast(student_rows), upcast(teacher_rows), pairs, "mean")
+    if weight is not None:
+        student_rows = linear(student_rows, weight, bias)
+    anchor, other = (teacher_rows, student_rows) if side == "student" else (student_rows, teacher_rows)
+    scores = linear(normalise(anchor), normalise(other)) / temperature
+    chosen = _draw(scores, valid, negatives, pairs.num_nonempty - 1, generator)
+    positive = scores.diagonal()
+    # The positive is always a term of the sum, so a row of the masked scores is never all -inf.
+    loss = scores.masked_fill(~chosen, float("-inf")).logsumexp(-1) - positive
+    return reduce_pairs(loss, valid, pairs.num_nonempty, reduction)
+
+
+def check_contrastive_arguments(
+    student: Tensor,
+    teacher: Tensor,
+    pairs: SpanPairs,
+    temperature: float,
+    negatives: int,
+    side: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns both sides as rows ``[N, D]``, the teacher's detached."""
     checks.check_float(student, "student", dims=(2, 3))
     checks.check_float(teacher, "teacher", dims=(2, 3))
     checks.check_same_kind(student, "student", teacher, "teacher")
@@ -74,20 +101,10 @@ def contrastive(
         raise TypeError(f"negatives: expected an integer, got {type(negatives).__name__}")
     if negatives != -1 and negatives < 1:
         raise ValueError(f"negatives: expected a number >= 1, or -1 for all, got {negatives}")
-
-    student_rows, teacher_rows, valid = pool_pairs(upcast(student_rows), upcast(teacher_rows), pairs, "mean")
-    if weight is not None:
-        student_rows = linear(student_rows, weight, bias)
-    anchor, other = (teacher_rows, student_rows) if side == "student" else (student_rows, teacher_rows)
-    scores = linear(_normalise(anchor), _normalise(other)) / temperature
-    chosen = _draw(scores, valid, negatives, pairs.num_nonempty - 1, generator)
-    positive = scores.diagonal()
-    # The positive is always a term of the sum, so a row of the masked scores is never all -inf.
-    loss = scores.masked_fill(~chosen, float("-inf")).logsumexp(-1) - positive
-    return reduce_pairs(loss, valid, pairs.num_nonempty, reduction)
+    return student_rows, teacher_rows
 
 
-def _normalise(x: Tensor) -> Tensor:
+def normalise(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=COSINE_EPS)
 
 

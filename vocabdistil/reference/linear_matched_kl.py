@@ -54,8 +54,8 @@ def linear_matched_kl(
     checks.check_columns(student_hidden, "student_hidden")
     checks.check_columns(teacher_hidden, "teacher_hidden")
     checks.check_same_kind(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
-    _check_output_layer(student_hidden, student_weight, student_bias, "student")
-    _check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
+    check_output_layer(student_hidden, student_weight, student_bias, "student")
+    check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
     student = upcast(student_hidden.flatten(0, -2))
     teacher = upcast(teacher_hidden.detach().flatten(0, -2))
     checks.check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
@@ -85,7 +85,7 @@ def linear_matched_kl(
     return reduce_pairs(loss, valid, count, reduction)
 
 
-def _check_output_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> None:
+def check_output_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> None:
     name = f"{side}_weight"
     checks.check_float(weight, name, dims=(2,))
     checks.check_weight_dtype(weight, name, hidden)

@@ -1,0 +1,252 @@
+"""remapped_kl on CPU: the kernel against the float64 reference, autograd, compile, determinism, bad input."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vocabdistil as vd
+from tests.spans import make_pairs
+from tests.tolerances import assert_norm_close
+from tests.vocabularies import randn
+
+COMBINES = ["sum", "logsumexp"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+INF = float("inf")
+
+
+def make_table(rows, student, seed=0, longest=5, unknown=0.1):
+    """Rows of 0 to ``longest`` pieces, some of them id 1 alone, as unknown tokens are."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (rows,), generator=g)
+    alone = torch.rand(rows, generator=g) < unknown
+    lengths[alone] = 1
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(0, student, (int(indptr[-1]),), generator=g)
+    ids[indptr[:-1][alone]] = min(1, student - 1)
+    return SimpleNamespace(indptr=indptr.to(torch.int32), ids=ids.to(torch.int32))
+
+
+def run(module, student, teacher, table, **options):
+    student = student.clone().requires_grad_()
+    loss = module.remapped_kl(student, teacher, table, **options)
+    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+    (loss * upstream).sum().backward()
+    return loss.detach(), student.grad
+
+
+def compare(student, teacher, table, **options):
+    loss, grad = run(vd, student, teacher, table, **options)
+    want_loss, want_grad = run(vd.reference, student.double(), teacher.double(), table, **options)
+    dtype = student.dtype
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == exact and grad.dtype == dtype and grad.shape == student.shape
+    assert_norm_close(loss, want_loss, exact, "loss")
+    assert_norm_close(grad, want_grad, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(("v_s", "rows", "v_t"), [(1, 2, 2), (5, 9, 9), (60, 200, 203), (500, 5000, 5000)])
+def test_against_float64(v_s, rows, v_t, combine, dtype):
+    student, teacher = randn(11, v_s, seed=1, dtype=dtype), randn(11, v_t, seed=2, dtype=dtype, scale=2)
+    compare(student, teacher, make_table(rows, v_s, seed=v_s), combine=combine, temperature=1.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_pairs(combine, reduction, dtype):
+    pairs, n_s, n_t = make_pairs(31, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
+    compare(student, teacher, make_table(90, 40), pairs=pairs, combine=combine, reduction=reduction, temperature=2.0)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_one_to_one_tables(combine):
+    everything = SimpleNamespace(indptr=torch.arange(31), ids=torch.randperm(30))
+    compare(randn(5, 30), randn(5, 30, seed=1), everything, combine=combine)
+    x = randn(5, 30)
+    student = x.clone().requires_grad_()
+    same = SimpleNamespace(indptr=torch.arange(31), ids=torch.arange(30))
+    loss = vd.remapped_kl(student, x, same, combine=combine)
+    loss.backward()
+    assert loss.item() == 0 and torch.count_nonzero(student.grad) == 0
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_a_piece_that_stands_twice_counts_twice(combine):
+    table = SimpleNamespace(indptr=torch.tensor([0, 3, 4, 4, 6]), ids=torch.tensor([2, 2, 0, 1, 3, 3]))
+    compare(randn(3, 5), randn(3, 4, seed=1), table, combine=combine)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_minus_infinity(combine):
+    table = make_table(60, 20, seed=5, longest=3)
+    student, teacher = randn(4, 20, seed=1), randn(4, 60, seed=2)
+    teacher[0, :30] = -INF
+    teacher[1, :] = -INF
+    teacher[1, int(table.indptr.diff().argmax())] = 0  # all mass on one token
+    student[2, 7] = -INF
+    for v in range(60):  # nor has the teacher mass there
+        if 7 in table.ids[table.indptr[v] : table.indptr[v + 1]]:
+            teacher[2, v] = -INF
+    compare(student, teacher, table, combine=combine, temperature=2.0)
+
+
+def test_logsumexp_of_values_far_apart():
+    table = make_table(90, 40)
+    compare(randn(6, 40, scale=100), randn(6, 90, seed=1, scale=100), table, combine="logsumexp")
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_gradcheck(combine, with_pairs):
+    pairs, n_s, n_t = make_pairs(5, seed=2, gaps=True, empty=True)
+    if not with_pairs:
+        pairs, n_s, n_t = None, 4, 4
+    student = randn(n_s, 6, dtype=torch.float64).requires_grad_()
+    teacher, table = randn(n_t, 9, seed=1, dtype=torch.float64), make_table(9, 6)
+    for reduction in ("batchmean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda s, r=reduction: vd.remapped_kl(
+                s, teacher, table, pairs=pairs, combine=combine, temperature=1.5, reduction=r
+            ),
+            (student,),
+        )
+
+
+def test_strided_inputs():
+    table = make_table(20, 12)
+    flat_s, flat_t = randn(10, 12, seed=1), randn(10, 20, seed=2)
+    expected = run(vd, flat_s, flat_t, table)
+    views = {
+        "3d": (flat_s.view(2, 5, 12), flat_t.view(2, 5, 20)),
+        "transposed": (flat_s.t().contiguous().t(), flat_t.t().contiguous().t()),
+        "row stride": (torch.cat([flat_s, flat_s], 1)[:, :12], torch.cat([flat_t, flat_t], 1)[:, :20]),
+    }
+    for name, (s, t) in views.items():
+        leaf = s.detach().requires_grad_()
+        loss = vd.remapped_kl(leaf, t, table) * 0.5
+        loss.backward()
+        assert torch.equal(loss.detach(), expected[0] * 0.5), name
+        assert torch.equal(leaf.grad.reshape(10, 12), expected[1]), name
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_bit_identical_for_any_number_of_threads(threads, combine):
+    pairs, n_s, n_t = make_pairs(200, seed=9, gaps=True)
+    student, teacher, table = randn(n_s, 300, seed=1), randn(n_t, 2000, seed=2), make_table(2000, 300)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(vd, student, teacher, table, pairs=pairs, combine=combine)
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            loss, grad = run(vd, student, teacher, table, pairs=pairs, combine=combine)
+            assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_compiles_as_one_graph(dtype, reduction):
+    pairs, n_s, n_t = make_pairs(12, seed=4)
+    student, teacher, table = randn(n_s, 24, dtype=dtype), randn(n_t, 30, seed=1, dtype=dtype), make_table(30, 24)
+
+    def loss(s):
+        return (vd.remapped_kl(s * 2, teacher, table, pairs=pairs, temperature=2.0, reduction=reduction) * 3).sum()
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = student.clone().requires_grad_()
+        value = f(leaf)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_opcheck():
+    pairs, n_s, n_t = make_pairs(9, seed=4, gaps=True)
+    spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
+    table = make_table(10, 8)
+    for student in (randn(n_s, 8), randn(n_s, 16)[:, :8]):
+        args = (student, randn(n_t, 10), spans, table.indptr, table.ids, torch.rand(9), True, 2.0, True)
+        torch.library.opcheck(torch.ops.vocabdistil.remapped_kl.default, args)
+
+
+def test_tables_are_told_apart():
+    student, teacher = randn(3, 6), randn(3, 9, seed=1)
+    table = make_table(9, 6, seed=1)
+    first = vd.remapped_kl(student, teacher, table)
+    for seed in range(2, 9):
+        compare(student, teacher, make_table(9, 6, seed=seed))
+    assert torch.equal(vd.remapped_kl(student, teacher, table), first)
+    table.ids.copy_((table.ids + 1) % 6)  # a table changed in place is another table
+    compare(student, teacher, table)
+
+
+def test_a_real_table():
+    indptr, ids = torch.tensor([0, 1, 3, 4]), torch.tensor([0, 1, 2, 2])
+    table = vd.RemapTable(indptr, ids, student_vocab_size=3, unk_id=2, pad_id=0)
+    compare(randn(4, 3), randn(4, 3, seed=1), table)
+
+
+def test_inputs_are_left_alone_and_gradients_are_owned():
+    student, teacher, table = randn(8, 16).requires_grad_(), randn(8, 20, seed=1).requires_grad_(), make_table(20, 16)
+    copies = student.detach().clone(), teacher.detach().clone()
+    for _ in range(2):
+        vd.remapped_kl(student, teacher, table).backward()
+    assert torch.equal(student, copies[0]) and torch.equal(teacher, copies[1]) and teacher.grad is None
+    single = torch.autograd.grad(vd.remapped_kl(student, teacher, table), student)[0]
+    torch.testing.assert_close(student.grad, 2 * single)
+
+
+def test_no_rows_and_no_mapped_token():
+    none = torch.zeros(0, dtype=torch.int32)
+    nothing = SimpleNamespace(indptr=torch.zeros(10, dtype=torch.int32), ids=none)
+    empty = vd.SpanPairs(none, none, none, none)
+    for pairs, n, table in ((None, 0, make_table(9, 8)), (empty, 3, make_table(9, 8)), (None, 4, nothing)):
+        student = randn(n, 8).requires_grad_()
+        loss = vd.remapped_kl(student, randn(n, 9), table, pairs=pairs)
+        loss.backward()
+        assert loss.item() == 0 and torch.count_nonzero(student.grad) == 0
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_nan_is_not_hidden(combine):
+    table = SimpleNamespace(indptr=torch.tensor([0, 1, 3]), ids=torch.tensor([0, 1, 2]))
+    for side in (0, 1):
+        logits = [randn(3, 4), randn(3, 2)]
+        logits[side][1, 1] = float("nan")
+        assert vd.remapped_kl(*logits, table, combine=combine).isnan()
+    student = torch.full((1, 4), float("nan"))
+    assert vd.remapped_kl(student, randn(1, 2), table, combine=combine).isnan()
+
+
+TABLE = SimpleNamespace(indptr=torch.tensor([0, 1, 3]), ids=torch.tensor([0, 1, 2]))
+BAD = [
+    ({"student_logits": torch.randn(4)}, ValueError, "student_logits"),
+    ({"student_logits": torch.randn(4, 4)}, ValueError, "student_logits"),
+    ({"student_logits": torch.randn(3, 2)}, ValueError, r"table\.ids: expected ids from 0 to 1, got 2"),
+    ({"teacher_logits": torch.randn(3, 5).double()}, TypeError, "teacher_logits"),
+    ({"teacher_logits": torch.randn(3, 1)}, ValueError, "table"),
+    ({"table": None}, TypeError, "table"),
+    ({"table": SimpleNamespace(indptr=torch.tensor([0, 1, 2]), ids=TABLE.ids)}, ValueError, r"table\.indptr"),
+    ({"table": SimpleNamespace(indptr=torch.tensor([0, 4, 3]), ids=TABLE.ids)}, ValueError, r"table\.indptr"),
+    ({"combine": "mean"}, ValueError, "combine"),
+    ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"reduction": "mean"}, ValueError, "reduction"),
+    ({"backend": "cuda"}, ValueError, "backend"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD, ids=[f"{list(b[0])[0]}-{i}" for i, b in enumerate(BAD)])
+def test_bad_input_is_named(change, error, text):
+    options = {"student_logits": torch.randn(3, 4), "teacher_logits": torch.randn(3, 5), "table": TABLE, **change}
+    with pytest.raises(error, match=f"^{text}"):
+        vd.remapped_kl(**options)

@@ -1,0 +1,83 @@
+"""The Triton matched_kl kernel in the interpreter against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vocabdistil as vd
+from tests.spans import make_pairs
+from tests.tolerances import assert_norm_close
+from tests.vocabularies import make_matched, randn
+
+# -inf less -inf in lanes that are masked afterwards: numpy, which plays the GPU here, tells of it.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+
+UNMATCHED = ["renormalize", "rest", "drop"]
+INF = float("inf")
+
+
+def run(module, student, teacher, matched, **options):
+    student = student.clone().requires_grad_()
+    loss = module.matched_kl(student, teacher, matched, **options)
+    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+    (loss * upstream).sum().backward()
+    return loss.detach(), student.grad
+
+
+def compare(student, teacher, matched, **options):
+    loss, grad = run(vd, student, teacher, matched, backend="triton", **options)
+    want_loss, want_grad = run(vd.reference, student.double(), teacher.double(), matched, **options)
+    dtype = student.dtype
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == exact and grad.dtype == dtype
+    assert_norm_close(loss, want_loss, exact, "loss", 2)
+    # The interpreter cuts a float32 to bfloat16 instead of rounding.
+    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_t", "v_m"), [(2, 3, 1), (50, 33, 32), (1100, 2100, 900)])
+def test_against_float64(v_s, v_t, v_m, unmatched, dtype):
+    student, teacher = randn(3, v_s, seed=1, dtype=dtype, scale=2), randn(3, v_t, seed=2, dtype=dtype, scale=2)
+    compare(student, teacher, make_matched(v_s, v_t, v_m), unmatched=unmatched, temperature=1.7)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_pairs(unmatched, pooling):
+    pairs, n_s, n_t = make_pairs(9, seed=3, gaps=True, empty=True)
+    for reduction in ("batchmean", "none"):
+        options = {"pairs": pairs, "pooling": pooling, "unmatched": unmatched, "reduction": reduction}
+        compare(randn(n_s, 20, seed=1), randn(n_t, 30, seed=2), make_matched(20, 30, 17), temperature=2.0, **options)
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_minus_infinity_and_far_apart(unmatched):
+    matched = make_matched(40, 50, 30)
+    student, teacher = randn(4, 40, seed=1, scale=20), randn(4, 50, seed=2, scale=20)
+    s, t = matched.student_ids, matched.teacher_ids
+    teacher[0, t[:7]] = student[0, s[:7]] = -INF
+    teacher[1, t[1:]] = -INF
+    student[2, s] += 400
+    student[3, s] -= 400
+    compare(student, teacher, matched, unmatched=unmatched)
+
+
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest"])
+def test_gradient_is_zero_where_both_sides_are_equal(unmatched):
+    x, ids = randn(3, 60), torch.randperm(60)[:20].sort().values
+    loss, grad = run(vd, x, x, vd.MatchedVocab(ids, ids), unmatched=unmatched, backend="triton")
+    assert loss.item() == 0 and torch.count_nonzero(grad) == 0
+
+
+def test_strides_and_no_rows():
+    matched = make_matched(12, 20, 8)
+    student, teacher = randn(4, 24)[:, :12], randn(4, 40, seed=1)[:, :20]
+    for got, want in zip(
+        run(vd, student, teacher, matched, backend="triton"), run(vd.reference, student, teacher, matched), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    loss, grad = run(vd, student[:0], teacher[:0], matched, backend="triton")
+    assert loss.item() == 0 and grad.shape == (0, 12)

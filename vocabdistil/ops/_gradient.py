@@ -1,0 +1,69 @@
+"""Gradients that the forward pass of a scalar loss has already formed, and how backward hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def formed_early(reduce: bool, *inputs: Tensor) -> bool:
+    """Whether forward forms the gradient: for a scalar loss, and of half inputs only where backward can see, without
+    waiting for a device, whether it has to be scaled: it would be scaled after it was rounded."""
+    unseen = torch.compiler.is_compiling() or inputs[0].device.type != "cpu"
+    return reduce and not (unseen and any(x.dtype in HALF for x in inputs))
+
+
+def hand_out(ready: Sequence[Tensor], grad: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """``ready`` times the upstream gradient: as it is where that is 1 (the usual ``loss.backward()``, seen in host
+    memory only), in place for full precision, and computed anew for half types, so that it is rounded once, after
+    scaling, and a loss scaler can do its work. The caller gives up ``ready``."""
+    if grad.device.type == "cpu" and bool(grad == 1):
+        return ready
+    if any(g.dtype in HALF for g in ready):
+        return recompute()
+    return [g.mul_(grad) for g in ready]
+
+
+class RowLoss(torch.autograd.Function):
+    """A loss of which one pass of a private op gives each row's value and, for a scalar reduction, the gradient for
+    the student's logits, the only array of its size.
+
+    ``op(student, teacher, spans, a, b, scale, *options, wanted) -> (total, loss, grad)`` with two index vectors a, b.
+    """
+
+    @staticmethod
+    def forward(ctx, op, student, teacher, a, b, scale, options, reduce, needed, *spans):
+        compiling = torch.compiler.is_compiling()
+        early = formed_early(reduce, student)
+        total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed)
+        ctx.static = (op, options, early)
+        ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *spans)
+        if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
+            ctx.ready = grad if early else None
+        return total if reduce else loss * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        op, options, early = ctx.static
+        student, teacher, a, b, scale, *spans = ctx.saved_tensors
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            ready, *spans = spans
+        else:
+            ready, ctx.ready = ctx.ready, None
+
+        def compute() -> list[Tensor]:
+            scaled = (scale * grad).expand_as(scale).contiguous()
+            return [op(student, teacher, spans, a, b, scaled, *options, True)[2]]
+
+        if not early or ready is None:
+            (result,) = compute()
+        elif compiling:
+            result = ready * grad.to(ready.dtype)
+        else:
+            (result,) = hand_out([ready], grad, compute)
+        return None, result, *(None,) * (7 + len(spans))

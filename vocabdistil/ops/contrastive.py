@@ -1,0 +1,240 @@
+"""contrastive: schema, implementation, autograd, public function. Formula: ``reference/contrastive.py``.
+
+Pairs are taken in chunks, whose scores are one product with every pair of the batch, those not drawn left out; where
+few of many pairs are drawn, these are gathered instead. Scores become the gradient in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import resolve
+from ..reference._common import valid_pairs
+from ..reference.contrastive import check_contrastive_arguments, normalise
+from ..reference.contrastive import contrastive as reference_contrastive
+from ..spans import SpanPairs
+from ._gradient import hand_out
+from ._library import define
+from .linear_matched_kl import pool_rows
+from .matched_kl import row_scale
+
+BUDGET = 16 << 20  # bytes for the scores of a chunk of pairs, or for the rows of their negatives
+_SPARSE = 64  # with fewer than one in this many pairs drawn, gathering them is cheaper than a product with all
+
+
+def _chunks(count: int, row_bytes: int) -> list[slice]:
+    step = max(1, BUDGET // max(row_bytes, 1))
+    return [slice(begin, min(count, begin + step)) for begin in range(0, count, step)]
+
+
+def _loss_and_slope(scores: Tensor, own: Tensor, scale: Tensor, temperature: float) -> Tensor:
+    """Scores [R, n] (over T) -> [R] losses; in place, scores become the gradient for the similarities.
+
+    own: the view of the positive scores, [R]. Each loss counts ``scale`` [R] in the gradient.
+    """
+    top = scores.amax(-1, keepdim=True)
+    above = top[:, 0] - own
+    total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+    factor = scale[:, None] / temperature
+    scores.mul_(factor / total)
+    own.sub_(factor[:, 0])
+    return above + total[:, 0].log()
+
+
+def _impl(
+    anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor | None, scale: Tensor, temperature: float,
+    anchor_grad: bool, other_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape, all_rows = anchor.shape, scale
+    if valid is not None:
+        kept = valid.nonzero()[:, 0]
+        anchor, other, scale = anchor[kept], other[kept], scale[kept]
+        if negatives is not None:
+            negatives = (valid.cumsum(0) - 1)[negatives[kept]]
+    count, width = anchor.shape
+    size = anchor.element_size()
+    loss = torch.empty_like(scale)
+    d_anchor = torch.empty_like(anchor) if anchor_grad else None
+    d_other = torch.zeros_like(other) if other_grad else None
+    dense = negatives is None or count < _SPARSE * negatives.shape[1]
+    for part in _chunks(count, size * (count if dense else negatives.shape[1] * width)):
+        a, b = anchor[part], other[part]
+        if dense:
+            scores = torch.mm(a, other.t()).mul_(1 / temperature)
+            own = scores[:, part].diagonal()
+            if negatives is not None:
+                left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
+                left_out[:, part].fill_diagonal_(False)
+                scores.masked_fill_(left_out, float("-inf"))
+            loss[part] = _loss_and_slope(scores, own, scale[part], temperature)
+            if d_anchor is not None:
+                torch.mm(scores, other, out=d_anchor[part])
+            if d_other is not None:
+                d_other.addmm_(scores.t(), a)
+            continue
+        ids = negatives[part]
+        rows = other[ids.flatten()].view(*ids.shape, width)
+        scores = torch.cat([(a * b).sum(-1, keepdim=True), torch.bmm(rows, a[:, :, None])[:, :, 0]], 1)
+        scores.mul_(1 / temperature)
+        loss[part] = _loss_and_slope(scores, scores[:, 0], scale[part], temperature)
+        if d_anchor is not None:
+            torch.bmm(scores[:, None, 1:], rows, out=d_anchor[part, None])
+            d_anchor[part].addcmul_(scores[:, :1], b)
+        if d_other is not None:
+            d_other[part].addcmul_(scores[:, :1], a)
+            _add_rows(d_other, ids.flatten(), torch.mul(scores[:, 1:, None], a[:, None], out=rows).flatten(0, 1))
+    total = (loss * scale).sum(dtype=torch.float64).to(scale.dtype)
+    if valid is not None:
+        loss = torch.zeros_like(all_rows).index_copy_(0, kept, loss)
+        d_anchor, d_other = (
+            None if d is None else d.new_zeros(shape).index_copy_(0, kept, d) for d in (d_anchor, d_other)
+        )
+    nothing = scale.new_empty(0)
+    return total, loss, *(nothing.clone() if d is None else d for d in (d_anchor, d_other))
+
+
+def _add_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """``out[ids[i]] += rows[i]`` in an order that does not change from run to run."""
+    if out.is_cuda:  # sorts the ids; index_add_ would use atomics there
+        out.index_put_((ids,), rows, accumulate=True)
+    else:
+        out.index_add_(0, ids, rows)
+
+
+def _fake(anchor, other, valid, negatives, scale, temperature, anchor_grad, other_grad):
+    grads = (x.new_empty(x.shape if wanted else 0) for x, wanted in ((anchor, anchor_grad), (other, other_grad)))
+    return scale.new_empty(()), torch.empty_like(scale), *grads
+
+
+def _without_autocast(*args):
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _impl(*args)
+
+
+_op = define(
+    "contrastive(Tensor anchor, Tensor other, Tensor? valid, Tensor? negatives, Tensor scale, float temperature, "
+    "bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _without_autocast,
+    _fake,
+)
+
+
+class _Contrastive(torch.autograd.Function):
+    """The gradients of a scalar loss are formed in the forward sweep, which has the probabilities at hand."""
+
+    @staticmethod
+    def forward(ctx, anchor, other, valid, negatives, scale, temperature, reduce, needed):
+        ctx.static = (temperature, reduce, needed)
+        wanted = needed if reduce else (False, False)
+        total, loss, *grads = _op(anchor, other, valid, negatives, scale, temperature, *wanted)
+        compiling = torch.compiler.is_compiling()
+        ctx.save_for_backward(anchor, other, valid, negatives, scale, *(grads if compiling else ()))
+        if not compiling:  # not among the saved tensors: whoever takes them must be their only owner
+            ctx.ready = grads if reduce else None
+        return total if reduce else loss * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        temperature, reduce, needed = ctx.static
+        anchor, other, valid, negatives, scale, *grads = ctx.saved_tensors
+
+        def compute() -> list[Tensor]:
+            scaled = (scale * grad).expand_as(scale).contiguous()
+            return _op(anchor, other, valid, negatives, scaled, temperature, *needed)[2:]
+
+        if torch.compiler.is_compiling():
+            grads = [g * grad for g in grads] if reduce else compute()
+        else:
+            ready, ctx.ready = ctx.ready, None
+            grads = compute() if ready is None else hand_out(ready, grad, compute)
+        return *(g if wanted else None for g, wanted in zip(grads, needed, strict=True)), *(None,) * 6
+
+
+def draw_negatives(
+    count: int, valid: Tensor | None, negatives: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """``[P, K]`` int64: for each pair K others with both spans non-empty, drawn without replacement.
+
+    The K largest of independent uniform keys; drawn in rows, so that on a CPU the choice for a given generator does
+    not depend on the size of the chunks.
+    """
+    out = torch.empty(count, negatives, dtype=torch.int64, device=device)
+    columns = torch.arange(count, device=device)
+    for part in _chunks(count, 4 * count):
+        keys = torch.rand(part.stop - part.start, count, generator=generator, device=device)
+        keys.masked_fill_(columns == columns[part, None], -1.0)
+        if valid is not None:
+            keys.masked_fill_(~valid, -1.0)
+        out[part] = keys.topk(negatives, dim=-1).indices
+    return out
+
+
+def contrastive(
+    student: Tensor,
+    teacher: Tensor,
+    pairs: SpanPairs,
+    *,
+    temperature: float = 1.0,
+    negatives: int = -1,
+    side: str = "student",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE between the averaged hidden states of aligned spans; formulas in
+    :func:`vocabdistil.reference.contrastive`.
+
+    Chunks of pairs whose scores (or, with K negatives, whose negatives' rows) take 16 MiB: neither ``[P, P]`` nor
+    ``[P, K, D]`` is ever there at once, nor anything larger.
+
+    Args:
+        student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``; float32, float64, bfloat16 or float16.
+        teacher: the same for the teacher, width ``D_t``. It gets no gradient.
+        pairs: the aligned spans, on the same device.
+        temperature: ``T > 0``.
+        negatives: K other pairs per pair, drawn without replacement; -1 for all others.
+        side: ``"student"`` or ``"teacher"``: where the negatives are taken from.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows.
+        generator: draws the negatives, on the device of the student; torch's global one by default. On a CPU the
+            reference draws the same from it.
+        reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``
+            (``[P]``).
+        backend: ``"torch"`` or ``"reference"``; None is ``"torch"``.
+
+    Returns:
+        The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
+    """
+    student_rows, teacher_rows = check_contrastive_arguments(
+        student, teacher, pairs, temperature, negatives, side, weight, bias, reduction
+    )
+    device = student.device
+    if resolve("contrastive", device, backend) == "reference":
+        return reference_contrastive(
+            student, teacher, pairs, temperature=temperature, negatives=negatives, side=side, weight=weight,
+            bias=bias, generator=generator, reduction=reduction,
+        )  # fmt: skip
+    dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
+    valid = valid_pairs(pairs)
+    s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
+    t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)
+    if weight is not None:
+        with torch.autocast(device.type, enabled=False):
+            s = F.linear(s, weight.to(dtype), None if bias is None else bias.to(dtype))
+    anchor, other = (normalise(x) for x in ((t, s) if side == "student" else (s, t)))
+    chosen = None
+    if 0 < negatives < pairs.num_nonempty - 1:
+        chosen = draw_negatives(len(pairs), valid, negatives, device, generator)
+    scale = row_scale(pairs, s, reduction, dtype)
+    grad = torch.is_grad_enabled()
+    return _Contrastive.apply(
+        anchor, other, valid, chosen, scale, float(temperature), reduction != "none",
+        (grad and anchor.requires_grad, grad and other.requires_grad),
+    )  # fmt: skip

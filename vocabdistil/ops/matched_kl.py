@@ -1,0 +1,129 @@
+"""matched_kl: schema, implementation, autograd, public function. Formula: ``reference/matched_kl.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .. import _native
+from .._checks import Matched
+from .._dispatch import resolve
+from ..reference.matched_kl import check_matched_arguments
+from ..reference.matched_kl import matched_kl as reference_matched_kl
+from ..spans import SpanPairs
+from ._gradient import RowLoss
+from ._library import define
+from .span_mean import native_rows
+
+
+def _impl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
+    scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        from ..triton_kernels import matched_kl as triton_matched_kl
+
+        with torch.cuda.device_of(student):
+            return triton_matched_kl.matched_kl(
+                student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, wanted
+            )
+    total, loss, grad = _fake(
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted
+    )
+    _native.matched_kl(
+        student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, None, scale, loss, total,
+        grad if wanted else None,
+    )  # fmt: skip
+    return total, loss, grad
+
+
+def _fake(student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted):
+    grad = student.new_empty(student.shape if wanted else 0)
+    return scale.new_empty(()), torch.empty_like(scale), grad
+
+
+_op = define(
+    "matched_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor student_ids, Tensor teacher_ids, "
+    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool wanted) -> (Tensor, Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+
+def matched_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    matched: Matched,
+    *,
+    pairs: SpanPairs | None = None,
+    temperature: float = 1.0,
+    unmatched: str = "renormalize",
+    pooling: str = "mean",
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL of the student from the teacher over the matched vocabulary; formulas in
+    :func:`vocabdistil.reference.matched_kl`.
+
+    The matched columns are read through the index inside the kernel; only the student's gradient is written.
+
+    Args:
+        student_logits: ``[..., V_s]``, flattened to rows; float32, float64, bfloat16 or float16; any strides (one copy
+            where the last dimension is not contiguous or the rows are not evenly spaced).
+        teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``. It gets no gradient.
+        matched: ``.student_ids`` and ``.teacher_ids``, int64 or int32 ``[V_m]``, distinct on each side.
+        pairs: span pairs over the flattened rows, whose logits are pooled; None for row i with row i.
+        temperature: ``T > 0``.
+        unmatched: ``"renormalize"`` (softmax over the matched columns), ``"rest"`` (one class more for all unmatched
+            mass) or ``"drop"`` (softmax over all columns, terms of the matched ones).
+        pooling: ``"mean"`` or ``"sum"`` over the rows of a span; used with ``pairs`` only.
+        reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
+            or ``"none"`` (``[P]``).
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text; ids out
+            of range or, with the kernel, repeated; ``"rest"`` where the teacher alone has unmatched columns.
+    """
+    checks.check_columns(student_logits, "student_logits")
+    checks.check_columns(teacher_logits, "teacher_logits")
+    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    check_matched_arguments(
+        matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
+    )
+    choice = resolve("matched_kl", student.device, backend)
+    if choice == "reference":
+        return reference_matched_kl(
+            student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
+            pooling=pooling, reduction=reduction,
+        )  # fmt: skip
+    dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
+    spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
+    options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
+    ids = (matched.student_ids.to(student.device, torch.int32), matched.teacher_ids.to(student.device, torch.int32))
+    return RowLoss.apply(
+        _op, native_rows(student), native_rows(teacher), *(v.contiguous() for v in ids), scale, options,
+        reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
+    )  # fmt: skip
+
+
+def span_vectors(pairs: SpanPairs | None) -> tuple[Tensor, ...]:
+    """The four int32 vectors of the pairs; none for row p with row p."""
+    if pairs is None:
+        return ()
+    return pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end
+
+
+def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """``[P]``: what each pair's loss counts in a total of the given reduction."""
+    rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
+    scale = torch.ones(rows, dtype=dtype, device=student.device)
+    return scale / max(count, 1) if reduction == "batchmean" else scale

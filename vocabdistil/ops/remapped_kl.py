@@ -1,0 +1,164 @@
+"""remapped_kl: schema, implementation, autograd, public function. Formula: ``reference/remapped_kl.py``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .. import _native
+from .._checks import RemapLike
+from .._dispatch import resolve
+from ..reference.remapped_kl import COMBINES
+from ..reference.remapped_kl import remapped_kl as reference_remapped_kl
+from ..spans import SpanPairs
+from ._gradient import RowLoss
+from ._library import define
+from .matched_kl import row_scale, span_vectors
+from .span_mean import native_rows
+
+Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def make_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
+    """The table as the kernel reads it (``RemapPlan`` in csrc/ops.h): rows of one length interleaved, and transposed.
+
+    Raises:
+        ValueError: ``indptr`` does not ascend from 0 to the number of ids, or an id is no student column.
+    """
+    indptr, ids = indptr.to(torch.int64), ids.to(torch.int64)
+    lengths = indptr.diff()
+    if int(indptr[0]) != 0 or int(indptr[-1]) != ids.numel() or bool((lengths < 0).any()):
+        raise ValueError(f"table.indptr: expected values ascending from 0 to the number of ids ({ids.numel()})")
+    checks.check_index_range(ids, "table.ids", student_columns)
+    by_length = lengths.argsort(stable=True)
+    rows = by_length[lengths[by_length] > 0]
+    shapes = torch.stack(lengths[rows].unique_consecutive(return_counts=True), 1)
+    pieces, positions, first = [ids.new_empty(0)], [ids.new_empty(0)], 0
+    for length, count in shapes.tolist():
+        at = indptr[rows[first : first + count]] + torch.arange(length)[:, None]
+        pieces.append(ids[at].flatten())
+        positions.append(torch.arange(first, first + count).repeat(length))
+        first += count
+    interleaved = torch.cat(pieces)
+    transposed = torch.zeros(student_columns + 1, dtype=torch.int64)
+    torch.cumsum(interleaved.bincount(minlength=student_columns), 0, out=transposed[1:])
+    pieces_of = torch.cat(positions)[interleaved.argsort(stable=True)]
+    plan = (rows, shapes, interleaved, transposed, pieces_of)
+    return tuple(x.to(torch.int32).contiguous() for x in plan)  # type: ignore[return-value]
+
+
+class _Plans:
+    """The plans of the last tables seen. Tables are compared by value: that takes a fraction of a millisecond, and no
+    address or object that was freed and used again can be taken for another."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = Lock()
+        self._plans: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor, Plan]]] = OrderedDict()
+
+    def get(self, indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
+        key = (indptr.numel(), ids.numel(), student_columns)
+        with self._lock:
+            known = self._plans.setdefault(key, [])
+            self._plans.move_to_end(key)
+            for old_indptr, old_ids, plan in known:
+                if torch.equal(old_indptr, indptr) and torch.equal(old_ids, ids):
+                    return plan
+            plan = make_plan(indptr, ids, student_columns)
+            known[:] = [*known, (indptr.clone(), ids.clone(), plan)][-self._size :]
+            while len(self._plans) > self._size:
+                self._plans.popitem(last=False)
+        return plan
+
+
+_plans = _Plans(4)
+
+
+def _impl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], indptr: Tensor, ids: Tensor, scale: Tensor,
+    logsumexp: bool, temperature: float, wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total, loss, grad = _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, wanted)
+    if not 1 <= indptr.numel() <= teacher.shape[1] + 1:
+        raise ValueError(f"table: expected at most {teacher.shape[1]} rows, got {indptr.numel() - 1}")
+    plan = _plans.get(indptr, ids, student.shape[1])
+    _native.remapped_kl(
+        student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, grad if wanted else None
+    )
+    return total, loss, grad
+
+
+def _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, wanted):
+    grad = student.new_empty(student.shape if wanted else 0)
+    return scale.new_empty(()), torch.empty_like(scale), grad
+
+
+_op = define(
+    "remapped_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor indptr, Tensor ids, Tensor scale, "
+    "bool logsumexp, float temperature, bool wanted) -> (Tensor, Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+
+def remapped_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    table: RemapLike,
+    *,
+    pairs: SpanPairs | None = None,
+    combine: str = "sum",
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL of the student from the teacher over all mapped teacher tokens ("reduce-map"); formulas in
+    :func:`vocabdistil.reference.remapped_kl`.
+
+    The student's logits are combined inside the kernel, a row at a time; only their gradient is written, a gather over
+    the transposed table, which is built when a table is first seen and kept for the next calls.
+
+    Args:
+        student_logits: ``[..., V_s]``, flattened to rows; float32, float64, bfloat16 or float16; any strides (one copy
+            where the last dimension is not contiguous or the rows are not evenly spaced).
+        teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows. It gets no gradient.
+        table: ``.indptr [rows + 1]`` and ``.ids [nnz]``, int32 or int64: a :class:`RemapTable`.
+        pairs: span pairs over the flattened rows, whose logits are averaged; None for row i with row i.
+        combine: ``"sum"`` or ``"logsumexp"`` of the student's logits of a row's pieces.
+        temperature: ``T > 0``; divides the combined logits.
+        reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
+            or ``"none"`` (``[P]``).
+        backend: ``"cpu"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text; a table
+            with ids outside the student's columns.
+    """
+    checks.check_columns(student_logits, "student_logits")
+    checks.check_columns(teacher_logits, "teacher_logits")
+    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    checks.check_remap(table, student.shape[1], teacher.shape[1])
+    checks.check_choice(combine, "combine", COMBINES)
+    checks.check_temperature(temperature)
+    checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
+    if resolve("remapped_kl", student.device, backend) == "reference":
+        return reference_remapped_kl(
+            student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
+            reduction=reduction,
+        )  # fmt: skip
+    scale = row_scale(pairs, student, reduction, _native.accumulation_dtype(student.dtype, teacher.dtype))
+    return RowLoss.apply(
+        _op, native_rows(student), native_rows(teacher), table.indptr, table.ids, scale,
+        (combine == "logsumexp", float(temperature)), reduction != "none",
+        torch.is_grad_enabled() and student.requires_grad, *span_vectors(pairs),
+    )  # fmt: skip

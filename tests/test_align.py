@@ -137,11 +137,14 @@ def test_tokenizer_settings_are_put_back_and_ignored() -> None:
     teacher.enable_truncation(4)
     teacher.enable_padding(length=50, pad_id=0)
     before = teacher.truncation, teacher.padding
-    batch = align(texts, teacher, student, "match")
-    assert batch.teacher.attention_mask.sum() == batch.coverage.teacher_tokens
-    assert 4 < batch.teacher.input_ids.shape[1] < 50
-    assert (teacher.truncation, teacher.padding) == before
-    assert align(texts, teacher, student, "match", 5).student.input_ids.shape == (8, 5)
+    for method in ("boundary", "match"):
+        batch = align(texts, teacher, student, method)
+        assert batch.teacher.attention_mask.sum() == batch.coverage.teacher_tokens
+        assert 4 < batch.teacher.input_ids.shape[1] < 50
+        assert (teacher.truncation, teacher.padding) == before
+        short = align(texts, teacher, student, method, 5).student.input_ids
+        assert short.tolist() == align(texts, teacher, student, "match", 5).student.input_ids.tolist()
+        assert short.shape == (8, 5)
 
 
 def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +159,15 @@ def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-    left, right = align(texts, fast, student), align(texts, raw, student)
-    assert torch.equal(left.teacher.input_ids, right.teacher.input_ids)
-    assert positions(left.pairs) == positions(right.pairs)
+    for method in ("match", "boundary", "word"):
+        left, right = align(texts, fast, student, method), align(texts, raw, student, method)
+        assert torch.equal(left.teacher.input_ids, right.teacher.input_ids)
+        assert torch.equal(left.pairs.student_start, right.pairs.student_start)
+        assert torch.equal(left.pairs.teacher_end, right.pairs.teacher_end)
     assert left.teacher.input_ids[0].tolist()[: len(raw.encode(texts[0]))] == fast(texts[0])["input_ids"]
 
 
-@pytest.mark.parametrize("method", ["match", "reduce"])
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
 @pytest.mark.parametrize("texts", [[], [""], ["", "walk"]])
 def test_empty_texts(method: str, texts: list[str]) -> None:
     teacher, student = train(small_text(), 300), train(small_text(), 100)
@@ -197,8 +202,7 @@ def test_bad_ids(arguments: tuple, error: type[Exception], text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        (dict(method="nearest"), ValueError, "method.*'match', 'reduce'.*'nearest'"),
-        (dict(method="boundary"), ValueError, "method.*'match', 'reduce'.*'boundary'"),
+        (dict(method="nearest"), ValueError, "method.*'boundary', 'match', 'reduce', 'word'.*'nearest'"),
         (dict(texts="walk"), TypeError, "texts.*str"),
         (dict(texts=["walk", 3]), TypeError, r"texts\[1\].*int"),
         (dict(texts=None), TypeError, "texts.*None"),

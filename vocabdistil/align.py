@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._tokenizers import encode, read_tokenizer
+from ._surfaces import Known, known, template_ends
+from ._tokenizers import check_room, encode, plain_settings
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .vocab import MatchedVocab
@@ -18,6 +20,7 @@ from .vocab import MatchedVocab
 __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "match_pairs"]
 
 _INT32_MAX = 2**31 - 1
+_TRIAL = 32
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,89 @@ def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
 
 
 def _read(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
-    return _tokens(encode(tokenizer, texts, name, max_length), read_tokenizer(tokenizer, name).pad_id or 0)
+    pad_id = known(tokenizer, name).info.pad_id or 0
+    return _tokens(encode(tokenizer, texts, name, max_length), pad_id)
+
+
+def _kinds(side: Known) -> list[tuple[int, int]]:
+    """Ids of the special tokens that pair across tokenizers: 1 before a text, 2 after it."""
+    roles = side.info.roles
+    return [(roles[role], 1 if role in ("cls", "bos") else 2) for role in ("cls", "bos", "sep", "eos") if role in roles]
+
+
+def _locate(texts: list[str], tokenizer: Any, name: str, max_length: int | None, by_word: bool) -> tuple[Any, Tokens]:
+    """The tokens of each text, and where they lie in it.
+
+    The fast encoding tells no offsets, and mostly they are not needed: the tokens spell the text in one way only.
+    Where they do not (unknown tokens, normalized text), the text is encoded again with offsets.
+    """
+    source = known(tokenizer, name)
+    backend = source.info.backend
+    check_room(backend, name, max_length)
+    with plain_settings(backend):
+        # Without a pre-tokenizer the words are what white space separates.
+        numbered = by_word and backend.pre_tokenizer is not None
+        fast = backend.encode_batch if numbered else backend.encode_batch_fast
+        # A tokenizer that normalizes nearly every text is not asked twice.
+        trial = min(len(texts), _TRIAL)
+        encodings = fast(texts[:trial])
+        limit = -1 if max_length is None else max_length
+        ends = template_ends(backend, encodings)
+        side = _C.Side(
+            source.surfaces.native, len(texts), ends, _kinds(source), limit, by_word and not numbered
+        )
+
+        def read(rows: list[int], encodings: list[Any], offsets: bool) -> list[int]:
+            ids = [encoding.ids for encoding in encodings]
+            return side.read(
+                rows,
+                [texts[b] for b in rows],
+                ids,
+                [encoding.offsets for encoding in encodings] if offsets else None,
+                [encoding.word_ids for encoding in encodings] if numbered else None,
+                thread_count(sum(map(len, ids))),
+            )
+
+        missing = read(list(range(trial)), encodings, False)
+        rest = list(range(trial, len(texts)))
+        if len(missing) > trial // 2:
+            missing += rest
+        elif rest:
+            missing += read(rest, fast(texts[trial:]), False)
+        if missing:
+            read(missing, backend.encode_batch([texts[b] for b in missing]), True)
+    length = side.length()
+    input_ids = torch.empty(len(texts), length, dtype=torch.int64)
+    attention_mask = torch.empty_like(input_ids)
+    if input_ids.numel() > _INT32_MAX:
+        raise ValueError(f"texts: expected at most {_INT32_MAX} tokens of {name}, got {len(texts)} x {length}")
+    side.write(length, source.info.pad_id or 0, input_ids.data_ptr(), attention_mask.data_ptr())
+    return side, Tokens(input_ids, attention_mask)
+
+
+def _align_boundary(
+    texts: list[str],
+    teacher: Any,
+    student: Any,
+    max_length: int | None,
+    table: RemapTable | None,
+    matched: MatchedVocab | None,
+    by_word: bool = False,
+) -> tuple[Tokens, Tokens, SpanPairs]:
+    left_side, left = _locate(texts, teacher, "teacher", max_length, by_word)
+    right_side, right = _locate(texts, student, "student", max_length, by_word)
+    lengths = left.input_ids.shape[1], right.input_ids.shape[1]
+    threads = thread_count(left.input_ids.numel() + right.input_ids.numel())
+    pairs = _pairs(_C.align_sides(left_side, right_side, *lengths, threads), len(texts), *lengths)
+    return left, right, pairs
+
+
+def _pairs(spans: bytearray, batch: int, teacher_length: int, student_length: int) -> SpanPairs:
+    values = torch.frombuffer(spans, dtype=torch.int32) if spans else torch.empty(0, dtype=torch.int32)
+    count = values.numel() // 4
+    return SpanPairs._trusted(
+        *values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
+    )
 
 
 def _align_match(
@@ -207,6 +292,8 @@ def _align_reduce(
 
 
 _METHODS: dict[str, Callable[..., tuple[Tokens, Tokens, SpanPairs]]] = {
+    "boundary": _align_boundary,
+    "word": functools.partial(_align_boundary, by_word=True),
     "match": _align_match,
     "reduce": _align_reduce,
 }
@@ -216,8 +303,7 @@ def align(
     texts: Sequence[str],
     teacher: Any,
     student: Any,
-    # The finest alignment, "boundary", takes this place once it exists.
-    method: str = "match",
+    method: str = "boundary",
     max_length: int | None = None,
     *,
     table: RemapTable | None = None,
@@ -228,8 +314,12 @@ def align(
     Args:
         texts: the texts.
         teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
-        method: ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
-            ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
+        method: ``"boundary"``: the student reads its own tokenization, and both are cut at every byte of the
+            text where both have a token boundary; the tokens between two cuts are a pair (M:N). White space
+            that a side drops belongs to no token; other text that it drops (accents, control characters)
+            belongs to the token before it. Special tokens pair by role: CLS or BOS with CLS or BOS, SEP or EOS
+            with SEP or EOS. ``"word"``: the same for pre-tokenized words, merged where they differ. ``"match"``:
+            the student reads its own tokenization, pairs are equal tokens in order; ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
             teacher token and its pieces (both arXiv 2205.02340).
         max_length: tokens of each side at most, special tokens included.
         table: the remap table of the two tokenizers, if there is one already (``reduce``).

@@ -1,0 +1,263 @@
+"""The boundary and word alignments against the definition, byte by byte, for every pair of tokenizer families."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vocabdistil as vd
+from tests._families import FAMILIES, SCRIPTS, family
+from tests._wordpiece import russian_text
+
+module = sys.modules["vocabdistil.align"]
+Span = tuple[int, int]
+
+HARD = [
+    "",
+    " ",
+    "\n",
+    "a",
+    "  hi  there\t\n z ",
+    "e\u0301x é \ufb01x ½ ①",
+    "İstanbul ǅ ẞ ß",
+    "👩‍👩‍👧‍👦 flags 🇩🇪🇫🇷 👍🏽!",
+    "x\u200dy\u200b z\ufeff",
+    "\ufeffbom",
+    "[SEP] <s> </s> [CLS] <mask> <0x41> ▁ Ġ",
+    "\u00a0no\u3000break\u2028line",
+    "Zalgo: h̸̢̛e̶̛͕l̷̰̓l̶̙̈́o̴̰̅",
+    "한국어 \u1112\u1161\u11ab ﾊﾝｶｸ ＡＢＣ",
+    "a\x00b\x07c\ufffd",
+    "αΣς ΑΣ",
+    "語",
+    "a" * 300,
+    "…" * 5 + "...",
+    "\U0001f600" * 20,
+    *SCRIPTS,
+]
+texts = st.one_of(
+    st.text(max_size=40),
+    st.lists(
+        st.sampled_from([*"abАя é\n\t語ก", "  ", "e\u0301", "😀", "\u200d", "ﬁ", "<s>", "[UNK]", "ing", "한", "İ", "▁"]),
+        max_size=25,
+    ).map("".join),
+    st.sampled_from(HARD),
+)
+names = st.sampled_from(sorted(FAMILIES))
+
+
+def located(text: str, name: str, max_length: int | None = None, words: bool = False) -> tuple[list[Span], int]:
+    """Spans of the tokens, (-1, kind) for those of the template, and where the first begins that is cut off."""
+    side, tokens = module._locate([text], family(name), "teacher", max_length, words)
+    starts, ends, limit = side.row(0)
+    assert len(starts) == tokens.input_ids.shape[1]
+    return list(zip(starts, ends, strict=True)), limit
+
+
+def refinement(
+    teacher: list[Span], student: list[Span], size: int, limit: int
+) -> list[tuple[list[int], list[int]]]:
+    """The definition: cut at every byte where neither side has a token on both sides of it."""
+    inside = [False] * (size + 1)
+    for start, end in teacher + student:
+        for p in range(start + 1, end) if start >= 0 else ():
+            inside[p] = True
+    cuts = [p for p in range(size + 1) if not inside[p] and p <= limit]
+    pieces = []
+    for a, b in itertools.pairwise(cuts):
+        sides = [
+            [k for k, (start, end) in enumerate(side) if a <= start < end <= b] for side in (teacher, student)
+        ]
+        if all(sides):
+            pieces.append((sides[0], sides[1]))
+    return pieces
+
+
+def special_pairs(teacher: list[Span], student: list[Span]) -> list[tuple[int, int]]:
+    found = {}
+    for k, (start, kind) in enumerate(student):
+        if start < 0 and kind:
+            found[kind] = k
+    return [(k, found[kind]) for k, (start, kind) in enumerate(teacher) if start < 0 and kind in found]
+
+
+def pairs_of(pairs: vd.SpanPairs) -> list[tuple[int, int, int, int]]:
+    vd.SpanPairs(pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end)
+    fields = (pairs.teacher_start, pairs.teacher_end, pairs.student_start, pairs.student_end)
+    return list(zip(*(field.tolist() for field in fields), strict=True))
+
+
+def check(text: str, teacher: str, student: str, max_length: int | None = None, method: str = "boundary") -> None:
+    words = method == "word"
+    (left, left_limit), (right, right_limit) = (
+        located(text, name, max_length, words) for name in (teacher, student)
+    )
+    data = text.encode()
+    limit = min(left_limit, right_limit)
+    want = [
+        (sides[0][0], sides[0][-1] + 1, sides[1][0], sides[1][-1] + 1)
+        for sides in refinement(left, right, len(data), limit)
+    ]
+    want += [(t, t + 1, s, s + 1) for t, s in special_pairs(left, right)]
+    batch = vd.align([text], family(teacher), family(student), method, max_length)
+    got = pairs_of(batch.pairs)
+    assert got == sorted(want), (text, teacher, student, left, right)
+    for t0, t1, s0, s1 in got:
+        if left[t0][0] < 0:
+            continue
+        covered = []
+        for side, a, b in ((left, t0, t1), (right, s0, s1)):
+            spans = [span for span in side[a:b] if span[0] < span[1]]
+            covered.append({p for start, end in spans for p in range(start, end)})
+        odd = sorted(covered[0] ^ covered[1])
+        assert not bytes(data[p] for p in odd).decode().strip(), (text, teacher, student, left, right)
+
+
+@pytest.mark.parametrize("teacher", FAMILIES)
+@pytest.mark.parametrize("student", FAMILIES)
+def test_hard_texts(teacher: str, student: str) -> None:
+    for text in HARD:
+        check(text, teacher, student)
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts, names, names)
+def test_any_text(text: str, teacher: str, student: str) -> None:
+    check(text, teacher, student)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, names, names, st.integers(2, 12))
+def test_truncated(text: str, teacher: str, student: str, max_length: int) -> None:
+    check(text, teacher, student, max_length)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, names, names, st.none() | st.integers(2, 12))
+def test_words(text: str, teacher: str, student: str, max_length: int | None) -> None:
+    check(text, teacher, student, max_length, "word")
+
+
+def is_mark(c: str) -> bool:
+    return unicodedata.category(c) in ("Mn", "Cc", "Cf", "Cn", "Co") or c == "\ufffd"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_spans_say_what_tokens_say(name: str) -> None:
+    """Each token that covers whole characters covers those that the tokenizer reports, white space aside."""
+    tokenizer = family(name)
+    for text in HARD:
+        spans, limit = located(text, name)
+        assert limit == 2**31 - 1
+        encoding = tokenizer.encode(text)
+        assert len(spans) == len(encoding)
+        data = text.encode()
+        covered: set[int] = set()
+        for (start, end), (first, last), mask in zip(
+            spans, encoding.offsets, encoding.special_tokens_mask, strict=True
+        ):
+            assert (start < 0) == bool(mask)
+            if mask:
+                continue
+            covered |= set(range(start, end))
+            try:
+                got = data[start:end].decode()
+            except UnicodeDecodeError:
+                got = None
+            if got is not None:
+                reported = text[first:last]
+                # A tokenizer says nothing of what it drops or composes after a character.
+                kept = "".join(c for c in got if c in reported or not is_mark(c))
+                if got.strip():
+                    assert kept.strip() in reported or got.strip() in reported or reported.strip() in got, (text, got)
+        left_out = bytes(b for p, b in enumerate(data) if p not in covered).decode()
+        if covered:
+            assert not left_out.strip(), (text, left_out)
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-level small", "llama"])
+def test_bytes_are_exact(name: str) -> None:
+    tokenizer = family(name)
+    surfaces = module.known(tokenizer, "teacher").surfaces
+    for text in HARD:
+        if "<" in text:
+            continue
+        spans, _ = located(text, name)
+        inserted = name == "llama"
+        for i, (start, end) in zip(tokenizer.encode(text).ids, spans, strict=True):
+            if start < 0:
+                continue
+            want = surfaces.texts[i]
+            assert text.encode()[start:end] == (want[1:] if inserted else want)
+            inserted = False
+
+
+def test_known_pairs() -> None:
+    def pairs(text: str, teacher: str, student: str) -> list[tuple[str, str]]:
+        (left, _), (right, _) = located(text, teacher), located(text, student)
+        data = text.encode()
+        out = []
+        for t0, t1, s0, s1 in pairs_of(vd.align([text], family(teacher), family(student)).pairs):
+            if left[t0][0] >= 0:
+                out.append(
+                    (data[left[t0][0] : left[t1 - 1][1]].decode(), data[right[s0][0] : right[s1 - 1][1]].decode())
+                )
+        return out
+
+    # Composed on one side only; dropped accents; a ligature that one side takes apart.
+    assert ("e\u0301", "e\u0301") in pairs("e\u0301x", "byte-level NFC", "llama")
+    assert pairs("e\u0301\u00e9", "wordpiece uncased", "byte-level")[-1][1].endswith("é")
+    assert any("ﬁ" in t for t, _ in pairs("a ﬁx", "unigram NFKC", "byte-level"))
+    # Byte tokens pair one by one.
+    batch = vd.align(["🎊"], family("byte-level small"), family("llama"))
+    assert batch.coverage.pairs == 4 and batch.coverage.one_to_one == 1.0
+
+
+def test_batch_equals_single_texts_for_any_number_of_threads() -> None:
+    lines = HARD + [" ".join(random.Random(n).choices(SCRIPTS, k=3)) for n in range(200)]
+    teacher, student = family("unigram NFKC"), family("byte-level")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(vd.align(lines, teacher, student))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert pairs_of(other.pairs) == pairs_of(results[0].pairs)
+        assert torch.equal(other.teacher.input_ids, results[0].teacher.input_ids)
+    batch = results[0]
+    lengths = batch.teacher.input_ids.shape[1], batch.student.input_ids.shape[1]
+    want = []
+    for b, line in enumerate(lines):
+        single = vd.align([line], teacher, student)
+        ids = single.teacher.input_ids[0].tolist()
+        assert batch.teacher.input_ids[b, : len(ids)].tolist() == ids == teacher.encode(line).ids
+        assert batch.teacher.attention_mask[b].sum() == len(ids)
+        t, s = b * lengths[0], b * lengths[1]
+        want += [(t + a, t + c, s + d, s + e) for a, c, d, e in pairs_of(single.pairs)]
+    assert pairs_of(batch.pairs) == want
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("wordpiece", "byte-level"), ("unigram", "llama")])
+def test_real_text(teacher: str, student: str) -> None:
+    lines = russian_text(60)
+    for line in lines:
+        check(line[:200], teacher, student)
+    coverage = vd.align(lines, family(teacher), family(student)).coverage
+    assert coverage.teacher_covered > 0.7 and coverage.student_covered > 0.6
+
+
+def test_long_text_takes_linear_time() -> None:
+    # Quadratic steps over a million bytes would not end.
+    text = "語 a\u0301😀 walking " * 40_000
+    batch = vd.align([text, "🎉" * 200_000], family("llama"), family("wordpiece uncased"))
+    assert len(batch.pairs) > 100_000

@@ -20,6 +20,7 @@ __all__ = ["Known", "Surfaces", "known", "read_surfaces", "template_ends"]
 
 UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
 _MARK = "▁"
+_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -173,6 +174,108 @@ def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[
             lead = mask.index(0)
             return lead, mask[::-1].index(0)
     return count, 0
+
+
+def convention(known: Known) -> tuple:
+    """How a tokenizer spells: tokens of two that agree on it are equal when their strings are."""
+    surfaces = known.surfaces
+    return surfaces.byte_level, surfaces.mark, surfaces.prefix, surfaces.suffix
+
+
+def word_form(known: Known, i: int) -> tuple[bool, bytes] | None:
+    """Whether token ``i`` starts a word, and its text without the space before it; None if that is not known.
+
+    A tokenizer that drops white space does not tell whether there was some before a closing or an ambiguous
+    punctuation mark or a Chinese character: there is none.
+    """
+    surfaces, token = known.surfaces, known.info.tokens[i]
+    text = surfaces.texts[i]
+    if token is None or surfaces.kinds[i] == UNKNOWN:
+        return None
+    if surfaces.marks_words:
+        return (True, text[1:]) if len(text) > 1 and text[:1] == b" " else (False, text)
+    if surfaces.prefix and len(token) > len(surfaces.prefix) and token.startswith(surfaces.prefix):
+        return False, text
+    char = text.decode()
+    apart = len(char) == 1 and (unicodedata.category(char) in ("Pe", "Pf", "Po") or _CHINESE.match(char))
+    return not apart, text
+
+
+def _runs(text: bytes) -> list[str | int]:
+    """The longest runs of valid UTF-8, and the bytes between them."""
+    runs: list[str | int] = []
+    while text:
+        try:
+            runs.append(text.decode())
+            break
+        except UnicodeDecodeError as error:
+            if error.start:
+                runs.append(text[: error.start].decode())
+            runs.extend(text[error.start : error.end])
+            text = text[error.end :]
+    return runs
+
+
+class Speller:
+    """Spells texts with the tokens of one tokenizer, its normalizer left out."""
+
+    def __init__(self, known: Known) -> None:
+        self.known, self.surfaces = known, known.surfaces
+        self.model = known.info.backend.model
+
+    def spell(self, starts: bool, text: bytes) -> list[int] | None:
+        """The ids whose surfaces are ``text``, at the start of a word or not; None if it cannot be spelled."""
+        surfaces = self.surfaces
+        want = (b" " if starts and surfaces.marks_words else b"") + text
+        ids: list[int] = []
+        if surfaces.byte_level:
+            ids += self._tokenize("".join(CHAR_OF[b] for b in want))
+        else:
+            for run in _runs(want):
+                if isinstance(run, str):
+                    ids += self._tokenize(run.replace(" ", surfaces.mark) if surfaces.mark else run)
+                elif run in surfaces.byte_ids:
+                    ids.append(surfaces.byte_ids[run])
+                else:
+                    return None
+        unknown = any(surfaces.kinds[i] == UNKNOWN for i in ids)
+        return None if unknown or b"".join(surfaces.texts[i] for i in ids) != want else ids
+
+    def _tokenize(self, text: str) -> list[int]:
+        return [token.id for token in self.model.tokenize(text)]
+
+
+class Words:
+    """Cuts texts into the words that a WordPiece model is given, its normalizer left out."""
+
+    def __init__(self, known: Known) -> None:
+        backend = known.info.backend
+        self.pre_tokenizer = backend.pre_tokenizer
+        spaced = any(part.get("handle_chinese_chars") for part in _parts(_state(backend.normalizer)))
+        # Chinese characters are words of their own; it is the normalizer that puts spaces around them.
+        self.spacer = (
+            tokenizers.normalizers.BertNormalizer(
+                clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
+            )
+            if spaced
+            else None
+        )
+
+    def split(self, starts: bool, text: str) -> list[tuple[bool, str]]:
+        """Words, each with whether it starts one (only the first may continue the word before)."""
+        before = "" if starts else "a"
+        if self.spacer is not None:
+            text = self.spacer.normalize_str(before + text)
+        else:
+            text = before + text
+        if self.pre_tokenizer is None:
+            words = [text]
+        else:
+            words = [word for word, _ in self.pre_tokenizer.pre_tokenize_str(text)]
+        if starts:
+            return [(True, word) for word in words]
+        first = [(False, words[0][1:])] if len(words[0]) > 1 else []
+        return first + [(True, word) for word in words[1:]]
 
 
 class Known:

@@ -9,9 +9,11 @@ from typing import Any
 
 import tokenizers
 
-__all__ = ["ROLES", "TokenizerInfo", "backend_of", "check_room", "encode", "plain_settings", "read_tokenizer"]
+__all__ = ["ROLES", "SUBSTITUTE", "TokenizerInfo", "backend_of", "check_room", "encode", "plain_settings", "read_tokenizer"]
 
 ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
+# Roles that stand in for one that a tokenizer does not have.
+SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 # What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.
 _CONVENTION = {
     "[UNK]": "unk",

@@ -64,9 +64,7 @@ def sentencepiece_bpe(size: int = 700, fallback: bool = True, prepend: bool = Fa
         tokenizer = Tokenizer.from_str(json.dumps(state))
     if prepend:
         tokenizer.pre_tokenizer = None
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
@@ -115,6 +113,6 @@ FAMILIES = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def family(name: str) -> tokenizers.Tokenizer:
     return FAMILIES[name]()

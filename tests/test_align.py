@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests._families import family
 from tests._wordpiece import match_rule, russian_text, small_text, train
 from vocabdistil.align import align, match_pairs
 from vocabdistil.remap import RemapTable
@@ -175,6 +176,45 @@ def test_empty_texts(method: str, texts: list[str]) -> None:
     assert batch.teacher.input_ids.shape[0] == batch.student.input_ids.shape[0] == len(texts)
     # CLS and SEP.
     assert batch.coverage.pairs >= 2 * len(texts)
+
+
+def test_coverage_counts() -> None:
+    teacher, student = family("wordpiece"), family("byte-level")
+    lines = ["a  walk\n", "walking 語 \U0001f9ff!", ""]
+    batch = align(lines, teacher, student)
+    coverage, pairs = batch.coverage, batch.pairs
+    left, right = (
+        [[side.id_to_token(i) for i in side.encode(line).ids] for line in lines]
+        for side in (teacher, student)
+    )
+    assert coverage.teacher_tokens == sum(map(len, left)) and coverage.student_tokens == sum(map(len, right))
+    sizes = [
+        (t1 - t0, s1 - s0)
+        for t0, t1, s0, s1 in zip(
+            *(
+                getattr(pairs, name).tolist()
+                for name in ("teacher_start", "teacher_end", "student_start", "student_end")
+            ),
+            strict=True,
+        )
+    ]
+    singles = sizes.count((1, 1))
+    assert coverage.pairs == len(sizes) and 0 < singles < len(sizes)
+    assert coverage.one_to_one == singles / len(sizes)
+    assert coverage.teacher_one_to_one == singles / coverage.teacher_tokens
+    assert coverage.student_span == sum(s for _, s in sizes) / len(sizes)
+    assert coverage.teacher_span == sum(t for t, _ in sizes) / len(sizes)
+    # The template's tokens have no partners here; nor has the white space that a WordPiece tokenizer drops.
+    assert dict(coverage.teacher_examples) == {"[CLS]": 3, "[SEP]": 3} and coverage.teacher_unaligned == 6
+    assert dict(coverage.student_examples).get("Ċ") == 1
+    assert coverage.student_unaligned == coverage.student_tokens - sum(s for _, s in sizes)
+    assert coverage.teacher_unknown == sum(row.count("[UNK]") for row in left) > 0
+    assert coverage.student_unknown == 0
+    assert coverage.matched_vocabulary == len(MatchedVocab.from_tokenizers(teacher, student))
+    assert coverage.text_bytes == coverage.covered_bytes == len("".join("".join(lines).split()).encode())
+    cut = align(lines, teacher, student, max_length=4).coverage
+    assert 0 < cut.covered_bytes < cut.text_bytes == coverage.text_bytes
+    assert align(lines, teacher, student, "match").coverage.text_bytes is None
 
 
 ids = torch.zeros(2, 3, dtype=torch.int64)

@@ -343,7 +343,9 @@ def text_of(tokenizer: tokenizers.Tokenizer, name: str, row: list[int]) -> bytes
         if name.startswith("wordpiece"):
             out += (token[2:] if token.startswith("##") and token != "##" else " " + token).encode()
         elif name.startswith(("byte-level", "roberta")):
-            out += token.encode() if token in SPECIAL_TOKENS else decoders.ByteLevel().decode([token]).encode()
+            out += (
+                token.encode() if token in SPECIAL_TOKENS else decoders.ByteLevel().decode([token]).encode()
+            )
         else:
             out += bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
     return out
@@ -372,7 +374,11 @@ def test_rows_of_every_family(teacher: str, student: str) -> None:
         if "wordpiece" in teacher + student:
             assert said.replace(b" ", b"") == b"".join(own.split()), (token, row)
             blank += not row
-            if row and len(own.split()) == 1 and unicodedata.category(own.decode().strip()[0]) in ("Lu", "Ll"):
+            if (
+                row
+                and len(own.split()) == 1
+                and unicodedata.category(own.decode().strip()[0]) in ("Lu", "Ll")
+            ):
                 assert said[:1].isspace() == own[:1].isspace(), (token, row)
         else:
             assert said == own, (token, row)

@@ -51,7 +51,12 @@ def test_bad_ids(teacher, student, error: type[Exception], text: str) -> None:
 
 @pytest.mark.parametrize(
     ("teacher", "student"),
-    [("wordpiece", "byte-level"), ("byte-level", "wordpiece"), ("llama", "byte-level"), ("wordpiece", "unigram")],
+    [
+        ("wordpiece", "byte-level"),
+        ("byte-level", "wordpiece"),
+        ("llama", "byte-level"),
+        ("wordpiece", "unigram"),
+    ],
 )
 def test_families_match_by_text(teacher: str, student: str) -> None:
     source, target = family(teacher), family(student)

@@ -2,7 +2,7 @@
 
 from . import loyalty, reference
 from ._backends import backends
-from .align import AlignedBatch, align, match_pairs
+from .align import AlignedBatch, align, boundary_pairs, match_pairs
 from .ops import span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
@@ -18,6 +18,7 @@ __all__ = [
     "SpanPairs",
     "align",
     "backends",
+    "boundary_pairs",
     "loyalty",
     "match_pairs",
     "reference",

@@ -131,7 +131,9 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
     # A Unigram model does not tell.
     falls_back = getattr(model, "byte_fallback", None)
     if falls_back is None:
-        falls_back = info.kind == "Unigram" and all(backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256))
+        falls_back = info.kind == "Unigram" and all(
+            backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256)
+        )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     texts, kinds, byte_ids = [], bytearray(), {}
     for i, token in enumerate(info.tokens):
@@ -224,7 +226,7 @@ class Speller:
         self.model = known.info.backend.model
 
     def spell(self, starts: bool, text: bytes) -> list[int] | None:
-        """The ids whose surfaces are ``text``, at the start of a word or not; None if it cannot be spelled."""
+        """The ids whose surfaces are ``text``, at the start of a word or not; None if there are none."""
         surfaces = self.surfaces
         want = (b" " if starts and surfaces.marks_words else b"") + text
         ids: list[int] = []
@@ -295,7 +297,7 @@ _lock = threading.Lock()
 
 
 def known(tokenizer: Any, name: str) -> Known:
-    """``read_tokenizer``, once per tokenizer: again only if its vocabulary or its special tokens have changed.
+    """``read_tokenizer``, once per tokenizer: again only if its vocabulary or its roles have changed.
 
     Raises:
         TypeError: not a fast tokenizer.

@@ -9,7 +9,16 @@ from typing import Any
 
 import tokenizers
 
-__all__ = ["ROLES", "SUBSTITUTE", "TokenizerInfo", "backend_of", "check_room", "encode", "plain_settings", "read_tokenizer"]
+__all__ = [
+    "ROLES",
+    "SUBSTITUTE",
+    "TokenizerInfo",
+    "backend_of",
+    "check_room",
+    "encode",
+    "plain_settings",
+    "read_tokenizer",
+]
 
 ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
 # Roles that stand in for one that a tokenizer does not have.
@@ -135,7 +144,7 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
 
 @contextmanager
 def plain_settings(backend: tokenizers.Tokenizer, max_length: int | None = None) -> Iterator[None]:
-    """No padding and no truncation but the one asked for, inside; a tokenizer file may bring its own of both."""
+    """No padding, and no truncation but the one asked for: a tokenizer file may bring its own of both."""
     truncation, padding = backend.truncation, backend.padding
     try:
         backend.no_padding()

@@ -230,26 +230,26 @@ class RemapTable:
 
     @classmethod
     def from_tokenizers(cls, teacher: Any, student: Any) -> RemapTable:
-        """The student's tokenization of every teacher token's own text, in its place: at the start of a word or inside.
+        """The student's tokenization of every teacher token's own text, at the start of a word or inside one.
 
-        Nothing is normalized: a row spells its token exactly, white space aside where the student drops it, or
-        it is UNK alone. Special tokens map to the student's token of the same role, else to its special token of
-        the same string, else to UNK. A string that is an added token of the student maps to it. Holes in the
-        teacher's vocabulary map to UNK.
+        Nothing is normalized: a row spells its token exactly, white space aside where the student drops it,
+        or it is UNK alone. Special tokens map to the student's token of the same role, else to its special
+        token of the same string, else to UNK. A string that is an added token of the student maps to it.
+        Holes in the teacher's vocabulary map to UNK.
 
         WordPiece to WordPiece (arXiv 2205.02340):
 
-        - Greedy longest match from the left, by characters; nothing is normalised.
+        - Greedy longest match from the left, by characters.
         - A teacher token with the continuation prefix (``##``) is matched as a continuation from its first
           piece on.
         - A string with a character that cannot be covered, a string longer than the student's
           ``max_input_chars_per_word`` and ``[unusedN]`` map to UNK alone.
 
         Any other pair (byte-level BPE, SentencePiece BPE and Unigram, with and without byte fallback): the
-        student's model on the bytes that the token stands for, the mark of a word's start (``##``, a space in
-        the byte alphabet, ``▁``) in the student's spelling. Bytes that are no whole character become byte tokens
-        where the student has them. A WordPiece student reads the words of its own pre-tokenizer, and white space
-        alone is an empty row.
+        student's model on the bytes that the token stands for, the mark of a word's start (a space in the
+        byte alphabet, ``▁``, no ``##``) in the student's spelling. Bytes that are no whole character
+        become byte tokens where the student has them. A WordPiece student reads the words of its own
+        pre-tokenizer, and white space alone is an empty row.
 
         Args:
             teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``. A student without
@@ -264,7 +264,9 @@ class RemapTable:
         info = target.info
         unk_id = info.unk_id
         if unk_id is None and info.kind != "WordPiece":
-            unk_id = next((info.roles[role] for role in ("pad", "eos", "sep", "bos") if role in info.roles), None)
+            unk_id = next(
+                (info.roles[role] for role in ("pad", "eos", "sep", "bos") if role in info.roles), None
+            )
         if unk_id is None:
             raise ValueError(
                 "student: expected a tokenizer with an unknown token, got none in its vocabulary"
@@ -280,7 +282,8 @@ class RemapTable:
         np.cumsum([len(row) for row in rows], out=indptr[1:])
         ids = np.fromiter((i for row in rows for i in row), dtype=np.int32)
         self._setup(
-            _C.remap_from_csr(indptr.ctypes.data, len(indptr), ids.ctypes.data, len(ids), len(info.tokens)), *numbers
+            _C.remap_from_csr(indptr.ctypes.data, len(indptr), ids.ctypes.data, len(ids), len(info.tokens)),
+            *numbers,
         )
         return self
 

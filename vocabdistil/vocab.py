@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ._surfaces import Known, convention, known, word_form
 from ._tokenizers import SUBSTITUTE
 
-__all__ = ["MatchedVocab"]
+__all__ = ["MatchedVocab", "matched_ids"]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -32,6 +33,21 @@ def _as_ids(value: Any, name: str) -> Tensor:
         if values.numel() != tensor.numel():
             raise ValueError(f"{name}: expected each id once, got id {int(values[counts > 1][0])} repeatedly")
     return tensor
+
+
+@functools.lru_cache(maxsize=8)
+def matched_ids(source: Known, target: Known) -> Tensor:
+    """int64 ``[V_m, 2]``: teacher and student id of each token that both have."""
+    if convention(source) == convention(target):
+        student_ids = target.info.ids()
+        pairs = [
+            (i, student_ids[token])
+            for i, token in enumerate(source.info.tokens)
+            if token is not None and token in student_ids
+        ]
+    else:
+        pairs = _pairs_by_text(source, target)
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
 def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
@@ -100,8 +116,8 @@ class MatchedVocab:
         """Every token of both, special tokens included, by ascending teacher id.
 
         Tokens are equal when their strings are. Between tokenizers that spell in different ways (``##ing``,
-        ``Ġwalk``, ``▁walk``) they are equal when both stand for the same text and both or neither start a word;
-        special tokens are then equal by role, else by string.
+        ``Ġwalk``, ``▁walk``) they are equal when both stand for the same text and both or neither start a
+        word; special tokens are then equal by role, else by string.
 
         Args:
             teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
@@ -109,17 +125,7 @@ class MatchedVocab:
         Raises:
             TypeError: not a fast tokenizer.
         """
-        source, target = known(teacher, "teacher"), known(student, "student")
-        if convention(source) == convention(target):
-            student_ids = target.info.ids()
-            pairs = [
-                (i, student_ids[token])
-                for i, token in enumerate(source.info.tokens)
-                if token is not None and token in student_ids
-            ]
-        else:
-            pairs = _pairs_by_text(source, target)
-        both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+        both = matched_ids(known(teacher, "teacher"), known(student, "student"))
         return cls(both[:, 0], both[:, 1])
 
     def __len__(self) -> int:

@@ -214,15 +214,16 @@ def boundary_pairs(
 ) -> SpanPairs:
     """The boundary alignment of token offsets that are ready: the finest common refinement.
 
-    Both sides are cut at every position of the text where neither has a token that covers both what is before
-    and what is after it; the tokens between two cuts are a pair, if there are some on either side. Tokens with
-    an empty range (specials, padding) are in no pair. Linear in the number of tokens.
+    Both sides are cut at every position of the text where neither has a token that covers both what is
+    before and what is after it; the tokens between two cuts are a pair, if there are some on either side.
+    Tokens with an empty range (specials, padding) are in no pair. Linear in the number of tokens.
 
     Args:
-        teacher_offsets: int64 or int32 ``[B, L_t, 2]``: the half-open range of each token in its text, in bytes
-            or in characters, ascending.
+        teacher_offsets: int64 or int32 ``[B, L_t, 2]``: the half-open range of each token in its text, in
+            bytes or in characters, ascending.
         student_offsets: ``[B, L_s, 2]``, the same in the same unit.
-        teacher_mask, student_mask: bool or integers ``[B, L_t]`` and ``[B, L_s]``; tokens with 0 are left out.
+        teacher_mask, student_mask: bool or integers ``[B, L_t]`` and ``[B, L_s]``; tokens with 0 are left
+            out.
 
     Returns:
         M:N pairs over positions ``b * L_t + i`` and ``b * L_s + j``, on the device of ``teacher_offsets``.
@@ -457,6 +458,10 @@ def align(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}]: expected a string, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{i}]: expected text that UTF-8 can hold, got {error.reason}") from None
     if max_length is not None:
         if isinstance(max_length, bool) or not isinstance(max_length, int):
             raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")

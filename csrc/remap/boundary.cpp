@@ -1,7 +1,6 @@
 #include "boundary.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "../parallel.h"
 
@@ -132,8 +131,8 @@ std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const s
   // Always towards the front, so rows may be moved within the one buffer.
   for (int k = 0; k < 4; ++k) {
     for (int64_t b = 0; b < batch; ++b) {
-      std::memmove(pairs.data() + k * total + first[b], pairs.data() + k * capacity + room[b],
-                   static_cast<size_t>(first[b + 1] - first[b]) * sizeof(int32_t));
+      const auto from = pairs.begin() + k * capacity + room[b];
+      std::copy(from, from + (first[b + 1] - first[b]), pairs.begin() + k * total + first[b]);
     }
   }
   pairs.resize(static_cast<size_t>(4 * total));

@@ -6,7 +6,17 @@ import functools
 import json
 
 import tokenizers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from tests._wordpiece import small_text, train
 
@@ -32,6 +42,16 @@ def byte_level(size: int = 500, **options: object) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = options.get("normalizer")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(options.get("prefix")))
+    if options.get("split"):  # as Llama 3 and Qwen
+        pattern = Regex(
+            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(pattern, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -41,6 +61,8 @@ def byte_level(size: int = 500, **options: object) -> Tokenizer:
     )
     tokenizer.train_from_iterator(many_scripts(), trainer)
     if options.get("roberta"):
+        tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+        tokenizer.add_tokens([AddedToken("walking home", single_word=True), AddedToken("été", rstrip=True)])
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True)
     return tokenizer
 
@@ -104,6 +126,7 @@ FAMILIES = {
     "byte-level lower": lambda: byte_level(
         420, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
     ),
+    "byte-level split": lambda: byte_level(400, split=True),
     "roberta": lambda: byte_level(480, prefix=True, roberta=True),
     "llama": lambda: sentencepiece_bpe(prepend=True),
     "sentencepiece BPE": lambda: sentencepiece_bpe(500, fallback=False),

@@ -30,6 +30,7 @@ HARD = [
     "👩‍👩‍👧‍👦 flags 🇩🇪🇫🇷 👍🏽!",
     "x\u200dy\u200b z\ufeff",
     "\ufeffbom",
+    "walking home,  <mask> été  walking homes <pad>x",
     "[SEP] <s> </s> [CLS] <mask> <0x41> ▁ Ġ",
     "\u00a0no\u3000break\u2028line",
     "Zalgo: h̸̢̛e̶̛͕l̷̰̓l̶̙̈́o̴̰̅",

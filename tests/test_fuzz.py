@@ -30,23 +30,21 @@ def test_random_input_under_sanitizers(tmp_path: Path) -> None:
     )
     if built.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip(f"{compiler} has no working address and undefined behaviour sanitizers")
-    program = tmp_path / "fuzz"
-    sources = [str(ROOT / "tests/native/fuzz_remap.cpp")]
-    sources += [str(ROOT / f"csrc/remap/{name}.cpp") for name in ("remap", "match", "boundary", "locate")]
-    command = [
-        compiler,
-        *FLAGS,
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-D_GLIBCXX_ASSERTIONS",
-        f"-I{ROOT / 'csrc'}",
-        *sources,
-        "-ldl",
-        "-o",
-        str(program),
+    flags = [*FLAGS, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
+    sources = [ROOT / "tests/native/fuzz_remap.cpp"]
+    sources += [ROOT / f"csrc/remap/{name}.cpp" for name in ("remap", "match", "boundary", "locate")]
+    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
+    compiling = [
+        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)
+        for source, out in zip(sources, objects, strict=True)
     ]
-    built = subprocess.run(command, capture_output=True, text=True)
+    for process in compiling:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    program = tmp_path / "fuzz"
+    built = subprocess.run(
+        [compiler, *FLAGS, *objects, "-ldl", "-o", str(program)], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     run = subprocess.run([str(program), str(SECONDS)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import threading
@@ -170,7 +171,8 @@ def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[
     count = backend.num_special_tokens_to_add(is_pair=False)
     if not count:
         return 0, 0
-    for encoding in (*encodings[:8], *(backend.encode(text) for text in ("a", "0 .", "я", "字"))):
+    probes = (backend.encode(text) for text in ("a", "0 .", "я", "字"))
+    for encoding in itertools.chain(encodings[:8], probes):
         mask = encoding.special_tokens_mask
         if 0 in mask:
             lead = mask.index(0)

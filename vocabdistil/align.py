@@ -89,36 +89,34 @@ class Coverage:
         sources: tuple[Known, Known],
         text_bytes: tuple[int, int] | None = None,
     ) -> Coverage:
-        teacher_sizes = pairs.teacher_end - pairs.teacher_start
-        student_sizes = pairs.student_end - pairs.student_start
-        both = (teacher_sizes > 0) & (student_sizes > 0)
-        count = int(both.sum())
-        singles = int(((teacher_sizes == 1) & (student_sizes == 1)).sum())
-        values: dict[str, Any] = {"pairs": count, "one_to_one": singles / max(count, 1)}
+        values: dict[str, Any] = {}
+        spans = [
+            getattr(pairs, f"{side}_{end}").data_ptr()
+            for side in ("teacher", "student")
+            for end in ("start", "end")
+        ]
         for name, side, source in zip(("teacher", "student"), (teacher, student), sources, strict=True):
-            start, end = getattr(pairs, f"{name}_start")[both], getattr(pairs, f"{name}_end")[both]
-            ids = side.input_ids.flatten()
-            steps = torch.zeros(ids.numel() + 1, dtype=torch.int32)
-            # Adjacent spans share a position, but none begins or ends where another one does.
-            steps[start.long()] += 1
-            steps[end.long()] -= 1
-            free = (steps.cumsum(0)[:-1] == 0) & (side.attention_mask.flatten() != 0)
-            left, counts = ids[free].unique(return_counts=True)
-            most = counts.argsort(descending=True, stable=True)[:_EXAMPLES].tolist()
-            tokens, covered = int(side.attention_mask.sum()), int((end - start).sum())
-            unknown = source.info.unk_id
+            unknown_id = source.info.unk_id
+            count, singles, tokens, covered, unknown, left_out = _C.align_cover(
+                side.input_ids.data_ptr(),
+                side.attention_mask.data_ptr(),
+                side.input_ids.numel(),
+                spans,
+                len(pairs),
+                -1 if unknown_id is None else unknown_id,
+                _EXAMPLES,
+            )
+            spans = spans[2:] + spans[:2]
             values |= {
+                "pairs": count,
+                "one_to_one": singles / max(count, 1),
                 f"{name}_tokens": tokens,
                 f"{name}_covered": covered / max(tokens, 1),
                 f"{name}_one_to_one": singles / max(tokens, 1),
                 f"{name}_span": covered / max(count, 1),
-                f"{name}_unknown": 0
-                if unknown is None
-                else int(((ids == unknown) & (side.attention_mask.flatten() != 0)).sum()),
+                f"{name}_unknown": unknown,
                 f"{name}_unaligned": tokens - covered,
-                f"{name}_examples": tuple(
-                    (source.info.tokens[int(left[k])] or "", int(counts[k])) for k in most
-                ),
+                f"{name}_examples": tuple((source.info.tokens[i] or "", n) for i, n in left_out),
             }
         if text_bytes is not None:
             values["text_bytes"], values["covered_bytes"] = text_bytes

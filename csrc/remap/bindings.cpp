@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -316,6 +317,18 @@ void bind_remap(py::module_& module) {
     return as_bytes(pairs);
   });
   module.def("align_offsets", &align_offsets);
+  module.def("align_cover", [](uintptr_t ids, uintptr_t mask, int64_t size, const std::array<uintptr_t, 4>& spans,
+                               int64_t count, int64_t unknown_id, size_t examples) {
+    SideCoverage found;
+    {
+      py::gil_scoped_release nogil;
+      const int32_t* span[4];
+      for (int k = 0; k < 4; ++k) span[k] = at<const int32_t>(spans[k]);
+      found = cover(at<const int64_t>(ids), at<const int64_t>(mask), size, span[0], span[1], span[2], span[3], count,
+                    unknown_id, examples);
+    }
+    return py::make_tuple(found.pairs, found.singles, found.tokens, found.covered, found.unknown, found.left_out);
+  });
 }
 
 }  // namespace vocabdistil

@@ -1,6 +1,7 @@
 #include "boundary.h"
 
 #include <algorithm>
+#include <unordered_map>
 
 #include "../parallel.h"
 
@@ -137,6 +138,38 @@ std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const s
   }
   pairs.resize(static_cast<size_t>(4 * total));
   return pairs;
+}
+
+SideCoverage cover(const int64_t* ids, const int64_t* mask, int64_t size, const int32_t* start, const int32_t* end,
+                   const int32_t* other_start, const int32_t* other_end, int64_t count, int64_t unknown_id,
+                   size_t examples) {
+  SideCoverage result;
+  std::unordered_map<int64_t, int64_t> left_out;
+  int64_t i = 0;
+  const auto read_to = [&](int64_t stop, bool covered) {
+    for (stop = std::min(stop, size); i < stop; ++i) {
+      if (mask[i] == 0) continue;
+      ++result.tokens;
+      result.covered += covered;
+      result.unknown += ids[i] == unknown_id;
+      if (!covered) ++left_out[ids[i]];
+    }
+  };
+  for (int64_t p = 0; p < count; ++p) {
+    if (start[p] >= end[p] || other_start[p] >= other_end[p]) continue;
+    ++result.pairs;
+    result.singles += end[p] - start[p] == 1 && other_end[p] - other_start[p] == 1;
+    read_to(start[p], false);
+    read_to(end[p], true);
+  }
+  read_to(size, false);
+  result.left_out.assign(left_out.begin(), left_out.end());
+  const auto middle = result.left_out.begin() + static_cast<int64_t>(std::min(examples, left_out.size()));
+  std::partial_sort(result.left_out.begin(), middle, result.left_out.end(), [](const auto& a, const auto& b) {
+    return a.second != b.second ? a.second > b.second : a.first < b.first;
+  });
+  result.left_out.erase(middle, result.left_out.end());
+  return result;
 }
 
 }  // namespace vocabdistil

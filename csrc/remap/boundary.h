@@ -36,6 +36,18 @@ std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const s
 // Bytes of the text that are not white space.
 int64_t ink(std::string_view text);
 
+// What the pairs of a batch make of one side.
+struct SideCoverage {
+  int64_t pairs = 0, singles = 0;  // pairs with both spans non-empty, and with one token on each side
+  int64_t tokens = 0, covered = 0, unknown = 0;
+  std::vector<std::pair<int64_t, int64_t>> left_out;  // (id, count) of the tokens in no pair, the most frequent first
+};
+
+// ids and mask: [size]; start and end: the spans of this side, other_start and other_end: those of the other one.
+SideCoverage cover(const int64_t* ids, const int64_t* mask, int64_t size, const int32_t* start, const int32_t* end,
+                   const int32_t* other_start, const int32_t* other_end, int64_t count, int64_t unknown_id,
+                   size_t examples);
+
 // What a character may have become before the model saw it: alternatives in UTF-8, tried in order; "" is a character
 // that was dropped.
 class Folds {

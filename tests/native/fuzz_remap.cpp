@@ -161,6 +161,11 @@ void fuzz_boundaries() {
   const int32_t* sides[4];
   for (int k = 0; k < 4; ++k) sides[k] = pairs.data() + k * count;
   check_pairs(sides, count);
+  std::vector<int64_t> ids(static_cast<size_t>(batch * lengths[0])), mask(ids);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = pick(0, 5), mask[i] = pick(0, 2);
+  const SideCoverage found = cover(ids.data(), mask.data(), static_cast<int64_t>(ids.size()), sides[2], sides[3],
+                                   sides[0], sides[1], count, 3, 4);
+  require(found.pairs == count && found.covered <= found.tokens && found.left_out.size() <= 4, "coverage counts");
   for (int64_t p = 0; p < count; ++p) {
     require(sides[0][p] >= 0 && sides[1][p] <= batch * lengths[1], "student spans are within the batch");
     require(sides[2][p] >= 0 && sides[3][p] <= batch * lengths[0], "teacher spans are within the batch");

@@ -20,8 +20,8 @@ from .vocab import MatchedVocab, matched_ids
 __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "match_pairs"]
 
 _INT32_MAX = 2**31 - 1
-# Texts that are tried first to see whether a tokenizer's offsets are needed.
-_TRIAL = 32
+# Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
+_TRIAL, _CHUNK = 32, 512
 _EXAMPLES = 5
 
 
@@ -309,17 +309,9 @@ def _locate(
     with plain_settings(backend):
         # Without a pre-tokenizer the words are what white space separates.
         numbered = by_word and backend.pre_tokenizer is not None
-        fast = backend.encode_batch if numbered else backend.encode_batch_fast
-        # A tokenizer that normalizes nearly every text is not asked twice.
-        trial = min(len(texts), _TRIAL)
-        encodings = fast(texts[:trial])
-        limit = -1 if max_length is None else max_length
-        ends = template_ends(backend, encodings)
-        side = _C.Side(
-            source.surfaces.native, len(texts), ends, _kinds(source), limit, by_word and not numbered
-        )
+        side: Any = None
 
-        def read(rows: list[int], encodings: list[Any], offsets: bool) -> list[int]:
+        def read(rows: Sequence[int], encodings: list[Any], offsets: bool) -> list[int]:
             ids = [encoding.ids for encoding in encodings]
             return side.read(
                 rows,
@@ -330,14 +322,23 @@ def _locate(
                 thread_count(sum(map(len, ids))),
             )
 
-        missing = read(list(range(trial)), encodings, False)
-        rest = list(range(trial, len(texts)))
-        if len(missing) > trial // 2:
-            missing += rest
-        elif rest:
-            missing += read(rest, fast(texts[trial:]), False)
-        if missing:
-            read(missing, backend.encode_batch([texts[b] for b in missing]), True)
+        whole = numbered
+        first, last = 0, min(_TRIAL, len(texts))
+        while side is None or first < last:
+            encodings = (backend.encode_batch if whole else backend.encode_batch_fast)(texts[first:last])
+            if side is None:
+                ends = template_ends(backend, encodings)
+                limit = -1 if max_length is None else max_length
+                at_spaces = by_word and not numbered
+                side = _C.Side(source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces)
+            missing = read(range(first, last), encodings, False)
+            if missing and whole:
+                read(missing, [encodings[b - first] for b in missing], True)
+            elif missing:
+                read(missing, backend.encode_batch([texts[b] for b in missing]), True)
+                # A tokenizer that normalizes most texts is not asked twice.
+                whole = len(missing) > (last - first) // 2
+            first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
     input_ids = torch.empty(len(texts), length, dtype=torch.int64)
     attention_mask = torch.empty_like(input_ids)

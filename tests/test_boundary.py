@@ -9,11 +9,13 @@ import unicodedata
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 import vocabdistil as vd
-from tests._families import FAMILIES, SCRIPTS, family
+from tests._families import FAMILIES, SCRIPTS, byte_level, family
 from tests._wordpiece import russian_text
 
 module = sys.modules["vocabdistil.align"]
@@ -231,6 +233,19 @@ def test_known_pairs() -> None:
     # Byte tokens pair one by one.
     batch = vd.align(["🎊"], family("byte-level small"), family("llama"))
     assert batch.coverage.pairs == 4 and batch.coverage.one_to_one == 1.0
+
+
+def test_a_token_that_opens_and_closes() -> None:
+    raw = byte_level(300)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
+    left, right = family("wordpiece").encode("hi").ids, raw.encode("hi").ids
+    pairs = pairs_of(vd.align(["hi"], family("wordpiece"), tokenizer).pairs)
+    assert pairs[0] == (0, 1, 0, 1)
+    assert pairs[-1] == (len(left) - 1, len(left), len(right) - 1, len(right))
+    # One side with a template only: nothing to pair with.
+    only = pairs_of(vd.align(["hi"], family("byte-level"), tokenizer).pairs)
+    assert only[0][2] == 1 and only[-1][3] == len(right) - 1
 
 
 def test_batch_equals_single_texts_for_any_number_of_threads() -> None:

@@ -435,7 +435,8 @@ def align(
             text where both have a token boundary; the tokens between two cuts are a pair (M:N). White space
             that a side drops belongs to no token; other text that it drops (accents, control characters)
             belongs to the token before it. Special tokens pair by role: CLS or BOS with CLS or BOS, SEP or
-            EOS with SEP or EOS. ``"word"``: the same for pre-tokenized words, merged where they differ.
+            EOS with SEP or EOS. ``"word"``: the same for pre-tokenized words, merged where they differ; where
+            a tokenizer has no pre-tokenizer, words are what white space separates.
             ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
             ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
             teacher token and its pieces (both arXiv 2205.02340).

@@ -122,10 +122,11 @@ struct Reading {
 
 // How the texts of a batch are read.
 struct Rules {
-  int64_t lead, trail;                             // template tokens before and after each text
-  std::vector<std::pair<int32_t, int32_t>> kinds;  // template token -> kind > 0; the others have kind 0
-  int64_t max_length;                              // < 0: no limit
-  bool words_at_spaces;                            // the tokens between two white spaces are one word
+  int64_t lead, trail;  // template tokens before and after each text
+  // Template token -> kind > 0, the others have kind 0. Of several the first holds before a text, the last after it.
+  std::vector<std::pair<int32_t, int32_t>> kinds;
+  int64_t max_length;    // < 0: no limit
+  bool words_at_spaces;  // the tokens between two white spaces are one word
 };
 
 // False if the tokens are not found in the text and no offsets are given.

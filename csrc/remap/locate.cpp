@@ -320,7 +320,9 @@ bool locate(const Surfaces& surfaces, const Rules& rules, Reading reading, Locat
     row.start[k] = -1;
     row.end[k] = 0;
     for (const auto& [id, kind] : rules.kinds) {
-      if (id == reading.ids[k]) row.end[k] = kind;
+      if (id != reading.ids[k]) continue;
+      row.end[k] = kind;
+      if (k < lead) break;  // one token may open and close: what it does depends on where it stands
     }
   }
   row.ids = std::move(reading.ids);

@@ -154,6 +154,37 @@ def test_words(text: str, teacher: str, student: str, max_length: int | None) ->
     check(text, teacher, student, max_length, "word")
 
 
+@pytest.mark.parametrize("teacher", ["wordpiece", "byte-level", "roberta", "unigram", "llama"])
+@pytest.mark.parametrize("student", ["wordpiece uncased", "byte-level split", "sentencepiece BPE"])
+def test_words_stay_whole(teacher: str, student: str) -> None:
+    text = "Walking, it's quiet:  déjà-vu 東京 42 streets\n(снег) été!"
+    batch = vd.align([text], family(teacher), family(student), "word")
+    finer = vd.align([text], family(teacher), family(student))
+    assert 8 <= len(batch.pairs) <= len(finer.pairs)
+    sides = ((0, 1, family(teacher)), (2, 3, family(student)))
+    for start, end, tokenizer in sides:
+        encoding = tokenizer.encode(text)
+        words = encoding.word_ids
+        if tokenizer.pre_tokenizer is None:
+            continue  # white space separates: see the next test
+        for pair in pairs_of(batch.pairs):
+            for at in (pair[start], pair[end]):
+                if 0 < at < len(words) and words[at] is not None:
+                    assert words[at - 1] != words[at], (encoding.tokens, pair)
+
+
+def test_known_words() -> None:
+    def words(teacher: str, student: str, text: str) -> list[str]:
+        (left, _), data = located(text, teacher, words=True), text.encode()
+        pairs = pairs_of(vd.align([text], family(teacher), family(student), "word").pairs)
+        covered = [(left[t0][0], left[t1 - 1][1]) for t0, t1, _, _ in pairs]
+        return [data[start:end].decode().strip() for start, end in covered if start >= 0]
+
+    assert words("wordpiece", "byte-level", "walking  quietly.") == ["walking", "quietly", "."]
+    assert words("llama", "byte-level", "walking  quietly.") == ["walking", "quietly."]
+    assert words("byte-level", "llama", "walking \n été") == ["walking", "été"]
+
+
 def is_mark(c: str) -> bool:
     return unicodedata.category(c) in ("Mn", "Cc", "Cf", "Cn", "Co") or c == "\ufffd"
 

@@ -261,6 +261,8 @@ def test_known_pairs() -> None:
     assert ("e\u0301", "e\u0301") in pairs("e\u0301x", "byte-level NFC", "llama")
     assert pairs("e\u0301\u00e9", "wordpiece uncased", "byte-level")[-1][1].endswith("é")
     assert any("ﬁ" in t for t, _ in pairs("a ﬁx", "unigram NFKC", "byte-level"))
+    # A space that a tokenizer puts before the text covers nothing, whatever its offsets say.
+    assert located("\u2603\u2603", "sentencepiece BPE")[0][1:] == [(0, 0), (0, 6)]
     # Byte tokens pair one by one.
     batch = vd.align(["🎊"], family("byte-level small"), family("llama"))
     assert batch.coverage.pairs == 4 and batch.coverage.one_to_one == 1.0

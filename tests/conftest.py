@@ -20,7 +20,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # tier -> (file name prefixes, whether it can run here)
 TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "reference": (("test_reference", "test_loyalty"), True),
-    "C++ on CPU": (("test_span_", "test_matched_", "test_linear_", "test_contrastive", "test_remap", "test_align"), True),
+    "C++ on CPU": (
+        ("test_span_", "test_matched_", "test_linear_", "test_contrastive", "test_remap", "test_align", "test_boundary",
+         "test_fuzz"),
+        True,
+    ),  # fmt: skip
     "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),
     "Triton, compiled": (("test_triton_compile",), HAS_TRITON),
     "CUDA, on the host": (("test_cuda_host",), HAS_PYBIND and shutil.which("c++") is not None),

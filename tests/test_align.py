@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests._families import family
 from tests._wordpiece import match_rule, russian_text, small_text, train
 from vocabdistil.align import align, match_pairs
 from vocabdistil.remap import RemapTable
@@ -137,11 +138,14 @@ def test_tokenizer_settings_are_put_back_and_ignored() -> None:
     teacher.enable_truncation(4)
     teacher.enable_padding(length=50, pad_id=0)
     before = teacher.truncation, teacher.padding
-    batch = align(texts, teacher, student, "match")
-    assert batch.teacher.attention_mask.sum() == batch.coverage.teacher_tokens
-    assert 4 < batch.teacher.input_ids.shape[1] < 50
-    assert (teacher.truncation, teacher.padding) == before
-    assert align(texts, teacher, student, "match", 5).student.input_ids.shape == (8, 5)
+    for method in ("boundary", "match"):
+        batch = align(texts, teacher, student, method)
+        assert batch.teacher.attention_mask.sum() == batch.coverage.teacher_tokens
+        assert 4 < batch.teacher.input_ids.shape[1] < 50
+        assert (teacher.truncation, teacher.padding) == before
+        short = align(texts, teacher, student, method, 5).student.input_ids
+        assert short.tolist() == align(texts, teacher, student, "match", 5).student.input_ids.tolist()
+        assert short.shape == (8, 5)
 
 
 def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +160,15 @@ def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-    left, right = align(texts, fast, student), align(texts, raw, student)
-    assert torch.equal(left.teacher.input_ids, right.teacher.input_ids)
-    assert positions(left.pairs) == positions(right.pairs)
+    for method in ("match", "boundary", "word"):
+        left, right = align(texts, fast, student, method), align(texts, raw, student, method)
+        assert torch.equal(left.teacher.input_ids, right.teacher.input_ids)
+        assert torch.equal(left.pairs.student_start, right.pairs.student_start)
+        assert torch.equal(left.pairs.teacher_end, right.pairs.teacher_end)
     assert left.teacher.input_ids[0].tolist()[: len(raw.encode(texts[0]))] == fast(texts[0])["input_ids"]
 
 
-@pytest.mark.parametrize("method", ["match", "reduce"])
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
 @pytest.mark.parametrize("texts", [[], [""], ["", "walk"]])
 def test_empty_texts(method: str, texts: list[str]) -> None:
     teacher, student = train(small_text(), 300), train(small_text(), 100)
@@ -170,6 +176,45 @@ def test_empty_texts(method: str, texts: list[str]) -> None:
     assert batch.teacher.input_ids.shape[0] == batch.student.input_ids.shape[0] == len(texts)
     # CLS and SEP.
     assert batch.coverage.pairs >= 2 * len(texts)
+
+
+def test_coverage_counts() -> None:
+    teacher, student = family("wordpiece"), family("byte-level")
+    lines = ["a  walk\n", "walking 語 \U0001f9ff!", ""]
+    batch = align(lines, teacher, student)
+    coverage, pairs = batch.coverage, batch.pairs
+    left, right = (
+        [[side.id_to_token(i) for i in side.encode(line).ids] for line in lines]
+        for side in (teacher, student)
+    )
+    assert coverage.teacher_tokens == sum(map(len, left)) and coverage.student_tokens == sum(map(len, right))
+    sizes = [
+        (t1 - t0, s1 - s0)
+        for t0, t1, s0, s1 in zip(
+            *(
+                getattr(pairs, name).tolist()
+                for name in ("teacher_start", "teacher_end", "student_start", "student_end")
+            ),
+            strict=True,
+        )
+    ]
+    singles = sizes.count((1, 1))
+    assert coverage.pairs == len(sizes) and 0 < singles < len(sizes)
+    assert coverage.one_to_one == singles / len(sizes)
+    assert coverage.teacher_one_to_one == singles / coverage.teacher_tokens
+    assert coverage.student_span == sum(s for _, s in sizes) / len(sizes)
+    assert coverage.teacher_span == sum(t for t, _ in sizes) / len(sizes)
+    # The template's tokens have no partners here; nor has the white space that a WordPiece tokenizer drops.
+    assert dict(coverage.teacher_examples) == {"[CLS]": 3, "[SEP]": 3} and coverage.teacher_unaligned == 6
+    assert dict(coverage.student_examples).get("Ċ") == 1
+    assert coverage.student_unaligned == coverage.student_tokens - sum(s for _, s in sizes)
+    assert coverage.teacher_unknown == sum(row.count("[UNK]") for row in left) > 0
+    assert coverage.student_unknown == 0
+    assert coverage.matched_vocabulary == len(MatchedVocab.from_tokenizers(teacher, student))
+    assert coverage.text_bytes == coverage.covered_bytes == len("".join("".join(lines).split()).encode())
+    cut = align(lines, teacher, student, max_length=4).coverage
+    assert 0 < cut.covered_bytes < cut.text_bytes == coverage.text_bytes
+    assert align(lines, teacher, student, "match").coverage.text_bytes is None
 
 
 ids = torch.zeros(2, 3, dtype=torch.int64)
@@ -197,8 +242,7 @@ def test_bad_ids(arguments: tuple, error: type[Exception], text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        (dict(method="nearest"), ValueError, "method.*'match', 'reduce'.*'nearest'"),
-        (dict(method="boundary"), ValueError, "method.*'match', 'reduce'.*'boundary'"),
+        (dict(method="nearest"), ValueError, "method.*'boundary', 'match', 'reduce', 'word'.*'nearest'"),
         (dict(texts="walk"), TypeError, "texts.*str"),
         (dict(texts=["walk", 3]), TypeError, r"texts\[1\].*int"),
         (dict(texts=None), TypeError, "texts.*None"),

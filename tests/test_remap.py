@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models
 
+from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
 from vocabdistil.remap import RemapTable
 
@@ -326,10 +329,98 @@ def test_bad_tokenizers(sides: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]
         RemapTable.from_tokenizers(Slow(), sides[1])
     with pytest.raises(TypeError, match="student.*str"):
         RemapTable.from_tokenizers(sides[0], "bert")
-    with pytest.raises(ValueError, match="student.*WordPiece.*BPE"):
+    with pytest.raises(ValueError, match="student.*unknown token"):
         RemapTable.from_tokenizers(sides[0], tokenizers.Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match="student.*unknown token"):
         RemapTable.from_tokenizers(sides[0], wordpiece(["a"]))
+
+
+def text_of(tokenizer: tokenizers.Tokenizer, name: str, row: list[int]) -> bytes:
+    """What a row says, from its token strings; a space where a word starts."""
+    out = b""
+    for token in map(tokenizer.id_to_token, row):
+        byte = re.fullmatch("<0x(..)>", token)
+        if name.startswith("wordpiece"):
+            out += (token[2:] if token.startswith("##") and token != "##" else " " + token).encode()
+        elif name.startswith(("byte-level", "roberta")):
+            out += (
+                token.encode() if token in SPECIAL_TOKENS else decoders.ByteLevel().decode([token]).encode()
+            )
+        else:
+            out += bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+    return out
+
+
+SPECIAL_TOKENS = {"<s>", "</s>", "<pad>", "<mask>", "<unk>", *SPECIALS}
+
+
+@pytest.mark.parametrize("teacher", FAMILIES)
+@pytest.mark.parametrize("student", FAMILIES)
+def test_rows_of_every_family(teacher: str, student: str) -> None:
+    source, target = family(teacher), family(student)
+    table = RemapTable.from_tokenizers(source, target)
+    assert len(table) == source.get_vocab_size() and table.student_vocab_size == target.get_vocab_size()
+    blank = unknown = 0
+    for token, i in source.get_vocab().items():
+        row = table.rows(i)
+        if token in SPECIAL_TOKENS:
+            continue
+        if row == [table.unk_id]:
+            unknown += 1
+            continue
+        own, said = text_of(source, teacher, [i]), text_of(target, student, row)
+        if "�".encode() in own + said:
+            continue  # bytes that are no text: see the next test
+        if "wordpiece" in teacher + student:
+            assert said.replace(b" ", b"") == b"".join(own.split()), (token, row)
+            blank += not row
+            if (
+                row
+                and len(own.split()) == 1
+                and unicodedata.category(own.decode().strip()[0]) in ("Lu", "Ll")
+            ):
+                assert said[:1].isspace() == own[:1].isspace(), (token, row)
+        else:
+            assert said == own, (token, row)
+    assert not blank or "wordpiece" in student
+    if student in ("byte-level", "byte-level small", "llama", "unigram bytes"):
+        assert unknown <= 1, "everything can be spelled"
+
+
+@pytest.mark.parametrize("student", ["byte-level small", "roberta", "llama", "unigram bytes"])
+def test_remapped_bytes_are_the_text(student: str) -> None:
+    teacher, target = family("byte-level"), family(student)
+    table = RemapTable.from_tokenizers(teacher, target)
+    for text in (*SCRIPTS, "\U0001f9d1\u200d\U0001f680 \ufeff\u0000 ½", "  two\n\n\ttabs "):
+        out = table.remap([teacher.encode(text).ids]).input_ids[0].tolist()
+        tokens = [target.id_to_token(i) for i in out]
+        if student in ("byte-level small", "roberta"):
+            assert decoders.ByteLevel().decode(tokens) == text
+        else:
+            said = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+            assert said.decode(tokens) == text
+
+
+def test_known_rows() -> None:
+    wordpiece_side, bytes_side, marked = family("wordpiece"), family("byte-level"), family("llama")
+
+    def tokens(teacher: tokenizers.Tokenizer, student: tokenizers.Tokenizer, token: str) -> list[str]:
+        table = RemapTable.from_tokenizers(teacher, student)
+        return [student.id_to_token(i) for i in table.rows(teacher.token_to_id(token))]
+
+    assert "".join(tokens(wordpiece_side, bytes_side, "walk")) == "Ġwalk"
+    assert "".join(tokens(wordpiece_side, marked, "##ing")) == "ing"
+    assert tokens(wordpiece_side, bytes_side, ".") == ["."]
+    assert "".join(tokens(wordpiece_side, bytes_side, "東")) == "æĿ±"
+    assert tokens(bytes_side, wordpiece_side, "Ġwalk") == ["walk"]
+    assert tokens(bytes_side, wordpiece_side, "Ġ") == [] == tokens(bytes_side, wordpiece_side, "Ċ")
+    assert tokens(bytes_side, wordpiece_side, "ð") == ["[UNK]"]
+    assert tokens(bytes_side, marked, "ð") == ["<0xF0>"] and tokens(marked, bytes_side, "<0xF0>") == ["ð"]
+    assert tokens(wordpiece_side, marked, "[CLS]") == ["<s>"] == tokens(wordpiece_side, bytes_side, "[CLS]")
+    assert tokens(wordpiece_side, bytes_side, "[SEP]") == ["</s>"]
+    assert tokens(bytes_side, wordpiece_side, "<pad>") == ["[PAD]"]
+    same = RemapTable.from_tokenizers(bytes_side, bytes_side)
+    assert rows_of(same) == [[i] for i in range(len(same))]
 
 
 def test_save_load_pickle(table: RemapTable, tmp_path: Path) -> None:

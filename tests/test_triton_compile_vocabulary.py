@@ -7,9 +7,9 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
+from vocabdistil.triton_kernels import matched_kl  # noqa: E402
 
 from tests.test_triton_compile import CAPABILITIES, compile  # noqa: E402
-from vocabdistil.triton_kernels import matched_kl  # noqa: E402
 
 ARGUMENTS = {
     **dict.fromkeys(("student_start", "student_end", "teacher_start", "teacher_end", "teacher_of"), "*i32"),

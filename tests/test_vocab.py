@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import decoders
 
+from tests._families import family
 from tests._wordpiece import SPECIALS, small_text, train, wordpiece
 from vocabdistil.vocab import MatchedVocab
 
@@ -45,3 +47,55 @@ def test_slots() -> None:
 def test_bad_ids(teacher, student, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         MatchedVocab(teacher_ids=teacher, student_ids=student)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("wordpiece", "byte-level"),
+        ("byte-level", "wordpiece"),
+        ("llama", "byte-level"),
+        ("wordpiece", "unigram"),
+    ],
+)
+def test_families_match_by_text(teacher: str, student: str) -> None:
+    source, target = family(teacher), family(student)
+    matched = MatchedVocab.from_tokenizers(source, target)
+    pairs = [
+        (source.id_to_token(i), target.id_to_token(j))
+        for i, j in zip(matched.teacher_ids.tolist(), matched.student_ids.tolist(), strict=True)
+    ]
+    assert (matched.teacher_ids.diff() > 0).all() and len(pairs) > 100
+    seen = 0
+    for t, s in pairs:
+        plain = [
+            decoders.ByteLevel().decode([token]) if name == "byte-level" and token[:1] != "<" else token
+            for name, token in ((teacher, t), (student, s))
+        ]
+        plain = [text.replace("▁", " ") for text in plain]
+        if any(text in SPECIALS or text[:1] == "<" for text in plain):
+            continue
+        for k, name in enumerate((teacher, student)):
+            if name == "wordpiece":
+                start = not plain[k].startswith("##") and plain[1 - k].startswith(" ")
+                plain[k] = " " + plain[k] if start else plain[k].removeprefix("##")
+        assert plain[0] == plain[1], (t, s)
+        seen += 1
+    assert seen > 100
+
+
+def test_known_matches() -> None:
+    def ids(teacher: str, student: str) -> dict[str, str]:
+        source, target = family(teacher), family(student)
+        matched = MatchedVocab.from_tokenizers(source, target)
+        return {
+            source.id_to_token(i): target.id_to_token(j)
+            for i, j in zip(matched.teacher_ids.tolist(), matched.student_ids.tolist(), strict=True)
+        }
+
+    found = ids("wordpiece", "byte-level")
+    assert found["[CLS]"] == "<s>" and found["[SEP]"] == "</s>" and found["[PAD]"] == "<pad>"
+    assert found["##s"] == "s" and found["walk"] == "Ġwalk" and found["."] == "."
+    assert "s" not in found or found["s"] == "Ġs"
+    found = ids("byte-level", "llama")
+    assert found["ð"] == "<0xF0>" and found["a"] == "a" and found["Ġ"] == "▁"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import loyalty, reference
 from ._backends import backends
-from .align import AlignedBatch, align, match_pairs
+from .align import AlignedBatch, align, boundary_pairs, match_pairs
 from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
@@ -60,6 +60,7 @@ __all__ = [
     "TeacherConfig",
     "align",
     "backends",
+    "boundary_pairs",
     "contrastive",
     "distill",
     "linear_matched_kl",

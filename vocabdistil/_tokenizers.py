@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 
-__all__ = ["TokenizerInfo", "encode", "read_tokenizer"]
+__all__ = [
+    "ROLES",
+    "SUBSTITUTE",
+    "TokenizerInfo",
+    "backend_of",
+    "check_room",
+    "encode",
+    "plain_settings",
+    "read_tokenizer",
+]
 
-_ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
+ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
+# Roles that stand in for one that a tokenizer does not have.
+SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 # What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.
 _CONVENTION = {
     "[UNK]": "unk",
@@ -105,7 +118,7 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
 
     roles: dict[str, int] = {}
     if tokenizer is not backend:
-        for role in _ROLES:
+        for role in ROLES:
             token = getattr(tokenizer, f"{role}_token", None)
             if token is not None and str(token) in vocab:
                 roles[role] = vocab[str(token)]
@@ -129,20 +142,9 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
     )
 
 
-def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None = None) -> list[list[int]]:
-    """Token ids of each text with special tokens, cut to ``max_length``, not padded.
-
-    A tokenizer file may bring its own truncation and padding: both are set for the call and put back.
-
-    Raises:
-        ValueError: ``max_length`` without room for the special tokens.
-    """
-    backend = backend_of(tokenizer, name)
-    specials = backend.num_special_tokens_to_add(is_pair=False)
-    if max_length is not None and max_length < specials:
-        raise ValueError(
-            f"max_length: expected at least the {specials} special tokens of {name}, got {max_length}"
-        )
+@contextmanager
+def plain_settings(backend: tokenizers.Tokenizer, max_length: int | None = None) -> Iterator[None]:
+    """No padding, and no truncation but the one asked for: a tokenizer file may bring its own of both."""
     truncation, padding = backend.truncation, backend.padding
     try:
         backend.no_padding()
@@ -150,7 +152,28 @@ def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None =
             backend.no_truncation()
         else:
             backend.enable_truncation(max_length)
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+        yield
     finally:
         backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
         backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
+def check_room(backend: tokenizers.Tokenizer, name: str, max_length: int | None) -> None:
+    """Raises ValueError for a ``max_length`` without room for the special tokens."""
+    specials = backend.num_special_tokens_to_add(is_pair=False)
+    if max_length is not None and max_length < specials:
+        raise ValueError(
+            f"max_length: expected at least the {specials} special tokens of {name}, got {max_length}"
+        )
+
+
+def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None = None) -> list[list[int]]:
+    """Token ids of each text with special tokens, cut to ``max_length``, not padded.
+
+    Raises:
+        ValueError: ``max_length`` without room for the special tokens.
+    """
+    backend = backend_of(tokenizer, name)
+    check_room(backend, name, max_length)
+    with plain_settings(backend, max_length):
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]

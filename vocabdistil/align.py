@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from ._tokenizers import encode, read_tokenizer
+from ._native import module as _native_module
+from ._surfaces import Known, known, template_ends
+from ._tokenizers import check_room, encode, plain_settings
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
-from .vocab import MatchedVocab
+from .vocab import MatchedVocab, matched_ids
 
-__all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "match_pairs"]
+__all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "match_pairs"]
 
 _INT32_MAX = 2**31 - 1
+# Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
+_TRIAL, _CHUNK = 32, 512
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class Coverage:
         pairs: span pairs with both spans non-empty.
         one_to_one: share of these pairs with one token on each side.
         teacher_covered, student_covered: share of each side's tokens inside such a pair.
+        teacher_one_to_one, student_one_to_one: share of each side's tokens inside a pair with one of each.
+        teacher_span, student_span: mean tokens of each side in a pair.
+        teacher_unknown, student_unknown: unknown tokens of each side.
+        teacher_unaligned, student_unaligned: tokens of each side in no pair.
+        teacher_examples, student_examples: the most frequent of these as (token, count), five at most.
+        matched_vocabulary: tokens that both vocabularies have.
+        text_bytes, covered_bytes: bytes of the texts in UTF-8, white space left out, and those of them inside
+            a pair; None where the alignment does not look at the text (``match``, ``reduce``).
     """
 
     teacher_tokens: int
@@ -53,23 +66,61 @@ class Coverage:
     one_to_one: float
     teacher_covered: float
     student_covered: float
+    teacher_one_to_one: float
+    student_one_to_one: float
+    teacher_span: float
+    student_span: float
+    teacher_unknown: int
+    student_unknown: int
+    teacher_unaligned: int
+    student_unaligned: int
+    teacher_examples: tuple[tuple[str, int], ...]
+    student_examples: tuple[tuple[str, int], ...]
+    matched_vocabulary: int
+    text_bytes: int | None = None
+    covered_bytes: int | None = None
 
     @classmethod
-    def of(cls, teacher: Tokens, student: Tokens, pairs: SpanPairs) -> Coverage:
-        teacher_tokens = int(teacher.attention_mask.sum())
-        student_tokens = int(student.attention_mask.sum())
-        teacher_sizes = pairs.teacher_end - pairs.teacher_start
-        student_sizes = pairs.student_end - pairs.student_start
-        both = (teacher_sizes > 0) & (student_sizes > 0)
-        count = int(both.sum())
-        return cls(
-            teacher_tokens,
-            student_tokens,
-            count,
-            int(((teacher_sizes == 1) & (student_sizes == 1)).sum()) / max(count, 1),
-            int(teacher_sizes[both].sum()) / max(teacher_tokens, 1),
-            int(student_sizes[both].sum()) / max(student_tokens, 1),
-        )
+    def of(
+        cls,
+        teacher: Tokens,
+        student: Tokens,
+        pairs: SpanPairs,
+        sources: tuple[Known, Known],
+        text_bytes: tuple[int, int] | None = None,
+    ) -> Coverage:
+        values: dict[str, Any] = {}
+        spans = [
+            getattr(pairs, f"{side}_{end}").data_ptr()
+            for side in ("teacher", "student")
+            for end in ("start", "end")
+        ]
+        for name, side, source in zip(("teacher", "student"), (teacher, student), sources, strict=True):
+            unknown_id = source.info.unk_id
+            count, singles, tokens, covered, unknown, left_out = _native_module().align_cover(
+                side.input_ids.data_ptr(),
+                side.attention_mask.data_ptr(),
+                side.input_ids.numel(),
+                spans,
+                len(pairs),
+                -1 if unknown_id is None else unknown_id,
+                _EXAMPLES,
+            )
+            spans = spans[2:] + spans[:2]
+            values |= {
+                "pairs": count,
+                "one_to_one": singles / max(count, 1),
+                f"{name}_tokens": tokens,
+                f"{name}_covered": covered / max(tokens, 1),
+                f"{name}_one_to_one": singles / max(tokens, 1),
+                f"{name}_span": covered / max(count, 1),
+                f"{name}_unknown": unknown,
+                f"{name}_unaligned": tokens - covered,
+                f"{name}_examples": tuple((source.info.tokens[i] or "", n) for i, n in left_out),
+            }
+        if text_bytes is not None:
+            values["text_bytes"], values["covered_bytes"] = text_bytes
+        return cls(matched_vocabulary=len(matched_ids(*sources)), **values)
 
 
 @dataclass(frozen=True)
@@ -132,7 +183,7 @@ def match_pairs(
     teacher_slots, student_slots = matched.slots()
     found = torch.empty(2, batch, min(teacher_length, student_length), dtype=torch.int32)
     counts = torch.empty(batch, dtype=torch.int64)
-    args = _C.MatchArgs(
+    args = _native_module().MatchArgs(
         teacher.data_ptr(),
         student.data_ptr(),
         0 if teacher_keep is None else teacher_keep.data_ptr(),
@@ -145,12 +196,66 @@ def match_pairs(
         counts.data_ptr(),
         thread_count(batch * (teacher_length + student_length)),
     )
-    count = _C.align_match_plan(args)
+    count = _native_module().align_match_plan(args)
     spans = torch.empty(4, count, dtype=torch.int32)
-    _C.align_match_write(args, spans.data_ptr())
+    _native_module().align_match_write(args, spans.data_ptr())
     return SpanPairs._trusted(
         *spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
     )
+
+
+def boundary_pairs(
+    teacher_offsets: Tensor,
+    student_offsets: Tensor,
+    teacher_mask: Tensor | None = None,
+    student_mask: Tensor | None = None,
+) -> SpanPairs:
+    """The boundary alignment of token offsets that are ready: the finest common refinement.
+
+    Both sides are cut at every position of the text where neither has a token that covers both what is
+    before and what is after it; the tokens between two cuts are a pair, if there are some on either side.
+    Tokens with an empty range (specials, padding) are in no pair. Linear in the number of tokens.
+
+    Args:
+        teacher_offsets: int64 or int32 ``[B, L_t, 2]``: the half-open range of each token in its text, in
+            bytes or in characters, ascending.
+        student_offsets: ``[B, L_s, 2]``, the same in the same unit.
+        teacher_mask, student_mask: bool or integers ``[B, L_t]`` and ``[B, L_s]``; tokens with 0 are left
+            out.
+
+    Returns:
+        M:N pairs over positions ``b * L_t + i`` and ``b * L_s + j``, on the device of ``teacher_offsets``.
+
+    Raises:
+        TypeError: offsets or masks of a wrong dtype.
+        ValueError: wrong shapes, offsets or positions that do not fit 32 bits.
+    """
+    sides = []
+    for name, offsets, mask in (
+        ("teacher", teacher_offsets, teacher_mask),
+        ("student", student_offsets, student_mask),
+    ):
+        if not isinstance(offsets, Tensor):
+            raise TypeError(f"{name}_offsets: expected a tensor, got {type(offsets).__name__}")
+        if offsets.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}_offsets: expected int64 or int32, got {offsets.dtype}")
+        if offsets.dim() != 3 or offsets.shape[2] != 2:
+            raise ValueError(f"{name}_offsets: expected shape [batch, length, 2], got {tuple(offsets.shape)}")
+        if offsets.shape[0] != teacher_offsets.shape[0]:
+            raise ValueError(
+                f"{name}_offsets: expected {teacher_offsets.shape[0]} sequences, got {offsets.shape[0]}"
+            )
+        if offsets.numel() // 2 > _INT32_MAX or (offsets.numel() and int(offsets.max()) > _INT32_MAX):
+            raise ValueError(f"{name}_offsets: expected offsets and positions that fit 32 bits")
+        _, mask, _ = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
+        offsets = offsets.cpu().clamp(min=-1).to(torch.int32).contiguous()
+        sides.append(offsets if mask is None else offsets * mask.ne(0).unsqueeze(2))
+    left, right = sides
+    lengths = left.shape[1], right.shape[1]
+    spans = _native_module().align_offsets(
+        left.data_ptr(), right.data_ptr(), left.shape[0], *lengths, thread_count(left.numel() + right.numel())
+    )
+    return _pairs(spans, left.shape[0], *lengths).to(teacher_offsets.device)
 
 
 def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:
@@ -171,8 +276,105 @@ def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
     return Tokens(input_ids, attention_mask)
 
 
+# Both sides, the pairs, and the bytes of the texts: all of them and those in pairs.
+Aligned = tuple[Tokens, Tokens, SpanPairs, "tuple[int, int] | None"]
+
+
 def _read(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
-    return _tokens(encode(tokenizer, texts, name, max_length), read_tokenizer(tokenizer, name).pad_id or 0)
+    pad_id = known(tokenizer, name).info.pad_id or 0
+    return _tokens(encode(tokenizer, texts, name, max_length), pad_id)
+
+
+def _kinds(side: Known) -> list[tuple[int, int]]:
+    """Ids of the special tokens that pair across tokenizers: 1 before a text, 2 after it."""
+    roles = side.info.roles
+    return [
+        (roles[role], 1 if role in ("cls", "bos") else 2)
+        for role in ("cls", "bos", "sep", "eos")
+        if role in roles
+    ]
+
+
+def _locate(
+    texts: list[str], tokenizer: Any, name: str, max_length: int | None, by_word: bool
+) -> tuple[Any, Tokens]:
+    """The tokens of each text, and where they lie in it.
+
+    The fast encoding tells no offsets, and mostly they are not needed: the tokens spell the text in one way
+    only. Where they do not (unknown tokens, normalized text), the text is encoded again with offsets.
+    """
+    source = known(tokenizer, name)
+    backend = source.info.backend
+    check_room(backend, name, max_length)
+    with plain_settings(backend):
+        # Without a pre-tokenizer the words are what white space separates.
+        numbered = by_word and backend.pre_tokenizer is not None
+        side: Any = None
+
+        def read(rows: Sequence[int], encodings: list[Any], offsets: bool) -> list[int]:
+            ids = [encoding.ids for encoding in encodings]
+            return side.read(
+                rows,
+                [texts[b] for b in rows],
+                ids,
+                [encoding.offsets for encoding in encodings] if offsets else None,
+                [encoding.word_ids for encoding in encodings] if numbered else None,
+                thread_count(sum(map(len, ids))),
+            )
+
+        whole = numbered
+        first, last = 0, min(_TRIAL, len(texts))
+        while side is None or first < last:
+            encodings = (backend.encode_batch if whole else backend.encode_batch_fast)(texts[first:last])
+            if side is None:
+                ends = template_ends(backend, encodings)
+                limit = -1 if max_length is None else max_length
+                at_spaces = by_word and not numbered
+                side = _native_module().Side(source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces)
+            missing = read(range(first, last), encodings, False)
+            if missing and whole:
+                read(missing, [encodings[b - first] for b in missing], True)
+            elif missing:
+                read(missing, backend.encode_batch([texts[b] for b in missing]), True)
+                # A tokenizer that normalizes most texts is not asked twice.
+                whole = len(missing) > (last - first) // 2
+            first, last = last, min(last + _CHUNK, len(texts))
+    length = side.length()
+    input_ids = torch.empty(len(texts), length, dtype=torch.int64)
+    attention_mask = torch.empty_like(input_ids)
+    if input_ids.numel() > _INT32_MAX:
+        raise ValueError(
+            f"texts: expected at most {_INT32_MAX} tokens of {name}, got {len(texts)} x {length}"
+        )
+    side.write(length, source.info.pad_id or 0, input_ids.data_ptr(), attention_mask.data_ptr())
+    return side, Tokens(input_ids, attention_mask)
+
+
+def _align_boundary(
+    texts: list[str],
+    teacher: Any,
+    student: Any,
+    max_length: int | None,
+    table: RemapTable | None,
+    matched: MatchedVocab | None,
+    by_word: bool = False,
+) -> Aligned:
+    left_side, left = _locate(texts, teacher, "teacher", max_length, by_word)
+    right_side, right = _locate(texts, student, "student", max_length, by_word)
+    lengths = left.input_ids.shape[1], right.input_ids.shape[1]
+    threads = thread_count(left.input_ids.numel() + right.input_ids.numel())
+    pairs = _pairs(_native_module().align_sides(left_side, right_side, *lengths, threads), len(texts), *lengths)
+    spans = pairs.teacher_start, pairs.teacher_end
+    counted = left_side.bytes(texts, *(span.data_ptr() for span in spans), len(pairs), lengths[0])
+    return left, right, pairs, counted
+
+
+def _pairs(spans: bytearray, batch: int, teacher_length: int, student_length: int) -> SpanPairs:
+    values = torch.frombuffer(spans, dtype=torch.int32) if spans else torch.empty(0, dtype=torch.int32)
+    count = values.numel() // 4
+    return SpanPairs._trusted(
+        *values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
+    )
 
 
 def _align_match(
@@ -182,13 +384,13 @@ def _align_match(
     max_length: int | None,
     table: RemapTable | None,
     matched: MatchedVocab | None,
-) -> tuple[Tokens, Tokens, SpanPairs]:
+) -> Aligned:
     left = _read(texts, teacher, "teacher", max_length)
     right = _read(texts, student, "student", max_length)
     if matched is None:
         matched = MatchedVocab.from_tokenizers(teacher, student)
     pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
-    return left, right, pairs
+    return left, right, pairs, None
 
 
 def _align_reduce(
@@ -198,15 +400,17 @@ def _align_reduce(
     max_length: int | None,
     table: RemapTable | None,
     matched: MatchedVocab | None,
-) -> tuple[Tokens, Tokens, SpanPairs]:
+) -> Aligned:
     left = _read(texts, teacher, "teacher", max_length)
     if table is None:
         table = RemapTable.from_tokenizers(teacher, student)
     out = table.remap(left.input_ids, left.attention_mask, max_length)
-    return left, Tokens(out.input_ids, out.attention_mask), out.pairs
+    return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
 
-_METHODS: dict[str, Callable[..., tuple[Tokens, Tokens, SpanPairs]]] = {
+_METHODS: dict[str, Callable[..., Aligned]] = {
+    "boundary": _align_boundary,
+    "word": functools.partial(_align_boundary, by_word=True),
     "match": _align_match,
     "reduce": _align_reduce,
 }
@@ -216,8 +420,7 @@ def align(
     texts: Sequence[str],
     teacher: Any,
     student: Any,
-    # The finest alignment, "boundary", takes this place once it exists.
-    method: str = "match",
+    method: str = "boundary",
     max_length: int | None = None,
     *,
     table: RemapTable | None = None,
@@ -228,7 +431,13 @@ def align(
     Args:
         texts: the texts.
         teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
-        method: ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
+        method: ``"boundary"``: the student reads its own tokenization, and both are cut at every byte of the
+            text where both have a token boundary; the tokens between two cuts are a pair (M:N). White space
+            that a side drops belongs to no token; other text that it drops (accents, control characters)
+            belongs to the token before it. Special tokens pair by role: CLS or BOS with CLS or BOS, SEP or
+            EOS with SEP or EOS. ``"word"``: the same for pre-tokenized words, merged where they differ; where
+            a tokenizer has no pre-tokenizer, words are what white space separates.
+            ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
             ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
             teacher token and its pieces (both arXiv 2205.02340).
         max_length: tokens of each side at most, special tokens included.
@@ -249,10 +458,16 @@ def align(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}]: expected a string, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{i}]: expected text that UTF-8 can hold, got {error.reason}") from None
     if max_length is not None:
         if isinstance(max_length, bool) or not isinstance(max_length, int):
             raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
         if max_length < 1:
             raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    left, right, pairs = _METHODS[method](list(texts), teacher, student, max_length, table, matched)
-    return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs))
+    texts = list(texts)
+    left, right, pairs, counted = _METHODS[method](texts, teacher, student, max_length, table, matched)
+    sources = known(teacher, "teacher"), known(student, "student")
+    return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))

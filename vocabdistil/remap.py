@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _C
-from ._tokenizers import TokenizerInfo, read_tokenizer
+from ._native import module as _native_module
+from ._surfaces import BYTES, Known, Speller, Words, known, word_form
+from ._tokenizers import SUBSTITUTE, TokenizerInfo
 from .spans import SpanPairs
 
 __all__ = ["RemapOutput", "RemapTable"]
@@ -27,8 +28,6 @@ _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 _ABSENT = (0, 8, 0)
 # Tokens that one more thread must have to be worth waking.
 _TOKENS_PER_THREAD = 16384
-# Roles that stand in for one that the student does not have.
-_SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 
 _UNUSED = re.compile(r"\[unused[0-9]+\]")
 
@@ -133,11 +132,60 @@ def _role_rows(teacher: TokenizerInfo, student: TokenizerInfo, unk_id: int) -> d
     for token, i in teacher.special.items():
         rows[i] = [student.special.get(token, unk_id)]
     for role, i in reversed(teacher.roles.items()):
-        match = student.roles.get(role, student.roles.get(_SUBSTITUTE.get(role, ""), None))
+        match = student.roles.get(role, student.roles.get(SUBSTITUTE.get(role, ""), None))
         if match is not None:
             rows[i] = [match]
     # The row rule sends these to UNK even where the student has the same one.
     return {i: row for i, row in rows.items() if not _UNUSED.fullmatch(teacher.tokens[i] or "")}
+
+
+def _wordpiece_rows(
+    tokens: list[str | None], prefix: str, student: TokenizerInfo, fixed: dict[int, list[int]]
+) -> Any:
+    return _native_module().remap_build(
+        tokens,
+        student.pieces,
+        prefix,
+        student.prefix,
+        student.max_chars,
+        student.unk_id,
+        fixed,
+        len(student.tokens),
+    )
+
+
+def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unk_id: int) -> list[list[int]]:
+    """Rows of any two tokenizers that are not both WordPiece."""
+    surfaces = source.surfaces
+    # A byte token may be marked as special: it stands for its byte all the same.
+    rows = {i: row for i, row in fixed.items() if surfaces.kinds[i] != BYTES}
+    forms = {i: word_form(source, i) for i in range(len(source.info.tokens)) if i not in rows}
+    if target.info.kind != "WordPiece":
+        speller = Speller(target)
+        for i, form in forms.items():
+            row = None if form is None else speller.spell(*form)
+            rows[i] = [unk_id] if row is None else row
+        return [rows[i] for i in range(len(rows))]
+
+    words = Words(target)
+    inside = "\0"  # no word of a text begins with it
+    pieces: list[str | None] = []
+    spans: dict[int, tuple[int, int]] = {}
+    for i, form in forms.items():
+        try:
+            split = [(True, None)] if form is None else words.split(form[0], form[1].decode())
+        except UnicodeDecodeError:
+            split = [(True, None)]
+        spans[i] = len(pieces), len(pieces) + len(split)
+        pieces += [text if starts or text is None else inside + text for starts, text in split]
+    index = _wordpiece_rows(pieces, inside, target.info, {})
+    indptr, ids = np.empty(index.rows + 1, dtype=np.int32), np.empty(index.nnz, dtype=np.int32)
+    index.copy_to(indptr.ctypes.data, ids.ctypes.data)
+    flat, bounds = ids.tolist(), indptr.tolist()
+    for i, (first, last) in spans.items():
+        row = flat[bounds[first] : bounds[last]]
+        rows[i] = [unk_id] if unk_id in row else row
+    return [rows[i] for i in range(len(rows))]
 
 
 class RemapTable:
@@ -163,7 +211,7 @@ class RemapTable:
 
     def __init__(self, indptr: Any, ids: Any, *, student_vocab_size: int, unk_id: int, pad_id: int) -> None:
         indptr, ids = _as_int32(indptr, "indptr"), _as_int32(ids, "ids")
-        index = _C.remap_from_csr(
+        index = _native_module().remap_from_csr(
             indptr.data_ptr(), indptr.numel(), ids.data_ptr(), ids.numel(), int(student_vocab_size)
         )
         self._setup(index, student_vocab_size, unk_id, pad_id)
@@ -182,45 +230,61 @@ class RemapTable:
 
     @classmethod
     def from_tokenizers(cls, teacher: Any, student: Any) -> RemapTable:
-        """The student's WordPiece tokenization of every teacher token's own string.
+        """The student's tokenization of every teacher token's own text, at the start of a word or inside one.
 
-        - Greedy longest match from the left, by characters; nothing is normalised.
+        Nothing is normalized: a row spells its token exactly, white space aside where the student drops it,
+        or it is UNK alone. Special tokens map to the student's token of the same role, else to its special
+        token of the same string, else to UNK. A string that is an added token of the student maps to it.
+        Holes in the teacher's vocabulary map to UNK.
+
+        WordPiece to WordPiece (arXiv 2205.02340):
+
+        - Greedy longest match from the left, by characters.
         - A teacher token with the continuation prefix (``##``) is matched as a continuation from its first
           piece on.
-        - Special tokens map to the student's token of the same role, else to its special token of the same
-          string, else to UNK. A string that is an added token of the student maps to it.
         - A string with a character that cannot be covered, a string longer than the student's
-          ``max_input_chars_per_word``, ``[unusedN]`` and holes in the teacher's vocabulary map to UNK alone.
+          ``max_input_chars_per_word`` and ``[unusedN]`` map to UNK alone.
+
+        Any other pair (byte-level BPE, SentencePiece BPE and Unigram, with and without byte fallback): the
+        student's model on the bytes that the token stands for, the mark of a word's start (a space in the
+        byte alphabet, ``▁``, no ``##``) in the student's spelling. Bytes that are no whole character
+        become byte tokens where the student has them. A WordPiece student reads the words of its own
+        pre-tokenizer, and white space alone is an empty row.
 
         Args:
-            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, both WordPiece. A
-                student without a padding token is padded with id 0, which its attention mask hides.
+            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``. A student without
+                a padding token is padded with id 0, which its attention mask hides; where it has no unknown
+                token, its padding or else its end-of-text token stands in.
 
         Raises:
             TypeError: not a fast tokenizer.
-            ValueError: not WordPiece, or a student without an unknown token.
+            ValueError: a student without an unknown token, or one to stand in.
         """
-        sides = read_tokenizer(teacher, "teacher"), read_tokenizer(student, "student")
-        for name, side in zip(("teacher", "student"), sides, strict=True):
-            if side.kind != "WordPiece":
-                raise ValueError(f"{name}: expected a WordPiece tokenizer, got {side.kind}")
-        source, target = sides
-        if target.unk_id is None:
+        source, target = known(teacher, "teacher"), known(student, "student")
+        info = target.info
+        unk_id = info.unk_id
+        if unk_id is None and info.kind != "WordPiece":
+            unk_id = next(
+                (info.roles[role] for role in ("pad", "eos", "sep", "bos") if role in info.roles), None
+            )
+        if unk_id is None:
             raise ValueError(
                 "student: expected a tokenizer with an unknown token, got none in its vocabulary"
             )
-        index = _C.remap_build(
-            source.tokens,
-            target.pieces,
-            source.prefix,
-            target.prefix,
-            target.max_chars,
-            target.unk_id,
-            _role_rows(source, target, target.unk_id),
-            len(target.tokens),
-        )
+        fixed = _role_rows(source.info, info, unk_id)
+        numbers = len(info.tokens), unk_id, info.pad_id or 0
         self = cls.__new__(cls)
-        self._setup(index, len(target.tokens), target.unk_id, target.pad_id or 0)
+        if source.info.kind == "WordPiece" and info.kind == "WordPiece":
+            self._setup(_wordpiece_rows(source.info.tokens, source.info.prefix, info, fixed), *numbers)
+            return self
+        rows = _spelled_rows(source, target, fixed, unk_id)
+        indptr = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in rows], out=indptr[1:])
+        ids = np.fromiter((i for row in rows for i in row), dtype=np.int32)
+        self._setup(
+            _native_module().remap_from_csr(indptr.ctypes.data, len(indptr), ids.ctypes.data, len(ids), len(info.tokens)),
+            *numbers,
+        )
         return self
 
     def __len__(self) -> int:
@@ -311,7 +375,7 @@ class RemapTable:
         ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
         plan = torch.empty(batch, 3, dtype=torch.int64)
         limit = -1 if max_length is None else max_length
-        bad_row, width, count = _C.remap_plan(
+        bad_row, width, count = _native_module().remap_plan(
             self._index, ids_view, mask_view, batch, length, limit, plan.data_ptr(), threads
         )
         if bad_row >= 0:
@@ -328,7 +392,7 @@ class RemapTable:
                 f"teacher_ids: expected at most {_INT32_MAX} student tokens, got {batch} x {width}"
             )
         input_ids, out_mask, spans = _outputs(batch, width, count)
-        _C.remap_write(
+        _native_module().remap_write(
             self._index,
             ids_view,
             mask_view,

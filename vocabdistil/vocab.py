@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._tokenizers import read_tokenizer
+from ._surfaces import Known, convention, known, word_form
+from ._tokenizers import SUBSTITUTE
 
-__all__ = ["MatchedVocab"]
+__all__ = ["MatchedVocab", "matched_ids"]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -31,6 +33,51 @@ def _as_ids(value: Any, name: str) -> Tensor:
         if values.numel() != tensor.numel():
             raise ValueError(f"{name}: expected each id once, got id {int(values[counts > 1][0])} repeatedly")
     return tensor
+
+
+@functools.lru_cache(maxsize=8)
+def matched_ids(source: Known, target: Known) -> Tensor:
+    """int64 ``[V_m, 2]``: teacher and student id of each token that both have."""
+    if convention(source) == convention(target):
+        student_ids = target.info.ids()
+        pairs = [
+            (i, student_ids[token])
+            for i, token in enumerate(source.info.tokens)
+            if token is not None and token in student_ids
+        ]
+    else:
+        pairs = _pairs_by_text(source, target)
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+
+
+def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
+    special: dict[int, int] = {}
+    for role, i in source.info.roles.items():
+        j = target.info.roles.get(role, target.info.roles.get(SUBSTITUTE.get(role, "")))
+        if j is not None and j not in special.values():
+            special.setdefault(i, j)
+    taken = set(special.values())
+    for token, i in source.info.special.items():
+        j = target.info.special.get(token)
+        if i not in special and j is not None and j not in taken:
+            special[i] = j
+            taken.add(j)
+    by_form: dict[tuple[bool, bytes], int] = {}
+    apart, byte_tokens = set(target.info.special.values()), set(target.surfaces.byte_ids.values())
+    for j in range(len(target.info.tokens)):
+        form = word_form(target, j) if j not in apart else None
+        # A byte token yields to a token of the same text that is not one.
+        if form is not None and (form not in by_form or by_form[form] in byte_tokens):
+            by_form[form] = j
+    apart = set(source.info.special.values())
+    pairs = list(special.items())
+    bytes_last = set(source.surfaces.byte_ids.values())
+    for i in sorted(range(len(source.info.tokens)), key=lambda i: i in bytes_last):
+        form = word_form(source, i) if i not in apart else None
+        j = by_form.pop(form, None) if form is not None else None
+        if j is not None:
+            pairs.append((i, j))
+    return sorted(pairs)
 
 
 class MatchedVocab:
@@ -66,7 +113,11 @@ class MatchedVocab:
 
     @classmethod
     def from_tokenizers(cls, teacher: Any, student: Any) -> MatchedVocab:
-        """Every string that is a token of both, special tokens included, by ascending teacher id.
+        """Every token of both, special tokens included, by ascending teacher id.
+
+        Tokens are equal when their strings are. Between tokenizers that spell in different ways (``##ing``,
+        ``Ġwalk``, ``▁walk``) they are equal when both stand for the same text and both or neither start a
+        word; special tokens are then equal by role, else by string.
 
         Args:
             teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
@@ -74,13 +125,7 @@ class MatchedVocab:
         Raises:
             TypeError: not a fast tokenizer.
         """
-        student_ids = read_tokenizer(student, "student").ids()
-        pairs = [
-            (i, student_ids[token])
-            for i, token in enumerate(read_tokenizer(teacher, "teacher").tokens)
-            if token is not None and token in student_ids
-        ]
-        both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+        both = matched_ids(known(teacher, "teacher"), known(student, "student"))
         return cls(both[:, 0], both[:, 1])
 
     def __len__(self) -> int:

@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <memory>
+#include <optional>
 
+#include "../parallel.h"
+#include "boundary.h"
 #include "remap.h"
 
 namespace py = pybind11;
@@ -80,6 +84,182 @@ MatchArgs match_args(uintptr_t teacher_ids, uintptr_t student_ids, uintptr_t tea
           threads};
 }
 
+using Fold = std::pair<uint32_t, std::vector<std::string>>;
+
+std::shared_ptr<Surfaces> surfaces(const py::list& tokens, const py::bytes& kinds, bool skips,
+                                   const std::vector<Fold>& folds) {
+  std::vector<std::string_view> views;
+  views.reserve(tokens.size());
+  for (const auto& token : tokens) views.emplace_back(token.cast<std::string_view>());
+  const std::string_view flags = kinds;
+  return std::make_shared<Surfaces>(views, std::vector<uint8_t>(flags.begin(), flags.end()), skips,
+                                    folds.empty() ? Folds() : Folds(folds));
+}
+
+int32_t to_int(PyObject* value) {
+  const long number = PyLong_AsLong(value);
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<int32_t>(number);
+}
+
+std::string_view utf8(PyObject* text) {
+  Py_ssize_t size = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(text, &size);
+  if (!data) throw py::error_already_set();
+  return {data, static_cast<size_t>(size)};
+}
+
+// One side of a batch: what a tokenizer made of each text, located in it.
+class Side {
+ public:
+  Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
+       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces)
+      : surfaces_(std::move(surfaces)),
+        rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
+        rows_(static_cast<size_t>(rows)) {}
+
+  // texts, ids and, where not None, offsets (pairs of characters) and words of the given rows. Returns the rows whose
+  // tokens were not found.
+  std::vector<int64_t> read(const std::vector<int64_t>& rows, const py::list& texts, const py::list& ids,
+                            const std::optional<py::list>& offsets, const std::optional<py::list>& words,
+                            int threads) {
+    std::vector<Reading> readings(rows.size());
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (static_cast<size_t>(rows[r]) >= rows_.size()) throw py::index_error("rows: outside the batch");
+      Reading& reading = readings[r];
+      reading.text = utf8(texts[r].ptr());
+      const py::list row_ids = ids[r];
+      const auto size = row_ids.size();
+      reading.ids.resize(size);
+      for (size_t k = 0; k < size; ++k) reading.ids[k] = to_int(PyList_GET_ITEM(row_ids.ptr(), k));
+      if (offsets) {
+        const py::list row = (*offsets)[r];
+        reading.start.resize(row.size());
+        reading.end.resize(row.size());
+        for (size_t k = 0; k < row.size(); ++k) {
+          const py::tuple pair = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(row.ptr(), k));
+          if (pair.size() != 2) throw py::value_error("offsets: expected pairs");
+          reading.start[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 0));
+          reading.end[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 1));
+        }
+      }
+      if (words) {
+        const py::list row = (*words)[r];
+        reading.words.resize(row.size());
+        for (size_t k = 0; k < row.size(); ++k) {
+          PyObject* word = PyList_GET_ITEM(row.ptr(), k);
+          reading.words[k] = word == Py_None ? -1 : to_int(word);
+        }
+      }
+    }
+    std::vector<uint8_t> found(rows.size());
+    {
+      py::gil_scoped_release nogil;
+      parallel_for(static_cast<int64_t>(rows.size()), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          found[r] = locate(*surfaces_, rules_, std::move(readings[r]), rows_[rows[r]]);
+        }
+      });
+    }
+    std::vector<int64_t> missing;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (!found[r]) missing.push_back(rows[r]);
+    }
+    return missing;
+  }
+
+  int64_t length() const {
+    size_t longest = 0;
+    for (const LocatedRow& row : rows_) longest = std::max(longest, row.ids.size());
+    return static_cast<int64_t>(longest);
+  }
+
+  void write(int64_t length, int64_t pad_id, uintptr_t input_ids, uintptr_t attention_mask) const {
+    py::gil_scoped_release nogil;
+    auto* ids = at<int64_t>(input_ids);
+    auto* mask = at<int64_t>(attention_mask);
+    for (const LocatedRow& row : rows_) {
+      const auto size = static_cast<int64_t>(row.ids.size());
+      if (size > length) throw std::invalid_argument("length: shorter than a row");
+      std::copy(row.ids.begin(), row.ids.end(), ids);
+      std::fill(ids + size, ids + length, pad_id);
+      std::fill(mask, mask + size, int64_t{1});
+      std::fill(mask + size, mask + length, int64_t{0});
+      ids += length;
+      mask += length;
+    }
+  }
+
+  std::vector<TokenSpans> spans() const {
+    std::vector<TokenSpans> spans;
+    spans.reserve(rows_.size());
+    for (const LocatedRow& row : rows_) {
+      spans.push_back({row.start.data(), row.end.data(), 1, static_cast<int64_t>(row.ids.size()), row.lead, row.trail,
+                       row.limit});
+    }
+    return spans;
+  }
+
+  py::tuple row(size_t b) const { return py::make_tuple(rows_.at(b).start, rows_.at(b).end, rows_.at(b).limit); }
+
+  // Bytes of the texts, white space left out: all of them, and those inside the spans [start, end) of tokens.
+  std::pair<int64_t, int64_t> bytes(const py::list& texts, uintptr_t starts, uintptr_t ends, int64_t count,
+                                    int64_t length) const {
+    std::vector<std::string_view> views;
+    for (const auto& text : texts) views.push_back(utf8(text.ptr()));
+    py::gil_scoped_release nogil;
+    const auto* start = at<const int32_t>(starts);
+    const auto* end = at<const int32_t>(ends);
+    std::pair<int64_t, int64_t> total{0, 0};
+    for (const auto& view : views) total.first += ink(view);
+    for (int64_t p = 0; p < count; ++p) {
+      const auto b = static_cast<size_t>(start[p] / std::max<int64_t>(length, 1));
+      if (b >= rows_.size() || b >= views.size()) continue;
+      const LocatedRow& row = rows_[b];
+      const int64_t base = static_cast<int64_t>(b) * length;
+      const int64_t stop = std::min<int64_t>(end[p] - base, static_cast<int64_t>(row.start.size()));
+      int32_t from = static_cast<int32_t>(views[b].size()), to = 0;
+      for (int64_t k = start[p] - base; k < stop; ++k) {
+        if (row.start[k] < 0 || row.start[k] >= row.end[k]) continue;
+        from = std::min(from, row.start[k]);
+        to = std::max(to, row.end[k]);
+      }
+      if (from < to) total.second += ink(views[b].substr(from, to - from));
+    }
+    return total;
+  }
+
+ private:
+  std::shared_ptr<const Surfaces> surfaces_;
+  Rules rules_;
+  std::vector<LocatedRow> rows_;
+};
+
+py::bytearray as_bytes(const std::vector<int32_t>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int32_t)};
+}
+
+// int32 [batch, length, 2] offsets of each side, contiguous -> the pairs, int32 [4, count].
+py::bytearray align_offsets(uintptr_t teacher, uintptr_t student, int64_t batch, int64_t teacher_length,
+                        int64_t student_length, int threads) {
+  std::vector<int32_t> pairs;
+  {
+    py::gil_scoped_release nogil;
+    auto spans = [&](uintptr_t offsets, int64_t length) {
+      std::vector<TokenSpans> rows;
+      rows.reserve(static_cast<size_t>(batch));
+      for (int64_t b = 0; b < batch; ++b) {
+        const auto* row = at<const int32_t>(offsets) + 2 * b * length;
+        rows.push_back({row, row + 1, 2, length, 0, 0});
+      }
+      return rows;
+    };
+    pairs = align_batch(spans(teacher, teacher_length), spans(student, student_length), teacher_length,
+                        student_length, threads);
+  }
+  return as_bytes(pairs);
+}
+
 }  // namespace
 
 void bind_remap(py::module_& module) {
@@ -117,6 +297,38 @@ void bind_remap(py::module_& module) {
   module.def(
       "align_match_write", [](const MatchArgs& args, uintptr_t pairs) { match_write(args, at<int32_t>(pairs)); },
       py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Surfaces, std::shared_ptr<Surfaces>>(module, "Surfaces").def(py::init(&surfaces));
+  py::class_<Side>(module, "Side")
+      .def(py::init<std::shared_ptr<const Surfaces>, int64_t, const std::tuple<int64_t, int64_t>&,
+                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool>())
+      .def("read", &Side::read)
+      .def("length", &Side::length)
+      .def("write", &Side::write)
+      .def("row", &Side::row)
+      .def("bytes", &Side::bytes);
+  module.def("align_sides", [](const Side& teacher, const Side& student, int64_t teacher_length,
+                               int64_t student_length, int threads) {
+    std::vector<int32_t> pairs;
+    {
+      py::gil_scoped_release nogil;
+      pairs = align_batch(teacher.spans(), student.spans(), teacher_length, student_length, threads);
+    }
+    return as_bytes(pairs);
+  });
+  module.def("align_offsets", &align_offsets);
+  module.def("align_cover", [](uintptr_t ids, uintptr_t mask, int64_t size, const std::array<uintptr_t, 4>& spans,
+                               int64_t count, int64_t unknown_id, size_t examples) {
+    SideCoverage found;
+    {
+      py::gil_scoped_release nogil;
+      const int32_t* span[4];
+      for (int k = 0; k < 4; ++k) span[k] = at<const int32_t>(spans[k]);
+      found = cover(at<const int64_t>(ids), at<const int64_t>(mask), size, span[0], span[1], span[2], span[3], count,
+                    unknown_id, examples);
+    }
+    return py::make_tuple(found.pairs, found.singles, found.tokens, found.covered, found.unknown, found.left_out);
+  });
 }
 
 }  // namespace vocabdistil

@@ -1,0 +1,135 @@
+// The boundary alignment: where each token lies in its text, and the finest common refinement of two tokenizations.
+// Plain data only: no torch, no Python. Positions are bytes of the UTF-8 text.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace vocabdistil {
+
+// The tokens of one sequence. A token of the template (CLS, SEP, ...) has start -1 and its kind as its end: two
+// tokens of one kind > 0 belong together. A token with start >= end covers nothing. Tokens that share a character
+// have overlapping spans, and no boundary lies between them.
+struct TokenSpans {
+  const int32_t* start;
+  const int32_t* end;
+  int64_t stride;  // items from one token to the next, in start and in end
+  int64_t size;
+  int64_t lead, trail;  // template tokens before and after the text
+  int32_t limit = std::numeric_limits<int32_t>::max();  // where the first token begins that was cut off
+};
+
+// Pairs of one text, at most min(teacher.size, student.size): student_start, student_end, teacher_start, teacher_end
+// as positions in the sequences plus the two bases. Returns how many. Linear in the number of tokens.
+int64_t align_boundaries(const TokenSpans& teacher, const TokenSpans& student, int32_t teacher_base,
+                         int32_t student_base, int32_t* const out[4]);
+
+// Pairs of a batch: row b of the padded [batch, teacher_length] and [batch, student_length] has the bases
+// b * teacher_length and b * student_length. Returns [4, count], flat.
+std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const std::vector<TokenSpans>& student,
+                                 int64_t teacher_length, int64_t student_length, int threads);
+
+// Bytes of the text that are not white space.
+int64_t ink(std::string_view text);
+
+// What the pairs of a batch make of one side.
+struct SideCoverage {
+  int64_t pairs = 0, singles = 0;  // pairs with both spans non-empty, and with one token on each side
+  int64_t tokens = 0, covered = 0, unknown = 0;
+  std::vector<std::pair<int64_t, int64_t>> left_out;  // (id, count) of the tokens in no pair, the most frequent first
+};
+
+// ids and mask: [size]; start and end: the spans of this side, other_start and other_end: those of the other one.
+SideCoverage cover(const int64_t* ids, const int64_t* mask, int64_t size, const int32_t* start, const int32_t* end,
+                   const int32_t* other_start, const int32_t* other_end, int64_t count, int64_t unknown_id,
+                   size_t examples);
+
+// What a character may have become before the model saw it: alternatives in UTF-8, tried in order; "" is a character
+// that was dropped.
+class Folds {
+ public:
+  Folds() = default;
+  explicit Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds);
+  const std::string* begin(uint32_t c) const { return list_.data() + first(c); }
+  const std::string* end(uint32_t c) const { return list_.data() + (c < 0x10000 && !first_.empty() ? first_[c + 1] : 0); }
+
+ private:
+  size_t first(uint32_t c) const { return c < 0x10000 && !first_.empty() ? first_[c] : 0; }
+  std::vector<uint32_t> first_;
+  std::vector<std::string> list_;
+};
+
+// The text that each token of a vocabulary stands for.
+class Surfaces {
+ public:
+  enum Kind : uint8_t {
+    kUnknown,  // stands for text that its string does not tell (UNK, a hole of the vocabulary)
+    kText,     // whole characters
+    kBytes,    // bytes, maybe parts of characters: they stand for themselves only
+  };
+
+  // skips: white space may be missing between tokens.
+  Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips, Folds folds);
+
+  // Finds the tokens ids[0...size) in text[from, to) by what they stand for, without knowing their offsets: true if
+  // they spell all of it, in which case there is only one way to lay them out. `inserted`: the first token starts
+  // with a space that is not in the text.
+  bool spell(std::string_view text, int64_t from, int64_t to, const int32_t* ids, int64_t size, bool inserted,
+             int32_t* start, int32_t* end) const;
+
+  // Makes byte-exact spans of approximate ones: start and end hold what a tokenizer reports (whole characters; white
+  // space trimmed or not; all tokens of an unknown run with the offsets of the run; composed characters without what
+  // follows their first). Tokens that no byte boundary separates get equal spans. Text between tokens that is not
+  // white space belongs to the token before it.
+  void refine(std::string_view text, const int32_t* ids, int64_t size, int32_t* start, int32_t* end) const;
+
+ private:
+  std::string_view surface(int32_t id) const {
+    return {bytes_.data() + bounds_[id], static_cast<size_t>(bounds_[id + 1] - bounds_[id])};
+  }
+  bool known(int32_t id) const {
+    return static_cast<uint32_t>(id) < kinds_.size() && kinds_[static_cast<uint32_t>(id)] != kUnknown;
+  }
+
+  std::string bytes_;
+  std::vector<int64_t> bounds_;
+  std::vector<uint8_t> kinds_;
+  bool skips_;
+  Folds folds_;
+};
+
+// Character offsets of `text` -> byte offsets, in place; an offset past the end becomes the end.
+void chars_to_bytes(std::string_view text, int32_t* start, int32_t* end, int64_t size);
+
+// One side of a batch: token ids and where they lie in the texts.
+struct LocatedRow {
+  std::vector<int32_t> ids, start, end;
+  int64_t lead = 0, trail = 0;
+  int32_t limit = std::numeric_limits<int32_t>::max();
+};
+
+// A tokenizer's report on one text, template tokens included.
+struct Reading {
+  std::string_view text;
+  std::vector<int32_t> ids;
+  std::vector<int32_t> start, end;  // in characters, or empty: not known
+  std::vector<int32_t> words;       // the word of each token, or empty: every token by itself; -1: no word
+};
+
+// How the texts of a batch are read.
+struct Rules {
+  int64_t lead, trail;  // template tokens before and after each text
+  // Template token -> kind > 0, the others have kind 0. Of several the first holds before a text, the last after it.
+  std::vector<std::pair<int32_t, int32_t>> kinds;
+  int64_t max_length;    // < 0: no limit
+  bool words_at_spaces;  // the tokens between two white spaces are one word
+};
+
+// False if the tokens are not found in the text and no offsets are given.
+bool locate(const Surfaces& surfaces, const Rules& rules, Reading reading, LocatedRow& row);
+
+}  // namespace vocabdistil

@@ -1,0 +1,334 @@
+#include <algorithm>
+#include <cstring>
+
+#include "boundary.h"
+
+namespace vocabdistil {
+namespace {
+
+struct Char {
+  uint32_t code;
+  int64_t size;  // bytes
+};
+
+// The character at text[at], at < text.size(). Bytes that are no UTF-8 are characters of their own.
+Char char_at(std::string_view text, int64_t at) {
+  const auto* s = reinterpret_cast<const unsigned char*>(text.data()) + at;
+  const int64_t left = static_cast<int64_t>(text.size()) - at;
+  if (s[0] < 0x80) return {s[0], 1};
+  if (s[0] < 0xE0 && left >= 2) return {(s[0] & 0x1Fu) << 6 | (s[1] & 0x3Fu), 2};
+  if (s[0] < 0xF0 && left >= 3) return {(s[0] & 0x0Fu) << 12 | (s[1] & 0x3Fu) << 6 | (s[2] & 0x3Fu), 3};
+  if (left >= 4) return {(s[0] & 0x07u) << 18 | (s[1] & 0x3Fu) << 12 | (s[2] & 0x3Fu) << 6 | (s[3] & 0x3Fu), 4};
+  return {s[0], 1};
+}
+
+// Unicode's White_Space.
+bool is_space(uint32_t c) {
+  return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+bool space_at(std::string_view text, int64_t at) { return is_space(char_at(text, at).code); }
+
+bool starts_with(std::string_view text, std::string_view prefix) {
+  return text.size() >= prefix.size() && std::memcmp(text.data(), prefix.data(), prefix.size()) == 0;
+}
+
+// The end of the last character of text[from, to) that is not white space, or `from`.
+int64_t ink_end(std::string_view text, int64_t from, int64_t to) {
+  int64_t end = from;
+  while (from < to) {
+    const Char c = char_at(text, from);
+    from += c.size;
+    if (!is_space(c.code)) end = std::min(from, to);
+  }
+  return end;
+}
+
+// The beginning of the first character of text[from, to) that is not white space, or `to`.
+int64_t ink_start(std::string_view text, int64_t from, int64_t to) {
+  while (from < to && space_at(text, from)) from += char_at(text, from).size;
+  return std::min(from, to);
+}
+
+// Numbers words: one begins where the text before or after a token's beginning is white space, unless there is
+// nothing but white space before it in the word.
+void split_at_spaces(std::string_view text, const int32_t* start, const int32_t* end, int64_t size, int32_t* words) {
+  int32_t word = 0;
+  int64_t before = -1;
+  bool blank = true;
+  for (int64_t k = 0; k < size; ++k) {
+    if (start[k] < end[k]) {
+      const int64_t ink = ink_end(text, start[k], end[k]);
+      const bool spaced = before >= 0 && (end[before] < start[k] || space_at(text, start[k]) ||
+                                          ink_end(text, start[before], end[before]) < end[before]);
+      if (spaced && !blank) ++word, blank = true;
+      blank &= ink == start[k];
+      before = k;
+    }
+    words[k] = word;
+  }
+}
+
+}  // namespace
+
+int64_t ink(std::string_view text) {
+  int64_t count = 0;
+  const auto size = static_cast<int64_t>(text.size());
+  for (int64_t at = 0; at < size;) {
+    const Char c = char_at(text, at);
+    at += c.size;
+    count += is_space(c.code) ? 0 : c.size;
+  }
+  return count;
+}
+
+Folds::Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds) : first_(0x10001, 0) {
+  uint32_t next = 0;
+  for (const auto& [code, alternatives] : folds) {  // ascending
+    if (code >= 0x10000) break;
+    for (; next <= code; ++next) first_[next] = static_cast<uint32_t>(list_.size());
+    list_.insert(list_.end(), alternatives.begin(), alternatives.end());
+  }
+  for (; next <= 0x10000; ++next) first_[next] = static_cast<uint32_t>(list_.size());
+}
+
+Surfaces::Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips,
+                   Folds folds)
+    : bounds_{0}, kinds_(kinds), skips_(skips), folds_(std::move(folds)) {
+  kinds_.resize(surfaces.size(), kUnknown);
+  bounds_.reserve(surfaces.size() + 1);
+  for (const std::string_view surface : surfaces) {
+    bytes_.append(surface);
+    bounds_.push_back(static_cast<int64_t>(bytes_.size()));
+  }
+}
+
+bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int32_t* ids, int64_t size, bool inserted,
+                     int32_t* start, int32_t* end) const {
+  text = text.substr(0, static_cast<size_t>(to));
+  int64_t at = from;
+  for (int64_t k = 0; k < size; ++k) {
+    if (!known(ids[k])) return false;
+    std::string_view rest = surface(ids[k]);
+    if (k == 0 && inserted) {
+      if (rest.empty() || rest[0] != ' ') return false;
+      rest.remove_prefix(1);
+    }
+    if (skips_ && !rest.empty() && rest[0] != ' ' && !starts_with(text.substr(at), rest)) at = ink_start(text, at, to);
+    if (starts_with(text.substr(at), rest)) {
+      start[k] = static_cast<int32_t>(at);
+      at += static_cast<int64_t>(rest.size());
+      end[k] = static_cast<int32_t>(at);
+      continue;
+    }
+    if (kinds_[ids[k]] == kBytes) return false;
+    int64_t begin = -1;
+    while (!rest.empty()) {
+      if (at >= to) return false;
+      const Char c = char_at(text, at);
+      const Char wanted = char_at(rest, 0);
+      size_t taken = 0;
+      bool dropped = false;
+      if (c.code == wanted.code) {
+        taken = static_cast<size_t>(wanted.size);
+      } else if (is_space(c.code)) {
+        if (rest[0] == ' ') {
+          taken = 1;
+        } else if (!skips_) {
+          return false;
+        }
+      } else {
+        for (const std::string* fold = folds_.begin(c.code); fold != folds_.end(c.code); ++fold) {
+          dropped |= fold->empty();
+          if (fold->empty() || !starts_with(rest, *fold)) continue;
+          taken = fold->size();
+          break;
+        }
+        if (!taken && !dropped) return false;
+      }
+      if (taken && begin < 0) begin = at;
+      at += c.size;
+      rest.remove_prefix(taken);
+      if (!taken && dropped && begin < 0) {
+        // It belongs to the token before it, if there is one.
+        if (k > 0 && start[k - 1] < end[k - 1]) {
+          end[k - 1] = static_cast<int32_t>(at);
+        } else {
+          begin = at - c.size;
+        }
+      }
+    }
+    start[k] = static_cast<int32_t>(begin < 0 ? at : begin);
+    end[k] = static_cast<int32_t>(at);
+  }
+  while (at < to) {
+    const Char c = char_at(text, at);
+    const bool dropped =
+        std::any_of(folds_.begin(c.code), folds_.end(c.code), [](const std::string& fold) { return fold.empty(); });
+    if (is_space(c.code) ? !skips_ : !dropped || size == 0) return false;
+    at += c.size;
+    if (!is_space(c.code)) end[size - 1] = static_cast<int32_t>(at);
+  }
+  return true;
+}
+
+void Surfaces::refine(std::string_view text, const int32_t* ids, int64_t size, int32_t* start, int32_t* end) const {
+  const auto length = static_cast<int32_t>(text.size());
+  int32_t seen = 0, last_start = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    int32_t& s = start[k];
+    int32_t& e = end[k];
+    s = std::clamp(s, last_start, length);
+    e = std::clamp(e, s, length);
+    if (known(ids[k])) {
+      const std::string_view own = surface(ids[k]);
+      const size_t ink = own.find_first_not_of(" \t\n\r\v\f");
+      const bool blank = ink == std::string_view::npos;
+      const size_t spaces = blank ? own.size() : ink;
+      if (blank && s < e && !space_at(text, s) && k + 1 < size && start[k + 1] < e) {
+        e = s;  // a space that was put there: what it seems to cover is the next token's
+      } else if (spaces && !(s < e && text[s] == own[0])) {
+        // Trimmed offsets: the white space before them is the token's.
+        size_t j = spaces;
+        while (j > 0 && s > seen && text[s - 1] == own[j - 1]) --s, --j;
+      }
+    }
+    last_start = s;
+    seen = std::max(seen, e);
+  }
+
+  for (int64_t k = 0; k < size;) {
+    if (start[k] >= end[k]) {
+      ++k;
+      continue;
+    }
+    const int32_t from = start[k];
+    int32_t to = end[k];
+    int64_t stop = k + 1;
+    while (stop < size && start[stop] < to) to = std::max(to, end[stop++]);
+    const int64_t count = stop - k;
+    if (count > 1 && !spell(text, from, to, ids + k, count, false, start + k, end + k) &&
+        !spell(text, from, to, ids + k, count, true, start + k, end + k)) {
+      std::fill(start + k, start + stop, from);
+      std::fill(end + k, end + stop, to);
+    }
+    k = stop;
+  }
+
+  int64_t before = -1;  // the last token that covers something
+  for (int64_t k = 0; k <= size; ++k) {
+    if (k < size && start[k] >= end[k]) continue;
+    const int32_t gap = before < 0 ? 0 : end[before];
+    const int32_t next = k < size ? start[k] : length;
+    if (gap < next) {
+      if (before >= 0) {
+        const auto grown = static_cast<int32_t>(ink_end(text, gap, next));
+        for (int64_t j = before; grown > gap && j >= 0; --j) {
+          if (start[j] >= end[j]) continue;
+          if (end[j] != gap) break;
+          end[j] = grown;
+        }
+      } else if (k < size) {
+        const auto grown = static_cast<int32_t>(ink_start(text, 0, next));
+        for (int64_t j = k; grown < next && j < size && start[j] == next; ++j) {
+          if (start[j] < end[j]) start[j] = grown;
+        }
+      }
+    }
+    before = k;
+  }
+}
+
+void chars_to_bytes(std::string_view text, int32_t* start, int32_t* end, int64_t size) {
+  int32_t count = 0;
+  for (const char c : text) count += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+  const auto bytes = static_cast<int32_t>(text.size());
+  if (count == bytes) return;
+  std::vector<int32_t> byte_of(static_cast<size_t>(count) + 1, bytes);
+  int32_t c = 0;
+  for (int32_t i = 0; i < bytes; ++i) {
+    if ((static_cast<unsigned char>(text[i]) & 0xC0) != 0x80) byte_of[c++] = i;
+  }
+  for (int64_t k = 0; k < size; ++k) {
+    start[k] = byte_of[std::clamp(start[k], 0, count)];
+    end[k] = byte_of[std::clamp(end[k], 0, count)];
+  }
+}
+
+bool locate(const Surfaces& surfaces, const Rules& rules, Reading reading, LocatedRow& row) {
+  auto total = static_cast<int64_t>(reading.ids.size());
+  const int64_t lead = std::min(rules.lead, total);
+  const int64_t trail = std::min(rules.trail, total - lead);
+  const int64_t size = total - lead - trail;
+  const int32_t* ids = reading.ids.data() + lead;
+  row.start.assign(static_cast<size_t>(total), -1);
+  row.end.assign(static_cast<size_t>(total), 0);
+  int32_t* start = row.start.data() + lead;
+  int32_t* end = row.end.data() + lead;
+  const auto length = static_cast<int64_t>(reading.text.size());
+  if (!surfaces.spell(reading.text, 0, length, ids, size, false, start, end) &&
+      !surfaces.spell(reading.text, 0, length, ids, size, true, start, end)) {
+    if (static_cast<int64_t>(reading.start.size()) != total || static_cast<int64_t>(reading.end.size()) != total) {
+      return false;
+    }
+    std::copy_n(reading.start.data() + lead, size, start);
+    std::copy_n(reading.end.data() + lead, size, end);
+    chars_to_bytes(reading.text, start, end, size);
+    surfaces.refine(reading.text, ids, size, start, end);
+  }
+
+  if (rules.words_at_spaces) {
+    reading.words.assign(static_cast<size_t>(total), -1);
+    split_at_spaces(reading.text, start, end, size, reading.words.data() + lead);
+  }
+  if (static_cast<int64_t>(reading.words.size()) == total) {
+    const int32_t* words = reading.words.data() + lead;
+    for (int64_t k = 0; k < size;) {
+      int64_t stop = k + 1;
+      int32_t from = start[k], to = end[k];
+      for (; stop < size && words[k] >= 0 && words[stop] == words[k]; ++stop) {
+        if (start[stop] >= end[stop]) continue;
+        if (from >= to) from = start[stop];
+        to = std::max(to, end[stop]);
+      }
+      std::fill(start + k, start + stop, from);
+      std::fill(end + k, end + stop, to);
+      k = stop;
+    }
+  }
+
+  row.limit = std::numeric_limits<int32_t>::max();
+  if (rules.max_length >= 0 && total > rules.max_length) {
+    const int64_t kept = std::max<int64_t>(rules.max_length - lead - trail, 0);
+    for (int64_t k = kept; k < size; ++k) {
+      if (start[k] >= end[k]) continue;
+      row.limit = start[k];
+      break;
+    }
+    const auto cut = [&](std::vector<int32_t>& values) {
+      values.erase(values.begin() + lead + kept, values.begin() + lead + size);
+    };
+    cut(row.start);
+    cut(row.end);
+    cut(reading.ids);
+    total = lead + kept + trail;
+  }
+  for (int64_t k = 0; k < total; ++k) {
+    if (k == lead) k = total - trail;
+    if (k == total) break;
+    row.start[k] = -1;
+    row.end[k] = 0;
+    for (const auto& [id, kind] : rules.kinds) {
+      if (id != reading.ids[k]) continue;
+      row.end[k] = kind;
+      if (k < lead) break;  // one token may open and close: what it does depends on where it stands
+    }
+  }
+  row.ids = std::move(reading.ids);
+  row.lead = lead;
+  row.trail = trail;
+  return true;
+}
+
+}  // namespace vocabdistil

@@ -1,0 +1,141 @@
+"""Tokenizers of every family, trained on a little text in many scripts."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from tests._wordpiece import small_text, train
+
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+SCRIPTS = [
+    "Я шёл домой, и снег шёл тоже.",
+    "Ǎ café, naïve œuvre: «déjà vu» — 42 %",
+    "東京は日本の首都です。我们在这里。",
+    "السلام عليكم يا صديقي",
+    "สวัสดีชาวโลก ภาษาไทย",
+    "नमस्ते दुनिया",
+    "한국어 문장입니다",
+    "👩‍👩‍👧 😀 🎉 family",
+    "def f(x):\n\treturn  x + 1",
+]
+
+
+def many_scripts() -> list[str]:
+    return small_text(150) + SCRIPTS * 4
+
+
+def byte_level(size: int = 500, **options: object) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = options.get("normalizer")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(options.get("prefix")))
+    if options.get("split"):  # as Llama 3 and Qwen
+        pattern = Regex(
+            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(pattern, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>", "<pad>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(many_scripts(), trainer)
+    if options.get("roberta"):
+        tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+        tokenizer.add_tokens([AddedToken("walking home", single_word=True), AddedToken("été", rstrip=True)])
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True)
+    return tokenizer
+
+
+def sentencepiece_bpe(size: int = 700, fallback: bool = True, prepend: bool = False) -> Tokenizer:
+    """With ``prepend`` as Llama 2: no pre-tokenizer, spaces replaced and one put first by the normalizer."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=specials, limit_alphabet=80, show_progress=False
+    )
+    tokenizer.train_from_iterator(many_scripts(), trainer)
+    if fallback:  # bytes as plain tokens of the model, as the converted tokenizers have them
+        state = json.loads(tokenizer.to_str())
+        vocab = state["model"]["vocab"]
+        vocab.update({token: len(vocab) + n for n, token in enumerate(BYTES)})
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    if prepend:
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def unigram(size: int = 500, fallback: bool = False, nfkc: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    if nfkc:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(small_text(150) + SCRIPTS[:3] * 4 if fallback else many_scripts(), trainer)
+    if fallback:
+        state = json.loads(tokenizer.to_str())
+        state["model"]["byte_fallback"] = True
+        state["model"]["vocab"] += [[token, -20.0] for token in BYTES]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+FAMILIES = {
+    "wordpiece": lambda: train(many_scripts(), 600),
+    "wordpiece uncased": lambda: train(many_scripts(), 500, lowercase=True),
+    "byte-level": byte_level,
+    "byte-level small": lambda: byte_level(300),
+    "byte-level NFC": lambda: byte_level(450, normalizer=normalizers.NFC()),
+    "byte-level lower": lambda: byte_level(
+        420, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+    ),
+    "byte-level split": lambda: byte_level(400, split=True),
+    "roberta": lambda: byte_level(480, prefix=True, roberta=True),
+    "llama": lambda: sentencepiece_bpe(prepend=True),
+    "sentencepiece BPE": lambda: sentencepiece_bpe(500, fallback=False),
+    "unigram": unigram,
+    "unigram NFKC": lambda: unigram(450, nfkc=True),
+    "unigram bytes": lambda: unigram(400, fallback=True),
+}
+
+
+@functools.cache
+def family(name: str) -> tokenizers.Tokenizer:
+    return FAMILIES[name]()

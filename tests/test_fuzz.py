@@ -1,0 +1,51 @@
+"""The native alignment code under sanitizers, with random input of every kind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECONDS = float(os.environ.get("VOCABDISTIL_FUZZ_SECONDS", "5"))
+FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def test_random_input_under_sanitizers(tmp_path: Path) -> None:
+    compiler = _compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    built = subprocess.run(
+        [compiler, *FLAGS, str(probe), "-o", str(tmp_path / "probe")], capture_output=True, text=True
+    )
+    if built.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no working address and undefined behaviour sanitizers")
+    flags = [*FLAGS, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
+    sources = [ROOT / "tests/native/fuzz_remap.cpp"]
+    sources += [ROOT / f"csrc/remap/{name}.cpp" for name in ("remap", "match", "boundary", "locate")]
+    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
+    compiling = [
+        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)
+        for source, out in zip(sources, objects, strict=True)
+    ]
+    for process in compiling:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    program = tmp_path / "fuzz"
+    built = subprocess.run(
+        [compiler, *FLAGS, *objects, "-ldl", "-o", str(program)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([str(program), str(SECONDS)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(run.stdout.split()[0]) > 100

@@ -1,0 +1,323 @@
+"""What the tokens of a vocabulary stand for, whatever family of tokenizers it belongs to."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import threading
+import unicodedata
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from ._native import module as _native_module
+from ._tokenizers import ROLES, TokenizerInfo, backend_of, read_tokenizer
+
+__all__ = ["Known", "Surfaces", "known", "read_surfaces", "template_ends"]
+
+UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
+_MARK = "▁"
+_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level tokens (Radford et al. 2019, their encoder)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(plain)]
+    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+
+
+@dataclass(frozen=True)
+class Surfaces:
+    """The text behind each token of one tokenizer.
+
+    Attributes:
+        byte_level: tokens are spelled in the byte alphabet.
+        mark: what a space is inside tokens (``"▁"``), or ``""``.
+        prefix, suffix: what marks a token inside a word (``"##"``), and one at a word's end (``"</w>"``).
+        texts: the bytes that each id stands for, spaces as spaces.
+        kinds: one of UNKNOWN, TEXT, BYTES for each id.
+        byte_ids: the ids of single bytes by value, for tokenizers that fall back to bytes.
+        types: the types of the normalizer, the pre-tokenizer and the decoder and of what they consist of.
+        native: the same, for the native code.
+    """
+
+    byte_level: bool
+    mark: str
+    prefix: str
+    suffix: str
+    texts: list[bytes]
+    kinds: bytes
+    byte_ids: dict[int, int]
+    types: frozenset[str]
+    native: Any
+
+    @property
+    def marks_words(self) -> bool:
+        """Whether a token at the start of a word begins with a space."""
+        return self.byte_level or bool(self.mark)
+
+
+def _state(component: Any) -> Any:
+    """A component of a tokenizer as JSON values; None where there is none, or it is made in Python."""
+    try:
+        return json.loads(component.__getstate__()) if component is not None else None
+    except Exception:
+        return None
+
+
+def _parts(state: Any) -> list[dict[str, Any]]:
+    """All components inside a state."""
+    if isinstance(state, list):
+        return [part for item in state for part in _parts(item)]
+    if not isinstance(state, dict):
+        return []
+    return [state, *(part for value in state.values() for part in _parts(value))]
+
+
+@functools.lru_cache(maxsize=1)
+def _folds() -> list[tuple[int, list[str]]]:
+    """What normalizers make of single characters: lower case, compatibility forms, no accents, nothing."""
+    folds = []
+    for code in range(0x10000):
+        if 0xD800 <= code < 0xE000:
+            continue
+        c = chr(code)
+        category = unicodedata.category(c)
+        if category in ("Cc", "Cf", "Co", "Cn", "Mn"):
+            folds.append((code, [""]))
+            continue
+        if code < 0x80:
+            if c.isupper():
+                folds.append((code, [c.lower()]))
+            continue
+        lower, compatible = c.lower(), unicodedata.normalize("NFKC", c)
+        stripped = [
+            "".join(d for d in unicodedata.normalize(form, lower) if unicodedata.category(d) != "Mn")
+            for form in ("NFD", "NFKD")
+        ]
+        options = dict.fromkeys((lower, compatible, compatible.lower(), *stripped))
+        options.pop(c, None)
+        options.pop("", None)
+        if options:
+            folds.append((code, list(options)))
+    return folds
+
+
+def read_surfaces(info: TokenizerInfo) -> Surfaces:
+    """Reads what the tokens of a tokenizer stand for."""
+    backend = info.backend
+    normalizer = _state(backend.normalizer)
+    parts = [*_parts(normalizer), *_parts(_state(backend.pre_tokenizer)), *_parts(_state(backend.decoder))]
+    types = frozenset(part["type"] for part in parts if isinstance(part.get("type"), str))
+    byte_level = "ByteLevel" in types
+    mark = ""
+    if not byte_level:
+        marks = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
+        marks += [_MARK for part in parts if part.get("type") == "Replace" and part.get("content") == _MARK]
+        marks += [_MARK for part in parts if part.get("type") == "Prepend" and part.get("prepend") == _MARK]
+        mark = marks[0] if marks else ""
+    model = backend.model
+    suffix = getattr(model, "end_of_word_suffix", None) or ""
+    prefix = info.prefix
+    # A Unigram model does not tell.
+    falls_back = getattr(model, "byte_fallback", None)
+    if falls_back is None:
+        falls_back = info.kind == "Unigram" and all(
+            backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256)
+        )
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    texts, kinds, byte_ids = [], bytearray(), {}
+    for i, token in enumerate(info.tokens):
+        kind, text = TEXT, b""
+        if token is None or i == info.unk_id:
+            kind = UNKNOWN
+        elif token in added:
+            found = _BYTE_TOKEN.fullmatch(token) if falls_back else None
+            kind, text = (BYTES, bytes([int(found[1], 16)])) if found else (TEXT, token.encode())
+        elif byte_level:
+            try:
+                kind, text = BYTES, bytes([BYTE_OF[c] for c in token])
+            except KeyError:
+                text = token.encode()
+        elif falls_back and (found := _BYTE_TOKEN.fullmatch(token)):
+            kind, text = BYTES, bytes([int(found[1], 16)])
+        else:
+            if prefix and len(token) > len(prefix) and token.startswith(prefix):
+                token = token[len(prefix) :]
+            if suffix and token.endswith(suffix):
+                token = token[: -len(suffix)]
+            text = (token.replace(mark, " ") if mark else token).encode()
+        if kind == BYTES and falls_back and not byte_level:
+            byte_ids[text[0]] = i
+        texts.append(text)
+        kinds.append(kind)
+    folds = _folds() if normalizer is not None and not byte_level else []
+    native = _native_module().Surfaces(texts, bytes(kinds), not byte_level, folds)
+    return Surfaces(byte_level, mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
+
+
+def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[int, int]:
+    """How many special tokens the template puts before and after a text."""
+    count = backend.num_special_tokens_to_add(is_pair=False)
+    if not count:
+        return 0, 0
+    probes = (backend.encode(text) for text in ("a", "0 .", "я", "字"))
+    for encoding in itertools.chain(encodings[:8], probes):
+        mask = encoding.special_tokens_mask
+        if 0 in mask:
+            lead = mask.index(0)
+            return lead, mask[::-1].index(0)
+    return count, 0
+
+
+def convention(known: Known) -> tuple:
+    """How a tokenizer spells: tokens of two that agree on it are equal when their strings are."""
+    surfaces = known.surfaces
+    return surfaces.byte_level, surfaces.mark, surfaces.prefix, surfaces.suffix
+
+
+def word_form(known: Known, i: int) -> tuple[bool, bytes] | None:
+    """Whether token ``i`` starts a word, and its text without the space before it; None if that is not known.
+
+    A tokenizer that drops white space does not tell whether there was some before a closing or an ambiguous
+    punctuation mark or a Chinese character: there is none.
+    """
+    surfaces, token = known.surfaces, known.info.tokens[i]
+    text = surfaces.texts[i]
+    if token is None or surfaces.kinds[i] == UNKNOWN:
+        return None
+    if surfaces.marks_words:
+        return (True, text[1:]) if len(text) > 1 and text[:1] == b" " else (False, text)
+    if surfaces.prefix and len(token) > len(surfaces.prefix) and token.startswith(surfaces.prefix):
+        return False, text
+    char = text.decode()
+    apart = len(char) == 1 and (unicodedata.category(char) in ("Pe", "Pf", "Po") or _CHINESE.match(char))
+    return not apart, text
+
+
+def _runs(text: bytes) -> list[str | int]:
+    """The longest runs of valid UTF-8, and the bytes between them."""
+    runs: list[str | int] = []
+    while text:
+        try:
+            runs.append(text.decode())
+            break
+        except UnicodeDecodeError as error:
+            if error.start:
+                runs.append(text[: error.start].decode())
+            runs.extend(text[error.start : error.end])
+            text = text[error.end :]
+    return runs
+
+
+class Speller:
+    """Spells texts with the tokens of one tokenizer, its normalizer left out."""
+
+    def __init__(self, known: Known) -> None:
+        self.known, self.surfaces = known, known.surfaces
+        self.model = known.info.backend.model
+
+    def spell(self, starts: bool, text: bytes) -> list[int] | None:
+        """The ids whose surfaces are ``text``, at the start of a word or not; None if there are none."""
+        surfaces = self.surfaces
+        want = (b" " if starts and surfaces.marks_words else b"") + text
+        ids: list[int] = []
+        if surfaces.byte_level:
+            ids += self._tokenize("".join(CHAR_OF[b] for b in want))
+        else:
+            for run in _runs(want):
+                if isinstance(run, str):
+                    ids += self._tokenize(run.replace(" ", surfaces.mark) if surfaces.mark else run)
+                elif run in surfaces.byte_ids:
+                    ids.append(surfaces.byte_ids[run])
+                else:
+                    return None
+        unknown = any(surfaces.kinds[i] == UNKNOWN for i in ids)
+        return None if unknown or b"".join(surfaces.texts[i] for i in ids) != want else ids
+
+    def _tokenize(self, text: str) -> list[int]:
+        return [token.id for token in self.model.tokenize(text)]
+
+
+class Words:
+    """Cuts texts into the words that a WordPiece model is given, its normalizer left out."""
+
+    def __init__(self, known: Known) -> None:
+        backend = known.info.backend
+        self.pre_tokenizer = backend.pre_tokenizer
+        spaced = any(part.get("handle_chinese_chars") for part in _parts(_state(backend.normalizer)))
+        # Chinese characters are words of their own; it is the normalizer that puts spaces around them.
+        self.spacer = (
+            tokenizers.normalizers.BertNormalizer(
+                clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
+            )
+            if spaced
+            else None
+        )
+
+    def split(self, starts: bool, text: str) -> list[tuple[bool, str]]:
+        """Words, each with whether it starts one (only the first may continue the word before)."""
+        before = "" if starts else "a"
+        if self.spacer is not None:
+            text = self.spacer.normalize_str(before + text)
+        else:
+            text = before + text
+        if self.pre_tokenizer is None:
+            words = [text]
+        else:
+            words = [word for word, _ in self.pre_tokenizer.pre_tokenize_str(text)]
+        if starts:
+            return [(True, word) for word in words]
+        first = [(False, words[0][1:])] if len(words[0]) > 1 else []
+        return first + [(True, word) for word in words[1:]]
+
+
+class Known:
+    """A tokenizer with what has been read of it."""
+
+    def __init__(self, info: TokenizerInfo) -> None:
+        self.info = info
+
+    @functools.cached_property
+    def surfaces(self) -> Surfaces:
+        return read_surfaces(self.info)
+
+
+_CACHE_SIZE = 8
+_cache: OrderedDict[int, tuple[Any, tuple, Known]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def known(tokenizer: Any, name: str) -> Known:
+    """``read_tokenizer``, once per tokenizer: again only if its vocabulary or its roles have changed.
+
+    Raises:
+        TypeError: not a fast tokenizer.
+    """
+    backend = backend_of(tokenizer, name)
+    size = backend.get_vocab_size()
+    samples = tuple(backend.id_to_token(i) for i in range(0, size, size // 16 + 1))
+    roles = tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES)
+    state = size, samples, roles
+    with _lock:
+        entry = _cache.get(id(tokenizer))
+        if entry is not None and entry[1] == state:
+            _cache.move_to_end(id(tokenizer))
+            return entry[2]
+    result = Known(read_tokenizer(tokenizer, name))
+    with _lock:
+        # The tokenizer itself is kept, so that no other can take its id.
+        _cache[id(tokenizer)] = tokenizer, state, result
+        while len(_cache) > _CACHE_SIZE:
+            _cache.popitem(last=False)
+    return result

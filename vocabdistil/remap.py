@@ -282,7 +282,9 @@ class RemapTable:
         np.cumsum([len(row) for row in rows], out=indptr[1:])
         ids = np.fromiter((i for row in rows for i in row), dtype=np.int32)
         self._setup(
-            _native_module().remap_from_csr(indptr.ctypes.data, len(indptr), ids.ctypes.data, len(ids), len(info.tokens)),
+            _native_module().remap_from_csr(
+                indptr.ctypes.data, len(indptr), ids.ctypes.data, len(ids), len(info.tokens)
+            ),
             *numbers,
         )
         return self

@@ -113,6 +113,10 @@ inline float exp2_nonpositive(float x) {
 }
 inline double exp2_nonpositive(double x) { return std::exp2(x); }
 
+// exp(x) for x <= 0; the relative error grows with -x, as 1e-7 (1 + |x|).
+inline float exp_nonpositive(float x) { return exp2_nonpositive(x * 1.44269504f); }
+inline double exp_nonpositive(double x) { return std::exp(x); }
+
 // log(x) for normal positive x to about 1 ulp (Cephes logf); NaN stays NaN.
 inline float log_positive(float x) {
   const float floored = x < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : x;

@@ -44,11 +44,30 @@ inline void zero_rows(void* data, int64_t begin, int64_t end, int64_t dim) {
   if (end > begin) std::memset(static_cast<T*>(data) + begin * dim, 0, sizeof(T) * (end - begin) * dim);
 }
 
+// A gradient that is formed while it is written: a x - b y, or a x where y is null.
+template <class Acc>
+struct Combination {
+  const Acc *x, *y;
+  Acc a, b;
+};
+
+template <class Acc, class T>
+inline void write_row(T* __restrict row, const Combination<Acc>& g, Acc coef, int64_t dim) {
+  const Acc* __restrict x = g.x;
+  const Acc* __restrict y = g.y;
+  const Acc a = coef * g.a, b = coef * g.b;
+  if (y) {
+    VD_SIMD for (int64_t i = 0; i < dim; ++i) row[i] = store<T>(a * x[i] - b * y[i]);
+  } else {
+    VD_SIMD for (int64_t i = 0; i < dim; ++i) row[i] = store<T>(a * x[i]);
+  }
+}
+
 // The owner of pair p writes the rows from the end of pair p - 1 to the end of its own span, and the last pair
 // also the tail: every row is written exactly once, whichever thread it falls to.
 template <class Acc>
 inline void store_grad(const LayerGrads& out, const Spans& spans, int64_t p, int64_t pairs, int64_t dim, bool mean,
-                       const Acc* grad, Acc scale, bool is_zero) {
+                       const Combination<Acc>& grad, Acc scale, bool is_zero) {
   const int64_t start = spans.start[p], end = spans.end[p];
   const int64_t gap = p ? spans.end[p - 1] : 0;
   const double share = mean && end > start ? 1.0 / static_cast<double>(end - start) : 1.0;
@@ -59,8 +78,8 @@ inline void store_grad(const LayerGrads& out, const Spans& spans, int64_t p, int
       zero_rows<T>(base, gap, is_zero ? end : start, dim);
       if (!is_zero && end > start) {
         const Acc coef = static_cast<Acc>(out.coef[l] * share * static_cast<double>(scale));
-        T* __restrict row = base + start * dim;
-        VD_SIMD for (int64_t i = 0; i < dim; ++i) row[i] = store<T>(coef * grad[i]);
+        T* row = base + start * dim;
+        write_row(row, grad, coef, dim);
         for (int64_t k = start + 1; k < end; ++k) std::memcpy(base + k * dim, row, sizeof(T) * dim);
       }
       if (p + 1 == pairs) zero_rows<T>(base, end, out.rows, dim);

@@ -12,8 +12,8 @@ struct Pair {
   Acc temperature, beta;
   Acc *s, *t;    // averaged rows; the softmax divergences turn them into (x - max) / T, in units of log 2
   Acc *es, *et;  // exp of those
-  Acc *gs, *gt;  // d loss / d s and d loss / d t
   bool want_s, want_t;
+  Combination<Acc> gs, gt;  // d loss / d s and d loss / d t
 };
 
 template <class Acc>
@@ -50,30 +50,29 @@ Partition<Acc> softmax_both(Acc temperature, int64_t dim, Acc* __restrict p, Acc
 }
 
 // T^2 KL(p || q), log p - log q = p_i - q_i + log_ratio. Gradients (times T^2 / T): q - p for the logits of q,
-// p (log p - log q - KL) for those of p.
+// p (log p - log q - KL) for those of p, which takes the place of p_i.
 template <class Acc>
 double kl(Acc temperature, int64_t dim, Acc* __restrict p, Acc* __restrict q, Acc* __restrict ep, Acc* __restrict eq,
-          Acc* __restrict gp, Acc* __restrict gq) {
+          bool want_p, Combination<Acc>& gp, Combination<Acc>& gq) {
   const Partition<Acc> z = softmax_both(temperature, dim, p, q, ep, eq);
   const double log2 = 0.6931471805599453;
   const double loss = static_cast<double>(z.cross) * static_cast<double>(z.inv_p) * log2 + z.log_ratio;
-  if (gp) {
+  if (want_p) {
     const Acc shift = static_cast<Acc>(z.log_ratio - loss), unit = static_cast<Acc>(log2);
     VD_SIMD for (int64_t i = 0; i < dim; ++i) {
-      const Acc g = temperature * (ep[i] * z.inv_p) * ((p[i] - q[i]) * unit + shift);
-      gp[i] = ep[i] == 0 ? Acc{0} : g;
+      const Acc g = ep[i] * ((p[i] - q[i]) * unit + shift);
+      p[i] = ep[i] == 0 ? Acc{0} : g;
     }
+    gp = {p, nullptr, temperature * z.inv_p, 0};
   }
-  if (gq) {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) gq[i] = temperature * (eq[i] * z.inv_q - ep[i] * z.inv_p);
-  }
+  gq = {eq, ep, temperature * z.inv_q, temperature * z.inv_p};
   return loss * static_cast<double>(temperature) * static_cast<double>(temperature);
 }
 
 // T^2 [beta KL(q || m) + (1 - beta) KL(r || m)], m = beta q + (1 - beta) r, q the teacher's, r the student's.
 // Gradient for the student's logits: (1 - beta) r (log(r / m) - KL(r || m)); for the teacher's likewise.
 template <class Acc>
-double jsd(const Pair<Acc>& a) {
+double jsd(Pair<Acc>& a) {
   const Partition<Acc> z = softmax_both(a.temperature, a.dim, a.s, a.t, a.es, a.et);
   Acc *__restrict log_r = a.s, *__restrict log_q = a.t, *__restrict r = a.es, *__restrict q = a.et;
   Acc kl_r = 0, kl_q = 0;
@@ -90,35 +89,34 @@ double jsd(const Pair<Acc>& a) {
     kl_r += r[i] * log_r[i];
     kl_q += q[i] * log_q[i];
   }
-  Acc *__restrict gs = a.gs, *__restrict gt = a.gt;
-  const Acc scale_s = (1 - a.beta) * a.temperature, scale_t = a.beta * a.temperature;
   if (a.want_s) {
-    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) gs[i] = scale_s * r[i] * (log_r[i] - kl_r);
+    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) log_r[i] = r[i] * (log_r[i] - kl_r);
   }
   if (a.want_t) {
-    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) gt[i] = scale_t * q[i] * (log_q[i] - kl_q);
+    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) log_q[i] = q[i] * (log_q[i] - kl_q);
   }
+  a.gs = {log_r, nullptr, (1 - a.beta) * a.temperature, 0};
+  a.gt = {log_q, nullptr, a.beta * a.temperature, 0};
   const double beta = static_cast<double>(a.beta), temperature = static_cast<double>(a.temperature);
   return temperature * temperature * (beta * static_cast<double>(kl_q) + (1 - beta) * static_cast<double>(kl_r));
 }
 
 template <class Acc>
-double mse(const Pair<Acc>& a) {
+double mse(Pair<Acc>& a) {
   const Acc *__restrict s = a.s, *__restrict t = a.t;
-  Acc *__restrict gs = a.gs, *__restrict gt = a.gt;
   Acc sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < a.dim; ++i) {
     const Acc d = s[i] - t[i];
     sum = madd(d, d, sum);
-    gs[i] = 2 * d;
-    gt[i] = -2 * d;
   }
+  a.gs = {s, t, 2, 2};
+  a.gt = {t, s, 2, 2};
   return static_cast<double>(sum);
 }
 
 template <class Acc>
-double cosine(const Pair<Acc>& a) {
+double cosine(Pair<Acc>& a) {
   const Acc *__restrict s = a.s, *__restrict t = a.t;
   Acc ss_ = 0, tt_ = 0, st_ = 0;
 #pragma omp simd reduction(+ : ss_, tt_, st_)
@@ -134,23 +132,16 @@ double cosine(const Pair<Acc>& a) {
   const double cos = st / norms;
   const Acc cross = static_cast<Acc>(1 / norms);
   const Acc own_s = static_cast<Acc>(ss > floor ? cos / ss : 0), own_t = static_cast<Acc>(tt > floor ? cos / tt : 0);
-  Acc *__restrict gs = a.gs, *__restrict gt = a.gt;
-  if (a.want_s) {
-    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) gs[i] = own_s * s[i] - cross * t[i];
-  }
-  if (a.want_t) {
-    VD_SIMD for (int64_t i = 0; i < a.dim; ++i) gt[i] = own_t * t[i] - cross * s[i];
-  }
+  a.gs = {s, t, own_s, cross};
+  a.gt = {t, s, own_t, cross};
   return ss != ss || tt != tt ? ss + tt : 1 - cos;  // max() drops a NaN
 }
 
 template <class Acc>
-double divergence(Divergence kind, const Pair<Acc>& a) {
+double divergence(Divergence kind, Pair<Acc>& a) {
   switch (kind) {
-    case Divergence::kl:
-      return kl(a.temperature, a.dim, a.t, a.s, a.et, a.es, a.want_t ? a.gt : nullptr, a.want_s ? a.gs : nullptr);
-    case Divergence::reverse_kl:
-      return kl(a.temperature, a.dim, a.s, a.t, a.es, a.et, a.want_s ? a.gs : nullptr, a.want_t ? a.gt : nullptr);
+    case Divergence::kl: return kl(a.temperature, a.dim, a.t, a.s, a.et, a.es, a.want_t, a.gt, a.gs);
+    case Divergence::reverse_kl: return kl(a.temperature, a.dim, a.s, a.t, a.es, a.et, a.want_s, a.gs, a.gt);
     case Divergence::jsd: return jsd(a);
     case Divergence::mse: return mse(a);
     case Divergence::cosine: return cosine(a);
@@ -170,12 +161,19 @@ void run(const SpanLossArgs& args) {
   const int64_t width = (args.dim + 31) / 32 * 32;  // rows start on cache lines of their own
   const int threads = useful_threads(args.threads, args.pairs * (args.dim + 64) * (args.student.count + args.teacher.count));
   parallel_for(args.pairs, threads, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> scratch(6 * width + 32);
+    std::vector<Acc> scratch(4 * width + 32);
     Acc* base = scratch.data();
     base += (128 - reinterpret_cast<uintptr_t>(base) % 128) % 128 / sizeof(Acc);
-    Pair<Acc> pair{args.dim,         static_cast<Acc>(args.temperature), static_cast<Acc>(args.beta), base,
-                   base + width,     base + 2 * width,                   base + 3 * width,            base + 4 * width,
-                   base + 5 * width, args.student_grad.count > 0,        args.teacher_grad.count > 0};
+    Pair<Acc> pair{};
+    pair.dim = args.dim;
+    pair.temperature = static_cast<Acc>(args.temperature);
+    pair.beta = static_cast<Acc>(args.beta);
+    pair.s = base;
+    pair.t = base + width;
+    pair.es = base + 2 * width;
+    pair.et = base + 3 * width;
+    pair.want_s = args.student_grad.count > 0;
+    pair.want_t = args.teacher_grad.count > 0;
     for (int64_t p = begin; p < end; ++p) {
       const bool empty = ss.end[p] <= ss.start[p] || ts.end[p] <= ts.start[p];
       if (empty) {

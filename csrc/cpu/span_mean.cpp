@@ -32,7 +32,7 @@ static void bwd(const SpanMeanBwdArgs& a) {
         const T* __restrict in = static_cast<const T*>(a.grad) + p * a.grad_stride;
         Acc* __restrict out = row.data();
         VD_SIMD for (int64_t i = 0; i < a.dim; ++i) out[i] = static_cast<Acc>(load(in[i]));
-        store_grad(a.out, a.spans, p, a.pairs, a.dim, a.mean, row.data(), Acc{1}, false);
+        store_grad(a.out, a.spans, p, a.pairs, a.dim, a.mean, {row.data(), nullptr, Acc{1}, Acc{0}}, Acc{1}, false);
       }
     });
   });

@@ -94,14 +94,15 @@ def _unit_columns(tensor: Tensor) -> Tensor:
 
 
 def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one allocation.
+    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one block.
 
-    The allocator keeps one freed block for the next batch, but gives three of this size back to the system,
-    and the page faults of fresh memory cost several times the remapping itself. They are no views of one
-    tensor: to autograd, a change of one in place is not a change of the others.
+    It comes from a pool of blocks that earlier results have given back: the page faults of fresh memory cost several
+    times the remapping itself. They are no views of one tensor: to autograd, a change of one in place is not a change
+    of the others.
     """
     tokens = batch * width
-    storage = torch.empty(16 * (tokens + count), dtype=torch.uint8).untyped_storage()
+    block = _native_module().Block(max(16 * (tokens + count), 1))
+    storage = torch.frombuffer(block, dtype=torch.uint8).untyped_storage()
     input_ids = torch.empty(0, dtype=torch.int64).set_(storage, 0, (batch, width))
     mask = torch.empty(0, dtype=torch.int64).set_(storage, tokens, (batch, width))
     spans = torch.empty(0, dtype=torch.int32).set_(storage, 4 * tokens, (4, count))

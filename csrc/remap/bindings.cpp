@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../parallel.h"
+#include "block.h"
 #include "boundary.h"
 #include "remap.h"
 
@@ -265,6 +266,11 @@ py::bytearray align_offsets(uintptr_t teacher, uintptr_t student, int64_t batch,
 void bind_remap(py::module_& module) {
   static_assert(sizeof(RowPlan) == 3 * sizeof(int64_t), "the Python side allocates int64 [batch, 3]");
 
+  py::class_<Block>(module, "Block", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](const Block& self) {
+        return py::buffer_info(static_cast<uint8_t*>(self.data()), static_cast<py::ssize_t>(self.size()));
+      });
   py::class_<RemapIndex>(module, "RemapIndex")
       .def_property_readonly("rows", &RemapIndex::rows)
       .def_property_readonly("nnz", [](const RemapIndex& self) { return self.csr().ids.size(); })

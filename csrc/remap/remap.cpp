@@ -1,5 +1,9 @@
 #include "remap.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -17,6 +21,7 @@ namespace {
 constexpr int kInline = 3;                 // ids inside a packed entry
 constexpr int kIdBits = 20;                // vocabularies up to 1,048,576 tokens
 constexpr uint64_t kLong = 15;             // count of an entry whose ids are in the CSR rows only
+constexpr int64_t kCache = 1 << 22;        // bytes of results from which on they are stored around the cache
 constexpr uint64_t kIdMask = (uint64_t{1} << kIdBits) - 1;
 constexpr int64_t kMaxPieces = std::numeric_limits<uint16_t>::max();
 
@@ -98,6 +103,32 @@ int64_t put_short_rows(const Id* ids, int64_t i, int64_t end, const uint64_t* pa
   }
   at = here;
   return i;
+}
+
+// Stores around the cache: results larger than it would only push out the ids, which are read twice.
+inline void store_past(int64_t* to, int64_t value) {
+#if defined(__SSE2__) && defined(__x86_64__)
+  _mm_stream_si64(reinterpret_cast<long long*>(to), value);
+#else
+  *to = value;
+#endif
+}
+inline void store_past(int32_t* to, int32_t value) {
+#if defined(__SSE2__) && defined(__x86_64__)
+  _mm_stream_si32(to, value);
+#else
+  *to = value;
+#endif
+}
+
+// to[k] = first + k * step
+template <class T>
+void fill(T* to, int64_t count, int64_t first, int64_t step, bool past) {
+  if (past) {
+    for (int64_t k = 0; k < count; ++k) store_past(to + k, static_cast<T>(first + k * step));
+  } else {
+    for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(first + k * step);
+  }
 }
 
 // A value whose sign bit tells whether the mask is not 0.
@@ -290,7 +321,7 @@ BatchPlan RemapIndex::plan(const BatchView& ids, const BatchView& mask, int64_t 
 template <class Id, class Mask>
 void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan, int64_t width, int64_t student_base,
                            int64_t teacher_base, int64_t pad_id, int64_t* out, int64_t* attention,
-                           int32_t* const* pairs) const {
+                           int32_t* const* pairs, bool past) const {
   const uint64_t* packed = packed_.data();
   int32_t* starts = pairs[0];
   int32_t* ends = pairs[1];
@@ -305,8 +336,8 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
       starts[i] = base + static_cast<int32_t>(at);
       at += put_row(ids[i++], out + at);
     }
-    for (int64_t k = 0; k < plan.kept; ++k) pairs[2][k] = static_cast<int32_t>(teacher_base + k);
-    for (int64_t k = 0; k < plan.kept; ++k) pairs[3][k] = static_cast<int32_t>(teacher_base + k + 1);
+    fill(pairs[2], plan.kept, teacher_base, 1, past);
+    fill(pairs[3], plan.kept, teacher_base + 1, 1, past);
   } else {
     for (; i < plan.used; ++i) {
       if (mask[i] == 0) continue;
@@ -323,8 +354,8 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
     ends[plan.kept - 1] = base + static_cast<int32_t>(at);
   }
   std::fill(out + at, out + width, pad_id);
-  std::fill(attention, attention + at, int64_t{1});
-  std::fill(attention + at, attention + width, int64_t{0});
+  fill(attention, at, 1, 0, past);
+  fill(attention + at, width - at, 0, 0, past);
 }
 
 void RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length,
@@ -333,6 +364,7 @@ void RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t batc
   std::vector<int64_t> first(static_cast<size_t>(batch) + 1, 0);  // the first pair of each sequence
   for (int64_t b = 0; b < batch; ++b) first[b + 1] = first[b] + plan[b].kept;
   const int64_t total = first[batch];
+  const bool past = 16 * (batch * student_length + total) > kCache;
   visit(ids, mask, [&](auto* id, auto* m) {
     parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
@@ -340,8 +372,11 @@ void RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t batc
         for (int k = 0; k < 4; ++k) row_pairs[k] = pairs + k * total + first[b];
         write_row(id + b * ids.row_stride, m ? m + b * mask.row_stride : m, plan[b], student_length,
                   b * student_length, b * length, pad_id, input_ids + b * student_length,
-                  attention_mask + b * student_length, row_pairs);
+                  attention_mask + b * student_length, row_pairs, past);
       }
+#if defined(__SSE2__)
+      if (past) _mm_sfence();  // such stores are ordered by nothing else
+#endif
     });
   });
 }

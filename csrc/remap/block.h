@@ -1,0 +1,67 @@
+// Memory for the results of a call, kept for the next one: fresh pages cost several times what fills them.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace vocabdistil {
+
+class Block {
+ public:
+  explicit Block(std::size_t size) : size_(size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex());
+      for (auto& spare : spares()) {
+        // Not a much larger one: a long-lived small result must not hold it.
+        if (spare.second >= size && spare.second <= 2 * size) {
+          std::tie(data_, capacity_) = spare;
+          spare = spares().back();
+          spares().pop_back();
+          return;
+        }
+      }
+    }
+    capacity_ = (size + 4095) / 4096 * 4096 + 4096;
+    data_ = std::aligned_alloc(4096, capacity_);
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Block() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex());
+      if (spares().size() < kSpares && capacity_ <= kLargest) {
+        spares().emplace_back(data_, capacity_);
+        return;
+      }
+    }
+    std::free(data_);
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  static constexpr std::size_t kSpares = 4, kLargest = std::size_t{1} << 26;
+  using Spares = std::vector<std::pair<void*, std::size_t>>;
+
+  // Never destroyed: results may outlive everything static.
+  static Spares& spares() {
+    static auto* list = new Spares;
+    return *list;
+  }
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex;
+    return *one;
+  }
+
+  std::size_t size_, capacity_ = 0;
+  void* data_ = nullptr;
+};
+
+}  // namespace vocabdistil

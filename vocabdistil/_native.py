@@ -7,6 +7,7 @@ stream and the thread count are passed along, and a missing module gives an erro
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -43,6 +44,22 @@ def module() -> ModuleType:
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+# Bytes of a result from which on fresh memory costs more than what fills it, and up to which blocks are kept.
+_POOLED = range(1 << 20, 1 << 26)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty``, but a large result on the CPU comes from a pool of blocks that earlier results have given
+    back (csrc/block.h): the first touch of fresh pages costs as much as a whole kernel."""
+    dtype = like.dtype if dtype is None else dtype
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if like.device.type != "cpu" or size not in _POOLED or _module is None:
+        return like.new_empty(shape, dtype=dtype)
+    storage = torch.frombuffer(_module.Block(size), dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _layers(layers: Sequence[Tensor]) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _native
 from ._native import module as _native_module
 from ._surfaces import BYTES, Known, Speller, Words, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
@@ -93,16 +94,16 @@ def _unit_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
-def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one block.
+_BYTES = torch.empty(0, dtype=torch.uint8)
 
-    It comes from a pool of blocks that earlier results have given back: the page faults of fresh memory cost several
-    times the remapping itself. They are no views of one tensor: to autograd, a change of one in place is not a change
-    of the others.
+
+def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one block of the pool.
+
+    They are no views of one tensor: to autograd, a change of one in place is not a change of the others.
     """
     tokens = batch * width
-    block = _native_module().Block(max(16 * (tokens + count), 1))
-    storage = torch.frombuffer(block, dtype=torch.uint8).untyped_storage()
+    storage = _native.empty(_BYTES, 16 * (tokens + count)).untyped_storage()
     input_ids = torch.empty(0, dtype=torch.int64).set_(storage, 0, (batch, width))
     mask = torch.empty(0, dtype=torch.int64).set_(storage, tokens, (batch, width))
     spans = torch.empty(0, dtype=torch.int32).set_(storage, 4 * tokens, (4, count))

@@ -143,6 +143,8 @@ inline float log_positive(float x) {
 }
 inline double log_positive(double x) { return std::log(x); }
 
+inline size_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // Calls f(T{}) with the element type of a dtype code.
 template <class F>
 inline void with_type(DType dtype, F&& f) {

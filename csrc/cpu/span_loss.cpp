@@ -175,6 +175,10 @@ void run(const SpanLossArgs& args) {
     pair.want_s = args.student_grad.count > 0;
     pair.want_t = args.teacher_grad.count > 0;
     for (int64_t p = begin; p < end; ++p) {
+      if (p + 1 < end) {
+        prefetch_rows(args.student, ss.start[p + 1], ss.end[p + 1], args.dim);
+        prefetch_rows(args.teacher, ts.start[p + 1], ts.end[p + 1], args.dim);
+      }
       const bool empty = ss.end[p] <= ss.start[p] || ts.end[p] <= ts.start[p];
       if (empty) {
         loss[p] = 0;

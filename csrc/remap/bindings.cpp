@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "../parallel.h"
-#include "block.h"
+#include "../block.h"
 #include "boundary.h"
 #include "remap.h"
 

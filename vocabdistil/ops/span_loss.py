@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from ._library import define
 from .span_mean import native_rows, pooled_rows
 
 
-def _empty_grads(layers: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in layers] if wanted else []
+def _empty_grads(layers: Sequence[Tensor], wanted: bool, empty: Callable[..., Tensor]) -> list[Tensor]:
+    return [empty(x, *x.shape) for x in layers] if wanted else []
 
 
 def _run(
@@ -64,18 +64,19 @@ def _impl(
         student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
         backend,
     )  # fmt: skip
-    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad)
+    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad, _native.empty)
     _run(*arguments, loss, total, *grads)
     return total, loss, *grads
 
 
 def _fake(
     student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta, backend,
-    student_grad, teacher_grad,
+    student_grad, teacher_grad, empty=Tensor.new_empty,
 ):  # fmt: skip
     dtype = _native.accumulation_dtype(student[0].dtype, teacher[0].dtype)
     loss = student[0].new_empty(spans[0].shape[0], dtype=dtype)
-    return loss.new_empty(()), loss, _empty_grads(student, student_grad), _empty_grads(teacher, teacher_grad)
+    grads = _empty_grads(student, student_grad, empty), _empty_grads(teacher, teacher_grad, empty)
+    return loss.new_empty(()), loss, *grads
 
 
 _op = define(

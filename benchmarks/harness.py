@@ -2,7 +2,8 @@
 
 A provider is compared with the float64 reference before it is timed; one that is wrong or raises gets a row
 that says so and no time. The providers of a case are timed in turns within one run, in an order drawn anew
-each round. On a busy machine even that is unfair: a provider with many parallel regions may wait for the
+each round, a few calls at a turn: the first, which finds the caches as another provider left them, is not
+counted. On a busy machine even that is unfair: a provider with many parallel regions may wait for the
 scheduler at each of them, one with a single region waits once. So each row says what share of the CPU other
 processes took meanwhile.
 """
@@ -228,6 +229,9 @@ class Clock:
         return self.start.elapsed_time(self.end)
 
 
+BLOCK = 4
+
+
 def _times(
     problem: Problem, runs: dict[str, Callable[[], Any]], clock: Clock, case: Case, quick: bool
 ) -> dict[str, tuple[float, float, float]]:
@@ -244,10 +248,11 @@ def _times(
                 deadline = time.perf_counter() + seconds
             shuffle(order)
             for name in order:
-                _clear(problem)
-                elapsed = clock(runs[name])
-                if done >= 0:
-                    samples[name].append(elapsed)
+                for call in range(BLOCK):
+                    _clear(problem)
+                    elapsed = clock(runs[name])
+                    if done >= 0 and call:
+                        samples[name].append(elapsed)
             done += 1
     finally:
         _clear(problem)

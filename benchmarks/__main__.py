@@ -15,7 +15,9 @@ import torch
 
 from . import report
 
-OPERATIONS = ("span_mean", "span_loss", "remap", "align")
+OPERATIONS = (
+    "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive", "remap", "align",
+)  # fmt: skip
 ALIASES = {"span_kl": "span_loss"}
 
 

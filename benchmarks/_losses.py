@@ -1,37 +1,53 @@
-"""Forward and backward of a loss, by provider: what the benchmarks of the losses over a vocabulary share."""
+"""What the benchmarks of the losses over a vocabulary share: one function of tensors, by every provider."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import vocabdistil as vd
 
-def forward_backward(
-    case: str, providers: Mapping[str, Callable[[], Tensor]], leaves: Sequence[Tensor], tokens: int, size: int,
-    repeats: int = 9,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per provider: seconds of loss and gradient, with the least bytes that must be read and written."""
-    for provider, loss in providers.items():
-        times = []
-        for _ in range(repeats + 1):
-            for leaf in leaves:
-                leaf.grad = None
-            start = time.perf_counter()
-            loss().backward()
-            times.append(time.perf_counter() - start)
-        cuts = statistics.quantiles(times[1:], n=10)
-        p50 = statistics.median(times[1:])
-        yield {
-            "provider": provider, "case": case, "p20": cuts[1], "p50": p50, "p80": cuts[7],
-            "tokens_per_s": tokens / p50, "bytes": size,
-        }  # fmt: skip
+from .harness import Problem, Provider, compiled, own_providers
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, learned: bool = False) -> Tensor:
+def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values of the size of hidden states and logits (deviation 1)."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(learned)
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+
+
+def loss_problem(
+    operation: str,
+    tensors: Sequence[Tensor],
+    learned: int,
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+    size: int,
+) -> Problem:
+    """``vd.OPERATION(*tensors, *arguments, **options)`` against the reference and that compiled.
+
+    Args:
+        learned: how many of the tensors, from the first on, get a gradient.
+        size: bytes that have to be read and written, gradients included.
+    """
+    ours, reference = getattr(vd, operation), getattr(vd.reference, operation)
+    tensors = [x.requires_grad_(i < learned) for i, x in enumerate(tensors)]
+
+    def truth() -> list[Tensor]:
+        wide = [x.detach().double().requires_grad_(i < learned) for i, x in enumerate(tensors)]
+        loss = reference(*wide, *arguments, **options)
+        loss.backward()
+        return [loss.detach(), *(x.grad for x in wide[:learned])]
+
+    compiled_reference = compiled(reference)
+    providers = {
+        "reference": Provider(lambda: reference(*tensors, *arguments, **options)),
+        "compile": Provider(lambda: compiled_reference(*tensors, *arguments, **options)),
+    }
+    here, missing = own_providers(operation, tensors[0].device)
+    for name, backend in here.items():
+        backends = {} if backend is None else {"backend": backend}
+        providers[name] = Provider(lambda b=backends: ours(*tensors, *arguments, **options, **b))
+    return Problem(providers, truth, {"fwd+bwd": size}, tensors[:learned], None, missing)

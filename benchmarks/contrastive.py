@@ -1,27 +1,27 @@
-"""contrastive against the reference, which holds all scores at once."""
+"""InfoNCE over span pairs (`vocabdistil.contrastive`) with all negatives; the reference holds all scores at once."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 import vocabdistil as vd
-from benchmarks._losses import forward_backward, randn
 
-SIZES = ((1024, 264), (2048, 768))  # pairs, D
+from ._losses import loss_problem, randn
+from .harness import Case, Problem
+
+OPERATION = "contrastive"
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    for n, dim in SIZES:
-        student, teacher = randn(2 * n, dim, seed=1, learned=True), randn(n, dim, seed=2)
-        at = torch.arange(n + 1)
-        pairs = vd.SpanPairs(2 * at[:-1], 2 * at[1:], at[:-1], at[1:])
-        for negatives in (-1, 64):
-            providers = {
-                name: lambda m=m, s=student, t=teacher, p=pairs, k=negatives: m.contrastive(s, t, p, negatives=k)
-                for name, m in (("vocabdistil", vd), ("reference", vd.reference))
-            }
-            case = f"{n} pairs, {dim} wide, {negatives if negatives > 0 else 'all'} negatives"
-            yield from forward_backward(case, providers, [student], n, 4 * 5 * n * dim)
+def build(device: torch.device, count: int, hidden: int) -> Problem:
+    tensors = randn(2 * count, hidden, seed=1, device=device), randn(count, hidden, seed=2, device=device)
+    at = torch.arange(count + 1, device=device)
+    pairs = vd.SpanPairs(2 * at[:-1], 2 * at[1:], at[:-1], at[1:])
+    return loss_problem(OPERATION, tensors, 1, [pairs], {}, 4 * 5 * count * hidden)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for count, hidden in ((1024, 264), (2048, 768)):
+        yield Case(f"{count}-{hidden}", functools.partial(build, count=count, hidden=hidden), modes=("fwd+bwd",))

@@ -112,6 +112,8 @@ def own_providers(operation: str, device: torch.device) -> tuple[dict[str, str |
     if device.type == "cpu":
         return {"ours": None}, {}
     here, missing = {}, {}
+    if "torch" in vd._dispatch.TABLE[operation]["cuda"]:
+        return {"ours": None}, {}
     for backend in ("cuda", "triton"):
         why = vd._dispatch.unavailable(backend)
         if backend not in vd._dispatch.TABLE[operation]["cuda"]:

@@ -1,22 +1,18 @@
-"""matched_kl against the reference, which gathers the matched columns first."""
+"""KL over the matched vocabulary from logits (`vocabdistil.matched_kl`)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 import vocabdistil as vd
-from benchmarks._losses import forward_backward, randn
 
-# rows, V_t, V_s, matched, dtype
-SIZES = (
-    (512, 30522, 5000, 4500, torch.float32),
-    (512, 30522, 5000, 4500, torch.bfloat16),
-    (128, 119547, 5031, 4700, torch.float32),
-    (64, 151936, 32000, 28000, torch.float32),
-)
+from ._losses import loss_problem, randn
+from .harness import Case, Problem
+
+OPERATION = "matched_kl"
 
 
 def make_matched(student: int, teacher: int, count: int) -> vd.MatchedVocab:
@@ -26,15 +22,22 @@ def make_matched(student: int, teacher: int, count: int) -> vd.MatchedVocab:
     return vd.MatchedVocab(teacher_ids, torch.randperm(student, generator=g)[:count])
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    for n, v_t, v_s, v_m, dtype in SIZES:
-        student, teacher = randn(n, v_s, seed=1, dtype=dtype, learned=True), randn(n, v_t, seed=2, dtype=dtype)
-        matched = make_matched(v_s, v_t, v_m)
+def build(device: torch.device, rows: int, v_t: int, v_s: int, v_m: int, unmatched: str, dtype: torch.dtype) -> Problem:
+    tensors = randn(rows, v_s, seed=1, device=device, dtype=dtype), randn(rows, v_t, seed=2, device=device, dtype=dtype)
+    read = 2 * v_m if unmatched == "renormalize" else v_s + v_t
+    size = dtype.itemsize * rows * (read + v_s)
+    return loss_problem(OPERATION, tensors, 1, [make_matched(v_s, v_t, v_m)], {"unmatched": unmatched}, size)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    half, single = torch.bfloat16, torch.float32
+    sizes = [(512, 30522, 5000, 4500, single), (512, 30522, 5000, 4500, half)]
+    if device.type == "cuda":
+        sizes = [(4096, 119547, 5031, 4700, half), (4096, 119547, 5031, 4700, single)]
+    for rows, v_t, v_s, v_m, dtype in sizes:
         for unmatched in ("renormalize", "rest"):
-            providers = {
-                name: lambda m=m, s=student, t=teacher, v=matched, u=unmatched: m.matched_kl(s, t, v, unmatched=u)
-                for name, m in (("vocabdistil", vd), ("reference", vd.reference))
-            }
-            read = 2 * v_m if unmatched == "renormalize" else v_s + v_t
-            case = f"{n} rows, {v_t} -> {v_s}, {v_m} matched, {unmatched}, {str(dtype)[6:]}"
-            yield from forward_backward(case, providers, [student], n, student.element_size() * n * (read + v_s))
+            name = f"{rows}-{v_t}-{v_s}-{v_m}-{unmatched}{'-bf16' if dtype == half else ''}"
+            make = functools.partial(
+                build, rows=rows, v_t=v_t, v_s=v_s, v_m=v_m, unmatched=unmatched, dtype=dtype
+            )
+            yield Case(name, make, dtype, ("fwd+bwd",))

@@ -1,16 +1,18 @@
-"""remapped_kl against the reference, on a made-up table of one to five pieces a row."""
+"""KL through the remap table (`vocabdistil.remapped_kl`), on a made-up table of one to five pieces a row."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 import vocabdistil as vd
-from benchmarks._losses import forward_backward, randn
 
-SIZES = ((64, 30522, 5000), (32, 119547, 5031))  # rows, V_t, V_s
+from ._losses import loss_problem, randn
+from .harness import Case, Problem
+
+OPERATION = "remapped_kl"
 
 
 def make_table(teacher: int, student: int) -> vd.RemapTable:
@@ -21,14 +23,15 @@ def make_table(teacher: int, student: int) -> vd.RemapTable:
     return vd.RemapTable(indptr, ids, student_vocab_size=student, unk_id=1, pad_id=0)
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    for n, v_t, v_s in SIZES:
-        student, teacher, table = randn(n, v_s, seed=1, learned=True), randn(n, v_t, seed=2), make_table(v_t, v_s)
-        for combine in ("sum", "logsumexp"):
-            providers = {
-                name: lambda m=m, s=student, t=teacher, r=table, c=combine: m.remapped_kl(s, t, r, combine=c)
-                for name, m in (("vocabdistil", vd), ("reference", vd.reference))
-            }
-            size = 4 * (n * (2 * v_s + v_t) + table.ids.numel() + table.indptr.numel())
-            case = f"{n} rows, {v_t} -> {v_s}, {combine}"
-            yield from forward_backward(case, providers, [student], n, size, repeats=5)
+def build(device: torch.device, rows: int, v_t: int, v_s: int, combine: str) -> Problem:
+    table = make_table(v_t, v_s)
+    tensors = randn(rows, v_s, seed=1, device=device), randn(rows, v_t, seed=2, device=device)
+    size = 4 * (rows * (2 * v_s + v_t) + table.ids.numel() + table.indptr.numel())
+    return loss_problem(OPERATION, tensors, 1, [table], {"combine": combine}, size)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    rows, v_t, v_s = (64, 30522, 5000) if device.type == "cpu" else (4096, 119547, 5031)
+    for combine in ("sum", "logsumexp"):
+        make = functools.partial(build, rows=rows, v_t=v_t, v_s=v_s, combine=combine)
+        yield Case(f"{rows}-{v_t}-{v_s}-{combine}", make, modes=("fwd+bwd",))

@@ -108,9 +108,11 @@ def matched_kl(
     dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
     options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
-    ids = (matched.student_ids.to(student.device, torch.int32), matched.teacher_ids.to(student.device, torch.int32))
+    # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
+    student_ids = matched.student_ids.to(student.device, torch.int32).contiguous()
+    teacher_ids = matched.teacher_ids.to(student.device, torch.int32).contiguous()
     return RowLoss.apply(
-        _op, native_rows(student), native_rows(teacher), *(v.contiguous() for v in ids), scale, options,
+        _op, native_rows(student), native_rows(teacher), student_ids, teacher_ids, scale, options,
         reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
     )  # fmt: skip
 

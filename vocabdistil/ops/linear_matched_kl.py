@@ -329,11 +329,14 @@ def linear_matched_kl(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (student, student_weight, student_bias)
     )
+    # Two names, not a loop: see matched_kl.
+    student_ids = matched.student_ids.to(student.device, torch.int64)
+    teacher_ids = matched.teacher_ids.to(student.device, torch.int64)
     return _LinearMatchedKL.apply(
         student, student_weight, student_bias,
         (_native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, scale,
         student_lengths, teacher, teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(),
-        teacher_lengths, *(ids.to(student.device, torch.int64) for ids in (matched.student_ids, matched.teacher_ids)),
+        teacher_lengths, student_ids, teacher_ids,
     )  # fmt: skip
 
 

@@ -20,8 +20,7 @@ class Block {
         // Not a much larger one: a long-lived small result must not hold it.
         if (spare.second >= size && spare.second <= 2 * size) {
           std::tie(data_, capacity_) = spare;
-          spare = spares().back();
-          spares().pop_back();
+          spares().erase(spares().begin() + (&spare - spares().data()));
           return;
         }
       }
@@ -33,9 +32,11 @@ class Block {
   ~Block() {
     {
       const std::lock_guard<std::mutex> lock(mutex());
-      if (spares().size() < kSpares && capacity_ <= kLargest) {
+      if (capacity_ <= kLargest) {
         spares().emplace_back(data_, capacity_);
-        return;
+        if (spares().size() <= kSpares) return;
+        data_ = spares().front().first;  // the oldest makes room: sizes that nobody asks for again must go
+        spares().erase(spares().begin());
       }
     }
     std::free(data_);
@@ -47,12 +48,16 @@ class Block {
   std::size_t size() const { return size_; }
 
  private:
-  static constexpr std::size_t kSpares = 4, kLargest = std::size_t{1} << 26;
+  static constexpr std::size_t kSpares = 4, kLargest = (std::size_t{1} << 26) + 8192;
   using Spares = std::vector<std::pair<void*, std::size_t>>;
 
   // Never destroyed: results may outlive everything static.
   static Spares& spares() {
-    static auto* list = new Spares;
+    static auto* list = [] {
+      auto* made = new Spares;
+      made->reserve(kSpares + 1);  // giving back must not fail
+      return made;
+    }();
     return *list;
   }
   static std::mutex& mutex() {

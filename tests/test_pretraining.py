@@ -46,7 +46,13 @@ def test_resuming_gives_the_same_teacher(text_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"dim": 15}, "--heads: expected a divisor"), ({"steps": 0}, "--steps"), ({"vocab_size": 10**6}, "--vocab-size")],
+    [
+        ({"dim": 15}, "--heads: expected a divisor"),
+        ({"steps": 0}, "--steps"),
+        ({"lr": float("inf")}, "--lr"),
+        ({"log_every": 0}, "--log-every"),
+        ({"vocab_size": 10**6}, "--vocab-size"),
+    ],
 )
 def test_bad_options(text_file, tmp_path, changes, message):
     with pytest.raises(VocabdistilError, match=message):

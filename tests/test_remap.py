@@ -483,3 +483,19 @@ def test_failed_save_leaves_the_old_file(
     with pytest.raises(OSError, match="disk"):
         table.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["table.remap"]
+
+
+@pytest.mark.parametrize("value", [4.9, "4", True])
+def test_sizes_that_are_no_integers_are_refused(value):
+    with pytest.raises(TypeError, match="student_vocab_size: expected an integer"):
+        RemapTable([0, 1], [0], student_vocab_size=value, unk_id=0, pad_id=0)
+
+
+def test_results_keep_their_memory_while_others_are_made_and_dropped():
+    table = RemapTable([0, 1, 3], [0, 1, 2], student_vocab_size=3, unk_id=0, pad_id=0)
+    ids = torch.randint(0, 2, (300, 400), generator=torch.Generator().manual_seed(0))
+    first = table.remap(ids)
+    copies = first.input_ids.clone(), first.pairs.student_start.clone()
+    for size in (300, 290, 250, 120, 300):
+        table.remap(1 - ids[:size])
+    assert torch.equal(first.input_ids, copies[0]) and torch.equal(first.pairs.student_start, copies[1])

@@ -302,3 +302,22 @@ def test_bad_input_is_named(change, error, name):
     with pytest.raises(error, match=f"^{name}") as caught:
         vd.span_loss(options.pop("student"), options.pop("teacher"), options.pop("pairs"), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_mse_gradient_of_large_and_close_rows():
+    """Subtracting first is exact here; scaling first would leave the rounding of 1000 in a difference of 0.001."""
+    generator = torch.Generator().manual_seed(0)
+    student = 1000 + 10 * torch.randn(3, 64, generator=generator)
+    teacher = student + 1e-3 * torch.randn(3, 64, generator=generator)
+    at = torch.arange(4, dtype=torch.int32)
+    pairs = vd.SpanPairs(at[:-1], at[1:], at[:-1], at[1:])
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    vd.span_loss(leaf, teacher, pairs, divergence="mse").backward()
+    vd.reference.span_loss(wide, teacher.double(), pairs, divergence="mse").backward()
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-6, atol=0)
+
+
+def test_a_temperature_that_float32_cannot_square_is_refused():
+    at = torch.arange(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="temperature"):
+        vd.span_kl(torch.ones(1, 2), torch.ones(1, 2), vd.SpanPairs(at[:1], at[1:], at[:1], at[1:]), temperature=1e-40)

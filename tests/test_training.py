@@ -183,6 +183,11 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
         ({"steps": -1}, "--steps"),
         ({"lr": float("nan")}, "--lr"),
         ({"held_out": 1.0}, "--held-out"),
+        ({"weight_decay": float("inf")}, "--weight-decay"),
+        ({"seed": -1}, "--seed: expected a number from 0"),
+        ({"seed": 2**40}, "--seed"),
+        ({"max_length": 2}, "--max-length: expected a number above 2, got 2"),
+        ({"out": "."}, "--out: expected the name of a folder"),
         ({"weights": "kl=0,mlm=0"}, "--weights"),
         ({"weights": "kul=1"}, "--weights: unknown loss 'kul'"),
         ({"weights": "kl=x"}, "--weights: kl: expected a number"),
@@ -195,7 +200,7 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
 )
 def test_bad_options(teacher_folder, text_file, tmp_path, changes, message):
     with pytest.raises(VocabdistilError, match=message) as caught:
-        vd.distill(**options(teacher_folder, text_file, tmp_path / "student", **changes))
+        vd.distill(**{**options(teacher_folder, text_file, tmp_path / "student"), **changes})
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

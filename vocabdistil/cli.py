@@ -155,9 +155,12 @@ def _loyalty(args: argparse.Namespace) -> None:
     import random
 
     from .data import read_text
+    from .errors import need
     from .report import Reporter, embedding_loyalty
     from .teachers import load_teacher
 
+    for name in ("texts", "max_length"):
+        need(getattr(args, name) > 2, name, "a number above 2", getattr(args, name))
     texts = sorted(set(read_text(args.text, args.unit)))
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher = load_teacher(args.teacher)
@@ -182,9 +185,13 @@ def _bench(args: argparse.Namespace) -> None:
     import torch
 
     from .data import read_text
+    from .errors import need
     from .report import Reporter, bench_models
     from .teachers import load_teacher
 
+    need(args.batch > 0, "batch", "a number above 0", args.batch)
+    need(args.length > 2, "length", "a number above 2", args.length)
+    need(args.threads is None or args.threads > 0, "threads", "a number above 0", args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
     texts = read_text(args.text)
@@ -207,7 +214,7 @@ def _env(args: argparse.Namespace) -> None:
 
 _COMMANDS = {
     "distill": (_add_distill, _distill, "distil a teacher into a student with a smaller vocabulary"),
-    "demo": (_add_demo, _demo, "see it work: teacher, student and table in a few minutes, nothing downloaded"),
+    "demo": (_add_demo, _demo, "see it work: teacher, student and table in about a minute, nothing downloaded"),
     "teacher": (_add_teacher, _teacher, "train a small BERT on a text, to have a teacher"),
     "coverage": (_add_coverage, _coverage, "how two tokenizers align on a text, before any training"),
     "loyalty": (_add_loyalty, _loyalty, "how far students agree with their teacher on a text"),
@@ -245,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     from .errors import VocabdistilError
 
-    _quiet_libraries()
     try:
+        _quiet_libraries()
         args.run(args)
         return 0
     except VocabdistilError as error:

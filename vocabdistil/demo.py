@@ -90,7 +90,7 @@ def demo_text(lines: int = 8000, seed: int = 0) -> list[str]:
 
 
 def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = False) -> DistillResult:
-    """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; a few minutes on two cores, nothing downloaded.
+    """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; about a minute on two cores, nothing downloaded.
 
     Raises:
         VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from . import report
 from ._tokenizers import encode
 from .data import TextSplit, pad, read_text, save_tokenizer, split_text, token_counts, train_wordpiece
-from .errors import VocabdistilError
-from .reference.mlm import mask_tokens, masking_probabilities
+from .errors import VocabdistilError, need, need_run_options
+from .reference.mlm import mask_tokens, masking_probabilities, mlm_loss
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -77,12 +78,10 @@ class TeacherConfig:
         text = self.text
         self.text = [os.fspath(path) for path in ([text] if isinstance(text, (str, os.PathLike)) else text)]
         self.out = os.fspath(self.out)
-        for name in ("vocab_size", "layers", "dim", "heads", "steps", "batch_size", "max_length", "lr"):
-            if not getattr(self, name) > 0:
-                option = name.replace("_", "-")
-                raise VocabdistilError(f"--{option}: expected a number above 0, got {getattr(self, name)}")
-        if self.dim % self.heads:
-            raise VocabdistilError(f"--heads: expected a divisor of --dim ({self.dim}), got {self.heads}")
+        need_run_options(self)
+        for name in ("vocab_size", "layers", "dim", "heads"):
+            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
@@ -134,8 +133,7 @@ def _mlm(
         batch["input_ids"], probabilities, mask_id, attention_mask=batch["attention_mask"], generator=generator
     )
     hidden = model.bert(input_ids=masked.input_ids, attention_mask=batch["attention_mask"]).last_hidden_state
-    chosen = masked.labels != -100
-    return nn.functional.cross_entropy(model.cls(hidden[chosen]), masked.labels[chosen])
+    return mlm_loss(hidden, masked.labels, model.cls)
 
 
 def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
@@ -221,6 +219,8 @@ def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[st
     )
     seconds = fit(trainer, say, last_checkpoint(partial) if config.resume else None, "Training")
     after = held_out_loss()
+    if not math.isfinite(after):
+        raise VocabdistilError("--lr: the training diverged, the held-out loss is not finite; try a smaller one")
     final = partial / "final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()

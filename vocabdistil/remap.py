@@ -213,8 +213,13 @@ class RemapTable:
 
     def __init__(self, indptr: Any, ids: Any, *, student_vocab_size: int, unk_id: int, pad_id: int) -> None:
         indptr, ids = _as_int32(indptr, "indptr"), _as_int32(ids, "ids")
+        for name, value in (("student_vocab_size", student_vocab_size), ("unk_id", unk_id), ("pad_id", pad_id)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        if not 0 < student_vocab_size <= _INT32_MAX:
+            raise ValueError(f"student_vocab_size: expected a number from 1 to {_INT32_MAX}, got {student_vocab_size}")
         index = _native_module().remap_from_csr(
-            indptr.data_ptr(), indptr.numel(), ids.data_ptr(), ids.numel(), int(student_vocab_size)
+            indptr.data_ptr(), indptr.numel(), ids.data_ptr(), ids.numel(), student_vocab_size
         )
         self._setup(index, student_vocab_size, unk_id, pad_id)
 
@@ -378,7 +383,7 @@ class RemapTable:
         threads = thread_count(batch * length)
         ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
         plan = torch.empty(batch, 3, dtype=torch.int64)
-        limit = -1 if max_length is None else max_length
+        limit = -1 if max_length is None else min(max_length, _INT32_MAX)
         bad_row, width, count = _native_module().remap_plan(
             self._index, ids_view, mask_view, batch, length, limit, plan.data_ptr(), threads
         )

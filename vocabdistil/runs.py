@@ -226,7 +226,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -242,6 +242,8 @@ def open_partial(
         VocabdistilError: ``out`` exists and is not to be replaced, or there is an interrupted run that was neither
             to be resumed nor overwritten, or the run to resume is another one.
     """
+    if not out.name:
+        raise VocabdistilError(f"--out: expected the name of a folder, got {out}")
     if out.exists() and not overwrite:
         raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
     if out.exists() and not out.is_dir():
@@ -255,7 +257,7 @@ def open_partial(
             except (OSError, ValueError):
                 raise VocabdistilError(f"--resume: {partial} holds no run to continue") from None
             for name, value in identity.items():
-                before = record["identity"].get(name)
+                before = record.get("identity", {}).get(name)
                 if before != value:
                     option = "--" + name.replace("_", "-")
                     what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"

@@ -152,6 +152,13 @@ def test_overwrite_replaces_the_folder_only_at_the_end(teacher_folder, text_file
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_a_folder_with_the_teacher_or_the_text_is_not_replaced(teacher_folder, text_file):
+    for out in (teacher_folder, teacher_folder.parent, text_file.parent):
+        with pytest.raises(VocabdistilError, match="--out: .* holds .*, which the run reads"):
+            vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
+    assert (teacher_folder / "config.json").exists() and text_file.exists()
+
+
 def test_several_teachers_and_layer_maps(teacher_folder, text_file, tmp_path):
     shape = {"vocab_size": 400, "layers": 4, "dim": 32, "heads": 4, "max_length": 32}
     other = vd.train_teacher(text=text_file, out=tmp_path / "other", steps=5, quiet=True, **shape)

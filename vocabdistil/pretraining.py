@@ -26,6 +26,7 @@ from .runs import (
     SeededTrainer,
     TrainingOrder,
     fit,
+    keep_inputs,
     last_checkpoint,
     mix_seed,
     move_into_place,
@@ -156,6 +157,7 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
+    keep_inputs(Path(config.out), config.text)
     identity = {**config.identity(), "text": split.digest}
     partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
     try:

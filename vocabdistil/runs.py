@@ -26,6 +26,7 @@ __all__ = [
     "SeededTrainer",
     "TrainingOrder",
     "fit",
+    "keep_inputs",
     "last_checkpoint",
     "mix_seed",
     "move_into_place",
@@ -228,6 +229,14 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
+    """Raises if ``out``, which ``--overwrite`` would replace, is or holds a file or folder that the run reads."""
+    for name in inputs:
+        path = Path(name).resolve()
+        if out.resolve() in (path, *path.parents):
+            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
 
 
 def open_partial(

@@ -35,6 +35,7 @@ from .runs import (
     Interrupted,
     TrainingOrder,
     fit,
+    keep_inputs,
     last_checkpoint,
     move_into_place,
     open_partial,
@@ -217,6 +218,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         torch.set_num_threads(config.threads)
     split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
     teachers = [load_teacher(source) for source in config.teacher]
+    keep_inputs(Path(config.out), [*config.teacher, *config.text])
     identity = {**config.identity(), "text": split.digest}
     partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
     try:

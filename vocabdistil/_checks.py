@@ -126,7 +126,7 @@ def check_temperature(temperature: float) -> None:
     _check_real(temperature, "temperature")
     # Beyond these float32 has neither T^2 nor 1 / T. Traceable where the compiler makes the number a symbol.
     if not 1e-18 < temperature < 1e18:
-        raise ValueError(f"temperature: expected a finite number > 0 (1e-18 to 1e18), got {temperature}")
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature} (not from 1e-18 to 1e18)")
 
 
 def check_beta(beta: float) -> None:

@@ -80,14 +80,14 @@ struct Rows {
 inline __device__ int clamp(int position, int64_t rows) {
   return position < 0 ? 0 : position < rows ? position : static_cast<int>(rows);
 }
-inline __device__ Span span(const Spans& spans, int64_t p, int64_t rows) {
-  return {clamp(spans.start[p], rows), clamp(spans.end[p], rows)};
+inline __device__ Span clamp(const Span& s, int64_t rows) { return {clamp(s.start, rows), clamp(s.end, rows)}; }
+inline __device__ Span span(const Spans& spans, int64_t p) { return {spans.start[p], spans.end[p]}; }
+// What pair p writes of a gradient: the gap between the end of the span before (0 for the first) and its span, the span,
+// and for the last pair the tail. So every row is written once, and none twice.
+inline __device__ Rows written_rows(int before, const Span& s, bool last, int64_t rows) {
+  return {clamp(before, rows), last ? rows : s.end};
 }
-// What pair p writes of a gradient: the gap before its span, the span, and for the last pair the tail. So every row is
-// written once, and none twice.
-inline __device__ Rows written_rows(const Spans& spans, int64_t p, int64_t pairs, int64_t rows) {
-  return {p ? clamp(spans.end[p - 1], rows) : 0, p + 1 == pairs ? rows : clamp(spans.end[p], rows)};
-}
+inline __device__ int end_before(const Spans& spans, int64_t p) { return p ? spans.end[p - 1] : 0; }
 template <class A>
 __device__ A share(const Span& s, bool mean) {
   return mean && s.end > s.start ? A{1} / static_cast<A>(s.end - s.start) : A{1};
@@ -133,16 +133,20 @@ inline const char* clear(const LayerTable& x, size_t row_bytes, cudaStream_t str
   return nullptr;
 }
 
-// `threads` per pair: a warp, of which a block holds four, or a block. The grid covers the GPU twice over and loops:
-// enough to even out spans of different length, and little to start where there is nothing to do.
+// `threads` per pair: a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and loops:
+// once for a kernel that asks for its next pair ahead, twice for one that does not, to even out spans of different
+// length.
 template <class Args>
-const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int threads, cudaStream_t stream) {
-  int device = 0, processors = 0;
+const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int threads, int times,
+                   cudaStream_t stream) {
+  int device = 0, processors = 0, resident = 0;
   if (const char* error = text(cudaGetDevice(&device))) return error;
   const auto attribute = cudaDevAttrMultiProcessorCount;
   if (const char* error = text(cudaDeviceGetAttribute(&processors, attribute, device))) return error;
   const int shared = threads == 32 ? 4 : 1;
-  const int64_t most = 2 * int64_t{processors} * (2048 / (threads * shared));
+  const auto occupied = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * shared, 0);
+  if (const char* error = text(occupied)) return error;
+  const int64_t most = int64_t{times} * processors * std::max(resident, 1);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min((pairs + shared - 1) / shared, most)));
   config.blockDim = dim3(threads, shared);

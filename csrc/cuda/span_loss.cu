@@ -21,12 +21,23 @@ struct LossArgs {
   float* loss;                      // [pairs] or null
 };
 
-// The most threads that launch_loss asks for; fewer would raise the registers per thread over 128.
-constexpr int most_threads(int n, bool jsd) { return jsd || n == 1 ? 1024 : 512; }
+// Where pair p lies. Read a pair ahead and clamped only when its turn has come, as that would be waiting for it.
+struct Place {
+  Span student, teacher;
+  int before;
+};
+__device__ Place place(const LossArgs& a, int64_t p) {
+  if (p >= a.pairs) return {};
+  return {span(a.student_spans, p), span(a.teacher_spans, p), end_before(a.student_spans, p)};
+}
+
+// Blocks per multiprocessor that share its registers: as many as fit without spilling them.
+constexpr int resident(int n, int columns, int threads) { return threads > 128 ? 1 : columns > 16 || n == 1 ? 3 : 4; }
 
 // JSD has kernels of its own: its logarithms would cost the others registers.
-template <class T, int N, int K, bool kJsd>
-__global__ void __launch_bounds__(most_threads(N, kJsd), 1) loss_kernel(const __grid_constant__ LossArgs a) {
+template <class T, int N, int K, bool kJsd, int kThreads>
+__global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
+    loss_kernel(const __grid_constant__ LossArgs a) {
   __shared__ float4 parts[2][32];
   float base = a.base;
   if (a.upstream) {
@@ -36,12 +47,16 @@ __global__ void __launch_bounds__(most_threads(N, kJsd), 1) loss_kernel(const __
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
   Group group(parts);
   Pair<T, N, K> pair(a.dim);
+  Place here = place(a, first_pair());
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
-    const Span student = span(a.student_spans, p, a.student.rows), teacher = span(a.teacher_spans, p, a.teacher.rows);
+    const Place next = place(a, p + pair_step());
+    const Span student = clamp(here.student, a.student.rows), teacher = clamp(here.teacher, a.teacher.rows);
     const bool both = student.end > student.start && teacher.end > teacher.start;
+    if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
+    pair.ask_for(a.student, clamp(next.student, a.student.rows));
+    pair.ask_for(a.teacher, clamp(next.teacher, a.teacher.rows));
     float loss = 0;
     if (both) {
-      pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
       if constexpr (kJsd) {
         loss = pair.jsd(group, a.temperature, a.beta);
       } else {
@@ -54,22 +69,24 @@ __global__ void __launch_bounds__(most_threads(N, kJsd), 1) loss_kernel(const __
       }
     }
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
-    if (!a.want_grad) continue;
-    const Rows written = written_rows(a.student_spans, p, a.pairs, a.student.rows);
-    const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
+    if (a.want_grad) {
+      const Rows written = written_rows(here.before, student, p + 1 == a.pairs, a.student.rows);
+      const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
 #pragma unroll 1
-    for (int l = 0; l < a.student.count; ++l) {
-      const float weight = scale * a.student.weight<float>(l);
-      T* out = static_cast<T*>(a.grad[l]);
+      for (int l = 0; l < a.student.count; ++l) {
+        const float weight = scale * a.student.weight<float>(l);
+        T* out = static_cast<T*>(a.grad[l]);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (!pair.inside(k)) continue;
-        Pack<T, N> value;
+        for (int k = 0; k < K; ++k) {
+          if (!pair.inside(k)) continue;
+          Pack<T, N> value;
 #pragma unroll
-        for (int n = 0; n < N; ++n) value.value[n] = store<T>(both ? weight * pair.s[k * N + n] : 0.0f);
-        store_rows(out + pair.column(k), a.dim, student, written, value);
+          for (int n = 0; n < N; ++n) value.value[n] = store<T>(both ? weight * pair.s[k * N + n] : 0.0f);
+          store_rows(out + pair.column(k), a.dim, student, written, value);
+        }
       }
     }
+    here = next;
   }
 }
 
@@ -93,22 +110,26 @@ __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Tot
 // Columns per thread, by reasoning and not yet measured. In half precision the instructions per column, not the bytes,
 // are near the limit of the GPU, so the fixed cost of a warp is spread over as many columns as the registers allow:
 // 16, 24 or 32 of a row of up to 1024 columns, which one warp holds and reduces without a barrier; 32 of a wider one,
-// which takes a block, 4096 columns 4 warps. At 128 registers a thread 16 warps per multiprocessor have 64 KB of loads
-// in flight, more than the 25 KB that latency times bandwidth asks for. JSD, bound by its logarithms, and rows that
-// allow no 16-byte accesses take 16 throughout.
+// which takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds have 48 KB of loads in
+// flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute: so each asks for its
+// next pair's rows ahead. JSD, bound by its logarithms, and rows that allow no 16-byte accesses take 16 throughout.
+template <class T, int N, int K, bool kJsd, int kMostThreads>
+const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
+  constexpr int kColumns = N * K;
+  const int threads = a.dim <= 32 * kColumns ? 32 : round_up((a.dim + kColumns - 1) / kColumns, 32);
+  const auto kernel = threads <= 128 ? loss_kernel<T, N, K, kJsd, 128> : loss_kernel<T, N, K, kJsd, kMostThreads>;
+  return launch(kernel, a, a.pairs, threads, 1, stream);
+}
+
 template <class T>
 const char* launch_loss(const LossArgs& a, bool packed, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(T);
-  const auto go = [&](void (*kernel)(LossArgs), int columns) {
-    const int threads = a.dim <= 32 * columns ? 32 : round_up((a.dim + columns - 1) / columns, 32);
-    return launch(kernel, a, a.pairs, threads, stream);
-  };
   if (a.divergence == Divergence::jsd)
-    return packed ? go(loss_kernel<T, N, 16 / N, true>, 16) : go(loss_kernel<T, 1, 16, true>, 16);
-  if (!packed) return go(loss_kernel<T, 1, 16, false>, 16);
-  if (a.dim <= 512) return go(loss_kernel<T, N, 16 / N, false>, 16);
-  if (a.dim <= 768) return go(loss_kernel<T, N, 24 / N, false>, 24);
-  return go(loss_kernel<T, N, 32 / N, false>, 32);
+    return packed ? launch_loss<T, N, 16 / N, true, 1024>(a, stream) : launch_loss<T, 1, 16, true, 1024>(a, stream);
+  if (!packed) return launch_loss<T, 1, 16, false, 1024>(a, stream);
+  if (a.dim <= 512) return launch_loss<T, N, 16 / N, false, 128>(a, stream);
+  if (a.dim <= 768) return launch_loss<T, N, 24 / N, false, 128>(a, stream);
+  return launch_loss<T, N, 32 / N, false, 512>(a, stream);
 }
 
 }  // namespace
@@ -138,7 +159,7 @@ const char* span_loss(const GpuSpanLossArgs& x) {
     }
   }
   if (error || !x.total) return error;
-  return launch(total_kernel, TotalArgs{x.loss, x.weights, x.pairs, a.base, x.total}, 1, 1024, stream);
+  return launch(total_kernel, TotalArgs{x.loss, x.weights, x.pairs, a.base, x.total}, 1, 1024, 1, stream);
 }
 
 }  // namespace cuda

@@ -18,7 +18,7 @@ template <class T, class Out, int N>
 __global__ void fwd_kernel(const __grid_constant__ FwdArgs a) {
   using A = typename Accumulator<T>::type;
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
-    const Span s = span(a.spans, p, a.x.rows);
+    const Span s = clamp(span(a.spans, p), a.x.rows);
     const A part = share<A>(s, a.mean);
     for (int64_t d = int64_t{threadIdx.x} * N; d < a.dim; d += int64_t{blockDim.x} * N) {
       A sum[N] = {};
@@ -51,8 +51,8 @@ template <class G, class T, int N>
 __global__ void bwd_kernel(const __grid_constant__ BwdArgs a) {
   using A = typename Accumulator<T>::type;
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
-    const Span s = span(a.spans, p, a.out.rows);
-    const Rows written = written_rows(a.spans, p, a.pairs, a.out.rows);
+    const Span s = clamp(span(a.spans, p), a.out.rows);
+    const Rows written = written_rows(end_before(a.spans, p), s, p + 1 == a.pairs, a.out.rows);
     const A part = share<A>(s, a.mean);
     for (int64_t d = int64_t{threadIdx.x} * N; d < a.dim; d += int64_t{blockDim.x} * N) {
       const auto in = *reinterpret_cast<const Pack<G, N>*>(static_cast<const G*>(a.grad) + p * a.grad_stride + d);
@@ -100,8 +100,8 @@ const char* span_mean_fwd(const GpuLayers& x, Spans spans, int64_t pairs, int64_
     using Out = decltype(average);
     constexpr int N = 16 / sizeof(T);
     if (dim % N == 0 && aligned(a.x, sizeof(T)) && aligned(out, dim, sizeof(Out)))
-      return launch(fwd_kernel<T, Out, N>, a, pairs, threads(dim, N), s);
-    return launch(fwd_kernel<T, Out, 1>, a, pairs, threads(dim, 1), s);
+      return launch(fwd_kernel<T, Out, N>, a, pairs, threads(dim, N), 2, s);
+    return launch(fwd_kernel<T, Out, 1>, a, pairs, threads(dim, 1), 2, s);
   });
 }
 
@@ -116,8 +116,8 @@ const char* span_mean_bwd(DType grad_dtype, const void* grad, int64_t grad_strid
     constexpr int N = 16 / sizeof(T);
     if (pairs == 0) return clear(a.out, sizeof(T) * dim, s);
     if (dim % N == 0 && aligned(a.out, sizeof(T)) && aligned(grad, grad_stride, sizeof(G)))
-      return launch(bwd_kernel<G, T, N>, a, pairs, threads(dim, N), s);
-    return launch(bwd_kernel<G, T, 1>, a, pairs, threads(dim, 1), s);
+      return launch(bwd_kernel<G, T, N>, a, pairs, threads(dim, N), 2, s);
+    return launch(bwd_kernel<G, T, 1>, a, pairs, threads(dim, 1), 2, s);
   });
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no CUDA device")
     names = [ALIASES.get(name, name) for name in args.names]
-    path, measured, bad = args.out or report.default_path(device), 0, False
+    path, measured, bad, swept = args.out or report.default_path(device), 0, False, False
     for name in OPERATIONS if "all" in names else dict.fromkeys(names):
         operation = importlib.import_module(f"benchmarks.{name}")
         for case in operation.cases(device):
@@ -85,12 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not rows:
                 continue
             measured += len(rows)
+            swept |= case.name.startswith("sweep-")
             report.print_rows(rows)
             report.append_rows(path, rows)
             bad |= any(map(report.failed, rows))
     if not measured:
         parser.error("no case and provider of that name for this device")
     print(f"{measured} rows added to {path}")
+    if swept and importlib.util.find_spec("matplotlib"):
+        report.picture(path, path.with_suffix(".png"))
+        print(f"drawn: {path.with_suffix('.png')}")
     return int(bad)
 
 

@@ -183,10 +183,16 @@ def judge(got: Sequence[Tensor | None], want: Sequence[Tensor], slack: float = 0
     return ""
 
 
+def worst_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
+    """The largest relative error of floating-point tensors, or the empty string where there are none."""
+    both = [(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point()]
+    return f"{max(relative_error(g, w) for g, w in both):.2g}" if both else ""
+
+
 def _prepare(
     problem: Problem, provider: Provider, mode: str, want: Sequence[Tensor], slack: float
-) -> tuple[Callable[[], Any], str]:
-    """What the clock runs, and what the gate says about it."""
+) -> tuple[Callable[[], Any], str, str]:
+    """What the clock runs, what the gate says about it, and how far from float64 it is."""
     run: Callable[[], Any] = functools.partial(step, problem, provider, mode)
     backward = mode in ("fwd+bwd", "graph")
     try:
@@ -196,13 +202,15 @@ def _prepare(
             run, grads = _capture(problem, provider)
         value = run()
         if provider.outputs is None:
-            return run, ""
+            return run, "", ""
         got: list[Tensor | None] = list(provider.outputs(value))
         if backward:
             got += grads if grads is not None else [leaf.grad for leaf in problem.leaves]
-        return run, judge(got, want if backward else want[: len(want) - len(problem.leaves)], slack)
+        want = want if backward else want[: len(want) - len(problem.leaves)]
+        wrong = judge(got, want, slack)
+        return run, wrong, "" if wrong else worst_error(got, want)
     except Exception as error:  # a rival may fail in any way: the row tells, and the others go on
-        return run, f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        return run, f"{type(error).__name__}: {error}".strip().splitlines()[0][:200], ""
     finally:
         _clear(problem)
 
@@ -325,8 +333,8 @@ def run_case(
             slack = 0.0 if name.startswith("ours") else ALLOWED.get(case.dtype, 0.0)
             prepared[name] = _prepare(problem, provider, mode, want, slack)
         del want
-        errors = {name: error for name, (_, error) in prepared.items() if error}
-        runs = {name: run for name, (run, _) in prepared.items() if name not in errors}
+        errors = {name: error for name, (_, error, _) in prepared.items() if error}
+        runs = {name: run for name, (run, *_) in prepared.items() if name not in errors}
         for _ in range(retries + 1):
             busy = cpu_seconds()
             bandwidth = copy_bandwidth(device)
@@ -344,6 +352,7 @@ def run_case(
             row["error"] = f"{UNAVAILABLE} {missing[name]}" if name in missing else errors.get(name, "")
             if name in times:
                 p50 = times[name][1]
+                row["float64_error"] = prepared[name][2]
                 row |= {f"p{p}_ms": f"{t:.4g}" for p, t in zip((20, 50, 80), times[name], strict=True)}
                 row["gb_s"] = f"{nbytes / p50 / 1e6:.4g}"
                 row["copy_fraction"] = f"{nbytes / p50 / 1e6 / bandwidth:.3g}"

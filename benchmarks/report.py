@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "operation", "provider", "case", "mode", "dtype", "threads", "p20_ms", "p50_ms", "p80_ms", "bytes",
     "gb_s", "copy_fraction", "speedup_vs_reference", "speedup_vs_compile", "tokens_per_s", "launches",
-    "peak_mb", "others", "error", "device", "name", "driver", "python", "torch", "triton", "commit", "date",
+    "peak_mb", "others", "float64_error", "error", "device", "name", "driver", "python", "torch", "triton", "commit",
+    "date",
 )  # fmt: skip
 # Share of the CPUs that other processes may take before a figure counts as disturbed.
 QUIET = 0.1
@@ -128,14 +129,16 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Console | None = None) -
         "provider": "provider", "mode": "mode", "p20_ms": "p20 ms", "p50_ms": "p50 ms", "p80_ms": "p80 ms",
         "gb_s": "GB/s", "copy_fraction": "of copy", "speedup_vs_reference": "x reference",
         "speedup_vs_compile": "x compile", "tokens_per_s": "tokens/s", "launches": "launches",
-        "peak_mb": "peak MB", "others": "others", "error": "error",
+        "peak_mb": "peak MB", "others": "others", "float64_error": "from float64", "error": "error",
     }  # fmt: skip
     shown = {key: title for key, title in shown.items() if any(row[key] != "" for row in rows)}
     for key, title in shown.items():
         table.add_column(title, justify="left" if key in ("provider", "mode", "error") else "right")
     for row in rows:
         table.add_row(*(str(row[key]) for key in shown))
-    (console or Console()).print(table)
+    # Where nobody has set a width (a pipe, a log) a table of 80 columns would be cut.
+    console = console or Console()
+    console.print(table, width=None if console.is_terminal else 160)
 
 
 # operation, case, mode: the rows of the README.
@@ -226,7 +229,8 @@ def figures(paths: Sequence[Path]) -> str:
 
 
 def picture(path: Path, out: Path, mode: str = "fwd+bwd") -> None:
-    """Draws time against pairs (hidden 768) and against hidden size (1000 pairs), from ``sweep-P-D`` cases.
+    """Draws time against pairs (hidden size 768) and against hidden size (the number of pairs with the most of them),
+    from ``sweep-P-D`` cases.
 
     Raises:
         ValueError: the file holds no sweep.
@@ -236,37 +240,43 @@ def picture(path: Path, out: Path, mode: str = "fwd+bwd") -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points: dict[tuple[str, str], dict[int, float]] = {}
-    busy = False
+    points: dict[tuple[int, int], dict[str, float]] = {}
+    busy, about = False, ""
     for (_, case, row_mode, _), run in latest(read_rows(path)).items():
         match = re.fullmatch(r"sweep-(\d+)-(\d+)", case)
         if not match or row_mode != mode:
             continue
-        pairs, hidden = int(match[1]), int(match[2])
         busy |= any(map(disturbed, run.values()))
+        about = next(iter(run.values()))["name"]
         times = {name: float(row["p50_ms"]) for name, row in run.items() if row["p50_ms"]}
         for row in run.values():
             if row["gb_s"] and float(row["copy_fraction"]):
                 times["bytes floor"] = float(row["p50_ms"]) * float(row["copy_fraction"])
-        for name, time in times.items():
-            if hidden == 768:
-                points.setdefault(("pairs", name), {})[pairs] = time
-            if pairs == 1000:
-                points.setdefault(("hidden", name), {})[hidden] = time
+        points[int(match[1]), int(match[2])] = times
     if not points:
         raise ValueError(f"{path}: expected rows of sweep-P-D cases in mode {mode}, found none")
+    counts = [pairs for pairs, _ in points]
+    count = max(set(counts), key=lambda n: (counts.count(n), n == 1000))
+    panels = {
+        "span pairs (hidden 768)": {pairs: t for (pairs, hidden), t in points.items() if hidden == 768},
+        f"hidden size ({count} pairs)": {hidden: t for (pairs, hidden), t in points.items() if pairs == count},
+    }
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    titles = {"pairs": "span pairs (hidden 768)", "hidden": "hidden size (1000 pairs)"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for (_, name), line in sorted(item for item in points.items() if item[0][0] == kind):
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        for name in sorted({name for times in panel.values() for name in times}):
             style = {"color": "black", "linestyle": "--"} if name == "bytes floor" else {"marker": "o"}
-            axis.plot(*zip(*sorted(line.items()), strict=True), label=name, **style)
+            line = sorted((x, times[name]) for x, times in panel.items() if name in times)
+            axis.plot(*zip(*line, strict=True), label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel=title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"ms, {mode}")
     axes[0].legend()
-    if busy:
-        figure.suptitle("Some points are disturbed by other processes")
+    figure.suptitle(about + (": some points are disturbed by other processes" if busy else ""))
     figure.tight_layout()
-    figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+    partial = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+        pyplot.close(figure)

@@ -16,6 +16,8 @@ from .harness import Case, Problem, Provider, compiled, own_providers, random_pa
 OPERATION = "span_loss"
 PAIRS = (1, 10, 100, 1000, 10000)
 HIDDEN = (1, 8, 64, 264, 768, 1024, 4096)
+# On a GPU two lines through the sizes that fill it, not the whole grid: each case is compiled anew.
+GPU_SWEEP = (*((n, 768) for n in (100, 1000, 10000, 100000)), *((10000, d) for d in (64, 264, 1024, 2048, 4096, 8192)))
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -169,6 +171,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _case(32, 256, 768, half, 264)
         yield _case(32, 256, 768, single, 264)
         yield _case(32, 256, 768, half, layers=(3, 12))
+        yield from (_sweep(pairs, hidden) for pairs, hidden in GPU_SWEEP)
         return
     yield _case(8, 256, 768, suffix=False)
     yield _case(8, 256, 768, d_s=264, suffix=False)

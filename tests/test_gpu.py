@@ -62,6 +62,24 @@ def test_layers_and_learned_weights(dim, dtype, backend):
             assert_norm_close(value, want[name], dtype if name.startswith("d") else torch.float32, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=str)
+def test_projection(weight_dtype, dtype, backend):
+    student, _, pairs = inputs(264, dtype, count=3000)
+    teacher = torch.randn(pairs.teacher_tokens, 768, device="cuda").to(dtype)
+    weight, bias = torch.randn(768, 264, device="cuda") / 16, torch.randn(768, device="cuda")
+    options = {"weight": weight.to(weight_dtype or dtype), "bias": bias.to(weight_dtype or dtype)}
+    before = torch.get_float32_matmul_precision()
+    got = run(vd, [student], [teacher], pairs, backend=backend, **options)
+    assert torch.get_float32_matmul_precision() == before
+    wide = {name: value.double() for name, value in options.items()}
+    want = run(vd.reference, [student.double()], [teacher.double()], pairs, **wide)
+    for name, value in got.items():
+        # The products of half-precision rows have TF32's 11 bits, like float16.
+        exact = torch.float16 if dtype != torch.float32 and value.dtype == torch.float32 else value.dtype
+        assert_norm_close(value, want[name], exact, name, 2)
+
+
 def test_the_same_bits_every_time_and_on_another_stream(backend):
     student, teacher, pairs = inputs(768, torch.bfloat16, count=20000)
     first = run(vd, [student], [teacher], pairs, backend=backend)
@@ -115,6 +133,9 @@ def test_the_host_never_waits(reduction, upstream, backend):
         )
         projected = vd.span_loss(student, teacher, pairs, weight=weight.requires_grad_(), backend=backend)
         (loss.sum() * upstream + projected).backward()
+
+        mean = vd.span_mean(student, pairs.student_start, pairs.student_end, backend=backend)
+        mean.sum().backward()
 
     step()
     torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vocabdistil.spans import SpanPairs, check_spans
+from vocabdistil.spans import SpanPairs, check_spans, known_end, mark_checked
 
 __all__ = [
     "DIVERGENCES",
@@ -358,10 +358,9 @@ def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torc
         raise ValueError(f"end: expected as many positions as start ({start.numel()}), got {end.numel()}")
     if torch.compiler.is_compiling() or device.type == "meta":
         return
-    seen = (id(end), start._version, end._version)
-    known = getattr(start, "_vocabdistil_checked", None)
-    if known is None or known[0] != seen:
-        known = (seen, check_spans(start, end))
-        start._vocabdistil_checked = known  # type: ignore[attr-defined]
-    if known[1] > num_tokens:
-        raise ValueError(f"end: expected positions up to {num_tokens}, got {known[1]}")
+    tokens = known_end(start, end)
+    if tokens is None:
+        tokens = check_spans(start, end)
+        mark_checked(start, end, tokens)
+    if tokens > num_tokens:
+        raise ValueError(f"end: expected positions up to {num_tokens}, got {tokens}")

@@ -59,6 +59,18 @@ def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
     return int(end[-1])
 
 
+def known_end(start: Tensor, end: Tensor) -> int | None:
+    """The positions that these spans need, if they were found right before and have not been written to since."""
+    known = getattr(start, "_vocabdistil_checked", None)
+    return known[1] if known is not None and known[0] == (id(end), start._version, end._version) else None
+
+
+def mark_checked(start: Tensor, end: Tensor, tokens: int) -> None:
+    """Notes on the vectors that their spans are right and need ``tokens`` positions: looking again would cost a
+    synchronisation."""
+    start._vocabdistil_checked = ((id(end), start._version, end._version), tokens)  # type: ignore[attr-defined]
+
+
 class SpanPairs:
     """Pairs of aligned spans over flattened positions ``b * L + i``, half-open.
 
@@ -106,6 +118,7 @@ class SpanPairs:
         self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher_")
         both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
         self.num_nonempty = int(both.sum())
+        self._mark()
 
     @classmethod
     def _trusted(
@@ -124,7 +137,14 @@ class SpanPairs:
         self.teacher_start, self.teacher_end = teacher_start, teacher_end
         self.num_nonempty = num_nonempty
         self.student_tokens, self.teacher_tokens = student_tokens, teacher_tokens
+        self._mark()
         return self
+
+    def _mark(self) -> None:
+        """So that :func:`span_mean` need not look at these vectors again."""
+        if not torch.compiler.is_compiling():
+            mark_checked(self.student_start, self.student_end, self.student_tokens)
+            mark_checked(self.teacher_start, self.teacher_end, self.teacher_tokens)
 
     def __len__(self) -> int:
         return self.student_start.numel()

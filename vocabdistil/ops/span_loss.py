@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as checks
@@ -15,6 +14,7 @@ from .._dispatch import implementation, resolve
 from ..reference.span_loss import span_loss as reference_span_loss
 from ..spans import SpanPairs
 from ._library import define
+from ._projection import project
 from .span_mean import native_rows, pooled_rows
 
 
@@ -256,8 +256,7 @@ def span_loss(
     if weight is not None or bias is not None or learns_student:
         rows = pooled_rows(students, spans[0], spans[1], student_coef, mean, True, choice).to(dtype)
         if weight is not None:
-            with torch.autocast(device.type, enabled=False):
-                rows = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            rows = project(rows, weight, bias, students[0].dtype in _HALF)
         students, student_coef = [rows], None
         spans[:2] = _row_spans(spans[0], spans[1])
     if learns_teacher:

@@ -1,0 +1,72 @@
+"""The projection of averaged rows: float32 in and out, on a GPU as precise as half-precision hidden states can use.
+
+A product of float32 matrices runs at a tenth of a GPU's speed unless TF32 is allowed, which keeps 11 significant bits
+of each factor. Rows averaged from float16 (11 bits) or bfloat16 (8) lose nothing that their gradient could show. So
+those products use TF32 whatever the setting of the process; those of float32 hidden states follow that setting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import define
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Allows TF32 for a while. The older setting cannot be read while the newer one says something else."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "tf32" if name == "fp32_precision" else True)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def _impl(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    with _tf32(), torch.autocast(a.device.type, enabled=False):
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def _fake(a, b, bias):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+_op = define("tf32_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", _impl, _fake)
+
+
+class _Tf32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        ctx.save_for_backward(rows, weight)
+        return _op(rows, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _op(grad, weight, None) if needs_rows else None,
+            _op(grad.t(), rows, None) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def project(rows: Tensor, weight: Tensor, bias: Tensor | None, half: bool) -> Tensor:
+    """``rows [P, D_s] weight^T + bias``, ``[P, D_t]`` in the dtype of the rows, differentiable in all three.
+
+    Args:
+        half: the rows are averages of half-precision rows.
+    """
+    weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+    if half and rows.device.type == "cuda":
+        return _Tf32Linear.apply(rows, weight, bias)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, weight, bias)

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,9 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Console | None = None) -
     for row in rows:
         table.add_row(*(str(row[key]) for key in shown))
     # Where nobody has set a width (a pipe, a log) a table of 80 columns would be cut.
-    console = console or Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    if console is None:
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
 
 
 # operation, case, mode: the rows of the README.

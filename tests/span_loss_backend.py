@@ -99,10 +99,20 @@ def test_layer_lists(divergence, learned, backend, device):
     compare(backend, device, students, teachers, pairs, divergence=divergence, beta=0.2, **options)
 
 
-def test_projection(backend, device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [53, 56, 1032])
+def test_projection(dim, dtype, backend, device):
     pairs, n_s, n_t = make_pairs(8, seed=5, gaps=True, empty=True)
-    options = {"temperature": 2.0, "weight": rows(56, 24, 3) / 5, "bias": rows(1, 56, 4)[0]}
-    compare(backend, device, [rows(n_s, 24, 1)], [rows(n_t, 56, 2)], pairs, **options)
+    options = {"temperature": 2.0, "weight": rows(dim, 24, 3) / 5, "bias": rows(1, dim, 4)[0]}
+    compare(backend, device, [rows(n_s, 24, 1, dtype)], [rows(n_t, dim, 2, dtype)], pairs, **options)
+
+
+@pytest.mark.parametrize("learned", ["student", "teacher"])
+def test_learned_layer_weights_of_half_precision(learned, backend, device):
+    pairs, n_s, n_t = make_pairs(6, seed=6, gaps=True)
+    students, teachers = ([rows(n, 33, i, torch.bfloat16) for i in range(2)] for n in (n_s, n_t))
+    options = {f"{learned}_layer_weights": torch.tensor([0.3, 1])}
+    compare(backend, device, students, teachers, pairs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

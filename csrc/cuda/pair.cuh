@@ -74,10 +74,10 @@ class Group {
   int turn_ = 0;
 };
 
-// A thread's share of a pair: K packs of N columns of both averaged rows. A warp's columns are consecutive, and a
+// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both averages. A warp's columns are consecutive, and a
 // thread's packs 32 N columns apart: a constant, so one address serves them all.
 // Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`.
-template <class T, int N, int K>
+template <class S, class T, int N, int K>
 struct Pair {
   static constexpr int kSize = N * K;
   float s[kSize], t[kSize];
@@ -88,25 +88,28 @@ struct Pair {
   __device__ int column(int k) const { return column_ + k * 32 * N; }
   __device__ bool inside(int k) const { return column(k) < dim_; }  // of a whole pack: N divides dim
 
-  __device__ void fetch(Pack<T, N> (&raw)[K], const T* row) const {
+  template <class E>
+  __device__ void fetch(Pack<E, N> (&raw)[K], const LayerTable& layers, int layer, int position) const {
+    const char* row = layers.address<E>(layer, position);
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      raw[k] = inside(k) ? *reinterpret_cast<const Pack<T, N>*>(row + column_ + k * 32 * N) : Pack<T, N>{};
+    for (int k = 0; k < K; ++k) raw[k] = inside(k) ? read<E, N>(row, layers.dtype, column(k)) : Pack<E, N>{};
   }
-  static __device__ void add(float (&x)[kSize], const Pack<T, N> (&raw)[K], float weight) {
+  template <class E>
+  static __device__ void add(float (&x)[kSize], const Pack<E, N> (&raw)[K], float weight) {
 #pragma unroll
     for (int e = 0; e < kSize; ++e) x[e] = fmaf(weight, load<float>(raw[e / N].value[e % N]), x[e]);
   }
   // All rows of a span in all layers, but for the first: that one was fetched before.
+  template <class E>
   __device__ void add_rest(float (&x)[kSize], const LayerTable& layers, const Span& span, float part) const {
 #pragma unroll 1  // registers are dearer here than loads in flight
     for (int l = 0; l < layers.count; ++l) {
       const float weight = part * layers.weight<float>(l);
 #pragma unroll 1
       for (int i = span.start + (l == 0); i < span.end; ++i) {
-        Pack<T, N> raw[K];
-        fetch(raw, layers.row<const T>(l, i));
-        add(x, raw, weight);
+        Pack<E, N> raw[K];
+        fetch<E>(raw, layers, l, i);
+        add<E>(x, raw, weight);
       }
     }
   }
@@ -115,27 +118,29 @@ struct Pair {
   // ones, are in flight together.
   __device__ void average(const LayerTable& student, const Span& student_span, const LayerTable& teacher,
                           const Span& teacher_span, bool mean, float outside) {
-    Pack<T, N> first_s[K], first_t[K];
-    fetch(first_s, student.row<const T>(0, student_span.start));
-    fetch(first_t, teacher.row<const T>(0, teacher_span.start));
+    Pack<S, N> first_s[K];
+    Pack<T, N> first_t[K];
+    fetch<S>(first_s, student, 0, student_span.start);
+    fetch<T>(first_t, teacher, 0, teacher_span.start);
     const float part_s = share<float>(student_span, mean), part_t = share<float>(teacher_span, mean);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] = t[e] = inside(e / N) ? 0 : outside;
-    add(s, first_s, part_s * student.weight<float>(0));
-    add(t, first_t, part_t * teacher.weight<float>(0));
-    add_rest(s, student, student_span, part_s);
-    add_rest(t, teacher, teacher_span, part_t);
+    add<S>(s, first_s, part_s * student.weight<float>(0));
+    add<T>(t, first_t, part_t * teacher.weight<float>(0));
+    add_rest<S>(s, student, student_span, part_s);
+    add_rest<T>(t, teacher, teacher_span, part_t);
   }
 
   // Asks for a span's rows in all layers, to lie in the L2 cache when their turn comes: 128 bytes a thread, and no
   // register for what is under way.
+  template <class E>
   __device__ void ask_for(const LayerTable& layers, const Span& span) const {
-    constexpr int kLine = 128 / sizeof(T);
+    const int bytes = dim_ * static_cast<int>(layers.item<E>());
 #pragma unroll 1
     for (int l = 0; l < layers.count; ++l)
 #pragma unroll 1
       for (int i = span.start; i < span.end; ++i)
-        for (int d = threadIdx.x * kLine; d < dim_; d += blockDim.x * kLine) prefetch(layers.row<const T>(l, i) + d);
+        for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.address<E>(l, i) + d);
   }
 
   // s and t become base-2 exponents: (x - max x) / (T ln 2).

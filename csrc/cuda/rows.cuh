@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../ops.h"
 
@@ -53,17 +54,68 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T value[N];
 };
 
+// An element whose type, float or a half type, is known at run time only: it is held as a float.
+struct AnyFloat {
+  float value;
+};
+template <>
+__device__ float load<float>(AnyFloat x) {
+  return x.value;
+}
+template <>
+__device__ AnyFloat store<AnyFloat>(float x) {
+  return {x};
+}
+
+template <class T, int N>
+__device__ Pack<T, N> read(const void* row, DType, int64_t column) {
+  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(row) + column);
+}
+template <>
+__device__ Pack<AnyFloat, 1> read<AnyFloat, 1>(const void* row, DType dtype, int64_t column) {
+  switch (dtype) {
+    case DType::bf16: return {load<float>(static_cast<const __nv_bfloat16*>(row)[column])};
+    case DType::f16: return {load<float>(static_cast<const __half*>(row)[column])};
+    default: return {static_cast<const float*>(row)[column]};
+  }
+}
+template <class T, int N>
+__device__ void write(void* row, DType, int64_t column, const Pack<T, N>& value) {
+  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(row) + column) = value;
+}
+template <>
+__device__ void write<AnyFloat, 1>(void* row, DType dtype, int64_t column, const Pack<AnyFloat, 1>& value) {
+  const float x = value.value[0].value;
+  switch (dtype) {
+    case DType::bf16: static_cast<__nv_bfloat16*>(row)[column] = store<__nv_bfloat16>(x); break;
+    case DType::f16: static_cast<__half*>(row)[column] = store<__half>(x); break;
+    default: static_cast<float*>(row)[column] = x;
+  }
+}
+inline __host__ __device__ int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 // A kernel argument: the addresses travel with the launch, so nothing is copied from the host beforehand.
 struct LayerTable {
   void* data[kMaxLayers];
   int64_t stride[kMaxLayers];
   int64_t rows;
   int count;
+  DType dtype;
   const double* coef;
 
   template <class T>
   __device__ T* row(int layer, int64_t position) const {
     return static_cast<T*>(data[layer]) + position * stride[layer];
+  }
+  template <class T>
+  __device__ int64_t item() const {
+    return std::is_same<T, AnyFloat>::value ? size_of(dtype) : static_cast<int64_t>(sizeof(T));
+  }
+  template <class T>
+  __device__ const char* address(int layer, int64_t position) const {
+    return static_cast<const char*>(data[layer]) + position * stride[layer] * item<T>();
   }
   template <class A>
   __device__ A weight(int layer) const {
@@ -95,19 +147,21 @@ __device__ A share(const Span& s, bool mean) {
 
 // One column pack of a gradient: the value on the rows of the span, 0 on the others of `written`.
 template <class T, int N>
-__device__ void store_rows(T* out, int64_t stride, const Span& s, const Rows& written, const Pack<T, N>& value) {
+__device__ void store_rows(void* out, DType dtype, int64_t stride, int64_t column, const Span& s, const Rows& written,
+                           const Pack<T, N>& value) {
   Pack<T, N> zero;
 #pragma unroll
   for (int n = 0; n < N; ++n) zero.value[n] = store<T>(0.0f);
 #pragma unroll 1  // one to three rows as a rule
   for (int64_t i = written.start; i < written.end; ++i)
-    *reinterpret_cast<Pack<T, N>*>(out + i * stride) = i >= s.start && i < s.end ? value : zero;
+    write<T, N>(out, dtype, i * stride + column, i >= s.start && i < s.end ? value : zero);
 }
 
 inline LayerTable table(const GpuLayers& x) {
   LayerTable t{};
   t.rows = x.rows;
   t.count = static_cast<int>(x.count);
+  t.dtype = x.dtype;
   t.coef = x.coef;
   for (int l = 0; l < t.count; ++l) {
     t.data[l] = x.data[l];

@@ -9,7 +9,7 @@ namespace {
 
 struct LossArgs {
   LayerTable student, teacher;
-  void* grad[kMaxLayers];  // contiguous [student.rows, dim] each
+  void* grad[kMaxLayers];  // contiguous [student.rows, dim] each, in the student's dtype
   bool want_grad;
   Spans student_spans, teacher_spans;
   int64_t pairs;
@@ -35,7 +35,7 @@ __device__ Place place(const LossArgs& a, int64_t p) {
 constexpr int resident(int n, int columns, int threads) { return threads > 128 ? 1 : columns > 16 || n == 1 ? 3 : 4; }
 
 // JSD has kernels of its own: its logarithms would cost the others registers.
-template <class T, int N, int K, bool kJsd, int kThreads>
+template <class S, class T, int N, int K, bool kJsd, int kThreads>
 __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
     loss_kernel(const __grid_constant__ LossArgs a) {
   __shared__ float4 parts[2][32];
@@ -46,15 +46,15 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
   }
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
   Group group(parts);
-  Pair<T, N, K> pair(a.dim);
+  Pair<S, T, N, K> pair(a.dim);
   Place here = place(a, first_pair());
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
     const Place next = place(a, p + pair_step());
     const Span student = clamp(here.student, a.student.rows), teacher = clamp(here.teacher, a.teacher.rows);
     const bool both = student.end > student.start && teacher.end > teacher.start;
     if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
-    pair.ask_for(a.student, clamp(next.student, a.student.rows));
-    pair.ask_for(a.teacher, clamp(next.teacher, a.teacher.rows));
+    pair.template ask_for<S>(a.student, clamp(next.student, a.student.rows));
+    pair.template ask_for<T>(a.teacher, clamp(next.teacher, a.teacher.rows));
     float loss = 0;
     if (both) {
       if constexpr (kJsd) {
@@ -75,14 +75,13 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
 #pragma unroll 1
       for (int l = 0; l < a.student.count; ++l) {
         const float weight = scale * a.student.weight<float>(l);
-        T* out = static_cast<T*>(a.grad[l]);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           if (!pair.inside(k)) continue;
-          Pack<T, N> value;
+          Pack<S, N> value;
 #pragma unroll
-          for (int n = 0; n < N; ++n) value.value[n] = store<T>(both ? weight * pair.s[k * N + n] : 0.0f);
-          store_rows(out + pair.column(k), a.dim, student, written, value);
+          for (int n = 0; n < N; ++n) value.value[n] = store<S>(both ? weight * pair.s[k * N + n] : 0.0f);
+          store_rows(a.grad[l], a.student.dtype, a.dim, pair.column(k), student, written, value);
         }
       }
     }
@@ -113,37 +112,51 @@ __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Tot
 // which takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds have 48 KB of loads in
 // flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute: so each asks for its
 // next pair's rows ahead. JSD, bound by its logarithms, and rows that allow no 16-byte accesses take 16 throughout.
-template <class T, int N, int K, bool kJsd, int kMostThreads>
+template <class S, class T, int N, int K, bool kJsd, int kMostThreads>
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
   constexpr int kColumns = N * K;
   const int threads = a.dim <= 32 * kColumns ? 32 : round_up((a.dim + kColumns - 1) / kColumns, 32);
-  const auto kernel = threads <= 128 ? loss_kernel<T, N, K, kJsd, 128> : loss_kernel<T, N, K, kJsd, kMostThreads>;
+  const auto kernel = threads <= 128 ? loss_kernel<S, T, N, K, kJsd, 128> : loss_kernel<S, T, N, K, kJsd, kMostThreads>;
   return launch(kernel, a, a.pairs, threads, 1, stream);
 }
 
-template <class T>
+template <class S, class T>
+const char* launch_packed(const LossArgs& a, cudaStream_t stream) {
+  constexpr int N = 16 / sizeof(S);
+  if (a.divergence == Divergence::jsd) return launch_loss<S, T, N, 16 / N, true, 1024>(a, stream);
+  if (a.dim <= 512) return launch_loss<S, T, N, 16 / N, false, 128>(a, stream);
+  if (a.dim <= 768) return launch_loss<S, T, N, 24 / N, false, 128>(a, stream);
+  return launch_loss<S, T, N, 32 / N, false, 512>(a, stream);
+}
+
+// Projected rows are float next to a teacher in half precision; what else there is goes column by column.
 const char* launch_loss(const LossArgs& a, bool packed, cudaStream_t stream) {
-  constexpr int N = 16 / sizeof(T);
-  if (a.divergence == Divergence::jsd)
-    return packed ? launch_loss<T, N, 16 / N, true, 1024>(a, stream) : launch_loss<T, 1, 16, true, 1024>(a, stream);
-  if (!packed) return launch_loss<T, 1, 16, false, 1024>(a, stream);
-  if (a.dim <= 512) return launch_loss<T, N, 16 / N, false, 128>(a, stream);
-  if (a.dim <= 768) return launch_loss<T, N, 24 / N, false, 128>(a, stream);
-  return launch_loss<T, N, 32 / N, false, 512>(a, stream);
+  const DType s = a.student.dtype, t = a.teacher.dtype;
+  if (packed && s == DType::f32) {
+    if (t == DType::f32) return launch_packed<float, float>(a, stream);
+    if (t == DType::bf16) return launch_packed<float, __nv_bfloat16>(a, stream);
+    return launch_packed<float, __half>(a, stream);
+  }
+  if (packed && s == t)
+    return s == DType::bf16 ? launch_packed<__nv_bfloat16, __nv_bfloat16>(a, stream)
+                            : launch_packed<__half, __half>(a, stream);
+  if (a.divergence == Divergence::jsd) return launch_loss<AnyFloat, AnyFloat, 1, 16, true, 1024>(a, stream);
+  return launch_loss<AnyFloat, AnyFloat, 1, 16, false, 1024>(a, stream);
 }
 
 }  // namespace
 
 const char* span_loss(const GpuSpanLossArgs& x) {
   const auto stream = static_cast<cudaStream_t>(x.stream);
-  const size_t size = x.student.dtype == DType::f32 ? 4 : 2;
-  if (x.student.dtype != x.teacher.dtype || x.student.dtype == DType::f64)
-    return "span_loss: expected one dtype on both sides, float32, bfloat16 or float16";
+  const int64_t size = size_of(x.student.dtype), wide = 16 / size;
+  if (x.student.dtype == DType::f64 || x.teacher.dtype == DType::f64)
+    return "span_loss: expected float32, bfloat16 or float16";
   if (x.dim > 16384) return "span_loss: expected a hidden size of at most 16384";
   LossArgs a{table(x.student), table(x.teacher), {}, x.grads > 0, x.student_spans, x.teacher_spans, x.pairs,
              static_cast<int>(x.dim), x.divergence, x.mean, static_cast<float>(x.temperature),
              static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.loss};
-  bool packed = x.dim % (16 / size) == 0 && aligned(a.student, size) && aligned(a.teacher, size);
+  // Of the teacher as many columns are read at once as of the student: 8 bytes where it alone is in half precision.
+  bool packed = x.dim % wide == 0 && aligned(a.student, size) && aligned(a.teacher, size_of(x.teacher.dtype));
   for (int64_t l = 0; l < x.grads; ++l) {
     a.grad[l] = x.grad[l];
     packed = packed && aligned(x.grad[l], x.dim, size);
@@ -151,13 +164,7 @@ const char* span_loss(const GpuSpanLossArgs& x) {
       if (const char* error = text(cudaMemsetAsync(x.grad[l], 0, x.student.rows * x.dim * size, stream))) return error;
   }
   const char* error = nullptr;
-  if (x.pairs > 0) {
-    switch (x.student.dtype) {
-      case DType::f32: error = launch_loss<float>(a, packed, stream); break;
-      case DType::bf16: error = launch_loss<__nv_bfloat16>(a, packed, stream); break;
-      default: error = launch_loss<__half>(a, packed, stream);
-    }
-  }
+  if (x.pairs > 0) error = launch_loss(a, packed, stream);
   if (error || !x.total) return error;
   return launch(total_kernel, TotalArgs{x.loss, x.weights, x.pairs, a.base, x.total}, 1, 1024, 1, stream);
 }

@@ -61,7 +61,7 @@ __global__ void bwd_kernel(const __grid_constant__ BwdArgs a) {
         Pack<T, N> value;
 #pragma unroll
         for (int n = 0; n < N; ++n) value.value[n] = store<T>(weight * load<A>(in.value[n]));
-        store_rows(a.out.row<T>(l, 0) + d, a.dim, s, written, value);
+        store_rows(a.out.row<T>(l, 0), a.out.dtype, a.dim, d, s, written, value);
       }
     }
   }

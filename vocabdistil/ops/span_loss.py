@@ -241,8 +241,6 @@ def span_loss(
             student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
         )  # fmt: skip
     students, teachers = [native_rows(x) for x in students], [native_rows(x) for x in teachers]
-    if choice == "cuda" and students[0].dtype != teachers[0].dtype:  # under autocast only
-        students, teachers = [x.float() for x in students], [x.float() for x in teachers]
     mean = pooling == "mean"
     grad = torch.is_grad_enabled()
     student_coef = _normalised(student_layer_weights, students[0])
@@ -275,7 +273,7 @@ def span_loss(
 def _row_spans(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """One averaged row per pair: spans [p, p + 1), empty where the span that was averaged is."""
     rows = torch.arange(start.shape[0], dtype=torch.int32, device=start.device)
-    return rows, rows + (end > start).to(torch.int32)
+    return rows, rows + (end > start)
 
 
 def span_kl(

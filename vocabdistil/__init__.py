@@ -12,6 +12,8 @@ from .spans import SpanPairs
 from .vocab import MatchedVocab
 
 if TYPE_CHECKING:
+    from .cache import AlignedDataset, cache_aligned
+    from .collator import AlignmentBatch, AlignmentCollator
     from .data import DistillCollator
     from .pretraining import TeacherConfig, train_teacher
     from .trainer import DistillModel, DistillTrainer, LossWeights, Objective
@@ -21,6 +23,9 @@ __version__ = "0.1.0"
 
 # Loaded on first use: transformers' trainer takes seconds to import, and the losses do not need it.
 _LAZY = {
+    "AlignedDataset": "cache",
+    "AlignmentBatch": "collator",
+    "AlignmentCollator": "collator",
     "DistillCollator": "data",
     "DistillConfig": "training",
     "DistillModel": "trainer",
@@ -29,6 +34,7 @@ _LAZY = {
     "LossWeights": "trainer",
     "Objective": "trainer",
     "TeacherConfig": "pretraining",
+    "cache_aligned": "cache",
     "distill": "training",
     "train_teacher": "pretraining",
 }
@@ -46,6 +52,9 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AlignedBatch",
+    "AlignedDataset",
+    "AlignmentBatch",
+    "AlignmentCollator",
     "DistillCollator",
     "DistillConfig",
     "DistillModel",
@@ -61,6 +70,7 @@ __all__ = [
     "align",
     "backends",
     "boundary_pairs",
+    "cache_aligned",
     "contrastive",
     "distill",
     "linear_matched_kl",

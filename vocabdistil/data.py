@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ._tokenizers import encode
 from .align import match_pairs
+from .collator import restride, text_of, widen
 from .errors import VocabdistilError
 from .remap import RemapTable
-from .spans import SpanPairs
 from .vocab import MatchedVocab
 
 __all__ = [
@@ -370,20 +370,6 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _widen(x: Tensor, width: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
-
-
-def _restride(pairs: SpanPairs, old: int, new: int) -> SpanPairs:
-    """The same pairs for student rows padded from ``old`` to ``new`` tokens."""
-    start = pairs.student_start + pairs.student_start // old * (new - old)
-    end = start + (pairs.student_end - pairs.student_start)
-    tokens = pairs.student_tokens // old * new
-    return SpanPairs._trusted(
-        start, end, pairs.teacher_start, pairs.teacher_end, pairs.num_nonempty, tokens, pairs.teacher_tokens
-    )
-
-
 class DistillCollator:
     """Texts -> one batch for the student and one for each teacher, with the spans that align them.
 
@@ -418,7 +404,7 @@ class DistillCollator:
         self.max_length, self.student_max_length = max_length, student_max_length
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        texts = [feature if isinstance(feature, str) else feature["text"] for feature in features]
+        texts = [text_of(feature, "text", f"features[{i}]") for i, feature in enumerate(features)]
         own_ids, own_mask = pad(
             encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id
         )
@@ -431,15 +417,18 @@ class DistillCollator:
             blocks.append(table.remap(ids, mask, max_length=self.student_max_length))
         width = max(own_ids.shape[1], *(block.input_ids.shape[1] for block in blocks))
         rows = [(block.input_ids, block.attention_mask) for block in blocks] + [(own_ids, own_mask)]
-        student_ids = torch.cat([_widen(ids, width, self.student.pad_token_id) for ids, _ in rows])
-        student_mask = torch.cat([_widen(mask.to(torch.int64), width, 0) for _, mask in rows])
+        student_ids = torch.cat([widen(ids, width, self.student.pad_token_id) for ids, _ in rows])
+        student_mask = torch.cat([widen(mask.to(torch.int64), width, 0) for _, mask in rows])
         own_ids, own_mask = student_ids[-len(texts) :], student_mask[-len(texts) :]
         return {
             "student_ids": student_ids,
             "student_mask": student_mask,
             "teacher_ids": teacher_ids,
             "teacher_mask": teacher_mask,
-            "reduce_pairs": [_restride(block.pairs, block.input_ids.shape[1], width) for block in blocks],
+            "reduce_pairs": [
+                restride(block.pairs, len(texts), (block.input_ids.shape[1], width), (ids.shape[1],) * 2)
+                for block, ids in zip(blocks, teacher_ids, strict=True)
+            ],
             "own_pairs": [
                 match_pairs(ids, own_ids, matched, teacher_mask=mask, student_mask=own_mask)
                 for ids, mask, matched in zip(teacher_ids, teacher_mask, self.matched, strict=True)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import loyalty, reference
 from ._backends import backends
-from .align import AlignedBatch, align, boundary_pairs, match_pairs
+from .align import AlignedBatch, Coverage, align, boundary_pairs, match_pairs
+from .coverage import CoverageReport, coverage
 from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
 from .remap import RemapOutput, RemapTable
 from .spans import SpanPairs
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .cache import AlignedDataset, cache_aligned
     from .collator import AlignmentBatch, AlignmentCollator
     from .data import DistillCollator
+    from .picture import AlignmentPicture, show_alignment
     from .pretraining import TeacherConfig, train_teacher
     from .trainer import DistillModel, DistillTrainer, LossWeights, Objective
     from .training import DistillConfig, DistillResult, distill
@@ -26,6 +28,7 @@ _LAZY = {
     "AlignedDataset": "cache",
     "AlignmentBatch": "collator",
     "AlignmentCollator": "collator",
+    "AlignmentPicture": "picture",
     "DistillCollator": "data",
     "DistillConfig": "training",
     "DistillModel": "trainer",
@@ -36,6 +39,7 @@ _LAZY = {
     "TeacherConfig": "pretraining",
     "cache_aligned": "cache",
     "distill": "training",
+    "show_alignment": "picture",
     "train_teacher": "pretraining",
 }
 
@@ -55,6 +59,9 @@ __all__ = [
     "AlignedDataset",
     "AlignmentBatch",
     "AlignmentCollator",
+    "AlignmentPicture",
+    "Coverage",
+    "CoverageReport",
     "DistillCollator",
     "DistillConfig",
     "DistillModel",
@@ -72,6 +79,7 @@ __all__ = [
     "boundary_pairs",
     "cache_aligned",
     "contrastive",
+    "coverage",
     "distill",
     "linear_matched_kl",
     "loyalty",
@@ -79,6 +87,7 @@ __all__ = [
     "matched_kl",
     "reference",
     "remapped_kl",
+    "show_alignment",
     "span_kl",
     "span_loss",
     "span_mean",

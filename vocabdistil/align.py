@@ -351,7 +351,8 @@ Lengths = tuple["int | None", "int | None"]
 Aligned = tuple[Tokens, Tokens, SpanPairs, "tuple[int, int] | None"]
 
 
-def _read(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+def read_side(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+    """What one side makes of texts, without looking at where its tokens lie."""
     pad_id = known(tokenizer, name).info.pad_id or 0
     return _tokens(encode(tokenizer, texts, name, max_length), pad_id)
 
@@ -366,7 +367,7 @@ def _kinds(side: Known) -> list[tuple[int, int]]:
     ]
 
 
-def _locate(
+def locate(
     texts: list[str], tokenizer: Any, name: str, max_length: int | None, by_word: bool
 ) -> tuple[Any, Tokens]:
     """The tokens of each text, and where they lie in it.
@@ -430,8 +431,8 @@ def _align_boundary(
     matched: MatchedVocab | None,
     by_word: bool = False,
 ) -> Aligned:
-    left_side, left = _locate(texts, teacher, "teacher", limits[0], by_word)
-    right_side, right = _locate(texts, student, "student", limits[1], by_word)
+    left_side, left = locate(texts, teacher, "teacher", limits[0], by_word)
+    right_side, right = locate(texts, student, "student", limits[1], by_word)
     lengths = left.input_ids.shape[1], right.input_ids.shape[1]
     threads = thread_count(left.input_ids.numel() + right.input_ids.numel())
     pairs = _pairs(_native_module().align_sides(left_side, right_side, *lengths, threads), len(texts), *lengths)
@@ -456,8 +457,8 @@ def _align_match(
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = _read(texts, teacher, "teacher", limits[0])
-    right = _read(texts, student, "student", limits[1])
+    left = read_side(texts, teacher, "teacher", limits[0])
+    right = read_side(texts, student, "student", limits[1])
     if matched is None:
         matched = MatchedVocab.from_tokenizers(teacher, student)
     pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
@@ -472,7 +473,7 @@ def _align_reduce(
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = _read(texts, teacher, "teacher", limits[0])
+    left = read_side(texts, teacher, "teacher", limits[0])
     if table is None:
         table = RemapTable.from_tokenizers(teacher, student)
     out = table.remap(left.input_ids, left.attention_mask, limits[1])
@@ -485,6 +486,7 @@ _METHODS: dict[str, Callable[..., Aligned]] = {
     "match": _align_match,
     "reduce": _align_reduce,
 }
+METHODS = tuple(_METHODS)
 
 
 def check_method(method: str) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -229,13 +230,14 @@ def cache_aligned(
     if not (folder / _MANIFEST).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise VocabdistilError(f"folder: {folder} has other files and no {_MANIFEST}; a new or empty one is needed")
     arguments = teacher, student, method, limits, table, matched
-    total = len(texts) if hasattr(texts, "__len__") else None
+    total = len(texts) if isinstance(texts, Sized) else None
     lock = FileLock(str(folder / ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with counting(f"Waiting for another process that writes {folder}", quiet=quiet):
-            lock.acquire()
+        if not quiet:
+            print(f"Waiting for another process that writes {folder}", file=sys.stderr)
+        lock.acquire()
     try:
         with counting("Aligning texts", total, quiet) as advance:
             _fill(folder, settings, _texts(texts, text_column), arguments, num_proc, advance)

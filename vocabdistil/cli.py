@@ -154,7 +154,7 @@ def _coverage(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(found.as_dict(), indent=2))
         else:
-            say.coverage(args.teacher, name, found)
+            say.coverage((args.teacher, name), (teacher, student), found)
     shown = args.show or (list(islice(texts, 20)) if args.html else [])
     # One picture of each text is enough, unless several were asked for.
     drawn = methods if args.method else methods[:1]

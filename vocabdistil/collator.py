@@ -118,6 +118,8 @@ class Rows:
         def column(name: str) -> tuple[np.ndarray, np.ndarray]:
             arrays = []
             for i, feature in enumerate(features):
+                if name not in feature:
+                    raise TypeError(f"features[{i}]: expected a row of a cache, got one without {name!r}")
                 array = np.asarray(feature[name])
                 if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                     raise TypeError(f"features[{i}][{name!r}]: expected a vector of integers, got {feature[name]!r}")
@@ -268,10 +270,11 @@ class AlignmentCollator:
             if mask_weights is None:
                 self.mask_weights = torch.ones(self.vocab_sizes[1])
                 self.mask_weights[list(infos[1].special.values())] = 0
-            elif mask_weights.shape != (self.vocab_sizes[1],):
+            elif not isinstance(mask_weights, Tensor) or mask_weights.shape != (self.vocab_sizes[1],):
+                got = tuple(mask_weights.shape) if isinstance(mask_weights, Tensor) else type(mask_weights).__name__
                 raise ValueError(
-                    f"mask_weights: expected one weight for each of the student's {self.vocab_sizes[1]} tokens, "
-                    f"got shape {tuple(mask_weights.shape)}"
+                    f"mask_weights: expected a tensor with one weight for each of the student's "
+                    f"{self.vocab_sizes[1]} tokens, got {got}"
                 )
 
     def __call__(self, features: Sequence[Any]) -> AlignmentBatch:

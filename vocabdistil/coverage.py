@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,7 @@ def coverage(
             found["reduce"] = left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
         return left, right, {method: found[method] for method in methods}
 
-    with counting("Counting texts", len(texts) if isinstance(texts, Sequence) else None, quiet) as advance:
+    with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:
         for chunk in _chunks(texts):
             left, right, found = aligned(chunk)
             for name, side, source, both in zip(("teacher", "student"), (left, right), sources, in_both, strict=True):

@@ -19,7 +19,7 @@ from .align import Coverage, align_texts, check_lengths, check_text, locate
 from .remap import RemapTable
 from .vocab import MatchedVocab
 
-__all__ = ["AlignmentPicture", "Group", "Piece", "html_page", "show_alignment", "visible"]
+__all__ = ["AlignmentPicture", "Group", "Piece", "html_page", "readable", "show_alignment", "visible"]
 
 _SIDES = ("teacher", "student")
 _NAMES = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -177,12 +177,19 @@ class AlignmentPicture:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         yield Text(self.summary, style="bold")
         yield from _lines(self, options.max_width)
-        yield Text("between lines │ a pair, in (parentheses) tokens without one", style="dim")
+        yield Text("│ stands between pairs; tokens in (parentheses) are in none", style="dim")
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def readable(tokenizer: Any, token: str) -> str:
+    """A token of a vocabulary as pictures show it."""
+    source = known(tokenizer, "tokenizer")
+    i = source.info.backend.token_to_id(token)
+    return visible(token) if i is None else str(Piece.of(source, i, -1, -1))
 
 
 def show_alignment(

@@ -21,7 +21,7 @@ from ._tokenizers import encode
 from .data import pad
 from .errors import VocabdistilError
 from .loyalty import mean_over_tokens, pairwise_cosine, regression
-from .picture import visible
+from .picture import readable
 
 if TYPE_CHECKING:
     from .align import Coverage
@@ -224,9 +224,9 @@ def _share(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}%}"
 
 
-def coverage_tables(teacher: str, student: str, report: CoverageReport) -> list[Table]:
-    """The vocabularies and their text, and a column for every alignment."""
-    title = f"{Path(teacher).name} and {Path(student).name} ({report.texts:,} texts)"
+def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> list[Table]:
+    """The vocabularies and their text, and a column for every alignment; names and tokenizers of both sides."""
+    title = f"{Path(names[0]).name} and {Path(names[1]).name} ({report.texts:,} texts)"
     vocabularies = Table(title=escape(title), title_justify="left")
     for column in ("", "teacher", "student"):
         vocabularies.add_column(column, justify="right" if column else "left")
@@ -253,15 +253,15 @@ def coverage_tables(teacher: str, student: str, report: CoverageReport) -> list[
         ("span pairs", lambda c: f"{c.pairs:,}"),
         ("of them 1:1", lambda c: _share(c.one_to_one)),
         ("teacher tokens in pairs", lambda c: _share(c.teacher_covered)),
-        ("in 1:1 pairs", lambda c: _share(c.teacher_one_to_one)),
+        ("teacher tokens in 1:1 pairs", lambda c: _share(c.teacher_one_to_one)),
         ("student tokens in pairs", lambda c: _share(c.student_covered)),
-        ("in 1:1 pairs", lambda c: _share(c.student_one_to_one)),
+        ("student tokens in 1:1 pairs", lambda c: _share(c.student_one_to_one)),
         ("teacher tokens in a pair", lambda c: f"{c.teacher_span:.3f}"),
         ("student tokens in a pair", lambda c: f"{c.student_span:.3f}"),
         ("text in pairs, bytes", lambda c: _share(c.covered_text)),
         ("student tokens unknown", lambda c: _share(c.student_unknown_rate, 3)),
-        ("teacher tokens left out", lambda c: _examples(c.teacher_examples)),
-        ("student tokens left out", lambda c: _examples(c.student_examples)),
+        ("teacher tokens left out", lambda c: _examples(c.teacher_examples, tokenizers[0])),
+        ("student tokens left out", lambda c: _examples(c.student_examples, tokenizers[1])),
     )
     for label, show in rows:
         alignments.add_row(label, *(show(found) for found in report.methods.values()))
@@ -270,8 +270,8 @@ def coverage_tables(teacher: str, student: str, report: CoverageReport) -> list[
     return [vocabularies, alignments]
 
 
-def _examples(examples: Sequence[tuple[str, int]]) -> str:
-    return "\n".join(f"{escape(visible(token))} {count:,}" for token, count in examples[:5])
+def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:
+    return "\n".join(f"{escape(readable(tokenizer, token))} {count:,}" for token, count in examples[:5])
 
 
 class Reporter:
@@ -291,8 +291,8 @@ class Reporter:
     def progress(self, steps: int, label: str) -> _ProgressCallback:
         return _ProgressCallback(self.console, steps, label)
 
-    def coverage(self, teacher: str, student: str, report: CoverageReport) -> None:
-        for table in coverage_tables(teacher, student, report):
+    def coverage(self, names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> None:
+        for table in coverage_tables(names, tokenizers, report):
             self.print(table)
 
     def loyalty(self, found: dict[str, dict[str, float]], texts: int) -> None:

@@ -253,7 +253,7 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
         for teacher, table, match in zip(teachers, tables, matched, strict=True)
     ]
     for teacher, coverage_report in zip(teachers, reports, strict=True):
-        say.coverage(teacher.name, config.out, coverage_report)
+        say.coverage((teacher.name, config.out), (teacher.tokenizer, tokenizer), coverage_report)
 
     student = build_student(preset, tokenizer, seed=config.seed)
     start = initialise_from_teacher(student, first.model, tables[0], first.tokenizer, tokenizer, config.seed)

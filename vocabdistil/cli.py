@@ -119,7 +119,7 @@ def _add_coverage(p: argparse.ArgumentParser) -> None:
     _number(p, "--vocab-size", 5000, "of a trained one")
     p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to count on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
-    p.add_argument("--method", action="append", metavar="NAME", help="an alignment; repeat for several (default: all)")
+    p.add_argument("--method", action="append", metavar="NAME", help="boundary, word, match, reduce (default: all)")
     p.add_argument("--show", action="append", metavar="TEXT", help="draw how this text is aligned; repeat for several")
     p.add_argument("--html", metavar="FILE", help="write these pictures (default: of the first 20 texts) as HTML")
     p.add_argument("--json", action="store_true", help="print JSON")

@@ -7,10 +7,11 @@ import io
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
@@ -276,11 +277,21 @@ def _isolated(text: str) -> str:
     return f"\u2068{text}\u2069" if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text) else text
 
 
+def _chopped(text: str, width: int) -> list[str]:
+    """The text in parts that are at most so many cells wide, one at least."""
+    parts = [""]
+    for c in text:
+        if cell_len(parts[-1] + c) > width:
+            parts.append("")
+        parts[-1] += c
+    return parts
+
+
 def _lines(picture: AlignmentPicture, width: int) -> Iterator[Text]:
     labels = ("text", *_SIDES)
     margin = max(map(len, labels)) + 1
     room = max(width - margin - 1, 8)
-    cells: list[tuple[list[str], int, str]] = []
+    cells: list[tuple[list[str], str]] = []
     for group in picture.groups:
         if not (group.teacher or group.student or group.text.strip()):
             continue
@@ -290,21 +301,21 @@ def _lines(picture: AlignmentPicture, width: int) -> Iterator[Text]:
             *(" ".join(shape.format(piece) for piece in getattr(group, side)) for side in _SIDES),
         ]
         style = f"black on {_COLOURS[group.pair % len(_COLOURS)]}" if group.pair is not None else "italic"
-        size = max(map(cell_len, rows))
-        # What is wider than the terminal goes on in further cells.
-        parts = [chop_cells(row, room - 1) or [""] for row in rows] if size >= room else [[row] for row in rows]
-        for k in range(max(map(len, parts))):
-            row = [part[k] if k < len(part) else "" for part in parts]
-            cells.append((row, max(map(cell_len, row)), style))
+        # What is wider than the terminal goes on in further cells; the border and two marks of direction have room too.
+        for row in zip_longest(*(_chopped(row, room - 3) for row in rows), fillvalue=""):
+            cells.append((list(row), style))
     while cells:
         count, used = 0, 0
-        while count < len(cells) and (not count or used + cells[count][1] + 1 <= room):
-            used += cells[count][1] + 1
+        while count < len(cells):
+            used += max(cell_len(_isolated(row)) for row in cells[count][0]) + 1
+            if count and used > room:
+                break
             count += 1
+        sizes = [max(map(cell_len, row)) for row, _ in cells[:count]]
         for k, label in enumerate(labels):
-            line = Text(f"{label:<{margin}}│", style="", no_wrap=True, overflow="ignore", end="\n")
+            line = Text(f"{label:<{margin}}│", no_wrap=True, overflow="ignore")
             line.stylize("dim", 0, margin)
-            for row, size, style in cells[:count]:
+            for (row, style), size in zip(cells[:count], sizes, strict=True):
                 line.append(_isolated(row[k]) + " " * (size - cell_len(row[k])), style)
                 line.append("│", "dim")
             yield line

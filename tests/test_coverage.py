@@ -71,7 +71,11 @@ def test_counts(teacher: str, student: str) -> None:
             assert got == value, (method, name)
         assert found.teacher_covered == pytest.approx(1 - want["teacher_unaligned"] / want["teacher_tokens"])
         assert found.student_span * found.pairs == pytest.approx(want["student_tokens"] - want["student_unaligned"])
-        assert (found.covered_text is None) == (method in ("match", "reduce"))
+        assert found.text_bytes == sum(len("".join(text.split()).encode()) for text in TEXTS)
+        pictures = [vd.show_alignment(text, teacher, student, method) for text in TEXTS]
+        inside = [group.text.decode(errors="ignore") for p in pictures for group in p.groups if group.pair is not None]
+        split = sum(group.text != group.text.decode(errors="ignore").encode() for p in pictures for group in p.groups)
+        assert abs(found.covered_bytes - len("".join("".join(inside).split()).encode())) <= 4 * split
     reduced = [row["student_ids"] for row in rows_of(vd.align(TEXTS, teacher, student, "reduce"))]
     assert report.equal_texts == sum(a == b for a, b in zip(reduced, own["student"], strict=True))
     assert report.pieces_per_token == sum(map(len, reduced)) / report.teacher_tokens

@@ -56,7 +56,8 @@ class Coverage:
             five at most, of a sum those of its parts.
         matched_vocabulary: tokens that both vocabularies have.
         text_bytes, covered_bytes: bytes of the texts in UTF-8, white space left out, and those of them inside
-            a pair; None where the alignment does not look at the text (``match``, ``reduce``).
+            a pair; None where the alignment does not look at the text (``match``, ``reduce``) and nobody else did
+            (:func:`coverage` does).
     """
 
     pairs: int
@@ -178,7 +179,7 @@ class Coverage:
 
     @property
     def covered_text(self) -> float | None:
-        """Share of the text's bytes inside a pair; None where the alignment does not look at the text."""
+        """Share of the text's bytes inside a pair; None where they were not counted."""
         if self.text_bytes is None or self.covered_bytes is None:
             return None
         return self.covered_bytes / max(self.text_bytes, 1)

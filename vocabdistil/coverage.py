@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 from ._surfaces import known
-from .align import METHODS, Aligned, Coverage, Tokens, align_texts, check_method, check_text, match_pairs, read_side
+from .align import (
+    METHODS,
+    Aligned,
+    Coverage,
+    Tokens,
+    align_texts,
+    check_method,
+    check_text,
+    locate,
+    match_pairs,
+    read_side,
+)
 from .remap import RemapTable
+from .spans import SpanPairs
 from .vocab import MatchedVocab
 
 __all__ = ["CoverageReport", "coverage"]
@@ -31,7 +43,7 @@ class CoverageReport:
         teacher_tokens, student_tokens: tokens of the text, specials included, by the two tokenizers.
         teacher_unknown, student_unknown: unknown ones of them.
         teacher_matched, student_matched: those that are in the matched vocabulary.
-        methods: what each alignment covers, by its name.
+        methods: what each alignment covers, by its name; the text, too, of all of them.
         equal_texts: texts that ``reduce`` segments exactly as the student's own tokenizer; None without ``reduce``.
     """
 
@@ -177,12 +189,20 @@ def coverage(
             left, right, _, _ = next(iter(found.values()))
         else:
             left, right = read_side(chunk, teacher, "teacher", None), read_side(chunk, student, "student", None)
+        by_ids: dict[str, tuple[Tokens, SpanPairs]] = {}
         if "match" in methods:
             pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
-            found["match"] = left, right, pairs, None
+            by_ids["match"] = right, pairs
         if table is not None and "reduce" in methods:
             out = table.remap(left.input_ids, left.attention_mask)
-            found["reduce"] = left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
+            by_ids["reduce"] = Tokens(out.input_ids, out.attention_mask), out.pairs
+        if by_ids:
+            # These do not look at the text: the teacher's tokens tell which part of it they cover.
+            place, _ = locate(chunk, teacher, "teacher", None, by_word=False)
+            for method, (tokens, pairs) in by_ids.items():
+                spans = pairs.teacher_start.data_ptr(), pairs.teacher_end.data_ptr()
+                counted = place.bytes(chunk, *spans, len(pairs), left.input_ids.shape[1])
+                found[method] = left, tokens, pairs, counted
         return left, right, {method: found[method] for method in methods}
 
     with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:

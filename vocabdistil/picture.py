@@ -398,17 +398,18 @@ def _item(group: Group) -> str:
 
 
 def _figure(picture: AlignmentPicture) -> str:
-    labels = [_escape(f"{side} {name}".strip()) for side, name in zip(_SIDES, picture.names, strict=True)]
     key = (
         '<li class="vd-key"><span>pair</span><span>text</span>'
-        f'<span class="vd-t">{labels[0]}</span><span class="vd-s">{labels[1]}</span></li>'
+        '<span class="vd-t">teacher</span><span class="vd-s">student</span></li>'
     )
+    names = [f"{side} {name}" for side, name in zip(_SIDES, picture.names, strict=True) if name]
+    caption = "; ".join([picture.summary, *names])
     items = "".join(
         _item(group) for group in picture.groups if group.teacher or group.student or group.text.strip()
     )
     # The order of the tokens follows the writing, as a reader of the text would expect.
     return (
-        f'<figure class="vd"><figcaption>{_escape(picture.summary)}</figcaption>'
+        f'<figure class="vd"><figcaption>{_escape(caption)}</figcaption>'
         f'<ol class="vd-row" dir="{_direction(picture.text)}">{key}{items}</ol></figure>'
     )
 

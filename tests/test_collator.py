@@ -166,7 +166,7 @@ class Student(torch.nn.Module):
         return self.embedding(input_ids) * attention_mask.unsqueeze(-1)
 
 
-@pytest.mark.parametrize("kind", ["list", "streaming"])
+@pytest.mark.parametrize("kind", ["list", "streaming", "cache"])
 def test_trains_in_a_trainer(tmp_path, kind: str) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -191,8 +191,11 @@ def test_trains_in_a_trainer(tmp_path, kind: str) -> None:
     if kind == "streaming":
         datasets = pytest.importorskip("datasets")
         dataset = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2).shuffle(seed=0)
+    elif kind == "cache":
+        pytest.importorskip("pyarrow")
+        dataset = vd.cache_aligned(rows, teacher, student, tmp_path / "rows", max_length=32, quiet=True)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(tmp_path / "run"),
         max_steps=12,
         per_device_train_batch_size=8,
         learning_rate=0.1,

@@ -62,7 +62,7 @@ def located(
     text: str, name: str, max_length: int | None = None, words: bool = False
 ) -> tuple[list[Span], int]:
     """Spans of the tokens, (-1, kind) for those of the template, and where the first cut-off one begins."""
-    side, tokens = module._locate([text], family(name), "teacher", max_length, words)
+    side, tokens = module.locate([text], family(name), "teacher", max_length, words)
     starts, ends, limit = side.row(0)
     assert len(starts) == tokens.input_ids.shape[1]
     return list(zip(starts, ends, strict=True)), limit

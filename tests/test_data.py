@@ -1,16 +1,19 @@
-"""Reading text, training the student's vocabulary, coverage, batches."""
+"""Reading text, training the student's vocabulary, batches."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import vocabdistil as vd
-from vocabdistil.data import DistillCollator, coverage, read_text, save_tokenizer, split_text, wordpiece_like
+from vocabdistil.data import DistillCollator, TextFiles, read_text, save_tokenizer, split_text, wordpiece_like
 from vocabdistil.errors import VocabdistilError
 
 
@@ -33,7 +36,8 @@ def test_lines_and_paragraphs(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b" \n\n", "is empty"), (b"", "is empty"), (b"good\nbad \xff\n", "0xff at offset 9")],
+    [(None, "no such file"), (b" \n\n", "is empty"), (b"", "is empty"), (b"good\nbad \xff\n", "0xff at offset 9"),
+     (b"\xef\xbb\xbfab\xff", "0xff at offset 5")],
 )
 def test_bad_text(tmp_path, content, message):
     path = tmp_path / "a.txt"
@@ -42,6 +46,22 @@ def test_bad_text(tmp_path, content, message):
     with pytest.raises(VocabdistilError, match=message) as caught:
         read_text([path])
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab \n\r\x0b\x1c\x85\u2028é", max_size=40), st.booleans())
+def test_lines_are_those_of_the_whole_text(tmp_path_factory, text, marked):
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    path.write_bytes(("\ufeff" * marked + text).encode())
+    lines = [line.strip() for line in text.splitlines()]
+    paragraphs = [" ".join(group) for blank, group in itertools.groupby(lines, lambda line: not line) if not blank]
+    for unit, want in (("line", [line for line in lines if line]), ("paragraph", paragraphs)):
+        if want:
+            texts = TextFiles([path], unit)
+            assert list(texts) == list(texts) == want
+        else:
+            with pytest.raises(VocabdistilError, match="is empty"):
+                read_text([path], unit)
 
 
 def test_split_is_reproducible_and_keeps_held_out_text_unseen():
@@ -83,25 +103,6 @@ def test_a_saved_tokenizer_comes_back(student, tmp_path):
     text = "Olga repaired the hot claynail."
     assert again(text)["input_ids"] == student(text)["input_ids"]
     assert again.mask_token_id == student.mask_token_id and "token_type_ids" not in again(text)
-
-
-def test_coverage_counts(teacher, student, demo_lines):
-    texts = [*demo_lines[:40], "quux ☃"]
-    table = vd.RemapTable.from_tokenizers(teacher, student)
-    found = coverage(texts, teacher, student)
-    rows = [teacher(text)["input_ids"] for text in texts]
-    own = [student(text)["input_ids"] for text in texts]
-    piece = [table.ids[a:b].tolist() for a, b in zip(table.indptr[:-1], table.indptr[1:], strict=True)]
-    reduced = [[p for t in row for p in piece[t]] for row in rows]
-    flat = [p for row in reduced for p in row]
-    assert found.teacher_tokens == sum(map(len, rows)) and found.student_tokens == sum(map(len, own))
-    assert found.pieces_per_token == pytest.approx(len(flat) / found.teacher_tokens)
-    assert found.unk_rate_reduce == pytest.approx(flat.count(student.unk_token_id) / len(flat))
-    assert found.reduce_equals_own == pytest.approx(sum(a == b for a, b in zip(reduced, own, strict=True)) / len(texts))
-    matched = set(teacher.get_vocab()) & set(student.get_vocab())
-    assert found.matched_vocab == len(matched)
-    tokens = [t for row in rows for t in teacher.convert_ids_to_tokens(row)]
-    assert found.matched_tokens == pytest.approx(sum(t in matched for t in tokens) / len(tokens))
 
 
 def test_batches_align(teacher, student, demo_lines):

@@ -205,7 +205,7 @@ def word_form(known: Known, i: int) -> tuple[bool, bytes] | None:
     return not apart, text
 
 
-def _runs(text: bytes) -> list[str | int]:
+def runs(text: bytes) -> list[str | int]:
     """The longest runs of valid UTF-8, and the bytes between them."""
     runs: list[str | int] = []
     while text:
@@ -235,7 +235,7 @@ class Speller:
         if surfaces.byte_level:
             ids += self._tokenize("".join(CHAR_OF[b] for b in want))
         else:
-            for run in _runs(want):
+            for run in runs(want):
                 if isinstance(run, str):
                     ids += self._tokenize(run.replace(" ", surfaces.mark) if surfaces.mark else run)
                 elif run in surfaces.byte_ids:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -43,37 +44,30 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a batch an alignment covers.
+    """How much of some texts an alignment covers: counts, which add up over batches, and shares of them.
 
     Attributes:
-        teacher_tokens, student_tokens: tokens of each side, padding left out.
         pairs: span pairs with both spans non-empty.
-        one_to_one: share of these pairs with one token on each side.
-        teacher_covered, student_covered: share of each side's tokens inside such a pair.
-        teacher_one_to_one, student_one_to_one: share of each side's tokens inside a pair with one of each.
-        teacher_span, student_span: mean tokens of each side in a pair.
+        one_to_one_pairs: those of them with one token on each side.
+        teacher_tokens, student_tokens: tokens of each side, padding left out.
+        teacher_unaligned, student_unaligned: tokens of each side in no such pair.
         teacher_unknown, student_unknown: unknown tokens of each side.
-        teacher_unaligned, student_unaligned: tokens of each side in no pair.
-        teacher_examples, student_examples: the most frequent of these as (token, count), five at most.
+        teacher_examples, student_examples: the most frequent unaligned tokens as (token, count); of one batch
+            five at most, of a sum those of its parts.
         matched_vocabulary: tokens that both vocabularies have.
         text_bytes, covered_bytes: bytes of the texts in UTF-8, white space left out, and those of them inside
-            a pair; None where the alignment does not look at the text (``match``, ``reduce``).
+            a pair; None where the alignment does not look at the text (``match``, ``reduce``) and nobody else did
+            (:func:`coverage` does).
     """
 
+    pairs: int
+    one_to_one_pairs: int
     teacher_tokens: int
     student_tokens: int
-    pairs: int
-    one_to_one: float
-    teacher_covered: float
-    student_covered: float
-    teacher_one_to_one: float
-    student_one_to_one: float
-    teacher_span: float
-    student_span: float
-    teacher_unknown: int
-    student_unknown: int
     teacher_unaligned: int
     student_unaligned: int
+    teacher_unknown: int
+    student_unknown: int
     teacher_examples: tuple[tuple[str, int], ...]
     student_examples: tuple[tuple[str, int], ...]
     matched_vocabulary: int
@@ -88,7 +82,9 @@ class Coverage:
         pairs: SpanPairs,
         sources: tuple[Known, Known],
         text_bytes: tuple[int, int] | None = None,
+        examples: int = _EXAMPLES,
     ) -> Coverage:
+        """Counts one batch; ``examples`` unaligned tokens of each side are named."""
         values: dict[str, Any] = {}
         spans = [
             getattr(pairs, f"{side}_{end}").data_ptr()
@@ -104,23 +100,97 @@ class Coverage:
                 spans,
                 len(pairs),
                 -1 if unknown_id is None else unknown_id,
-                _EXAMPLES,
+                examples,
             )
             spans = spans[2:] + spans[:2]
             values |= {
                 "pairs": count,
-                "one_to_one": singles / max(count, 1),
+                "one_to_one_pairs": singles,
                 f"{name}_tokens": tokens,
-                f"{name}_covered": covered / max(tokens, 1),
-                f"{name}_one_to_one": singles / max(tokens, 1),
-                f"{name}_span": covered / max(count, 1),
-                f"{name}_unknown": unknown,
                 f"{name}_unaligned": tokens - covered,
+                f"{name}_unknown": unknown,
                 f"{name}_examples": tuple((source.info.tokens[i] or "", n) for i, n in left_out),
             }
         if text_bytes is not None:
             values["text_bytes"], values["covered_bytes"] = text_bytes
         return cls(matched_vocabulary=len(matched_ids(*sources)), **values)
+
+    def __add__(self, other: Coverage) -> Coverage:
+        """The coverage of both texts together, by the same tokenizers and method."""
+        if not isinstance(other, Coverage):
+            return NotImplemented
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            a, b = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "matched_vocabulary":
+                values[field.name] = a
+            elif isinstance(a, tuple):
+                counts = Counter(dict(a))
+                counts.update(dict(b))
+                values[field.name] = tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+            else:
+                values[field.name] = None if a is None else a + b
+        return Coverage(**values)
+
+    @property
+    def one_to_one(self) -> float:
+        """Share of the pairs with one token on each side."""
+        return self.one_to_one_pairs / max(self.pairs, 1)
+
+    @property
+    def teacher_covered(self) -> float:
+        """Share of the teacher's tokens inside a pair."""
+        return (self.teacher_tokens - self.teacher_unaligned) / max(self.teacher_tokens, 1)
+
+    @property
+    def student_covered(self) -> float:
+        """Share of the student's tokens inside a pair."""
+        return (self.student_tokens - self.student_unaligned) / max(self.student_tokens, 1)
+
+    @property
+    def teacher_one_to_one(self) -> float:
+        """Share of the teacher's tokens inside a pair with one token on each side."""
+        return self.one_to_one_pairs / max(self.teacher_tokens, 1)
+
+    @property
+    def student_one_to_one(self) -> float:
+        """Share of the student's tokens inside a pair with one token on each side."""
+        return self.one_to_one_pairs / max(self.student_tokens, 1)
+
+    @property
+    def teacher_span(self) -> float:
+        """Mean tokens of the teacher in a pair."""
+        return (self.teacher_tokens - self.teacher_unaligned) / max(self.pairs, 1)
+
+    @property
+    def student_span(self) -> float:
+        """Mean tokens of the student in a pair."""
+        return (self.student_tokens - self.student_unaligned) / max(self.pairs, 1)
+
+    @property
+    def teacher_unknown_rate(self) -> float:
+        """Share of the teacher's tokens that are unknown."""
+        return self.teacher_unknown / max(self.teacher_tokens, 1)
+
+    @property
+    def student_unknown_rate(self) -> float:
+        """Share of the student's tokens that are unknown."""
+        return self.student_unknown / max(self.student_tokens, 1)
+
+    @property
+    def covered_text(self) -> float | None:
+        """Share of the text's bytes inside a pair; None where they were not counted."""
+        if self.text_bytes is None or self.covered_bytes is None:
+            return None
+        return self.covered_bytes / max(self.text_bytes, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts, shares and means by name, examples as lists: what JSON can hold."""
+        shares = {name: getattr(self, name) for name, value in vars(Coverage).items() if isinstance(value, property)}
+        return {**asdict(self), **shares} | {
+            f"{side}_examples": [list(item) for item in getattr(self, f"{side}_examples")[:_EXAMPLES]]
+            for side in ("teacher", "student")
+        }
 
 
 @dataclass(frozen=True)
@@ -276,11 +346,14 @@ def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
     return Tokens(input_ids, attention_mask)
 
 
+# Tokens of teacher and student at most.
+Lengths = tuple["int | None", "int | None"]
 # Both sides, the pairs, and the bytes of the texts: all of them and those in pairs.
 Aligned = tuple[Tokens, Tokens, SpanPairs, "tuple[int, int] | None"]
 
 
-def _read(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+def read_side(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+    """What one side makes of texts, without looking at where its tokens lie."""
     pad_id = known(tokenizer, name).info.pad_id or 0
     return _tokens(encode(tokenizer, texts, name, max_length), pad_id)
 
@@ -295,7 +368,7 @@ def _kinds(side: Known) -> list[tuple[int, int]]:
     ]
 
 
-def _locate(
+def locate(
     texts: list[str], tokenizer: Any, name: str, max_length: int | None, by_word: bool
 ) -> tuple[Any, Tokens]:
     """The tokens of each text, and where they lie in it.
@@ -354,13 +427,13 @@ def _align_boundary(
     texts: list[str],
     teacher: Any,
     student: Any,
-    max_length: int | None,
+    limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
     by_word: bool = False,
 ) -> Aligned:
-    left_side, left = _locate(texts, teacher, "teacher", max_length, by_word)
-    right_side, right = _locate(texts, student, "student", max_length, by_word)
+    left_side, left = locate(texts, teacher, "teacher", limits[0], by_word)
+    right_side, right = locate(texts, student, "student", limits[1], by_word)
     lengths = left.input_ids.shape[1], right.input_ids.shape[1]
     threads = thread_count(left.input_ids.numel() + right.input_ids.numel())
     pairs = _pairs(_native_module().align_sides(left_side, right_side, *lengths, threads), len(texts), *lengths)
@@ -381,12 +454,12 @@ def _align_match(
     texts: list[str],
     teacher: Any,
     student: Any,
-    max_length: int | None,
+    limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = _read(texts, teacher, "teacher", max_length)
-    right = _read(texts, student, "student", max_length)
+    left = read_side(texts, teacher, "teacher", limits[0])
+    right = read_side(texts, student, "student", limits[1])
     if matched is None:
         matched = MatchedVocab.from_tokenizers(teacher, student)
     pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
@@ -397,14 +470,14 @@ def _align_reduce(
     texts: list[str],
     teacher: Any,
     student: Any,
-    max_length: int | None,
+    limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = _read(texts, teacher, "teacher", max_length)
+    left = read_side(texts, teacher, "teacher", limits[0])
     if table is None:
         table = RemapTable.from_tokenizers(teacher, student)
-    out = table.remap(left.input_ids, left.attention_mask, max_length)
+    out = table.remap(left.input_ids, left.attention_mask, limits[1])
     return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
 
@@ -414,6 +487,62 @@ _METHODS: dict[str, Callable[..., Aligned]] = {
     "match": _align_match,
     "reduce": _align_reduce,
 }
+METHODS = tuple(_METHODS)
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError unless ``method`` is an alignment."""
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
+
+
+def check_lengths(max_length: int | Sequence[int | None] | None) -> Lengths:
+    """The lengths of teacher and student that ``max_length`` asks for.
+
+    Raises:
+        TypeError: neither an integer nor None, nor two of these.
+        ValueError: not two, or a length below 1.
+    """
+    both = max_length if isinstance(max_length, (tuple, list)) else (max_length, max_length)
+    if len(both) != 2:
+        raise ValueError(f"max_length: expected one length or those of teacher and student, got {len(both)} of them")
+    for length in both:
+        if length is None:
+            continue
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"max_length: expected an integer, got {type(length).__name__}")
+        if length < 1:
+            raise ValueError(f"max_length: expected at least 1, got {length}")
+    return both[0], both[1]
+
+
+def check_text(text: object, name: str) -> None:
+    """Raises unless ``text`` is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {error.reason}") from None
+
+
+def align_texts(
+    texts: Sequence[str],
+    teacher: Any,
+    student: Any,
+    method: str,
+    max_length: int | Sequence[int | None] | None,
+    table: RemapTable | None,
+    matched: MatchedVocab | None,
+) -> Aligned:
+    """:func:`align` without its coverage."""
+    check_method(method)
+    limits = check_lengths(max_length)
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
+    for i, text in enumerate(texts):
+        check_text(text, f"texts[{i}]")
+    return _METHODS[method](list(texts), teacher, student, limits, table, matched)
 
 
 def align(
@@ -421,7 +550,7 @@ def align(
     teacher: Any,
     student: Any,
     method: str = "boundary",
-    max_length: int | None = None,
+    max_length: int | Sequence[int | None] | None = None,
     *,
     table: RemapTable | None = None,
     matched: MatchedVocab | None = None,
@@ -440,7 +569,8 @@ def align(
             ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
             ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
             teacher token and its pieces (both arXiv 2205.02340).
-        max_length: tokens of each side at most, special tokens included.
+        max_length: tokens of each side at most, special tokens included; or two numbers: those of the teacher
+            and those of the student.
         table: the remap table of the two tokenizers, if there is one already (``reduce``).
         matched: their matched vocabulary, if there is one already (``match``).
 
@@ -451,23 +581,6 @@ def align(
         TypeError: texts that are not strings, a tokenizer that is not fast.
         ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
-        raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{i}]: expected a string, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"texts[{i}]: expected text that UTF-8 can hold, got {error.reason}") from None
-    if max_length is not None:
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
-        if max_length < 1:
-            raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    texts = list(texts)
-    left, right, pairs, counted = _METHODS[method](texts, teacher, student, max_length, table, matched)
+    left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched)
     sources = known(teacher, "teacher"), known(student, "student")
     return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))

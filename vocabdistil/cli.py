@@ -117,27 +117,57 @@ def _add_coverage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher's tokenizer")
     p.add_argument("--student", metavar="DIR_OR_NAME", help="the student's (default: trained on the text)")
     _number(p, "--vocab-size", 5000, "of a trained one")
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to count on")
+    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to count on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
+    p.add_argument("--method", action="append", metavar="NAME", help="boundary, word, match, reduce (default: all)")
+    p.add_argument("--show", action="append", metavar="TEXT", help="draw how this text is aligned; repeat for several")
+    p.add_argument("--html", metavar="FILE", help="write these pictures (default: of the first 20 texts) as HTML")
     p.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _coverage(args: argparse.Namespace) -> None:
-    from .data import coverage, read_text, wordpiece_like
+    from itertools import islice
+
+    from .align import METHODS
+    from .coverage import coverage
+    from .data import TextFiles, wordpiece_like
+    from .errors import VocabdistilError, need
+    from .files import whole_file
+    from .picture import html_page, show_alignment
     from .report import Reporter
     from .teachers import load_tokenizer
 
-    texts = read_text(args.text, args.unit)
+    methods = tuple(dict.fromkeys(args.method or METHODS))
+    for method in methods:
+        need(method in METHODS, "method", " or ".join(METHODS), repr(method))
+    need(bool(args.text or args.show), "text", "a file, or --show with a text", "neither")
+    need(bool(args.text or args.student), "student", "a tokenizer, or --text to train one on", "neither")
+    texts = TextFiles(args.text, args.unit) if args.text else None
     teacher = load_tokenizer(args.teacher)
     if args.student is None:
         student = wordpiece_like(teacher, texts, args.vocab_size, 512)
     else:
         student = load_tokenizer(args.student, "--student")
-    found = coverage(texts, teacher, student)
-    if args.json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        Reporter().coverage(args.teacher, found)
+    say, name = Reporter(), args.student or f"a new vocabulary of {args.vocab_size}"
+    if texts is not None or args.json:
+        found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False)
+        if args.json:
+            print(json.dumps(found.as_dict(), indent=2))
+        else:
+            say.coverage((args.teacher, name), (teacher, student), found)
+    shown = args.show or (list(islice(texts, 20)) if args.html else [])
+    # One picture of each text is enough, unless several were asked for.
+    drawn = methods if args.method else methods[:1]
+    pictures = [show_alignment(text, teacher, student, method) for text in shown for method in drawn]
+    if args.show and not args.json:
+        for picture in pictures:
+            say.print(picture)
+    if args.html:
+        try:
+            with whole_file(args.html) as file:
+                file.write(html_page(pictures).encode())
+        except OSError as error:
+            raise VocabdistilError(f"--html: cannot write {args.html}: {error.strerror}") from None
 
 
 def _add_loyalty(p: argparse.ArgumentParser) -> None:

@@ -1,12 +1,13 @@
-"""Text in, batches out: reading and splitting text, the student's vocabulary, coverage, the collator."""
+"""Text in, batches out: reading and splitting text, the student's vocabulary, the collator."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,17 @@ from transformers import PreTrainedTokenizerFast
 
 from ._tokenizers import encode
 from .align import match_pairs
+from .collator import restride, text_of, widen
 from .errors import VocabdistilError
 from .remap import RemapTable
-from .spans import SpanPairs
 from .vocab import MatchedVocab
 
 __all__ = [
-    "CoverageReport",
     "DistillCollator",
+    "TextFiles",
     "TextSplit",
-    "coverage",
-    "read_text",
     "pad",
+    "read_text",
     "save_tokenizer",
     "split_text",
     "token_counts",
@@ -43,54 +43,74 @@ _ENCODE_CHUNK = 4096
 # ---------------------------------------------------------------- text
 
 
-def read_text(paths: Sequence[str | os.PathLike], unit: str = "line") -> list[str]:
-    """Reads UTF-8 files into training examples, in order.
+class TextFiles:
+    """The training examples of UTF-8 files, in order: read anew, a line at a time, whenever they are iterated over.
 
     Args:
         paths: text files.
         unit: ``"line"``: every non-blank line is one example; ``"paragraph"``: lines are joined by a space until
-            a blank line.
-
-    Returns:
-        The examples, stripped, never empty.
+            a blank line. Examples are stripped, never empty.
 
     Raises:
-        VocabdistilError: a file is missing, not a file, undecodable (with the offset of the first bad byte), or
-            holds nothing but white space.
+        VocabdistilError: a file is missing or not a file; while reading: undecodable (with the offset of the first
+            bad byte), or holds nothing but white space.
     """
-    if unit not in ("line", "paragraph"):
-        raise VocabdistilError(f"--unit: expected 'line' or 'paragraph', got {unit!r}")
-    if not paths:
-        raise VocabdistilError("--text: expected at least one file")
-    examples: list[str] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise VocabdistilError(f"--text: no such file: {path}")
-        if not path.is_file():
-            raise VocabdistilError(f"--text: not a file: {path}")
+
+    def __init__(self, paths: Sequence[str | os.PathLike], unit: str = "line") -> None:
+        if unit not in ("line", "paragraph"):
+            raise VocabdistilError(f"--unit: expected 'line' or 'paragraph', got {unit!r}")
+        if not paths:
+            raise VocabdistilError("--text: expected at least one file")
+        self.paths, self.unit = [Path(path) for path in paths], unit
+        for path in self.paths:
+            if not path.exists():
+                raise VocabdistilError(f"--text: no such file: {path}")
+            if not path.is_file():
+                raise VocabdistilError(f"--text: not a file: {path}")
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            found = False
+            for example in self._examples(path):
+                found = True
+                yield example
+            if not found:
+                raise VocabdistilError(f"--text: {path} is empty")
+
+    def _examples(self, path: Path) -> Iterator[str]:
+        if self.unit == "line":
+            yield from filter(None, self._lines(path))
+            return
+        paragraph: list[str] = []
+        for line in chain(self._lines(path), [""]):
+            if line:
+                paragraph.append(line)
+            elif paragraph:
+                yield " ".join(paragraph)
+                paragraph = []
+
+    def _lines(self, path: Path) -> Iterator[str]:
+        offset = 0
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            with open(path, "rb") as file:
+                for data in file:
+                    text = data.decode() if offset else data.decode().removeprefix("\ufeff")
+                    offset += len(data)
+                    # A line feed ends a line in any case; str knows other ends of lines too.
+                    for line in text.splitlines():
+                        yield line.strip()
         except UnicodeDecodeError as error:
+            byte = error.object[error.start]
             raise VocabdistilError(
-                f"--text: {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+                f"--text: {path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}"
             ) from None
         except OSError as error:
             raise VocabdistilError(f"--text: cannot read {path}: {error.strerror}") from None
-        found = len(examples)
-        lines = [line.strip() for line in text.splitlines()]
-        if unit == "line":
-            examples.extend(line for line in lines if line)
-        else:
-            paragraph: list[str] = []
-            for line in [*lines, ""]:
-                if line:
-                    paragraph.append(line)
-                elif paragraph:
-                    examples.append(" ".join(paragraph))
-                    paragraph = []
-        if len(examples) == found:
-            raise VocabdistilError(f"--text: {path} is empty")
-    return examples
+
+
+def read_text(paths: Sequence[str | os.PathLike], unit: str = "line") -> list[str]:
+    """All of :class:`TextFiles` at once."""
+    return list(TextFiles(paths, unit))
 
 
 @dataclass
@@ -167,7 +187,8 @@ def train_wordpiece(
     Raises:
         VocabdistilError: the text supports fewer tokens, or its alphabet alone needs more.
     """
-    examples = list(examples)
+    if isinstance(examples, Iterator):  # it is read twice
+        examples = list(examples)
 
     def train(size: int, first: Sequence[str]) -> dict[str, int]:
         tokenizer = Tokenizer(models.WordPiece({unk_token: 0}, unk_token=unk_token))
@@ -259,9 +280,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------- coverage
-
-
 def token_counts(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """How often each id occurs in ``texts``: int64 ``[V]``."""
     counts = torch.zeros(len(tokenizer), dtype=torch.int64)
@@ -269,91 +287,6 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> Tensor:
         ids = [i for row in encode(tokenizer, texts[start : start + _ENCODE_CHUNK], "tokenizer") for i in row]
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(counts))
     return counts
-
-
-@dataclass
-class CoverageReport:
-    """How two tokenizers align on a text.
-
-    Attributes:
-        teacher_vocab, student_vocab: vocabulary sizes.
-        matched_vocab: token strings in both.
-        texts, teacher_tokens, student_tokens: what was counted (specials included); ``student_tokens`` by the
-            student's own tokenization.
-        pieces_per_token: student pieces per teacher token under ``reduce``.
-        unk_rate_reduce, unk_rate_own: the share of UNK among the student's tokens, for both of its inputs.
-        unk_rate_teacher: the same of the teacher.
-        matched_tokens: the share of teacher tokens in the text whose string the student has too.
-        reduce_equals_own: the share of texts that ``reduce`` segments exactly as the student's own tokenizer.
-    """
-
-    teacher_vocab: int
-    student_vocab: int
-    matched_vocab: int
-    texts: int
-    teacher_tokens: int
-    student_tokens: int
-    pieces_per_token: float
-    unk_rate_reduce: float
-    unk_rate_own: float
-    unk_rate_teacher: float
-    matched_tokens: float
-    reduce_equals_own: float
-
-    def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
-
-
-def coverage(
-    texts: Sequence[str],
-    teacher: Any,
-    student: Any,
-    table: RemapTable | None = None,
-    matched: MatchedVocab | None = None,
-) -> CoverageReport:
-    """Counts over ``texts`` how the student's vocabulary covers the teacher's. See :class:`CoverageReport`."""
-    table = table if table is not None else RemapTable.from_tokenizers(teacher, student)
-    matched = matched if matched is not None else MatchedVocab.from_tokenizers(teacher, student)
-    is_matched = torch.zeros(len(teacher), dtype=torch.bool)
-    is_matched[matched.teacher_ids] = True
-    row_length = (table.indptr[1:] - table.indptr[:-1]).long()
-    is_unk = table.ids == student.unk_token_id
-    row_unk = torch.zeros(len(table), dtype=torch.int64)
-    row_unk.index_add_(0, torch.repeat_interleave(torch.arange(len(table)), row_length), is_unk.long())
-
-    totals = dict.fromkeys(("teacher", "own", "reduce", "unk_teacher", "unk_own", "unk_reduce", "matched", "equal"), 0)
-    for start in range(0, len(texts), _ENCODE_CHUNK):
-        chunk = texts[start : start + _ENCODE_CHUNK]
-        teacher_rows, own_rows = encode(teacher, chunk, "teacher"), encode(student, chunk, "student")
-        ids = torch.tensor([i for row in teacher_rows for i in row], dtype=torch.int64)
-        own = torch.tensor([i for row in own_rows for i in row], dtype=torch.int64)
-        totals["teacher"] += len(ids)
-        totals["own"] += len(own)
-        totals["reduce"] += int(row_length[ids].sum())
-        totals["unk_teacher"] += int((ids == teacher.unk_token_id).sum())
-        totals["unk_own"] += int((own == student.unk_token_id).sum())
-        totals["unk_reduce"] += int(row_unk[ids].sum())
-        totals["matched"] += int(is_matched[ids].sum())
-        reduced = table.remap(teacher_rows)
-        lengths = reduced.attention_mask.sum(1).tolist()
-        totals["equal"] += sum(
-            row[:length] == expected
-            for row, length, expected in zip(reduced.input_ids.tolist(), lengths, own_rows, strict=True)
-        )
-    return CoverageReport(
-        teacher_vocab=len(teacher),
-        student_vocab=len(student),
-        matched_vocab=len(matched.teacher_ids),
-        texts=len(texts),
-        teacher_tokens=totals["teacher"],
-        student_tokens=totals["own"],
-        pieces_per_token=totals["reduce"] / max(totals["teacher"], 1),
-        unk_rate_reduce=totals["unk_reduce"] / max(totals["reduce"], 1),
-        unk_rate_own=totals["unk_own"] / max(totals["own"], 1),
-        unk_rate_teacher=totals["unk_teacher"] / max(totals["teacher"], 1),
-        matched_tokens=totals["matched"] / max(totals["teacher"], 1),
-        reduce_equals_own=totals["equal"] / max(len(texts), 1),
-    )
 
 
 # ---------------------------------------------------------------- batches
@@ -368,20 +301,6 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
         ids[b, : len(row)] = torch.tensor(row, dtype=torch.int64)
         mask[b, : len(row)] = 1
     return ids, mask
-
-
-def _widen(x: Tensor, width: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
-
-
-def _restride(pairs: SpanPairs, old: int, new: int) -> SpanPairs:
-    """The same pairs for student rows padded from ``old`` to ``new`` tokens."""
-    start = pairs.student_start + pairs.student_start // old * (new - old)
-    end = start + (pairs.student_end - pairs.student_start)
-    tokens = pairs.student_tokens // old * new
-    return SpanPairs._trusted(
-        start, end, pairs.teacher_start, pairs.teacher_end, pairs.num_nonempty, tokens, pairs.teacher_tokens
-    )
 
 
 class DistillCollator:
@@ -418,7 +337,7 @@ class DistillCollator:
         self.max_length, self.student_max_length = max_length, student_max_length
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        texts = [feature if isinstance(feature, str) else feature["text"] for feature in features]
+        texts = [text_of(feature, "text", f"features[{i}]") for i, feature in enumerate(features)]
         own_ids, own_mask = pad(
             encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id
         )
@@ -431,15 +350,18 @@ class DistillCollator:
             blocks.append(table.remap(ids, mask, max_length=self.student_max_length))
         width = max(own_ids.shape[1], *(block.input_ids.shape[1] for block in blocks))
         rows = [(block.input_ids, block.attention_mask) for block in blocks] + [(own_ids, own_mask)]
-        student_ids = torch.cat([_widen(ids, width, self.student.pad_token_id) for ids, _ in rows])
-        student_mask = torch.cat([_widen(mask.to(torch.int64), width, 0) for _, mask in rows])
+        student_ids = torch.cat([widen(ids, width, self.student.pad_token_id) for ids, _ in rows])
+        student_mask = torch.cat([widen(mask.to(torch.int64), width, 0) for _, mask in rows])
         own_ids, own_mask = student_ids[-len(texts) :], student_mask[-len(texts) :]
         return {
             "student_ids": student_ids,
             "student_mask": student_mask,
             "teacher_ids": teacher_ids,
             "teacher_mask": teacher_mask,
-            "reduce_pairs": [_restride(block.pairs, block.input_ids.shape[1], width) for block in blocks],
+            "reduce_pairs": [
+                restride(block.pairs, len(texts), (block.input_ids.shape[1], width), (ids.shape[1],) * 2)
+                for block, ids in zip(blocks, teacher_ids, strict=True)
+            ],
             "own_pairs": [
                 match_pairs(ids, own_ids, matched, teacher_mask=mask, student_mask=own_mask)
                 for ids, mask, matched in zip(teacher_ids, teacher_mask, self.matched, strict=True)

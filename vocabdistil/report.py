@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
@@ -20,9 +21,11 @@ from ._tokenizers import encode
 from .data import pad
 from .errors import VocabdistilError
 from .loyalty import mean_over_tokens, pairwise_cosine, regression
+from .picture import readable
 
 if TYPE_CHECKING:
-    from .data import CoverageReport
+    from .align import Coverage
+    from .coverage import CoverageReport
     from .teachers import Teacher
     from .training import DistillConfig
 
@@ -30,6 +33,7 @@ __all__ = [
     "Reporter",
     "bench_models",
     "compare_models",
+    "coverage_tables",
     "cpu_time",
     "describe_model",
     "embedding_loyalty",
@@ -216,6 +220,60 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def _share(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> list[Table]:
+    """The vocabularies and their text, and a column for every alignment; names and tokenizers of both sides."""
+    title = f"{Path(names[0]).name} and {Path(names[1]).name} ({report.texts:,} texts)"
+    vocabularies = Table(title=escape(title), title_justify="left")
+    for column in ("", "teacher", "student"):
+        vocabularies.add_column(column, justify="right" if column else "left")
+    for label, *values in (
+        ("vocabulary", f"{report.teacher_vocab:,}", f"{report.student_vocab:,}"),
+        (
+            "in both",
+            *(f"{report.matched_vocab:,} ({report.matched_vocab / max(size, 1):.1%})"
+              for size in (report.teacher_vocab, report.student_vocab)),
+        ),
+        ("tokens of the text", f"{report.teacher_tokens:,}", f"{report.student_tokens:,}"),
+        (
+            "of them in both vocabularies",
+            _share(report.matched_tokens),
+            _share(report.student_matched / max(report.student_tokens, 1)),
+        ),
+        ("of them unknown", _share(report.unk_rate_teacher, 3), _share(report.unk_rate_own, 3)),
+    ):  # fmt: skip
+        vocabularies.add_row(label, *values)
+    alignments = Table(title="Alignments", title_justify="left")
+    for column in ("", *report.methods):
+        alignments.add_column(column, justify="right" if column else "left")
+    rows: tuple[tuple[str, Callable[[Coverage], str]], ...] = (
+        ("span pairs", lambda c: f"{c.pairs:,}"),
+        ("of them 1:1", lambda c: _share(c.one_to_one)),
+        ("teacher tokens in pairs", lambda c: _share(c.teacher_covered)),
+        ("teacher tokens in 1:1 pairs", lambda c: _share(c.teacher_one_to_one)),
+        ("student tokens in pairs", lambda c: _share(c.student_covered)),
+        ("student tokens in 1:1 pairs", lambda c: _share(c.student_one_to_one)),
+        ("teacher tokens in a pair", lambda c: f"{c.teacher_span:.3f}"),
+        ("student tokens in a pair", lambda c: f"{c.student_span:.3f}"),
+        ("text in pairs, bytes", lambda c: _share(c.covered_text)),
+        ("student tokens unknown", lambda c: _share(c.student_unknown_rate, 3)),
+        ("teacher tokens left out", lambda c: _examples(c.teacher_examples, tokenizers[0])),
+        ("student tokens left out", lambda c: _examples(c.student_examples, tokenizers[1])),
+    )
+    for label, show in rows:
+        alignments.add_row(label, *(show(found) for found in report.methods.values()))
+    if report.reduce_equals_own is not None:
+        alignments.caption = f"reduce segments {report.reduce_equals_own:.1%} of the texts as the student does"
+    return [vocabularies, alignments]
+
+
+def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:
+    return "\n".join(f"{escape(readable(tokenizer, token))} {count:,}" for token, count in examples[:5])
+
+
 class Reporter:
     """Prints to standard output unless quiet."""
 
@@ -233,23 +291,9 @@ class Reporter:
     def progress(self, steps: int, label: str) -> _ProgressCallback:
         return _ProgressCallback(self.console, steps, label)
 
-    def coverage(self, name: str, report: CoverageReport) -> None:
-        table = Table(title=f"Alignment with {Path(name).name} ({report.texts} texts)", title_justify="left")
-        table.add_column("")
-        table.add_column("", justify="right")
-        for label, value in (
-            ("teacher vocabulary", f"{report.teacher_vocab:,}"),
-            ("student vocabulary", f"{report.student_vocab:,}"),
-            ("matched vocabulary", f"{report.matched_vocab:,}"),
-            ("teacher tokens in the text with a match", f"{report.matched_tokens:.1%}"),
-            ("student pieces per teacher token (reduce)", f"{report.pieces_per_token:.3f}"),
-            ("UNK rate: teacher", f"{report.unk_rate_teacher:.3%}"),
-            ("UNK rate: student, reduce", f"{report.unk_rate_reduce:.3%}"),
-            ("UNK rate: student, own tokenization", f"{report.unk_rate_own:.3%}"),
-            ("texts where reduce equals own tokenization", f"{report.reduce_equals_own:.1%}"),
-        ):
-            table.add_row(label, value)
-        self.print(table)
+    def coverage(self, names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> None:
+        for table in coverage_tables(names, tokenizers, report):
+            self.print(table)
 
     def loyalty(self, found: dict[str, dict[str, float]], texts: int) -> None:
         table = Table(title=f"Regression loyalty of pooled embeddings ({texts} texts)", title_justify="left")

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from . import report
+from .coverage import coverage
 from .data import (
     DistillCollator,
-    coverage,
     read_text,
     save_tokenizer,
     split_text,
@@ -249,11 +249,11 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
     matched = [MatchedVocab.from_tokenizers(teacher.tokenizer, tokenizer) for teacher in teachers]
 
     reports = [
-        coverage(split.held_out, teacher.tokenizer, tokenizer, table, match)
+        coverage(split.held_out, teacher.tokenizer, tokenizer, ("match", "reduce"), table=table, matched=match)
         for teacher, table, match in zip(teachers, tables, matched, strict=True)
     ]
     for teacher, coverage_report in zip(teachers, reports, strict=True):
-        say.coverage(teacher.name, coverage_report)
+        say.coverage((teacher.name, config.out), (teacher.tokenizer, tokenizer), coverage_report)
 
     student = build_student(preset, tokenizer, seed=config.seed)
     start = initialise_from_teacher(student, first.model, tables[0], first.tokenizer, tokenizer, config.seed)

@@ -1,0 +1,42 @@
+"""How far a long job is, on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["counting"]
+
+# Seconds between two lines where there is no terminal.
+_EVERY = 20.0
+
+
+@contextmanager
+def counting(label: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with how many more items are done.
+
+    A bar on a terminal or in a notebook; elsewhere a line now and then; nothing if quiet.
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda count: None
+    elif console.is_terminal or console.is_jupyter:
+        columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda count: bar.advance(task, count)
+    else:
+        done, said = 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            if time.monotonic() - said >= _EVERY:
+                said = time.monotonic()
+                console.print(f"{label}: {done:,}" + (f" of {total:,}" if total else ""), highlight=False)
+
+        yield advance

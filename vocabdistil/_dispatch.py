@@ -26,7 +26,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
-    "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 

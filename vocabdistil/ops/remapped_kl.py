@@ -158,7 +158,7 @@ def remapped_kl(
         )  # fmt: skip
     scale = row_scale(pairs, student, reduction, _native.accumulation_dtype(student.dtype, teacher.dtype))
     return RowLoss.apply(
-        _op, native_rows(student), native_rows(teacher), table.indptr, table.ids, scale,
+        _op, None, native_rows(student), native_rows(teacher), table.indptr, table.ids, scale,
         (combine == "logsumexp", float(temperature)), reduction != "none",
         torch.is_grad_enabled() and student.requires_grad, *span_vectors(pairs),
     )  # fmt: skip

@@ -1,0 +1,172 @@
+"""The sweep of `linear_matched_kl` on a GPU: matched columns first, large products, one kernel for the rows.
+
+The rows of both weights that are needed are gathered once, the matched ones first and in one order, so that the row
+kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits, the row kernel turns
+them into the loss and the logits' gradient in the dtype of the hidden states, and two more products, accumulated in
+float32, carry that back. Half inputs go through the tensor cores; a float32 weight under half hidden states is
+rounded to their dtype, as autocast would do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import implementation
+from ._products import product
+from ._torch_rows import torch_rows
+
+# Bytes for all that is held meanwhile, or, where the gathered rows and their gradient are large, this many times them:
+# every chunk reads and writes them all.
+BUDGET = 64_000_000
+_TIMES = 3.25
+_REST_COLUMNS = 8192  # of the teacher's logits that enter its unmatched mass, formed at a time
+_ALIGNED = 16  # rows of buffers are multiples of this, so that products and kernels read 16 bytes at a time
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // _ALIGNED) * _ALIGNED
+
+
+def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(rows, _padded(columns), dtype=dtype)[:, :columns]
+
+
+def _rows_per_chunk(count: int, fixed: int, traffic: int, per_row: int) -> int:
+    """fixed: bytes that a chunk's size does not change; traffic: those of them that every chunk reads or writes."""
+    left = max(BUDGET, int(_TIMES * traffic)) - fixed
+    most = max(left // per_row, 16)
+    step = -(-count // -(-count // most))  # as many chunks, of one size
+    unit = 128 if most >= 128 else 16  # whole tiles of the products
+    return min(-(-step // unit) * unit, most // unit * unit)
+
+
+def _with_bias(bias: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The chosen biases, and zeros to the length of a row of the buffers."""
+    if bias is None:
+        return None
+    out = bias.new_zeros(_padded(ids.numel()), dtype=dtype)
+    out[: ids.numel()] = bias[ids].to(dtype)
+    return out
+
+
+def _unmatched_last(ids: Tensor, columns: int) -> Tensor:
+    """All columns, the given ones first; known to be distinct, so that no size has to be asked of the device."""
+    matched = torch.zeros(columns, dtype=torch.uint8, device=ids.device)
+    matched[ids] = 1
+    return torch.cat([ids, matched.argsort(stable=True)[: columns - ids.numel()]])
+
+
+def _log_sum_exp(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float,
+    buffer: Tensor,
+) -> Tensor:  # fmt: skip
+    """``[R]``: log sum exp(z / T) over all columns of the weight but those marked in ``left_out [V]``."""
+    total = buffer.new_full((x.shape[0],), float("-inf"))
+    step = buffer.shape[1]
+    for begin in range(0, weight.shape[0], step):
+        end = min(weight.shape[0], begin + step)
+        z = buffer[: x.shape[0], : end - begin]
+        product(x, weight[begin:end].to(x.dtype).t(), z)
+        if bias is not None:
+            part = bias[begin:end].to(z.dtype)
+            z.add_(part if lengths is None else lengths[:, None] * part)
+        z.mul_(1 / temperature).masked_fill_(left_out[begin:end], float("-inf"))
+        torch.logaddexp(total, z.logsumexp(-1), out=total)
+    return total
+
+
+def _dense_torch_rows(
+    student: Tensor, teacher: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
+    student_lengths: Tensor | None, teacher_lengths: Tensor | None, teacher_rest: Tensor | None, scale: Tensor,
+    unmatched: int, temperature: float, loss: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """``triton_kernels.matched_kl.dense_rows`` in PyTorch, for installations without Triton; overwrites the logits."""
+    for z, bias, lengths in ((student, student_bias, student_lengths), (teacher, teacher_bias, teacher_lengths)):
+        if bias is not None:
+            part = bias[: z.shape[1]]
+            z.add_(part if lengths is None else lengths[:, None] * part)
+    columns = torch.arange(teacher.shape[1], device=student.device)
+    torch_rows(student, teacher, columns, unmatched, temperature, teacher_rest, scale, loss)
+    if grad is not None:
+        grad.copy_(student)
+
+
+def dense_sweep(
+    student: Tensor, student_weight: Tensor, student_bias: Tensor | None, student_lengths: Tensor | None,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_lengths: Tensor | None,
+    student_ids: Tensor, teacher_ids: Tensor, scale: Tensor, unmatched: int, temperature: float, backend: str,
+    hidden_grad: bool, weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
+    rows = implementation("matched_kl", "triton", "dense_rows") if backend == "triton" else _dense_torch_rows
+    dtype, half, count = scale.dtype, student.dtype, scale.numel()
+    whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
+    num_matched, wanted = student_ids.numel(), hidden_grad or weight_grad or bias_grad
+    columns = _unmatched_last(student_ids, student_weight.shape[0]) if whole else student_ids
+    width = columns.numel()
+    w_s = student_weight.index_select(0, columns).to(half)
+    w_t = teacher_weight.index_select(0, teacher_ids).to(half)
+    b_s, b_t = _with_bias(student_bias, columns, dtype), _with_bias(teacher_bias, teacher_ids, dtype)
+    left_out = None
+    if whole:
+        left_out = torch.zeros(teacher_weight.shape[0], dtype=torch.bool, device=scale.device)
+        left_out[teacher_ids] = True
+
+    loss = torch.empty_like(scale)
+    grad_hidden = scale.new_empty(student.shape if hidden_grad else 0)
+    d_weight = scale.new_empty((width, student.shape[1]) if weight_grad else 0)
+    d_bias = scale.new_zeros(width if bias_grad else 0)
+    # Float16 has no room for what one logit of many counts in a mean over many rows: its gradients are formed of a size
+    # near 1, and brought down to their own in float32.
+    unit, row_scale = None, scale
+    if half == torch.float16:
+        unit = scale.abs().amax().clamp(min=torch.finfo(dtype).tiny) if count else scale.new_ones(())
+        unit = unit * 2.0 ** -math.floor(math.log2(32768 / temperature))
+        row_scale = scale / unit
+
+    size = scale.element_size()
+    traffic = half.itemsize * (w_s.numel() + w_t.numel()) + size * d_weight.numel()
+    per_row = size * (_padded(width) + _padded(num_matched)) + half.itemsize * _padded(width) * wanted
+    per_row += size * _REST_COLUMNS * whole
+    step = min(_rows_per_chunk(count, traffic + size * grad_hidden.numel(), traffic, per_row), count) if count else 0
+    s_buffer, t_buffer = (_buffer(scale, step, n, dtype) for n in (width, num_matched))
+    d_buffer = _buffer(scale, step, width, half) if wanted else None
+    rest_buffer = _buffer(scale, step, _REST_COLUMNS, dtype) if whole else None
+    for begin in range(0, count, max(step, 1)):
+        part = slice(begin, min(count, begin + step))
+        n = part.stop - begin
+        x, y, s, t = student[part], teacher[part], s_buffer[:n], t_buffer[:n]
+        d = None if d_buffer is None else d_buffer[:n]
+        x_lengths, y_lengths = (None if k is None else k[part] for k in (student_lengths, teacher_lengths))
+        product(x, w_s.t(), s)
+        product(y, w_t.t(), t)
+        rest = None
+        if rest_buffer is not None:
+            rest = _log_sum_exp(y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer)
+        rows(s, t, b_s, b_t, x_lengths, y_lengths, rest, row_scale[part], unmatched, temperature, loss[part], d)
+        if hidden_grad:
+            product(d, w_s, grad_hidden[part])
+        if weight_grad:
+            product(d.t(), x, d_weight, add=begin > 0)
+        if bias_grad:
+            d_bias += (d if x_lengths is None else d * x_lengths[:, None].to(dtype)).sum(0, dtype=dtype)
+    del s_buffer, t_buffer, d_buffer, rest_buffer, w_s, w_t
+    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
+    total = (loss * scale).sum(dtype=torch.float64).to(dtype)
+    if not count:
+        d_weight.zero_()
+    if unit is not None:
+        for g in (grad_hidden, d_weight, d_bias):
+            g.mul_(unit)
+    grad_weight = _scattered(d_weight, columns, student_weight.shape[0]) if weight_grad else d_weight
+    grad_bias = _scattered(d_bias, columns, student_weight.shape[0]) if bias_grad else d_bias
+    return total, loss, grad_hidden, grad_weight, grad_bias
+
+
+def _scattered(rows: Tensor, ids: Tensor, count: int) -> Tensor:
+    """``[count, ...]``, the rows at the ids and 0 elsewhere."""
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, ids, rows)

@@ -1,0 +1,62 @@
+"""Products of half-precision matrices in float32: on tensor cores, nothing rounded to half on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _native_products(device: torch.device) -> tuple[bool, bool]:
+    """Whether ``torch.mm`` and ``torch.addmm`` of this torch write float32 from half inputs (since 2.8, on CUDA; adding
+    to float32 came later). Tried once per device with one element, as no version number tells for the second."""
+    if device.type != "cuda":
+        return False, False
+    one = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    out = torch.zeros(8, 8, device=device)
+
+    def runs(operation: str, *arguments: Tensor) -> bool:
+        try:
+            getattr(torch.ops.aten, operation).dtype_out(*arguments, torch.float32, out=out)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return True
+
+    return runs("mm", one, one), runs("addmm", out, one, one)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Half values are exact in TF32 (8 bits of exponent, 10 of fraction), so that products of them in TF32 lose
+    nothing: half the speed of half products, and a copy of each operand, but the same result."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out = a b``, or ``out += a b``: ``[n, k]``, ``[k, m]`` of one dtype, ``out [n, m]`` in it or, for half types,
+    in float32, and accumulated in that."""
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    written, added = _native_products(a.device)
+    if written and not add:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif added and add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    elif written:
+        out.add_(torch.ops.aten.mm.dtype(a, b, out.dtype))
+    else:
+        with _tf32():
+            product(a.to(out.dtype), b.to(out.dtype), out, add)

@@ -7,6 +7,7 @@ import torch
 
 import vocabdistil as vd
 from tests.spans import make_pairs
+from tests.test_remapped_kl import make_table
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched
 from vocabdistil.ops._products import product
@@ -103,6 +104,46 @@ def test_upstream_gradient_is_folded_in_on_the_device():
             torch.cuda.set_sync_debug_mode("default")
         grads.append(leaf.grad)
     torch.testing.assert_close(4 * grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_remapped_kl_against_float64(paired, combine, dtype):
+    """With a piece that stands in every fourth row, and chunks of pairs."""
+    table = make_table(9000, 700, longest=9)
+    table.ids[table.indptr[:-2:4].long()] = 5
+    pairs, n_s, n_t = make_pairs(300, seed=3, gaps=True, empty=True)
+    pairs, n_s, n_t = (pairs.to("cuda"), n_s, n_t) if paired else (None, 300, 300)
+    student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 700), (n_t, 9000)))
+
+    def both(module, s, t, **options):
+        leaf = s.clone().requires_grad_()
+        loss = module.remapped_kl(leaf, t, table, pairs=pairs, combine=combine, temperature=1.7, **options)
+        (loss * 3).backward()
+        return loss.detach(), leaf.grad
+
+    loss, grad = both(vd, student, teacher, backend="triton")
+    again = both(vd, student, teacher, backend="triton")
+    want, want_grad = both(vd.reference, student.double(), teacher.double())
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+    assert_norm_close(loss, want, torch.float64 if dtype == torch.float64 else torch.float32, "loss", 2)
+    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+
+
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+def test_memory_of_remapped_kl_does_not_grow_with_the_rows(combine):
+    table = make_table(30000, 700)
+    peaks = []
+    for rows in (4096, 12288):
+        student, teacher = (torch.randn(rows, v, device="cuda").bfloat16() for v in (700, 30000))
+        student.requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vd.remapped_kl(student, teacher, table, combine=combine).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before - student.grad.nbytes)
+    assert peaks[1] < 1.2 * peaks[0] < 4e8
 
 
 @pytest.mark.parametrize("negatives", [-1, 32])

@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from vocabdistil.triton_kernels import matched_kl  # noqa: E402
+from vocabdistil.triton_kernels import matched_kl, remapped_kl  # noqa: E402
 
 from tests.test_triton_compile import CAPABILITIES, compile  # noqa: E402
 
@@ -79,3 +79,39 @@ def test_tables(ids, matched, capability):
     signature |= {"count": "i32", "v_s": "i32", "v_t": "i32"}
     signature = {name: signature[name] for name in matched_kl.tables_kernel.arg_names if name in signature}
     compile(matched_kl.tables_kernel, signature, constants, capability)
+
+
+VECTORS = (
+    "start", "end", "student_start", "student_end", "t_start", "t_end", "row_ids", "pieces_at", "pieces", "uses_at",
+    "uses", "owners", "of", "segments",
+)  # fmt: skip
+SIZES = (
+    "p0", "pairs", "rows", "s_rows", "t_rows", "stride", "columns", "slices", "per", "parts", "count",
+)  # fmt: skip
+WIDE = ("out", "pooled", "z", "stats", "upstream", "merged", "slope", "scale", "terms", "sums")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("spans", "upstream", "dtype"), [(False, False, "fp32"), (True, True, "bf16"), (True, False, "fp64")]
+)
+@pytest.mark.parametrize("name", ["pool", "combine", "merge", "slope", "gather", "write"])
+def test_remapped_kl(name, spans, upstream, dtype, capability):
+    kernel = getattr(remapped_kl, f"{name}_kernel")
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    constants = {
+        "ACC": matched_kl.accumulator(DTYPES[accumulator]), "PAIRS": remapped_kl.PAIRS, "SLICE": remapped_kl.SLICE,
+        "BLOCK": 32, "LOGSUMEXP": not spans, "GRAD": True, "PARTS": remapped_kl.PARTS,
+    }  # fmt: skip
+    absent = [] if spans else ["start", "end", "student_start", "student_end", "t_start", "t_end"]
+    absent += [] if upstream else ["upstream"]
+    constants = {k: v for k, v in {**constants, **dict.fromkeys(absent)}.items() if k in kernel.arg_names}
+    types = {
+        **dict.fromkeys(VECTORS, "*i32"), **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(WIDE, f"*{accumulator}"),
+        **dict.fromkeys(("student", "teacher", "grad"), f"*{dtype}"),
+        "temperature": "*fp64" if dtype == "fp64" else "fp32",
+    }  # fmt: skip
+    signature = {n: types[n] for n in kernel.arg_names if n not in constants}
+    ptx = compile(kernel, signature, constants, capability, num_warps=8 if "SLICE" in constants else 4)
+    if dtype == "fp32" and name in ("combine", "gather"):  # what an id of the table fetches
+        assert re.search(r"ld\.global\.v4\.b32", ptx)

@@ -24,7 +24,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
-    "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
+    "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
 }

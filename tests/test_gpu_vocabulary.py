@@ -159,11 +159,33 @@ def test_contrastive_is_deterministic_and_reproducible(negatives):
         loss.backward()
         return loss.detach(), leaf.grad
 
-    first, second = once(), once()
+    first = once()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     if negatives == -1:
         want = vd.reference.contrastive(student.double(), teacher.double(), pairs)
         assert_norm_close(first[0], want, torch.float32, "loss", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_contrastive_of_half_hidden_states(dtype):
+    pairs, n_s, n_t = make_pairs(3000, seed=1, gaps=True, empty=True)
+    pairs = pairs.to("cuda")
+    student, teacher = ((torch.randn(n, 64, device="cuda") + 1).to(dtype) for n in (n_s, n_t))
+
+    def both(module, dtype):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        loss = module.contrastive(leaf, teacher.to(dtype), pairs, temperature=0.1)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    (loss, grad), (want, want_grad) = both(vd, dtype), both(vd.reference, torch.float64)
+    assert_norm_close(loss, want, torch.float32, "loss", 50)
+    assert_norm_close(grad, want_grad, dtype, "gradient", 1)
 
 
 @pytest.mark.parametrize("unmatched", ["renormalize", "rest"])

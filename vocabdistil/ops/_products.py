@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +60,18 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     else:
         with _tf32():
             product(a.to(out.dtype), b.to(out.dtype), out, add)
+
+
+def split(x: Tensor) -> tuple[Tensor, ...]:
+    """float32 as the sum of two bfloat16 matrices, up to 2^-17 of each value."""
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
+
+
+def sum_product(a: Sequence[Tensor], b: Sequence[Tensor], out: Tensor, add: bool = False) -> None:
+    """``out = (a_0 + a_1 ...) (b_0 + b_1 ...)``, or ``out +=`` it, without the products of the small parts by each
+    other: of :func:`split` matrices three products, exact to about 2^-16 of the sum of the terms' sizes."""
+    for i, x in enumerate(a):
+        for y in b[: len(a) - i]:
+            product(x, y, out, add)
+            add = True

@@ -273,6 +273,8 @@ def _row(
             value = tl.where(mass == 0, 0.0, mass * value)
         if UNMATCHED == 1:
             value += tl.where(rest == 0, 0.0, rest * (rest_q - rest_r))
+        if PADDED:  # pairs with an empty side are here rows that count for nothing, and may be infinite
+            filled = tl.load(scale + p) != 0
         tl.store(loss + p, tl.where(filled, value * t * t, 0.0))
 
 
@@ -338,6 +340,11 @@ def temperature_argument(temperature: float, like: Tensor) -> float | Tensor:
     return like.new_full((), temperature) if like.dtype == torch.float64 else temperature
 
 
+def resident(columns: int, dtype: torch.dtype) -> bool:
+    """Whether a row of the accumulation dtype stays in registers."""
+    return bool(tile(columns, dtype)["WHOLE"])
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -392,7 +399,8 @@ def dense_rows(
     """Logits ``[R, V]`` and ``[R, V_m]`` in the accumulation dtype, to which the biases, as often as the lengths
     ``[R]`` say, are still to be added; the first ``V_m`` columns of the student are the matched ones, in the teacher's
     order; the row strides are multiples of 16 and belong to the row, the biases are as long ->
-    ``loss [R]``, and ``grad [R, V]`` (any float dtype) = ``scale`` d loss / d logit unless it is None.
+    ``loss [R]``, 0 where ``scale`` is, and ``grad [R, V]`` (any float dtype) = ``scale`` d loss / d logit unless it is
+    None. Up to `RESIDENT` columns its rows may lie in those of the student: a row is read before it is written.
 
     teacher_rest: ``[R]``, log sum exp(. / T) of the teacher's other columns; None for "renormalize"."""
     (rows, v_s), v_m = student.shape, teacher.shape[1]

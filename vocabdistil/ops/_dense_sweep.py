@@ -1,10 +1,10 @@
 """The sweep of `linear_matched_kl` on a GPU: matched columns first, large products, one kernel for the rows.
 
 The rows of both weights that are needed are gathered once, the matched ones first and in one order, so that the row
-kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits, the row kernel turns
-them into the loss and the logits' gradient in the dtype of the hidden states, and two more products, accumulated in
-float32, carry that back. Half inputs go through the tensor cores; a float32 weight under half hidden states is
-rounded to their dtype, as autocast would do.
+kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits; the row kernel turns
+them into the loss and the logits' gradient in the dtype of the hidden states, in the memory of the student's logits
+where it holds a row in registers; and two more products, accumulated in float32, carry that back. Half inputs go
+through the tensor cores; a float32 weight under half hidden states is rounded to their dtype, as autocast would do.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def _dense_torch_rows(
             z.add_(part if lengths is None else lengths[:, None] * part)
     columns = torch.arange(teacher.shape[1], device=student.device)
     torch_rows(student, teacher, columns, unmatched, temperature, teacher_rest, scale, loss)
+    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
     if grad is not None:
         grad.copy_(student)
 
@@ -102,7 +103,11 @@ def dense_sweep(
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
-    rows = implementation("matched_kl", "triton", "dense_rows") if backend == "triton" else _dense_torch_rows
+    rows, total_of, resident = _dense_torch_rows, _torch_total, None
+    if backend == "triton":
+        rows, total_of, resident = (
+            implementation("matched_kl", backend, name) for name in ("dense_rows", "weighted_total", "resident")
+        )
     dtype, half, count = scale.dtype, student.dtype, scale.numel()
     whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
     num_matched, wanted = student_ids.numel(), hidden_grad or weight_grad or bias_grad
@@ -130,11 +135,17 @@ def dense_sweep(
 
     size = scale.element_size()
     traffic = half.itemsize * (w_s.numel() + w_t.numel()) + size * d_weight.numel()
-    per_row = size * (_padded(width) + _padded(num_matched)) + half.itemsize * _padded(width) * wanted
+    in_place = resident is not None and resident(width, dtype)
+    per_row = size * (_padded(width) + _padded(num_matched))
+    per_row += half.itemsize * _padded(width) * (wanted and not in_place)
     per_row += size * _REST_COLUMNS * whole
     step = min(_rows_per_chunk(count, traffic + size * grad_hidden.numel(), traffic, per_row), count) if count else 0
     s_buffer, t_buffer = (_buffer(scale, step, n, dtype) for n in (width, num_matched))
-    d_buffer = _buffer(scale, step, width, half) if wanted else None
+    d_buffer = None
+    if wanted and in_place:  # the gradient of a row takes the front of its logits
+        d_buffer = s_buffer.as_strided((step, _padded(width)), s_buffer.stride()).view(half)[:, :width]
+    elif wanted:
+        d_buffer = _buffer(scale, step, width, half)
     rest_buffer = _buffer(scale, step, _REST_COLUMNS, dtype) if whole else None
     for begin in range(0, count, max(step, 1)):
         part = slice(begin, min(count, begin + step))
@@ -155,8 +166,6 @@ def dense_sweep(
         if bias_grad:
             d_bias += (d if x_lengths is None else d * x_lengths[:, None].to(dtype)).sum(0, dtype=dtype)
     del s_buffer, t_buffer, d_buffer, rest_buffer, w_s, w_t
-    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
-    total = (loss * scale).sum(dtype=torch.float64).to(dtype)
     if not count:
         d_weight.zero_()
     if unit is not None:
@@ -164,7 +173,11 @@ def dense_sweep(
             g.mul_(unit)
     grad_weight = _scattered(d_weight, columns, student_weight.shape[0]) if weight_grad else d_weight
     grad_bias = _scattered(d_bias, columns, student_weight.shape[0]) if bias_grad else d_bias
-    return total, loss, grad_hidden, grad_weight, grad_bias
+    return total_of(loss, scale), loss, grad_hidden, grad_weight, grad_bias
+
+
+def _torch_total(loss: Tensor, scale: Tensor) -> Tensor:
+    return (loss * scale).sum(dtype=torch.float64).to(scale.dtype)
 
 
 def _scattered(rows: Tensor, ids: Tensor, count: int) -> Tensor:

@@ -9,12 +9,14 @@ ids are kept within the rows and columns, and nothing is atomic. Formulas: vocab
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .rows import on_device
 from .span_loss import total_kernel
@@ -319,6 +321,52 @@ def tables_kernel(student_ids, teacher_ids, teacher_of, teacher_matched, count, 
         tl.store(teacher_matched + t, (t * 0 + 1).to(tl.int8), mask=(t >= 0) & (t < v_t))
 
 
+class _Tables:
+    """``teacher_of [V_s]`` int32 and, if wanted, ``teacher_matched [V_t]`` int8 of the ids last used, kept as long as
+    the ids live and are not written to.
+
+    Nothing is kept from or used in the capture of a CUDA graph: what it builds is filled when it is replayed, and what
+    it uses has to outlive it. Kept tables are used in the stream alone that they were made in.
+    """
+
+    def __init__(self) -> None:
+        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(
+        self, student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        stream = None
+        if student_ids.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return self._make(student_ids, teacher_ids, v_s, v_t, wanted)
+            stream = torch.cuda.current_stream(student_ids.device).cuda_stream
+        if student_ids.is_inference() or teacher_ids.is_inference():  # they do not count what is written to them
+            return self._make(student_ids, teacher_ids, v_s, v_t, wanted)
+        versions = student_ids._version, teacher_ids._version
+        known = self._of.get(student_ids)
+        if known is None or known[0]() is not teacher_ids or known[1] != versions:
+            known = self._of[student_ids] = weakref.ref(teacher_ids), versions, {}
+        tables, key = known[2], (v_s, v_t, wanted, stream)
+        if key not in tables:
+            tables[key] = self._make(student_ids, teacher_ids, v_s, v_t, wanted)
+        return tables[key]
+
+    @staticmethod
+    def _make(
+        student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        teacher_of = torch.full((v_s,), -1, dtype=torch.int32, device=student_ids.device)
+        teacher_matched = torch.zeros(v_t, dtype=torch.int8, device=student_ids.device) if wanted else None
+        count = student_ids.numel()
+        tables_kernel[(triton.cdiv(count, 1024),)](
+            student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024
+        )
+        return teacher_of, teacher_matched
+
+
+_tables = _Tables()
+
+
 def tile(columns: int, dtype: torch.dtype) -> dict[str, int | bool | None]:
     """Columns per turn and warps.
 
@@ -375,12 +423,7 @@ def matched_kl(
         return scale.new_zeros(())
     v_s, v_t = student.shape[1], teacher.shape[1]
     with on_device(student):
-        teacher_of = torch.full((v_s,), -1, dtype=torch.int32, device=student.device)
-        teacher_matched = torch.zeros(v_t, dtype=torch.int8, device=student.device) if unmatched else None
-        count = student_ids.numel()
-        tables_kernel[(triton.cdiv(count, 1024),)](
-            student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024
-        )
+        teacher_of, teacher_matched = _tables.get(student_ids, teacher_ids, v_s, v_t, bool(unmatched))
         kernel[(pairs,)](
             student, teacher, *(spans or (None,) * 4), teacher_of, teacher_matched, None, None, None, None, None,
             temperature_argument(temperature, scale), scale, loss, grad, upstream, pairs, student.shape[0],

@@ -116,6 +116,45 @@ def test_every_element_of_the_results_is_written(unmatched):
     assert total.isfinite() and loss.isfinite().all() and grad.isfinite().all()
 
 
+def test_tables_are_kept_until_the_ids_change(monkeypatch):
+    made = []
+    make_tables = kernels._Tables._make
+    monkeypatch.setattr(kernels._Tables, "_make", staticmethod(lambda *a: made.append(a) or make_tables(*a)))
+    matched, other = make_matched(12, 20, 8), make_matched(12, 20, 8, seed=1)
+    inputs = randn(3, 12), randn(3, 20, seed=1)
+    for _ in range(2):
+        compare(*inputs, matched)
+    assert len(made) == 1
+    compare(*inputs, matched, unmatched="rest")
+    compare(inputs[0], randn(3, 25, seed=1), matched)
+    assert len(made) == 3
+    matched.teacher_ids.copy_(other.teacher_ids)
+    compare(*inputs, matched)
+    matched.student_ids = other.student_ids
+    compare(*inputs, matched)
+    compare(*inputs, vd.MatchedVocab(matched.teacher_ids.flip(0), other.student_ids))
+    assert len(made) == 6
+    kept = len(kernels._tables._of)
+    del matched, other
+    made.clear()
+    assert len(kernels._tables._of) < kept
+
+
+def test_compiles_as_one_graph():
+    matched, teacher = make_matched(12, 20, 8), randn(3, 20, seed=1, dtype=torch.bfloat16)
+
+    def loss(x):
+        return vd.matched_kl(x * 2, teacher, matched, unmatched="rest", backend="triton") * 3
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = randn(3, 12, dtype=torch.bfloat16).requires_grad_()
+        value = f(leaf)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_strides_and_no_rows():
     matched = make_matched(12, 20, 8)
     student, teacher = randn(4, 24)[:, :12], randn(4, 40, seed=1)[:, :20]

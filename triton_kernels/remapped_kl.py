@@ -22,7 +22,7 @@ from torch import Tensor
 from .matched_kl import accumulator, online, shift_of, temperature_argument, weighted_total
 from .rows import clamp, on_device, span_share
 
-BUDGET = 256 << 20  # bytes for the combined logits (and their gradient) of a chunk of pairs
+BUDGET = 256 << 20  # bytes for the logits of a chunk of pairs, combined and not, and their gradients
 PAIRS = 32  # side by side
 SLICE = 32  # rows of the table, or segments, side by side
 WINDOW = 128  # rows of the table that are sorted by length: the teacher's columns that they read are still in L1
@@ -361,7 +361,8 @@ def remapped_kl(
     s_start, s_end, t_start, t_end = spans or (None,) * 4
     height = SLICE * slices
     arrays = 1 + (logsumexp and grad is not None)
-    groups = max(1, min(BUDGET // (arrays * height * PAIRS * scale.element_size()), triton.cdiv(pairs, PAIRS)))
+    group_bytes = scale.element_size() * PAIRS * (arrays * height + columns + SLICE * segments)
+    groups = max(1, min(BUDGET // group_bytes, triton.cdiv(pairs, PAIRS)))
     whole_window = WINDOW // SLICE
     per = triton.cdiv(triton.cdiv(slices, PARTS), whole_window) * whole_window
     parts = triton.cdiv(slices, per)

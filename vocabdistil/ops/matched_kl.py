@@ -135,5 +135,5 @@ def span_vectors(pairs: SpanPairs | None) -> tuple[Tensor, ...]:
 def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
     rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
-    scale = torch.ones(rows, dtype=dtype, device=student.device)
-    return scale / max(count, 1) if reduction == "batchmean" else scale
+    share = 1 / max(count, 1) if reduction == "batchmean" else 1.0
+    return torch.full((rows,), share, dtype=dtype, device=student.device)

@@ -71,6 +71,19 @@ def test_rows_of_linear_matched_kl_are_read_16_bytes_at_a_time(columns, unmatche
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("lengths", [None, "*i32"])
+def test_unmatched_mass(lengths, capability):
+    signature = {"z": "*fp32", "total": "*fp32", "left_out": "*u8", "bias": "*fp32", "temperature": "fp32"}
+    constants = {"ACC": matched_kl.accumulator(torch.float32), "BLOCK": 2048}
+    signature |= {"columns": "i32", "stride": "i32", "lengths": lengths}
+    if lengths is None:
+        constants["lengths"] = signature.pop("lengths")
+    signature = {name: signature[name] for name in matched_kl.rest_kernel.arg_names if name in signature}
+    ptx = compile(matched_kl.rest_kernel, signature, constants, capability, num_warps=8)
+    assert re.search(r"ld\.global\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("matched", [None, "*i8"])
 @pytest.mark.parametrize("ids", ["*i32", "*i64"])
 def test_tables(ids, matched, capability):

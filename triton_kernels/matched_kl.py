@@ -310,6 +310,34 @@ def kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def rest_kernel(
+    z, total, left_out, bias, lengths, temperature, columns, stride, ACC: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Adds the columns of z that are not left out to the log sum exp of each row."""
+    p = tl.program_id(0).to(tl.int64)
+    if ACC == tl.float64:
+        inverse = 1.0 / tl.load(temperature)
+    else:
+        inverse = 1.0 / temperature
+    top = tl.full([BLOCK], float("-inf"), dtype=ACC)
+    sums = tl.zeros([BLOCK], dtype=ACC)
+    for block in range(0, columns, BLOCK):
+        d = block + tl.arange(0, BLOCK)
+        x = tl.load(z + p * stride + d, mask=d < stride, other=0.0)
+        if bias is not None:
+            part = tl.load(bias + d, mask=d < columns, other=0.0).to(ACC)
+            if lengths is not None:
+                part *= tl.load(lengths + p).to(ACC)
+            x += part
+        kept = tl.load(left_out + d, mask=d < columns, other=1) == 0
+        top, sums = online(top, sums, tl.where(kept, x, float("-inf")), inverse)
+    shift, summed = _whole(top, sums, inverse)
+    before, value = tl.load(total + p), shift * inverse + tl.log(summed)
+    high = shift_of(tl.maximum(before, value))
+    tl.store(total + p, high + tl.log(tl.exp(before - high) + tl.exp(value - high)))
+
+
 @triton.jit(do_not_specialize=["count"])
 def tables_kernel(student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK: tl.constexpr):
     """``teacher_of[student id] = teacher id`` and, unless None, ``teacher_matched[teacher id] = 1``."""
@@ -454,4 +482,18 @@ def dense_rows(
             rows, rows, student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0), v_s, v_m,
             SPANS=False, MEAN=False, UNMATCHED=unmatched, PADDED=True, ACC=accumulator(scale.dtype),
             **tile(v_s, scale.dtype),
+        )  # fmt: skip
+
+
+def add_rest(
+    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, total: Tensor
+) -> None:
+    """``total [R]`` = log(exp total + sum exp(. / T)) over the columns of ``z [R, V]`` (row stride as for
+    :func:`dense_rows`), plus the bias ``[V]`` as often as the lengths ``[R]`` say, that ``left_out [V]`` (uint8) does
+    not mark."""
+    rows, columns = z.shape
+    with on_device(z):
+        rest_kernel[(rows,)](
+            z, total, left_out, bias, lengths, temperature_argument(temperature, z), columns, z.stride(0),
+            ACC=accumulator(z.dtype), BLOCK=2048, num_warps=8,
         )  # fmt: skip

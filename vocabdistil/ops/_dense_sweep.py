@@ -10,6 +10,7 @@ through the tensor cores; a float32 weight under half hidden states is rounded t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,22 +61,29 @@ def _unmatched_last(ids: Tensor, columns: int) -> Tensor:
     return torch.cat([ids, matched.argsort(stable=True)[: columns - ids.numel()]])
 
 
+def _add_rest(
+    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, total: Tensor
+) -> None:
+    """``triton_kernels.matched_kl.add_rest`` in PyTorch; overwrites z."""
+    if bias is not None:
+        z.add_(bias if lengths is None else lengths[:, None] * bias)
+    z.mul_(1 / temperature).masked_fill_(left_out.bool(), float("-inf"))
+    torch.logaddexp(total, z.logsumexp(-1), out=total)
+
+
 def _log_sum_exp(
     x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float,
-    buffer: Tensor,
+    buffer: Tensor, add_rest: Callable[..., None],
 ) -> Tensor:  # fmt: skip
     """``[R]``: log sum exp(z / T) over all columns of the weight but those marked in ``left_out [V]``."""
     total = buffer.new_full((x.shape[0],), float("-inf"))
     step = buffer.shape[1]
     for begin in range(0, weight.shape[0], step):
-        end = min(weight.shape[0], begin + step)
-        z = buffer[: x.shape[0], : end - begin]
-        product(x, weight[begin:end].to(x.dtype).t(), z)
-        if bias is not None:
-            part = bias[begin:end].to(z.dtype)
-            z.add_(part if lengths is None else lengths[:, None] * part)
-        z.mul_(1 / temperature).masked_fill_(left_out[begin:end], float("-inf"))
-        torch.logaddexp(total, z.logsumexp(-1), out=total)
+        part = slice(begin, min(weight.shape[0], begin + step))
+        z = buffer[: x.shape[0], : part.stop - begin]
+        product(x, weight[part].to(x.dtype).t(), z)
+        part_bias = None if bias is None else bias[part].to(z.dtype)
+        add_rest(z, part_bias, lengths, left_out[part], temperature, total)
     return total
 
 
@@ -103,10 +111,11 @@ def dense_sweep(
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
-    rows, total_of, resident = _dense_torch_rows, _torch_total, None
+    rows, add_rest, total_of, resident = _dense_torch_rows, _add_rest, _torch_total, None
     if backend == "triton":
-        rows, total_of, resident = (
-            implementation("matched_kl", backend, name) for name in ("dense_rows", "weighted_total", "resident")
+        rows, add_rest, total_of, resident = (
+            implementation("matched_kl", backend, name)
+            for name in ("dense_rows", "add_rest", "weighted_total", "resident")
         )
     dtype, half, count = scale.dtype, student.dtype, scale.numel()
     whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
@@ -118,8 +127,8 @@ def dense_sweep(
     b_s, b_t = _with_bias(student_bias, columns, dtype), _with_bias(teacher_bias, teacher_ids, dtype)
     left_out = None
     if whole:
-        left_out = torch.zeros(teacher_weight.shape[0], dtype=torch.bool, device=scale.device)
-        left_out[teacher_ids] = True
+        left_out = torch.zeros(teacher_weight.shape[0], dtype=torch.uint8, device=scale.device)
+        left_out[teacher_ids] = 1
 
     loss = torch.empty_like(scale)
     grad_hidden = scale.new_empty(student.shape if hidden_grad else 0)
@@ -157,7 +166,9 @@ def dense_sweep(
         product(y, w_t.t(), t)
         rest = None
         if rest_buffer is not None:
-            rest = _log_sum_exp(y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer)
+            rest = _log_sum_exp(
+                y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer, add_rest
+            )
         rows(s, t, b_s, b_t, x_lengths, y_lengths, rest, row_scale[part], unmatched, temperature, loss[part], d)
         if hidden_grad:
             product(d, w_s, grad_hidden[part])

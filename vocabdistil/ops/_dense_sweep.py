@@ -57,7 +57,7 @@ def _with_bias(bias: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor |
 def _unmatched_last(ids: Tensor, columns: int) -> Tensor:
     """All columns, the given ones first; known to be distinct, so that no size has to be asked of the device."""
     matched = torch.zeros(columns, dtype=torch.uint8, device=ids.device)
-    matched[ids] = 1
+    matched.index_fill_(0, ids, 1)
     return torch.cat([ids, matched.argsort(stable=True)[: columns - ids.numel()]])
 
 
@@ -111,24 +111,41 @@ def dense_sweep(
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
+    renormalized = unmatched == _native.UNMATCHED_CODES["renormalize"]
+    columns = student_ids if renormalized else _unmatched_last(student_ids, student_weight.shape[0])
+    total, loss, grad_hidden, d_weight, d_bias = _sweep(
+        student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
+        columns, teacher_ids, scale, unmatched, temperature, backend, hidden_grad, weight_grad, bias_grad,
+    )  # fmt: skip
+    grad_weight = _scattered(d_weight, columns, student_weight.shape[0]) if weight_grad else d_weight
+    grad_bias = _scattered(d_bias, columns, student_weight.shape[0]) if bias_grad else d_bias
+    return total, loss, grad_hidden, grad_weight, grad_bias
+
+
+def _sweep(
+    student: Tensor, student_weight: Tensor, student_bias: Tensor | None, student_lengths: Tensor | None,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_lengths: Tensor | None,
+    columns: Tensor, teacher_ids: Tensor, scale: Tensor, unmatched: int, temperature: float, backend: str,
+    hidden_grad: bool, weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same for these columns of the student, the matched ones first, with the gradients of these rows of its weight
+    and bias alone; whatever else it holds is given back when it returns."""
     rows, add_rest, total_of, resident = _dense_torch_rows, _add_rest, _torch_total, None
     if backend == "triton":
         rows, add_rest, total_of, resident = (
             implementation("matched_kl", backend, name)
             for name in ("dense_rows", "add_rest", "weighted_total", "resident")
         )
-    dtype, half, count = scale.dtype, student.dtype, scale.numel()
+    dtype, narrow, count = scale.dtype, student.dtype, scale.numel()
     whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
-    num_matched, wanted = student_ids.numel(), hidden_grad or weight_grad or bias_grad
-    columns = _unmatched_last(student_ids, student_weight.shape[0]) if whole else student_ids
-    width = columns.numel()
-    w_s = student_weight.index_select(0, columns).to(half)
-    w_t = teacher_weight.index_select(0, teacher_ids).to(half)
+    num_matched, width, wanted = teacher_ids.numel(), columns.numel(), hidden_grad or weight_grad or bias_grad
+    w_s = student_weight.index_select(0, columns).to(narrow)
+    w_t = teacher_weight.index_select(0, teacher_ids).to(narrow)
     b_s, b_t = _with_bias(student_bias, columns, dtype), _with_bias(teacher_bias, teacher_ids, dtype)
     left_out = None
     if whole:
         left_out = torch.zeros(teacher_weight.shape[0], dtype=torch.uint8, device=scale.device)
-        left_out[teacher_ids] = 1
+        left_out.index_fill_(0, teacher_ids, 1)
 
     loss = torch.empty_like(scale)
     grad_hidden = scale.new_empty(student.shape if hidden_grad else 0)
@@ -137,28 +154,28 @@ def dense_sweep(
     # Float16 has no room for what one logit of many counts in a mean over many rows: its gradients are formed of a size
     # near 1, and brought down to their own in float32.
     unit, row_scale = None, scale
-    if half == torch.float16:
-        unit = scale.abs().amax().clamp(min=torch.finfo(dtype).tiny) if count else scale.new_ones(())
+    if narrow == torch.float16:
+        unit = scale.abs().amax().clamp(min=1e-30) if count else scale.new_ones(())
         unit = unit * 2.0 ** -math.floor(math.log2(32768 / temperature))
         row_scale = scale / unit
 
     size = scale.element_size()
-    traffic = half.itemsize * (w_s.numel() + w_t.numel()) + size * d_weight.numel()
+    traffic = narrow.itemsize * (w_s.numel() + w_t.numel()) + size * d_weight.numel()
     in_place = resident is not None and resident(width, dtype)
     per_row = size * (_padded(width) + _padded(num_matched))
-    per_row += half.itemsize * _padded(width) * (wanted and not in_place)
+    per_row += narrow.itemsize * _padded(width) * (wanted and not in_place)
     per_row += size * _REST_COLUMNS * whole
     step = min(_rows_per_chunk(count, traffic + size * grad_hidden.numel(), traffic, per_row), count) if count else 0
     s_buffer, t_buffer = (_buffer(scale, step, n, dtype) for n in (width, num_matched))
     d_buffer = None
     if wanted and in_place:  # the gradient of a row takes the front of its logits
-        d_buffer = s_buffer.as_strided((step, _padded(width)), s_buffer.stride()).view(half)[:, :width]
+        d_buffer = s_buffer.as_strided((step, _padded(width)), s_buffer.stride()).view(narrow)[:, :width]
     elif wanted:
-        d_buffer = _buffer(scale, step, width, half)
+        d_buffer = _buffer(scale, step, width, narrow)
     rest_buffer = _buffer(scale, step, _REST_COLUMNS, dtype) if whole else None
-    for begin in range(0, count, max(step, 1)):
-        part = slice(begin, min(count, begin + step))
-        n = part.stop - begin
+
+    def turn(part: slice) -> None:
+        n = part.stop - part.start
         x, y, s, t = student[part], teacher[part], s_buffer[:n], t_buffer[:n]
         d = None if d_buffer is None else d_buffer[:n]
         x_lengths, y_lengths = (None if k is None else k[part] for k in (student_lengths, teacher_lengths))
@@ -173,18 +190,18 @@ def dense_sweep(
         if hidden_grad:
             product(d, w_s, grad_hidden[part])
         if weight_grad:
-            product(d.t(), x, d_weight, add=begin > 0)
+            product(d.t(), x, d_weight, add=part.start > 0)
         if bias_grad:
-            d_bias += (d if x_lengths is None else d * x_lengths[:, None].to(dtype)).sum(0, dtype=dtype)
-    del s_buffer, t_buffer, d_buffer, rest_buffer, w_s, w_t
+            d_bias.add_((d if x_lengths is None else d * x_lengths[:, None].to(dtype)).sum(0, dtype=dtype))
+
+    for begin in range(0, count, max(step, 1)):
+        turn(slice(begin, min(count, begin + step)))
     if not count:
         d_weight.zero_()
     if unit is not None:
         for g in (grad_hidden, d_weight, d_bias):
             g.mul_(unit)
-    grad_weight = _scattered(d_weight, columns, student_weight.shape[0]) if weight_grad else d_weight
-    grad_bias = _scattered(d_bias, columns, student_weight.shape[0]) if bias_grad else d_bias
-    return total_of(loss, scale), loss, grad_hidden, grad_weight, grad_bias
+    return total_of(loss, scale), loss, grad_hidden, d_weight, d_bias
 
 
 def _torch_total(loss: Tensor, scale: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ def compare(student, teacher, table, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize(("v_s", "rows", "v_t"), [(1, 2, 2), (5, 9, 9), (40, 100, 103)])
+@pytest.mark.parametrize(("v_s", "rows", "v_t"), [(1, 2, 2), (5, 9, 9), (40, 70, 73)])
 def test_against_float64(v_s, rows, v_t, combine, dtype):
-    student, teacher = randn(11, v_s, seed=1, dtype=dtype), randn(11, v_t, seed=2, dtype=dtype, scale=2)
+    student, teacher = randn(9, v_s, seed=1, dtype=dtype), randn(9, v_t, seed=2, dtype=dtype, scale=2)
     compare(student, teacher, make_table(rows, v_s, seed=v_s), combine=combine, temperature=1.7)
 
 
@@ -48,7 +48,7 @@ def test_against_float64(v_s, rows, v_t, combine, dtype):
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_pairs(combine, reduction, dtype):
-    pairs, n_s, n_t = make_pairs(13, seed=3, gaps=True, empty=True)
+    pairs, n_s, n_t = make_pairs(10, seed=3, gaps=True, empty=True)
     student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
     compare(student, teacher, make_table(90, 40), pairs=pairs, combine=combine, reduction=reduction, temperature=2.0)
 
@@ -120,7 +120,7 @@ def test_nothing_is_read_that_was_not_written(combine, monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    pairs, n_s, n_t = make_pairs(13, seed=3, gaps=True, empty=True)
+    pairs, n_s, n_t = make_pairs(10, seed=3, gaps=True, empty=True)
     loss, grad = run(
         vd, randn(n_s, 40), randn(n_t, 90, seed=1), make_table(90, 40), pairs=pairs, combine=combine, backend="triton"
     )

@@ -111,17 +111,18 @@ def own_providers(operation: str, device: torch.device) -> tuple[dict[str, str |
     """Our providers: name -> ``backend=`` for those that can run here, and name -> reason for the others."""
     if device.type == "cpu":
         return {"ours": None}, {}
-    here, missing = {}, {}
-    if "torch" in vd._dispatch.TABLE[operation]["cuda"]:
+    choices = vd._dispatch.TABLE[operation]["cuda"]
+    if choices == ("torch",):
         return {"ours": None}, {}
-    for backend in ("cuda", "triton"):
+    here, missing = {}, {}
+    for backend in ("cuda", "triton", "torch"):
         why = vd._dispatch.unavailable(backend)
-        if backend not in vd._dispatch.TABLE[operation]["cuda"]:
+        if backend not in choices:
             why = f"{operation} has no {backend} implementation"
-        if why:
-            missing[f"ours-{backend}"] = why
-        else:
+        if not why:
             here[f"ours-{backend}"] = backend
+        elif backend != "torch":
+            missing[f"ours-{backend}"] = why
     return here, missing
 
 

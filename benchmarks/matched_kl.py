@@ -22,11 +22,23 @@ def make_matched(student: int, teacher: int, count: int) -> vd.MatchedVocab:
     return vd.MatchedVocab(teacher_ids, torch.randperm(student, generator=g)[:count])
 
 
+SECTOR = 32  # bytes: the least that a GPU reads or writes
+
+
+def sectors(columns: torch.Tensor, itemsize: int) -> int:
+    """How many sectors of an aligned row hold these columns."""
+    return (columns * itemsize // SECTOR).unique().numel()
+
+
 def build(device: torch.device, rows: int, v_t: int, v_s: int, v_m: int, unmatched: str, dtype: torch.dtype) -> Problem:
+    """Bytes in whole sectors: both sides' columns that count, and the student's gradient."""
     tensors = randn(rows, v_s, seed=1, device=device, dtype=dtype), randn(rows, v_t, seed=2, device=device, dtype=dtype)
-    read = 2 * v_m if unmatched == "renormalize" else v_s + v_t
-    size = dtype.itemsize * rows * (read + v_s)
-    return loss_problem(OPERATION, tensors, 1, [make_matched(v_s, v_t, v_m)], {"unmatched": unmatched}, size)
+    matched = make_matched(v_s, v_t, v_m)
+    everything = unmatched != "renormalize"
+    sides = ((matched.student_ids, v_s), (matched.teacher_ids, v_t), (torch.arange(v_s), v_s))
+    size = SECTOR * rows * sum(sectors(torch.arange(n) if everything else ids, dtype.itemsize) for ids, n in sides)
+    matched = matched.to(device)
+    return loss_problem(OPERATION, tensors, 1, [matched], {"unmatched": unmatched}, size, rowwise=(0, 1))
 
 
 def cases(device: torch.device) -> Iterator[Case]:

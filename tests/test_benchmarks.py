@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
 import vocabdistil as vd
-from benchmarks import align, harness, remap, report, span_loss, span_mean
+from benchmarks import (
+    _losses,
+    align,
+    harness,
+    linear_matched_kl,
+    matched_kl,
+    remap,
+    remapped_kl,
+    report,
+    span_loss,
+    span_mean,
+)
 from benchmarks.__main__ import main
 from benchmarks.harness import Case, Problem, Provider
 
@@ -148,6 +160,46 @@ def test_span_mean_providers_agree(dtype):
     case = Case("tiny", lambda device: span_mean.build(device, 2, 9, 16, dtype), dtype)
     rows = harness.run_case("span_mean", case, CPU, ["reference", "embedding_bag", "ours"], quick=True)
     assert len(rows) == 6 and not any(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest"])
+def test_matched_kl_providers_agree(unmatched, dtype, monkeypatch):
+    monkeypatch.setattr(_losses, "TRUTH_ROWS", 4)
+    case = Case("tiny", lambda device: matched_kl.build(device, 9, 60, 20, 15, unmatched, dtype), dtype, ("fwd+bwd",))
+    rows = harness.run_case("matched_kl", case, CPU, ["reference", "ours"], quick=True)
+    assert len(rows) == 2 and not any(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_matched_kl_providers_agree(dtype, monkeypatch):
+    monkeypatch.setattr(_losses, "TRUTH_ROWS", 4)
+    make = functools.partial(linear_matched_kl.build, rows=9, v_t=60, v_s=20, v_m=15, d_t=8, d_s=6, dtype=dtype)
+    case = Case("tiny", make, dtype, ("fwd+bwd",))
+    names = ["reference", "full-logits", "ours", "orda", "liger", "fla"]
+    rows = harness.run_case("linear_matched_kl", case, CPU, names, quick=True)
+    errors = {row["provider"]: row["error"] for row in rows}
+    assert not any(errors[name] for name in names[:3])
+    absent = {name: error for name, error in errors.items() if error}
+    assert set(absent) - {"orda"} == {"liger-jsd", "liger-kl", "fla"}
+    assert all(error.startswith(report.UNAVAILABLE) for error in absent.values())
+
+
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize(("dtype", "uneven"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_remapped_kl_providers_agree(dtype, uneven, combine, monkeypatch):
+    monkeypatch.setattr(_losses, "TRUTH_ROWS", 4)
+    case = Case(
+        "tiny", lambda device: remapped_kl.build(device, 9, 60, 20, combine, dtype, uneven), dtype, ("fwd+bwd",)
+    )
+    rows = harness.run_case("remapped_kl", case, CPU, ["reference", "ours"], quick=True)
+    assert len(rows) == 2 and not any(row["error"] for row in rows)
+
+
+def test_bytes_of_matched_kl_are_whole_sectors():
+    assert matched_kl.sectors(torch.tensor([0, 15, 16, 47, 33]), 2) == 3
+    problem = matched_kl.build(CPU, 7, 64, 32, 32, "rest", torch.bfloat16)
+    assert problem.nbytes["fwd+bwd"] == 7 * 2 * (64 + 2 * 32)
 
 
 def test_half_precision_is_no_excuse_for_ours():

@@ -199,8 +199,22 @@ def test_opcheck():
     valid = torch.arange(9) != 4
     ids = sys.modules["vocabdistil.ops.contrastive"].draw_negatives(9, valid, 3, a.device, None)
     for args in ((None, None), (valid, None), (valid, ids)):
-        torch.library.opcheck(op, (a, b, *args, scale, 0.5, True, True))
-    torch.library.opcheck(op, (a, b.t().contiguous().t(), None, ids, scale, 0.5, True, False))
+        count = 9 if args[0] is None else 8
+        torch.library.opcheck(op, (a, b, *args, scale, 0.5, count, False, True, True))
+    torch.library.opcheck(op, (a, b.t().contiguous().t(), None, ids, scale, 0.5, 9, True, True, False))
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_split_products_are_exact_far_below_the_rounding_of_half_types(negatives):
+    """What a GPU does for half-precision hidden states: the error is that of 16 bits, not of 8."""
+    module = sys.modules["vocabdistil.ops.contrastive"]
+    a, b = (torch.nn.functional.normalize(randn(50, 24, seed=i) + 2) for i in (1, 2))
+    ids = module.draw_negatives(50, None, 5, a.device, None) if negatives else None
+    args = (a, b, None, ids, torch.full((50,), 0.02), 0.1, 50)
+    split, want = (torch.ops.vocabdistil.contrastive(*args, halves, True, True) for halves in (True, False))
+    for got, expected in zip(split, want, strict=True):
+        assert_norm_close(got, expected, torch.float32, "split", 50)
+    assert not torch.equal(split[2], want[2])
 
 
 def test_upstream_gradients_and_autocast():

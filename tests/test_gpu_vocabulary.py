@@ -7,8 +7,10 @@ import torch
 
 import vocabdistil as vd
 from tests.spans import make_pairs
+from tests.test_remapped_kl import make_table
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched
+from vocabdistil.ops._products import product
 
 pytestmark = pytest.mark.gpu
 
@@ -36,19 +38,112 @@ def test_matched_kl_against_float64(paired, unmatched, dtype):
     assert_norm_close(grad, want_grad, dtype, "gradient", 2)
 
 
-@pytest.mark.parametrize("unmatched", ["renormalize", "rest", "drop"])
-def test_linear_matched_kl_against_float64(unmatched):
-    matched = make_matched(5031, 20000, 4700)
-    tensors = [torch.randn(*shape, device="cuda") / 8 for shape in ((700, 64), (5031, 64), (700, 96), (20000, 96))]
+def linear_tensors(rows, v_s, v_t, d_s, d_t, dtype):
+    shapes = (rows, d_s), (v_s, d_s), (rows, d_t), (v_t, d_t)
+    return [(torch.randn(*shape, device="cuda") / shape[1] ** 0.25).to(dtype) for shape in shapes]
 
-    def all_of(module, dtype):
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest", "drop"])
+@pytest.mark.parametrize(("rows", "v_s", "v_m"), [(700, 5031, 4700), (300, 20011, 17001)])
+def test_linear_matched_kl_against_float64(rows, v_s, v_m, unmatched, dtype, backend):
+    matched = make_matched(v_s, 30000, v_m).to("cuda")
+    tensors = linear_tensors(rows, v_s, 30000, 64, 96, dtype)
+
+    def all_of(module, dtype, **options):
         leaves = [x.to(dtype, copy=True).requires_grad_(i < 2) for i, x in enumerate(tensors)]
-        loss = module.linear_matched_kl(*leaves, matched, unmatched=unmatched)
+        loss = module.linear_matched_kl(*leaves, matched, unmatched=unmatched, temperature=1.7, **options)
         loss.backward()
         return loss.detach(), leaves[0].grad, leaves[1].grad
 
-    for got, want in zip(all_of(vd, torch.float32), all_of(vd.reference, torch.float64), strict=True):
-        assert_norm_close(got, want, torch.float32, unmatched, 10)
+    got, again = (all_of(vd, dtype, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    for value, want in zip(got, all_of(vd.reference, torch.float64), strict=True):
+        assert_norm_close(value, want, value.dtype, unmatched, 10 if value.dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "v_t", "v_s", "v_m", "limit"), [(4096, 119547, 5031, 4700, 64e6), (8192, 151936, 32000, 28000, 300e6)]
+)
+def test_memory_of_linear_matched_kl(rows, v_t, v_s, v_m, limit):
+    matched = make_matched(v_s, v_t, v_m).to("cuda")
+    student, weight, *teacher = linear_tensors(rows, v_s, v_t, 264, 768, torch.bfloat16)
+    leaves = student.requires_grad_(), weight.requires_grad_()
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = vd.linear_matched_kl(*leaves, *teacher, matched)
+        assert torch.cuda.max_memory_allocated() - before <= limit
+        loss.backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+
+def test_half_products_are_written_in_float32():
+    a, b = (torch.randn(n, 256, device="cuda").bfloat16() for n in (300, 500))
+    out = torch.empty(300, 512, device="cuda")[:, :500]
+    want = a.double() @ b.double().t()
+    for add, factor in ((False, 1), (True, 2)):
+        product(a, b.t(), out, add)
+        assert_norm_close(out, factor * want, torch.float32, "product")
+
+
+def test_upstream_gradient_is_folded_in_on_the_device():
+    """Neither waits for the device: a capture would fail, and so would a look at the value."""
+    matched = make_matched(5031, 20000, 4700).to("cuda")
+    student, teacher = (torch.randn(200, v, device="cuda").half() for v in (5031, 20000))
+    grads = []
+    for upstream in (1.0, 4.0):
+        leaf = student.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            vd.matched_kl(leaf, teacher, matched).backward(torch.full((), upstream, device="cuda"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        grads.append(leaf.grad)
+    torch.testing.assert_close(4 * grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_remapped_kl_against_float64(paired, combine, dtype):
+    """With a piece that stands in every fourth row, and chunks of pairs."""
+    table = make_table(9000, 700, longest=9)
+    table.ids[table.indptr[:-2:4].long()] = 5
+    pairs, n_s, n_t = make_pairs(300, seed=3, gaps=True, empty=True)
+    pairs, n_s, n_t = (pairs.to("cuda"), n_s, n_t) if paired else (None, 300, 300)
+    student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 700), (n_t, 9000)))
+
+    def both(module, s, t, **options):
+        leaf = s.clone().requires_grad_()
+        loss = module.remapped_kl(leaf, t, table, pairs=pairs, combine=combine, temperature=1.7, **options)
+        (loss * 3).backward()
+        return loss.detach(), leaf.grad
+
+    loss, grad = both(vd, student, teacher, backend="triton")
+    again = both(vd, student, teacher, backend="triton")
+    want, want_grad = both(vd.reference, student.double(), teacher.double())
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+    assert_norm_close(loss, want, torch.float64 if dtype == torch.float64 else torch.float32, "loss", 2)
+    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+
+
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+def test_memory_of_remapped_kl_does_not_grow_with_the_rows(combine):
+    table = make_table(30000, 700)
+    peaks = []
+    for rows in (4096, 12288):
+        student, teacher = (torch.randn(rows, v, device="cuda").bfloat16() for v in (700, 30000))
+        student.requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vd.remapped_kl(student, teacher, table, combine=combine).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before - student.grad.nbytes)
+    assert peaks[1] < 1.2 * peaks[0] < 4e8
 
 
 @pytest.mark.parametrize("negatives", [-1, 32])
@@ -64,11 +159,33 @@ def test_contrastive_is_deterministic_and_reproducible(negatives):
         loss.backward()
         return loss.detach(), leaf.grad
 
-    first, second = once(), once()
+    first = once()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     if negatives == -1:
         want = vd.reference.contrastive(student.double(), teacher.double(), pairs)
         assert_norm_close(first[0], want, torch.float32, "loss", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_contrastive_of_half_hidden_states(dtype):
+    pairs, n_s, n_t = make_pairs(3000, seed=1, gaps=True, empty=True)
+    pairs = pairs.to("cuda")
+    student, teacher = ((torch.randn(n, 64, device="cuda") + 1).to(dtype) for n in (n_s, n_t))
+
+    def both(module, dtype):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        loss = module.contrastive(leaf, teacher.to(dtype), pairs, temperature=0.1)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    (loss, grad), (want, want_grad) = both(vd, dtype), both(vd.reference, torch.float64)
+    assert_norm_close(loss, want, torch.float32, "loss", 50)
+    assert_norm_close(grad, want_grad, dtype, "gradient", 1)
 
 
 @pytest.mark.parametrize("unmatched", ["renormalize", "rest"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vocabdistil.ops import _projection
+from vocabdistil.ops import _products, _projection
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -16,7 +16,7 @@ def settings():
 
 def test_the_products_allow_tf32_and_the_setting_comes_back():
     before = settings()
-    with pytest.raises(ZeroDivisionError), _projection._tf32():
+    with pytest.raises(ZeroDivisionError), _products.tf32():
         assert settings() in ("tf32", True)
         raise ZeroDivisionError
     assert settings() == before

@@ -175,7 +175,7 @@ def test_opcheck():
     spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
     table = make_table(10, 8)
     for student in (randn(n_s, 8), randn(n_s, 16)[:, :8]):
-        args = (student, randn(n_t, 10), spans, table.indptr, table.ids, torch.rand(9), True, 2.0, True)
+        args = (student, randn(n_t, 10), spans, table.indptr, table.ids, torch.rand(9), True, 2.0, "cpu", True)
         torch.library.opcheck(torch.ops.vocabdistil.remapped_kl.default, args)
 
 
@@ -250,3 +250,35 @@ def test_bad_input_is_named(change, error, text):
     options = {"student_logits": torch.randn(3, 4), "teacher_logits": torch.randn(3, 5), "table": TABLE, **change}
     with pytest.raises(error, match=f"^{text}"):
         vd.remapped_kl(**options)
+
+
+def test_gather_plan_of_the_gpu_holds_the_table():
+    kernels = pytest.importorskip("vocabdistil.triton_kernels.remapped_kl", reason="triton is not installed")
+    table = make_table(700, 60, longest=9)
+    table.ids[::3] = 5  # in so many rows that its list is cut
+    plan = kernels.make_gather_plan(table.indptr, table.ids, 60)
+    height = kernels.SLICE
+
+    def lists(at, values, count):
+        """The entries of each list, without the padding."""
+        entries = []
+        for o in range(count):
+            begin, end = at[o // height].item(), at[o // height + 1].item()
+            column = values[begin:end].view(-1, height)[:, o % height]
+            entries.append(column[column >= 0].tolist())
+        return entries
+
+    rows = plan.rows.tolist()
+    found = dict(zip(rows, lists(plan.pieces_at, plan.pieces, len(rows)), strict=True))
+    found.pop(-1, None)
+    want = [table.ids[a:b].tolist() for a, b in zip(table.indptr[:-1], table.indptr[1:], strict=True)]
+    assert found == {v: pieces for v, pieces in enumerate(want) if pieces}
+    uses = lists(plan.uses_at, plan.uses, plan.owners.numel())
+    assert max(map(len, uses)) == kernels.SEGMENT
+    for j in range(60):
+        segments = plan.segments[plan.of[j] : plan.of[j + 1]].tolist()
+        assert all(plan.owners[o] == j for o in segments)
+        got = sorted(rows[o] for segment in segments for o in uses[segment])
+        assert got == sorted(v for v, pieces in enumerate(want) for piece in pieces if piece == j)
+    # Rows side by side are of nearly one length: few lanes wait.
+    assert plan.pieces.numel() < 1.3 * table.ids.numel()

@@ -19,7 +19,7 @@ CAPABILITIES = [80, 90, 100]
 SPANS = {"start": "*i32", "end": "*i32"}
 
 
-def compile(kernel, signature, constants, capability, num_warps=4):
+def compile(kernel, signature, constants, capability, num_warps=4, **more):
     """``constants``: the compile-time arguments, None among them. Pointers, strides and ``dim`` are multiples of 16, as
     Triton finds them at the usual sizes. Returns the PTX."""
     multiples = [k for k, v in signature.items() if v.startswith("*") or k == "dim" or k.endswith("stride")]
@@ -29,7 +29,7 @@ def compile(kernel, signature, constants, capability, num_warps=4):
         constexprs=constants,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, **more}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])

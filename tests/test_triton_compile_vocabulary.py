@@ -2,34 +2,129 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-import triton.language as tl  # noqa: E402
-from vocabdistil.triton_kernels import matched_kl  # noqa: E402
+from vocabdistil.triton_kernels import matched_kl, remapped_kl  # noqa: E402
 
 from tests.test_triton_compile import CAPABILITIES, compile  # noqa: E402
 
-ARGUMENTS = {
-    **dict.fromkeys(("student_start", "student_end", "teacher_start", "teacher_end", "teacher_of"), "*i32"),
-    "teacher_matched": "*i8",
-    **dict.fromkeys(("pairs", "s_rows", "t_rows", "s_stride", "t_stride", "v_s", "v_t"), "i32"),
-}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPANS = ("student_start", "student_end", "teacher_start", "teacher_end")
+DENSE = ("teacher_rest", "s_bias", "t_bias", "s_lengths", "t_lengths")
+
+
+def compile_matched_kl(
+    columns, dtype, capability, unmatched=0, spans=False, dense=False, upstream=False, grad=None
+):  # fmt: skip
+    """``dense``: as the rows of linear_matched_kl."""
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    options = matched_kl.tile(columns, DTYPES[accumulator])
+    constants = {
+        "SPANS": spans, "MEAN": spans, "UNMATCHED": unmatched, "PADDED": dense, "ACC": matched_kl.accumulator(
+            DTYPES[accumulator]
+        ), **{name: options.pop(name) for name in ("BLOCK", "WHOLE", "STREAM")},
+    }  # fmt: skip
+    absent = [] if spans else [*SPANS]
+    absent += ["teacher_of", "teacher_matched"] if dense else DENSE
+    absent += [] if unmatched else ["teacher_matched", "teacher_rest"]
+    absent += ["loss"] if upstream else ["upstream"]
+    constants |= dict.fromkeys(absent)
+    types = {
+        **dict.fromkeys((*SPANS, "teacher_of", "s_lengths", "t_lengths"), "*i32"),
+        "teacher_matched": "*i8",
+        **dict.fromkeys(("pairs", "s_rows", "t_rows", "s_stride", "t_stride", "g_stride", "v_s", "v_t"), "i32"),
+        **dict.fromkeys(("student", "teacher"), f"*{dtype}"),
+        "grad": f"*{grad or dtype}",
+        **dict.fromkeys(("teacher_rest", "s_bias", "t_bias", "scale", "loss", "upstream"), f"*{accumulator}"),
+        "temperature": "*fp64" if dtype == "fp64" else "fp32",
+    }
+    signature = {name: types[name] for name in matched_kl.kernel.arg_names if name not in constants}
+    return compile(matched_kl.kernel, signature, constants, capability, **options)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
-@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("unmatched", [0, 1])
-def test_matched_kl(unmatched, spans, dtype, capability):
+@pytest.mark.parametrize(("columns", "dtype"), [(5031, "bf16"), (5031, "fp64"), (32000, "fp32")])
+def test_matched_kl(columns, dtype, unmatched, capability):
+    compile_matched_kl(columns, dtype, capability, unmatched)
+
+
+@pytest.mark.parametrize("options", [{"spans": True}, {"upstream": True}, {"spans": True, "unmatched": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_matched_kl_over_spans_and_with_an_upstream_gradient(dtype, options):
+    compile_matched_kl(5031, dtype, 90, **options)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("unmatched", [0, 1])
+@pytest.mark.parametrize("columns", [4700, 28000])
+def test_rows_of_linear_matched_kl_are_read_16_bytes_at_a_time(columns, unmatched, capability):
+    ptx = compile_matched_kl(columns, "fp32", capability, unmatched, dense=True, grad="bf16")
+    scalars = re.findall(r"ld\.global[.\w]*\.b32", ptx)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 and re.search(r"st\.global\.v[24]\.b32", ptx)
+    assert len([x for x in scalars if ".v" not in x]) <= 5 and not re.search(r"ld\.global\.b16", ptx)  # of the row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("lengths", [None, "*i32"])
+def test_unmatched_mass(lengths, capability):
+    signature = {"z": "*fp32", "total": "*fp32", "left_out": "*u8", "bias": "*fp32", "temperature": "fp32"}
+    constants = {"ACC": matched_kl.accumulator(torch.float32), "BLOCK": 2048}
+    signature |= {"columns": "i32", "stride": "i32", "lengths": lengths}
+    if lengths is None:
+        constants["lengths"] = signature.pop("lengths")
+    signature = {name: signature[name] for name in matched_kl.rest_kernel.arg_names if name in signature}
+    ptx = compile(matched_kl.rest_kernel, signature, constants, capability, num_warps=8)
+    assert re.search(r"ld\.global\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("matched", [None, "*i8"])
+@pytest.mark.parametrize("ids", ["*i32", "*i64"])
+def test_tables(ids, matched, capability):
+    signature = {"student_ids": ids, "teacher_ids": ids, "teacher_of": "*i32", "teacher_matched": matched}
+    constants = {"BLOCK": 1024} if matched else {"BLOCK": 1024, "teacher_matched": signature.pop("teacher_matched")}
+    signature |= {"count": "i32", "v_s": "i32", "v_t": "i32"}
+    signature = {name: signature[name] for name in matched_kl.tables_kernel.arg_names if name in signature}
+    compile(matched_kl.tables_kernel, signature, constants, capability)
+
+
+VECTORS = (
+    "start", "end", "student_start", "student_end", "t_start", "t_end", "row_ids", "pieces_at", "pieces", "uses_at",
+    "uses", "owners", "of", "segments",
+)  # fmt: skip
+SIZES = (
+    "p0", "pairs", "rows", "s_rows", "t_rows", "stride", "columns", "slices", "per", "parts", "count",
+)  # fmt: skip
+WIDE = ("out", "pooled", "z", "stats", "upstream", "merged", "slope", "scale", "terms", "sums")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("spans", "upstream", "dtype"), [(False, False, "fp32"), (True, True, "bf16"), (True, False, "fp64")]
+)
+@pytest.mark.parametrize("name", ["pool", "combine", "merge", "slope", "gather", "write"])
+def test_remapped_kl(name, spans, upstream, dtype, capability):
+    kernel = getattr(remapped_kl, f"{name}_kernel")
     accumulator = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"SPANS": spans, "MEAN": True, "UNMATCHED": unmatched, "GRAD": True, "BLOCK": 1024}
-    constants["ACC"] = tl.float64 if dtype == "fp64" else tl.float32
+    constants = {
+        "ACC": matched_kl.accumulator(DTYPES[accumulator]), "PAIRS": remapped_kl.PAIRS, "SLICE": remapped_kl.SLICE,
+        "BLOCK": 32, "LOGSUMEXP": not spans, "GRAD": True, "PARTS": remapped_kl.PARTS,
+    }  # fmt: skip
+    absent = [] if spans else ["start", "end", "student_start", "student_end", "t_start", "t_end"]
+    absent += [] if upstream else ["upstream"]
+    constants = {k: v for k, v in {**constants, **dict.fromkeys(absent)}.items() if k in kernel.arg_names}
     types = {
-        **ARGUMENTS,
+        **dict.fromkeys(VECTORS, "*i32"), **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(WIDE, f"*{accumulator}"),
         **dict.fromkeys(("student", "teacher", "grad"), f"*{dtype}"),
-        **dict.fromkeys(("temperature", "scale", "loss"), f"*{accumulator}"),
-    }
-    signature = {name: types[name] for name in matched_kl.kernel.arg_names if name not in constants}
-    compile(matched_kl.kernel, signature, constants, capability)
+        "temperature": "*fp64" if dtype == "fp64" else "fp32",
+    }  # fmt: skip
+    signature = {n: types[n] for n in kernel.arg_names if n not in constants}
+    ptx = compile(kernel, signature, constants, capability, num_warps=8 if "SLICE" in constants else 4)
+    if dtype == "fp32" and name in ("combine", "gather"):  # what an id of the table fetches
+        assert re.search(r"ld\.global\.v4\.b32", ptx)

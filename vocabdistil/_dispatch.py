@@ -24,9 +24,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
-    "remapped_kl": {"cpu": ("cpu",), "cuda": ()},
+    "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
-    "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 

@@ -33,14 +33,16 @@ class RowLoss(torch.autograd.Function):
     the student's logits, the only array of its size.
 
     ``op(student, teacher, spans, a, b, scale, *options, wanted) -> (total, loss, grad)`` with two index vectors a, b.
+    ``again``, where a backend has it, takes the same up to the options and ``grad, upstream``: it writes the gradient
+    anew with the upstream gradient folded in, unless that is 1, which the device sees without the host waiting for it.
     """
 
     @staticmethod
-    def forward(ctx, op, student, teacher, a, b, scale, options, reduce, needed, *spans):
+    def forward(ctx, op, again, student, teacher, a, b, scale, options, reduce, needed, *spans):
         compiling = torch.compiler.is_compiling()
-        early = formed_early(reduce, student)
+        early = formed_early(reduce, student) or (reduce and again is not None and not compiling)
         total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed)
-        ctx.static = (op, options, early)
+        ctx.static = (op, again, options, early)
         ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *spans)
         if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
             ctx.ready = grad if early else None
@@ -48,7 +50,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        op, options, early = ctx.static
+        op, again, options, early = ctx.static
         student, teacher, a, b, scale, *spans = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
         if compiling:
@@ -64,6 +66,9 @@ class RowLoss(torch.autograd.Function):
             (result,) = compute()
         elif compiling:
             result = ready * grad.to(ready.dtype)
+        elif again is not None:
+            again(student, teacher, spans, a, b, scale, *options, ready, grad)
+            result = ready
         else:
             (result,) = hand_out([ready], grad, compute)
-        return None, result, *(None,) * (7 + len(spans))
+        return None, None, result, *(None,) * (7 + len(spans))

@@ -7,31 +7,16 @@ those products use TF32 whatever the setting of the process; those of float32 hi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import define
-
-
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """Allows TF32 for a while. The older setting cannot be read while the newer one says something else."""
-    matmul = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "tf32" if name == "fp32_precision" else True)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+from ._products import tf32
 
 
 def _impl(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    with _tf32(), torch.autocast(a.device.type, enabled=False):
+    with tf32(), torch.autocast(a.device.type, enabled=False):
         return a @ b if bias is None else torch.addmm(bias, a, b)
 
 

@@ -16,8 +16,9 @@ from ..reference._common import valid_pairs
 from ..reference.contrastive import check_contrastive_arguments, normalise
 from ..reference.contrastive import contrastive as reference_contrastive
 from ..spans import SpanPairs
-from ._gradient import hand_out
+from ._gradient import HALF, hand_out
 from ._library import define
+from ._products import split, sum_product
 from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
 
@@ -44,13 +45,19 @@ def _loss_and_slope(scores: Tensor, own: Tensor, scale: Tensor, temperature: flo
     return above + total[:, 0].log()
 
 
+def _whole(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
 def _impl(
     anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor | None, scale: Tensor, temperature: float,
-    anchor_grad: bool, other_grad: bool,
+    num_valid: int, halves: bool, anchor_grad: bool, other_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``halves``: the hidden states were of a half type, so that split products are exact enough."""
     shape, all_rows = anchor.shape, scale
     if valid is not None:
-        kept = valid.nonzero()[:, 0]
+        # As nonzero(), which would wait for the device to tell how many there are.
+        kept = torch.searchsorted(valid.cumsum(0), torch.arange(1, num_valid + 1, device=valid.device))
         anchor, other, scale = anchor[kept], other[kept], scale[kept]
         if negatives is not None:
             negatives = (valid.cumsum(0) - 1)[negatives[kept]]
@@ -60,20 +67,25 @@ def _impl(
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
     d_other = torch.zeros_like(other) if other_grad else None
     dense = negatives is None or count < _SPARSE * negatives.shape[1]
+    parts_of = split if halves else _whole
+    others = parts_of(other) if dense else ()
     for part in _chunks(count, size * (count if dense else negatives.shape[1] * width)):
         a, b = anchor[part], other[part]
         if dense:
-            scores = torch.mm(a, other.t()).mul_(1 / temperature)
+            anchors, scores = parts_of(a), a.new_empty(len(a), count)
+            sum_product(anchors, [x.t() for x in others], scores)
+            scores.mul_(1 / temperature)
             own = scores[:, part].diagonal()
             if negatives is not None:
                 left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
                 left_out[:, part].fill_diagonal_(False)
                 scores.masked_fill_(left_out, float("-inf"))
             loss[part] = _loss_and_slope(scores, own, scale[part], temperature)
+            slopes = parts_of(scores)
             if d_anchor is not None:
-                torch.mm(scores, other, out=d_anchor[part])
+                sum_product(slopes, others, d_anchor[part])
             if d_other is not None:
-                d_other.addmm_(scores.t(), a)
+                sum_product([x.t() for x in slopes], anchors, d_other, add=True)
             continue
         ids = negatives[part]
         rows = other[ids.flatten()].view(*ids.shape, width)
@@ -104,7 +116,9 @@ def _add_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
         out.index_add_(0, ids, rows)
 
 
-def _fake(anchor, other, valid, negatives, scale, temperature, anchor_grad, other_grad):
+def _fake(
+    anchor, other, valid, negatives, scale, temperature, num_valid, halves, anchor_grad, other_grad
+):  # fmt: skip
     grads = (x.new_empty(x.shape if wanted else 0) for x, wanted in ((anchor, anchor_grad), (other, other_grad)))
     return scale.new_empty(()), torch.empty_like(scale), *grads
 
@@ -116,7 +130,7 @@ def _without_autocast(*args):
 
 _op = define(
     "contrastive(Tensor anchor, Tensor other, Tensor? valid, Tensor? negatives, Tensor scale, float temperature, "
-    "bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int num_valid, bool halves, bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _without_autocast,
     _fake,
 )
@@ -126,10 +140,10 @@ class _Contrastive(torch.autograd.Function):
     """The gradients of a scalar loss are formed in the forward sweep, which has the probabilities at hand."""
 
     @staticmethod
-    def forward(ctx, anchor, other, valid, negatives, scale, temperature, reduce, needed):
-        ctx.static = (temperature, reduce, needed)
+    def forward(ctx, anchor, other, valid, negatives, scale, options, reduce, needed):
+        ctx.static = (options, reduce, needed)
         wanted = needed if reduce else (False, False)
-        total, loss, *grads = _op(anchor, other, valid, negatives, scale, temperature, *wanted)
+        total, loss, *grads = _op(anchor, other, valid, negatives, scale, *options, *wanted)
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(anchor, other, valid, negatives, scale, *(grads if compiling else ()))
         if not compiling:  # not among the saved tensors: whoever takes them must be their only owner
@@ -138,12 +152,12 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        temperature, reduce, needed = ctx.static
+        options, reduce, needed = ctx.static
         anchor, other, valid, negatives, scale, *grads = ctx.saved_tensors
 
         def compute() -> list[Tensor]:
             scaled = (scale * grad).expand_as(scale).contiguous()
-            return _op(anchor, other, valid, negatives, scaled, temperature, *needed)[2:]
+            return _op(anchor, other, valid, negatives, scaled, *options, *needed)[2:]
 
         if torch.compiler.is_compiling():
             grads = [g * grad for g in grads] if reduce else compute()
@@ -190,7 +204,9 @@ def contrastive(
     :func:`vocabdistil.reference.contrastive`.
 
     Chunks of pairs whose scores (or, with K negatives, whose negatives' rows) take 16 MiB: neither ``[P, P]`` nor
-    ``[P, K, D]`` is ever there at once, nor anything larger.
+    ``[P, K, D]`` is ever there at once, nor anything larger. On a GPU half-precision hidden states are averaged and
+    normalised in float32, and the scores are products of these means split into two bfloat16 parts each: tensor cores,
+    and an error far below the rounding of the hidden states.
 
     Args:
         student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``; float32, float64, bfloat16 or float16.
@@ -234,7 +250,8 @@ def contrastive(
         chosen = draw_negatives(len(pairs), valid, negatives, device, generator)
     scale = row_scale(pairs, s, reduction, dtype)
     grad = torch.is_grad_enabled()
+    halves = device.type == "cuda" and student.dtype in HALF and teacher.dtype in HALF
     return _Contrastive.apply(
-        anchor, other, valid, chosen, scale, float(temperature), reduction != "none",
+        anchor, other, valid, chosen, scale, (float(temperature), pairs.num_nonempty, halves), reduction != "none",
         (grad and anchor.requires_grad, grad and other.requires_grad),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """linear_matched_kl: schema, implementation, autograd, public function. Formula: ``reference/linear_matched_kl.py``.
 
-Rows are taken in chunks: their logits are products with the weights, which are gathered some columns at a time, the
-row kernel of `matched_kl` turns the student's logits into their gradient in place, and two more products carry that
-to the hidden states and the weight. Nothing else of the size of the logits is ever written.
+A GPU takes the sweep in ``_dense_sweep.py``. On a CPU rows are taken in chunks: their logits are products with the
+weights, which are gathered some columns at a time, the row kernel of `matched_kl` turns the student's logits into their
+gradient in place, and two more products carry that to the hidden states and the weight. Nothing else of the size of the
+logits is ever written.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from ..reference.linear_matched_kl import check_output_layer
 from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_matched_kl
 from ..reference.matched_kl import check_matched_arguments
 from ..spans import SpanPairs
+from ._dense_sweep import dense_sweep
 from ._gradient import hand_out
 from ._library import define
+from ._torch_rows import torch_rows
 from .matched_kl import row_scale
 from .span_mean import native_rows, pooled_rows
 
@@ -30,9 +33,14 @@ from .span_mean import native_rows, pooled_rows
 # rows of both take, as each chunk has to read them all.
 BUDGET = 4 << 20
 # Columns whose weights are gathered at a time.
-_COLUMNS = {"cpu": 1024, "cuda": 16384}
+_COLUMNS = 1024
 # From this share of matched columns on, products with the whole weight of the student are cheaper than to gather it.
 _MOSTLY = 0.8
+
+
+def _dense(device: torch.device, backend: str) -> bool:
+    """Whether the products are large and run in the dtype of the hidden states (``_dense_sweep.py``)."""
+    return device.type == "cuda" or backend == "triton"
 
 
 def _column_chunks(weight: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
@@ -41,10 +49,9 @@ def _column_chunks(weight: Tensor, ids: Tensor | None, dtype: torch.dtype) -> It
         yield 0, weight.shape[0], weight
         return
     count = weight.shape[0] if ids is None else ids.numel()
-    step = _COLUMNS.get(weight.device.type, 1024)
-    buffer = None if ids is None else weight.new_empty(min(step, count), weight.shape[1])
-    for begin in range(0, count, step):
-        end = min(count, begin + step)
+    buffer = None if ids is None else weight.new_empty(min(_COLUMNS, count), weight.shape[1])
+    for begin in range(0, count, _COLUMNS):
+        end = min(count, begin + _COLUMNS)
         if ids is None:
             rows = weight[begin:end]
         else:
@@ -76,9 +83,8 @@ def _log_sum_exp(
 ) -> Tensor:
     """[R]: log sum exp(z / T) over all columns but those marked in ``left_out`` [V]; z lives a chunk at a time."""
     total = x.new_full((x.shape[0],), float("-inf"))
-    step = _COLUMNS.get(weight.device.type, 1024)
-    for begin in range(0, weight.shape[0], step):
-        end = min(weight.shape[0], begin + step)
+    for begin in range(0, weight.shape[0], _COLUMNS):
+        end = min(weight.shape[0], begin + _COLUMNS)
         rows = weight[begin:end].to(x.dtype)
         z = x.new_empty(x.shape[0], end - begin)
         _add_product(z, x, rows, None if bias is None else bias[begin:end], lengths)
@@ -87,48 +93,18 @@ def _log_sum_exp(
     return total
 
 
-def _torch_rows(
-    student: Tensor, teacher: Tensor, student_ids: Tensor, unmatched: int, temperature: float,
-    teacher_rest: Tensor | None, scale: Tensor, loss: Tensor,
-) -> None:  # fmt: skip
-    """The row kernel in PyTorch, for devices that have none: student [R, V], teacher [R, V_m] logits in, loss [R] out;
-    the student's logits are overwritten with scale * d loss / d logit."""
-    student.mul_(1 / temperature)
-    matched_s, matched_t = student[:, student_ids], teacher / temperature
-    if teacher_rest is None:
-        log_r, log_q = matched_s.log_softmax(-1), matched_t.log_softmax(-1)
-        r = log_r.exp()
-    else:
-        log_s = student.logsumexp(-1, keepdim=True)
-        log_t = torch.logaddexp(matched_t.logsumexp(-1), teacher_rest)[:, None]
-        log_r, log_q = matched_s - log_s, matched_t - log_t
-        r = log_r.exp()
-    q = log_q.exp()
-    torch.sum(q * torch.where(q > 0, log_q - log_r, 0.0), -1, out=loss)
-    factor = temperature * scale[:, None]
-    if teacher_rest is None:
-        student.zero_()
-    else:
-        student.index_fill_(1, student_ids, float("-inf"))
-        rest_r, rest_q = student.logsumexp(-1) - log_s[:, 0], teacher_rest - log_t[:, 0]
-        student.sub_(log_s + rest_r.nan_to_num(neginf=0.0)[:, None]).exp_()  # shares of the unmatched mass
-        if unmatched == _native.UNMATCHED_CODES["drop"]:
-            mass = q.sum(-1, keepdim=True)
-            r = mass * r
-            student.mul_(factor * mass * rest_r.exp()[:, None])
-        else:
-            loss += rest_q.exp() * torch.where(rest_q > float("-inf"), rest_q - rest_r, 0.0)
-            student.mul_(factor * (rest_r.exp() - rest_q.exp())[:, None])
-    student.index_copy_(1, student_ids, factor * (r - q))
-    loss.mul_(temperature**2)
-
-
 def _impl(
     student: Tensor, student_weight: Tensor, student_bias: Tensor | None, student_lengths: Tensor | None,
     teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_lengths: Tensor | None,
     student_ids: Tensor, teacher_ids: Tensor, scale: Tensor, unmatched: int, temperature: float, backend: str,
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if _dense(student.device, backend):
+        return dense_sweep(
+            student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,
+            teacher_lengths, student_ids, teacher_ids, scale, unmatched, temperature, backend, hidden_grad, weight_grad,
+            bias_grad,
+        )  # fmt: skip
     dtype, count = scale.dtype, scale.numel()
     whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
     num_matched = student_ids.numel()
@@ -171,7 +147,7 @@ def _impl(
                 part_total, s_logits,
             )  # fmt: skip
         else:
-            _torch_rows(s_logits, t_logits, used, unmatched, temperature, rest, scale[part], loss[part])
+            torch_rows(s_logits, t_logits, used, unmatched, temperature, rest, scale[part], loss[part])
         if hidden_grad or weight_grad:
             for a, b, rows in _column_chunks(student_weight, columns, dtype):
                 d = s_logits[:, a:b]
@@ -274,8 +250,11 @@ def linear_matched_kl(
     """:func:`matched_kl` of the logits ``h weight^T + bias`` of both sides, which are never all there at once;
     formulas in :func:`vocabdistil.reference.linear_matched_kl`.
 
-    Rows are taken in chunks whose logits take 4 MiB (or half of what the matched rows of both weights take, if that is
-    more): the memory does not grow with the number of rows. ``"renormalize"`` reads only the matched rows of the
+    Rows are taken in chunks, so that the memory does not grow with the number of rows: on a CPU chunks whose logits
+    take 4 MiB (or half of what the matched rows of both weights take, if that is more), on a GPU 64 MB for all that is
+    held meanwhile (or 3.25 times what the gathered rows and their gradient take). There half-precision hidden states
+    are multiplied in their dtype on the tensor cores, with float32 accumulation and logits; a float32 weight and the
+    means over spans are rounded to that dtype first. ``"renormalize"`` reads only the matched rows of the
     teacher's weight. The gradients to the hidden states, the weight and the bias are formed in the same sweep,
     accumulated in float32 (float64 for float64); weight rows outside the matched vocabulary get exactly 0 under
     ``"renormalize"``.
@@ -288,7 +267,8 @@ def linear_matched_kl(
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
         matched, pairs, temperature, unmatched, pooling, reduction: as in :func:`matched_kl`; pooling is over hidden
             states, with which the output layer commutes (a sum of n rows adds the bias n times).
-        backend: ``"cpu"``, ``"torch"`` (the same chunks, any device) or ``"reference"``; None chooses by device.
+        backend: ``"cpu"``, ``"triton"``, ``"torch"`` (any device, without a row kernel) or ``"reference"``; None
+            chooses by device.
 
     Returns:
         The loss, float32 (float64 if the hidden states are float64): ``[]``, or ``[P]`` for ``reduction="none"``.
@@ -320,6 +300,8 @@ def linear_matched_kl(
         valid = valid_pairs(pairs)
         student = pool_rows(student, pairs.student_start, pairs.student_end, pooling, valid)
         teacher = pool_rows(teacher, pairs.teacher_start, pairs.teacher_end, pooling, valid)
+        if _dense(student.device, choice):  # products run in the dtype of the hidden states there
+            student, teacher = student.to(student_hidden.dtype), teacher.to(teacher_hidden.dtype)
         if valid is not None:  # such a pair is left with the bias of each side, and counts for nothing
             scale = torch.where(valid, scale, 0.0)
         if pooling == "sum":

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .. import _native
 from .._checks import Matched
-from .._dispatch import resolve
+from .._dispatch import implementation, resolve
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
 from ..spans import SpanPairs
@@ -23,21 +23,28 @@ def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
     scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if backend == "triton":
-        from ..triton_kernels import matched_kl as triton_matched_kl
-
-        with torch.cuda.device_of(student):
-            return triton_matched_kl.matched_kl(
-                student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, wanted
-            )
     total, loss, grad = _fake(
         student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted
     )
-    _native.matched_kl(
-        student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, None, scale, loss, total,
-        grad if wanted else None,
-    )  # fmt: skip
+    given = grad if wanted else None
+    if backend == "triton":
+        total = implementation("matched_kl", backend, "matched_kl")(
+            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, loss, given
+        )
+    else:
+        _native.matched_kl(
+            student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, None, scale, loss, total,
+            given,
+        )  # fmt: skip
     return total, loss, grad
+
+
+def _again(
+    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, grad, upstream
+):
+    implementation("matched_kl", backend, "matched_kl")(
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, None, grad, upstream
+    )
 
 
 def _fake(student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted):
@@ -109,11 +116,12 @@ def matched_kl(
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
     options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
-    student_ids = matched.student_ids.to(student.device, torch.int32).contiguous()
-    teacher_ids = matched.teacher_ids.to(student.device, torch.int32).contiguous()
+    ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernel takes both: one launch less per side
+    student_ids = matched.student_ids.to(student.device, ids_dtype).contiguous()
+    teacher_ids = matched.teacher_ids.to(student.device, ids_dtype).contiguous()
     return RowLoss.apply(
-        _op, native_rows(student), native_rows(teacher), student_ids, teacher_ids, scale, options,
-        reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
+        _op, None if choice == "cpu" else _again, native_rows(student), native_rows(teacher), student_ids, teacher_ids,
+        scale, options, reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
     )  # fmt: skip
 
 
@@ -127,5 +135,5 @@ def span_vectors(pairs: SpanPairs | None) -> tuple[Tensor, ...]:
 def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
     rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
-    scale = torch.ones(rows, dtype=dtype, device=student.device)
-    return scale / max(count, 1) if reduction == "batchmean" else scale
+    share = 1 / max(count, 1) if reduction == "batchmean" else 1.0
+    return torch.full((rows,), share, dtype=dtype, device=student.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .. import _native
 from .._checks import RemapLike
-from .._dispatch import resolve
+from .._dispatch import implementation, resolve
 from ..reference.remapped_kl import COMBINES
 from ..reference.remapped_kl import remapped_kl as reference_remapped_kl
 from ..spans import SpanPairs
@@ -21,20 +21,25 @@ from ._library import define
 from .matched_kl import row_scale, span_vectors
 from .span_mean import native_rows
 
-Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Plan = tuple[Tensor, ...]
 
 
-def make_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
-    """The table as the kernel reads it (``RemapPlan`` in csrc/ops.h): rows of one length interleaved, and transposed.
-
+def check_table(indptr: Tensor, ids: Tensor, student_columns: int) -> None:
+    """
     Raises:
         ValueError: ``indptr`` does not ascend from 0 to the number of ids, or an id is no student column.
     """
-    indptr, ids = indptr.to(torch.int64), ids.to(torch.int64)
-    lengths = indptr.diff()
-    if int(indptr[0]) != 0 or int(indptr[-1]) != ids.numel() or bool((lengths < 0).any()):
+    if int(indptr[0]) != 0 or int(indptr[-1]) != ids.numel() or bool((indptr.diff() < 0).any()):
         raise ValueError(f"table.indptr: expected values ascending from 0 to the number of ids ({ids.numel()})")
     checks.check_index_range(ids, "table.ids", student_columns)
+
+
+def make_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
+    """The table as the CPU kernel reads it (``RemapPlan`` in csrc/ops.h): rows of one length interleaved, and
+    transposed. Raises as :func:`check_table`."""
+    check_table(indptr, ids, student_columns)
+    indptr, ids = indptr.to(torch.int64), ids.to(torch.int64)
+    lengths = indptr.diff()
     by_length = lengths.argsort(stable=True)
     rows = by_length[lengths[by_length] > 0]
     shapes = torch.stack(lengths[rows].unique_consecutive(return_counts=True), 1)
@@ -49,58 +54,82 @@ def make_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
     torch.cumsum(interleaved.bincount(minlength=student_columns), 0, out=transposed[1:])
     pieces_of = torch.cat(positions)[interleaved.argsort(stable=True)]
     plan = (rows, shapes, interleaved, transposed, pieces_of)
-    return tuple(x.to(torch.int32).contiguous() for x in plan)  # type: ignore[return-value]
+    return tuple(x.to(torch.int32).contiguous() for x in plan)
 
 
 class _Plans:
-    """The plans of the last tables seen. Tables are compared by value: that takes a fraction of a millisecond, and no
-    address or object that was freed and used again can be taken for another."""
+    """The plans of the last tables seen, by ``make(indptr, ids, student columns)``. Tables are compared by value: that
+    takes a fraction of a millisecond, and no address or object that was freed and used again can be taken for another.
+    """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, make: Callable[[Tensor, Tensor, int], Plan], size: int) -> None:
+        self._make = make
         self._size = size
         self._lock = Lock()
-        self._plans: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor, Plan]]] = OrderedDict()
+        self._plans: OrderedDict[tuple, list[tuple[Tensor, Tensor, Plan]]] = OrderedDict()
 
-    def get(self, indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
-        key = (indptr.numel(), ids.numel(), student_columns)
+    def get(self, indptr: Tensor, ids: Tensor, student_columns: int, device: torch.device | None = None) -> Plan:
+        """``device``: where the plan is to be; that of the table by default."""
+        key = (indptr.numel(), ids.numel(), student_columns, device)
         with self._lock:
             known = self._plans.setdefault(key, [])
             self._plans.move_to_end(key)
             for old_indptr, old_ids, plan in known:
                 if torch.equal(old_indptr, indptr) and torch.equal(old_ids, ids):
                     return plan
-            plan = make_plan(indptr, ids, student_columns)
+            plan = self._make(indptr, ids, student_columns)
+            if device is not None:
+                plan = type(plan)(*(x.to(device) for x in plan))
             known[:] = [*known, (indptr.clone(), ids.clone(), plan)][-self._size :]
             while len(self._plans) > self._size:
                 self._plans.popitem(last=False)
         return plan
 
 
-_plans = _Plans(4)
+def _make_gather_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
+    check_table(indptr, ids, student_columns)
+    return implementation("remapped_kl", "triton", "make_gather_plan")(indptr, ids, student_columns)
+
+
+_plans = _Plans(make_plan, 4)
+_gather_plans = _Plans(_make_gather_plan, 4)
 
 
 def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], indptr: Tensor, ids: Tensor, scale: Tensor,
-    logsumexp: bool, temperature: float, wanted: bool,
+    logsumexp: bool, temperature: float, backend: str, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total, loss, grad = _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, wanted)
+    total, loss, grad = _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, wanted)
     if not 1 <= indptr.numel() <= teacher.shape[1] + 1:
         raise ValueError(f"table: expected at most {teacher.shape[1]} rows, got {indptr.numel() - 1}")
-    plan = _plans.get(indptr, ids, student.shape[1])
-    _native.remapped_kl(
-        student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, grad if wanted else None
-    )
+    given = grad if wanted else None
+    if backend == "triton":
+        total = _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, given)
+    else:
+        plan = _plans.get(indptr, ids, student.shape[1])
+        _native.remapped_kl(student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, given)
     return total, loss, grad
 
 
-def _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, wanted):
+def _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, grad, upstream=None):
+    plan = _gather_plans.get(indptr.cpu(), ids.cpu(), student.shape[1], student.device)
+    return implementation("remapped_kl", "triton", "remapped_kl")(
+        student, teacher, spans, plan, scale, logsumexp, temperature, loss, grad, upstream
+    )
+
+
+def _again(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, grad, upstream):
+    _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, None, grad, upstream)
+
+
+def _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, wanted):
     grad = student.new_empty(student.shape if wanted else 0)
     return scale.new_empty(()), torch.empty_like(scale), grad
 
 
 _op = define(
     "remapped_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor indptr, Tensor ids, Tensor scale, "
-    "bool logsumexp, float temperature, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "bool logsumexp, float temperature, str backend, bool wanted) -> (Tensor, Tensor, Tensor)",
     _impl,
     _fake,
 )
@@ -120,8 +149,9 @@ def remapped_kl(
     """KL of the student from the teacher over all mapped teacher tokens ("reduce-map"); formulas in
     :func:`vocabdistil.reference.remapped_kl`.
 
-    The student's logits are combined inside the kernel, a row at a time; only their gradient is written, a gather over
-    the transposed table, which is built when a table is first seen and kept for the next calls.
+    The student's logits are combined inside the kernel, on a CPU a row at a time, on a GPU in chunks of rows that take
+    256 MiB; only their gradient is written, a gather over the transposed table, which is built when a table is first
+    seen and kept for the next calls. A table is best kept in host memory, on a GPU too.
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows; float32, float64, bfloat16 or float16; any strides (one copy
@@ -133,7 +163,7 @@ def remapped_kl(
         temperature: ``T > 0``; divides the combined logits.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
-        backend: ``"cpu"`` or ``"reference"``; None chooses by device.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
         The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
@@ -151,14 +181,15 @@ def remapped_kl(
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)
     checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
-    if resolve("remapped_kl", student.device, backend) == "reference":
+    choice = resolve("remapped_kl", student.device, backend)
+    if choice == "reference":
         return reference_remapped_kl(
             student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
             reduction=reduction,
         )  # fmt: skip
     scale = row_scale(pairs, student, reduction, _native.accumulation_dtype(student.dtype, teacher.dtype))
     return RowLoss.apply(
-        _op, native_rows(student), native_rows(teacher), table.indptr, table.ids, scale,
-        (combine == "logsumexp", float(temperature)), reduction != "none",
+        _op, _again if choice == "triton" else None, native_rows(student), native_rows(teacher), table.indptr,
+        table.ids, scale, (combine == "logsumexp", float(temperature), choice), reduction != "none",
         torch.is_grad_enabled() and student.requires_grad, *span_vectors(pairs),
     )  # fmt: skip

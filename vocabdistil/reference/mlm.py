@@ -114,17 +114,23 @@ def mask_tokens(
 
     flat = input_ids.flatten()
     weights = probabilities[flat.long()]
-    attended = flat.numel()
+    attended = torch.full((), flat.numel(), device=flat.device)
     if attention_mask is not None:
-        weights = weights * (attention_mask.flatten() != 0)
-        attended = int((attention_mask != 0).sum())
-    count = min(math.ceil(mlm_probability * attended), int((weights > 0).sum()))
+        attends = attention_mask.flatten() != 0
+        weights = weights * attends
+        attended = attends.sum()
+    allowed = probabilities > 0
+    # The only time that a device is waited for.
+    attended, possible, num_words = torch.stack([attended, (weights > 0).sum(), allowed.sum()]).tolist()
+    count = min(math.ceil(mlm_probability * attended), possible)
     masked, labels = flat.clone(), torch.full_like(flat, IGNORE)
     if count:
-        chosen = torch.multinomial(weights, count, replacement=False, generator=generator)
+        # As torch.multinomial draws without replacement, which looks at the weights on the host first.
+        keys = weights / torch.empty_like(weights).exponential_(generator=generator)
+        chosen = keys.topk(count).indices
         fate = torch.rand(count, generator=generator, device=flat.device)
-        words = (probabilities > 0).nonzero()[:, 0]
-        drawn = words[torch.randint(words.numel(), (count,), generator=generator, device=flat.device)]
+        which = torch.randint(num_words, (count,), generator=generator, device=flat.device)
+        drawn = torch.searchsorted(allowed.cumsum(0), which + 1)
         original = flat[chosen]
         replaced = torch.where(fate < replace_with_mask + replace_with_random, drawn.to(flat.dtype), original)
         masked[chosen] = replaced.masked_fill(fate < replace_with_mask, mask_id)

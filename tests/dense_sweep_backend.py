@@ -1,0 +1,163 @@
+"""What the sweep of linear_matched_kl for a GPU has to fulfil, with either row kernel; imported by the tests of each,
+which give the fixture ``backend``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import vocabdistil as vd
+from tests.spans import make_pairs
+from tests.test_linear_matched_kl import make, run
+from tests.tolerances import assert_norm_close
+from tests.vocabularies import make_matched, randn
+
+UNMATCHED = ["renormalize", "rest", "drop"]
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """16 rows at a time and 32 of the teacher's other columns."""
+    module = sys.modules["vocabdistil.ops._dense_sweep"]
+    monkeypatch.setattr(module, "BUDGET", 0)
+    monkeypatch.setattr(module, "_TIMES", 0)
+    monkeypatch.setattr(module, "_REST_COLUMNS", 32)
+
+
+def rounded(tensors, dtype):
+    return {k: v.to(dtype).double() for k, v in tensors.items()}
+
+
+def compare(tensors, matched, backend, truth=None, loss_dtype=None, **options):
+    """``truth``: the tensors of the reference; ``loss_dtype``: to what the inputs of the products were rounded."""
+    got = run(vd, tensors, matched, backend=backend, **options)
+    want = run(vd.reference, truth or {k: v.double() for k, v in tensors.items()}, matched, **options)
+    exact = torch.float64 if tensors["student_hidden"].dtype == torch.float64 else torch.float32
+    for name, value in got.items():
+        dtype = exact if name == "loss" else tensors[name].dtype
+        assert value.dtype == dtype, name
+        # The logits' gradient is rounded to half before the products, and the interpreter cuts it instead.
+        assert_norm_close(value, want[name], loss_dtype or dtype, name, factor=4 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_against_float64(unmatched, dtype, backend):
+    tensors = make(19, 19, dtype=dtype, bias=dtype != torch.float16)
+    compare(tensors, make_matched(50, 90, 37), backend, unmatched=unmatched, temperature=1.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_pairs(unmatched, pooling, dtype, backend):
+    pairs, n_s, n_t = make_pairs(18, seed=3, gaps=True, empty=True)
+    tensors, matched = make(n_s, n_t, dtype=dtype), make_matched(50, 90, 37)
+    for reduction in ("batchmean", "none"):
+        compare(
+            tensors, matched, backend, loss_dtype=None if dtype == torch.float32 else dtype, pairs=pairs,
+            pooling=pooling, unmatched=unmatched, reduction=reduction, temperature=2.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_m"), [(33, 1), (48, 48), (17, 16)])
+def test_sizes(v_s, v_m, unmatched, backend):
+    if (unmatched, v_s) != ("rest", v_m):
+        compare(make(17, 17, v_s=v_s, v_t=70), make_matched(v_s, 70, v_m), backend, unmatched=unmatched)
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_minus_infinity_in_the_bias(unmatched, backend):
+    tensors, matched = make(9, 9), make_matched(50, 90, 37)
+    tensors["teacher_bias"][matched.teacher_ids[:5]] = -INF
+    tensors["student_bias"][matched.student_ids[:3]] = -INF
+    rest_t = [v for v in range(90) if v not in matched.teacher_ids.tolist()]
+    tensors["teacher_bias"][rest_t[3:]] = -INF
+    compare(tensors, matched, backend, unmatched=unmatched)
+
+
+def test_float32_weights_are_rounded_as_half_hidden_states_are(backend):
+    tensors = make(20, 20)
+    truth = rounded(tensors, torch.bfloat16)
+    for name in ("student_hidden", "teacher_hidden"):
+        tensors[name] = tensors[name].bfloat16()
+    for side in ("student", "teacher"):
+        truth[f"{side}_bias"] = tensors[f"{side}_bias"].double()
+    got = run(vd, tensors, make_matched(50, 90, 37), backend=backend)
+    want = run(vd.reference, truth, make_matched(50, 90, 37))
+    assert_norm_close(got["loss"], want["loss"], torch.float32, "loss", 4)
+    assert_norm_close(got["student_weight"], want["student_weight"], torch.bfloat16, "weight")
+    assert got["student_weight"].dtype == torch.float32
+
+
+def test_small_shares_of_many_rows_do_not_vanish_in_float16(backend):
+    """A loss scaler multiplies what was divided by the number of rows: half of it would be lost before."""
+    t, matched = make(18, 18, dtype=torch.float16), make_matched(50, 90, 37)
+    large, small = (
+        torch.ops.vocabdistil.linear_matched_kl(
+            t["student_hidden"], t["student_weight"], None, None, t["teacher_hidden"], t["teacher_weight"], None, None,
+            matched.student_ids, matched.teacher_ids, torch.full((18,), share), 0, 2.0, backend, True, True, True,
+        )
+        for share in (1.0, 2.0**-20)
+    )  # fmt: skip
+    for i in (2, 3, 4):
+        assert torch.count_nonzero(large[i]) and torch.equal(large[i] * 2.0**-20, small[i])
+
+
+def test_gradient_is_zero_where_both_sides_are_equal(backend):
+    hidden, weight = randn(20, 12), randn(40, 12, seed=1)
+    ids = torch.randperm(40)[:23]
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = vd.linear_matched_kl(*leaves, hidden, weight, vd.MatchedVocab(ids, ids), backend=backend)
+    loss.backward()
+    if backend == "triton":
+        assert loss.item() == 0 and all(torch.count_nonzero(x.grad) == 0 for x in leaves)
+    assert loss.abs() < 1e-6 and all(x.grad.abs().max() < 1e-6 for x in leaves)
+
+
+def test_only_what_is_wanted_is_computed(backend):
+    tensors, matched = make(18, 18), make_matched(50, 90, 37)
+    full = run(vd, tensors, matched, backend=backend)
+    for name in ("student_hidden", "student_weight", "student_bias"):
+        leaf = tensors[name].clone().requires_grad_()
+        vd.linear_matched_kl(**{**tensors, name: leaf}, matched=matched, backend=backend).backward(torch.tensor(0.5))
+        torch.testing.assert_close(leaf.grad, full[name])
+    assert not vd.linear_matched_kl(**tensors, matched=matched, backend=backend).requires_grad
+
+
+def test_no_rows(backend):
+    none = torch.zeros(0, dtype=torch.int32)
+    for pairs, n in ((None, 0), (vd.SpanPairs(none, none, none, none), 3)):
+        got = run(vd, make(n, n), make_matched(50, 90, 37), pairs=pairs, backend=backend)
+        assert all(torch.count_nonzero(v) == 0 for v in got.values())
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_compiles_as_one_graph(reduction, backend):
+    tensors, matched = make(17, 17, dtype=torch.bfloat16), make_matched(50, 90, 37)
+
+    def loss(hidden, weight):
+        options = {**tensors, "student_hidden": hidden * 2, "student_weight": weight}
+        return (vd.linear_matched_kl(**options, matched=matched, reduction=reduction, backend=backend) * 3).sum()
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [tensors[k].clone().requires_grad_() for k in ("student_hidden", "student_weight")]
+        value = f(*leaves)
+        value.backward()
+        results.append((value.detach(), leaves[0].grad, leaves[1].grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("unmatched", [0, 1])
+def test_opcheck(unmatched, backend):
+    t, matched = make(9, 9), make_matched(50, 90, 37)
+    args = (
+        t["student_hidden"], t["student_weight"], t["student_bias"], None, t["teacher_hidden"], t["teacher_weight"],
+        None, None, matched.student_ids, matched.teacher_ids, torch.rand(9), unmatched, 2.0, backend, True, True, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.vocabdistil.linear_matched_kl.default, args)

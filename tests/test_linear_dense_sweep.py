@@ -1,0 +1,52 @@
+"""The sweep of linear_matched_kl for a GPU on the CPU, with its rows in PyTorch; the size of its chunks; products."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.dense_sweep_backend import *  # noqa: F403
+from vocabdistil.ops import _dense_sweep as sweep
+from vocabdistil.ops._products import product
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(sys.modules["vocabdistil.ops.linear_matched_kl"], "_dense", lambda device, backend: True)
+    return "torch"
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "matched", "d_t", "d_s", "limit"),
+    [(4096, 4700, 4700, 768, 264, 64e6), (8192, 28000, 28000, 768, 264, 300e6)],
+)
+def test_the_chunks_keep_within_the_budget(rows, width, matched, d_t, d_s, limit, monkeypatch):
+    monkeypatch.undo()
+    traffic = 2 * (width * d_s + matched * d_t) + 4 * width * d_s
+    fixed, per_row = traffic + 4 * rows * d_s, 4 * (width + matched) + 2 * width * (width > 16384)
+    step = sweep._rows_per_chunk(rows, fixed, traffic, per_row)
+    assert step % 128 == 0 and step >= 512
+    assert 0.8 * limit < fixed + step * per_row <= limit
+
+
+@pytest.mark.parametrize("rows", [1, 15, 17, 129, 1000])
+def test_chunks_are_of_one_size(rows):
+    step = sweep._rows_per_chunk(rows, 0, 0, 1 << 20)
+    assert 16 <= step <= 64 and step % 16 == 0
+
+
+def test_columns_of_the_student_with_the_matched_ones_first():
+    ids = torch.tensor([4, 1, 6])
+    assert sweep._unmatched_last(ids, 8).tolist() == [4, 1, 6, 0, 2, 3, 5, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_are_not_rounded_to_half(dtype):
+    a, b = torch.randn(5, 9).to(dtype), torch.randn(9, 4).to(dtype)
+    out = torch.full((5, 16), float("nan"))[:, :4]
+    product(a, b, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+    product(a, b, out, add=True)
+    torch.testing.assert_close(out.double(), 2 * (a.double() @ b.double()), rtol=1e-6, atol=1e-6)

@@ -247,9 +247,9 @@ def boundary_pairs(
             )
         if offsets.numel() // 2 > _INT32_MAX or (offsets.numel() and int(offsets.max()) > _INT32_MAX):
             raise ValueError(f"{name}_offsets: expected offsets and positions that fit 32 bits")
-        _, mask, _ = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
+        _, mask = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
         offsets = offsets.cpu().clamp(min=-1).to(torch.int32).contiguous()
-        sides.append(offsets if mask is None else offsets * mask.ne(0).unsqueeze(2))
+        sides.append(offsets if mask is None else offsets * mask.cpu().ne(0).unsqueeze(2))
     left, right = sides
     lengths = left.shape[1], right.shape[1]
     spans = _native_module().align_offsets(
@@ -259,11 +259,11 @@ def boundary_pairs(
 
 
 def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:
-    ids, mask, device = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
+    ids, mask = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
     if ids.numel() > _INT32_MAX:
         raise ValueError(f"{name}_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
-    keep = None if mask is None else mask.ne(0).contiguous()
-    return ids.to(torch.int64).contiguous(), keep, device
+    keep = None if mask is None else mask.cpu().ne(0).contiguous()
+    return ids.cpu().to(torch.int64).contiguous(), keep, ids.device
 
 
 def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:

@@ -13,7 +13,7 @@ from .._checks import Matched
 from .._dispatch import resolve
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
-from ..spans import SpanPairs
+from ..spans import SpanPairs, at_least_one
 from ._gradient import RowLoss
 from ._library import define
 from .span_mean import native_rows
@@ -128,4 +128,4 @@ def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: t
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
     rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
     scale = torch.ones(rows, dtype=dtype, device=student.device)
-    return scale / max(count, 1) if reduction == "batchmean" else scale
+    return scale / at_least_one(count) if reduction == "batchmean" else scale

@@ -1,4 +1,4 @@
-"""The remap table against plain Python: building it, and remapping made-up and Russian ids (on a GPU against PyTorch)."""
+"""The remap table against plain Python: building it, and remapping made-up and Russian ids (on a GPU: and PyTorch)."""
 
 from __future__ import annotations
 

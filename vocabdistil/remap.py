@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _native
 from ._dispatch import implementation, resolve
 from ._native import module as _native_module
 from ._surfaces import BYTES, Known, Speller, Words, known, word_form
@@ -97,20 +96,14 @@ def _unit_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
-_BYTES = torch.empty(0, dtype=torch.uint8)
+def _from_block(block: Any, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    """``count`` items of a native block, ``offset`` bytes into it.
 
-
-def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one block of the pool.
-
-    They are no views of one tensor: to autograd, a change of one in place is not a change of the others.
+    No two of them are views of one tensor: to autograd, a change of one in place is not a change of the others.
     """
-    tokens = batch * width
-    storage = _native.empty(_BYTES, 16 * (tokens + count)).untyped_storage()
-    input_ids = torch.empty(0, dtype=torch.int64).set_(storage, 0, (batch, width))
-    mask = torch.empty(0, dtype=torch.int64).set_(storage, tokens, (batch, width))
-    spans = torch.empty(0, dtype=torch.int32).set_(storage, 4 * tokens, (4, count))
-    return input_ids, mask, spans
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset)
 
 
 def _as_int32(value: Any, name: str) -> Tensor:
@@ -446,31 +439,19 @@ class RemapTable:
         batch, length = ids.shape
         threads = thread_count(batch * length)
         ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
-        plan = torch.empty(batch, 3, dtype=torch.int64)
         limit = -1 if max_length is None else min(max_length, _INT32_MAX)
-        bad_row, width, count = _native_module().remap_plan(
-            self._index, ids_view, mask_view, batch, length, limit, plan.data_ptr(), threads
+        bad_row, width, count, nonempty, block = _native_module().remap_run(
+            self._index, ids_view, mask_view, batch, length, limit, self.pad_id, threads
         )
         if bad_row >= 0:
             self._raise_outside(ids, mask, bad_row)
         self._check_room(batch, width)
-        input_ids, out_mask, spans = _outputs(batch, width, count)
-        _native_module().remap_write(
-            self._index,
-            ids_view,
-            mask_view,
-            batch,
-            length,
-            plan.data_ptr(),
-            width,
-            self.pad_id,
-            input_ids.data_ptr(),
-            out_mask.data_ptr(),
-            spans.data_ptr(),
-            threads,
+        tokens = batch * width
+        input_ids, out_mask = (
+            _from_block(block, torch.int64, tokens, 8 * k * tokens).view(batch, width) for k in range(2)
         )
-        nonempty = int((spans[1] > spans[0]).sum()) if self._index.has_empty_rows else count
-        pairs = SpanPairs._trusted(*spans.unbind(), nonempty, batch * width, batch * length)
+        spans = (_from_block(block, torch.int32, count, 16 * tokens + 4 * k * count) for k in range(4))
+        pairs = SpanPairs._trusted(*spans, nonempty, tokens, batch * length)
         return RemapOutput(input_ids, out_mask, pairs)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -63,6 +64,28 @@ std::unique_ptr<RemapIndex> from_csr(uintptr_t indptr, int64_t bounds, uintptr_t
 using View = std::tuple<uintptr_t, int, int64_t>;  // address, bytes per item, row stride in items
 
 BatchView view(const View& v) { return {at<const void>(std::get<0>(v)), std::get<1>(v), std::get<2>(v)}; }
+
+// (bad_row, width, pairs, pairs that are not empty, block): the block holds input_ids and attention_mask, int64 [batch,
+// width], and spans, int32 [4, pairs]. It is None where an id is outside the table, or the positions do not fit 32 bits.
+py::tuple run(const RemapIndex& index, const View& ids, const View& mask, int64_t batch, int64_t length,
+              int64_t max_length, int64_t pad_id, int threads) {
+  std::unique_ptr<Block> block;
+  BatchPlan total;
+  int64_t nonempty = 0;
+  {
+    py::gil_scoped_release nogil;
+    std::vector<RowPlan> plan(static_cast<size_t>(batch));
+    total = index.plan(view(ids), view(mask), batch, length, max_length, plan.data(), threads);
+    const int64_t tokens = batch * total.length;
+    if (total.bad_row < 0 && tokens <= std::numeric_limits<int32_t>::max()) {
+      block = std::make_unique<Block>(static_cast<size_t>(16 * (tokens + total.pairs)));
+      auto* input_ids = static_cast<int64_t*>(block->data());
+      nonempty = index.write(view(ids), view(mask), batch, length, plan.data(), total.length, pad_id, input_ids,
+                             input_ids + tokens, reinterpret_cast<int32_t*>(input_ids + 2 * tokens), threads);
+    }
+  }
+  return py::make_tuple(total.bad_row, total.length, total.pairs, nonempty, std::move(block));
+}
 
 MatchArgs match_args(uintptr_t teacher_ids, uintptr_t student_ids, uintptr_t teacher_mask, uintptr_t student_mask,
                      const std::tuple<int64_t, int64_t, int64_t>& sizes, const std::tuple<uintptr_t, int64_t>& teacher,
@@ -264,8 +287,6 @@ py::bytearray align_offsets(uintptr_t teacher, uintptr_t student, int64_t batch,
 }  // namespace
 
 void bind_remap(py::module_& module) {
-  static_assert(sizeof(RowPlan) == 3 * sizeof(int64_t), "the Python side allocates int64 [batch, 3]");
-
   py::class_<Block>(module, "Block", py::buffer_protocol())
       .def(py::init<size_t>())
       .def_buffer([](const Block& self) {
@@ -281,22 +302,7 @@ void bind_remap(py::module_& module) {
       });
   module.def("remap_build", &build);
   module.def("remap_from_csr", &from_csr);
-  module.def("remap_plan", [](const RemapIndex& index, const View& ids, const View& mask, int64_t batch,
-                              int64_t length, int64_t max_length, uintptr_t plan, int threads) {
-    BatchPlan total;
-    {
-      py::gil_scoped_release nogil;
-      total = index.plan(view(ids), view(mask), batch, length, max_length, at<RowPlan>(plan), threads);
-    }
-    return py::make_tuple(total.bad_row, total.length, total.pairs);
-  });
-  module.def("remap_write", [](const RemapIndex& index, const View& ids, const View& mask, int64_t batch,
-                               int64_t length, uintptr_t plan, int64_t student_length, int64_t pad_id,
-                               uintptr_t input_ids, uintptr_t attention_mask, uintptr_t pairs, int threads) {
-    py::gil_scoped_release nogil;
-    index.write(view(ids), view(mask), batch, length, at<const RowPlan>(plan), student_length, pad_id,
-                at<int64_t>(input_ids), at<int64_t>(attention_mask), at<int32_t>(pairs), threads);
-  });
+  module.def("remap_run", &run);
 
   py::class_<MatchArgs>(module, "MatchArgs").def(py::init(&match_args));
   module.def("align_match_plan", &match_plan, py::call_guard<py::gil_scoped_release>());

@@ -287,6 +287,9 @@ class Known:
 
     def __init__(self, info: TokenizerInfo) -> None:
         self.info = info
+        # Whether many of the texts seen last could not be laid out without the tokenizer's offsets. Either way the
+        # result is the same.
+        self.needs_offsets = False
 
     @functools.cached_property
     def surfaces(self) -> Surfaces:

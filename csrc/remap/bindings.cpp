@@ -133,6 +133,46 @@ std::string_view utf8(PyObject* text) {
   return {data, static_cast<size_t>(size)};
 }
 
+std::vector<int32_t> to_ints(const py::list& values) {
+  std::vector<int32_t> ints(values.size());
+  for (size_t k = 0; k < ints.size(); ++k) ints[k] = to_int(PyList_GET_ITEM(values.ptr(), k));
+  return ints;
+}
+
+// One row of a padded batch.
+void put_padded(const int32_t* ids, int64_t size, int64_t length, int64_t pad_id, int64_t* input_ids,
+                int64_t* attention_mask) {
+  if (size > length) throw std::invalid_argument("length: shorter than a row");
+  std::copy(ids, ids + size, input_ids);
+  std::fill(input_ids + size, input_ids + length, pad_id);
+  std::fill(attention_mask, attention_mask + size, int64_t{1});
+  std::fill(attention_mask + size, attention_mask + length, int64_t{0});
+}
+
+// Lists of ids -> [rows, length] of both.
+void pad_lists(const py::list& rows, int64_t length, int64_t pad_id, uintptr_t input_ids, uintptr_t attention_mask) {
+  int64_t at_row = 0;
+  for (const auto& row : rows) {
+    const auto ids = to_ints(py::reinterpret_borrow<py::list>(row));
+    put_padded(ids.data(), static_cast<int64_t>(ids.size()), length, pad_id, at<int64_t>(input_ids) + at_row,
+               at<int64_t>(attention_mask) + at_row);
+    at_row += length;
+  }
+}
+
+// The first of the texts that is no string or does not fit UTF-8, or -1. The UTF-8 stays with the string: it is what
+// the tokenizer and this module read.
+int64_t bad_text(const py::list& texts) {
+  for (size_t i = 0; i < texts.size(); ++i) {
+    PyObject* text = PyList_GET_ITEM(texts.ptr(), i);
+    Py_ssize_t size = 0;
+    if (PyUnicode_Check(text) && PyUnicode_AsUTF8AndSize(text, &size)) continue;
+    PyErr_Clear();
+    return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
 // One side of a batch: what a tokenizer made of each text, located in it.
 class Side {
  public:
@@ -152,10 +192,7 @@ class Side {
       if (static_cast<size_t>(rows[r]) >= rows_.size()) throw py::index_error("rows: outside the batch");
       Reading& reading = readings[r];
       reading.text = utf8(texts[r].ptr());
-      const py::list row_ids = ids[r];
-      const auto size = row_ids.size();
-      reading.ids.resize(size);
-      for (size_t k = 0; k < size; ++k) reading.ids[k] = to_int(PyList_GET_ITEM(row_ids.ptr(), k));
+      reading.ids = to_ints(ids[r]);
       if (offsets) {
         const py::list row = (*offsets)[r];
         reading.start.resize(row.size());
@@ -203,12 +240,7 @@ class Side {
     auto* ids = at<int64_t>(input_ids);
     auto* mask = at<int64_t>(attention_mask);
     for (const LocatedRow& row : rows_) {
-      const auto size = static_cast<int64_t>(row.ids.size());
-      if (size > length) throw std::invalid_argument("length: shorter than a row");
-      std::copy(row.ids.begin(), row.ids.end(), ids);
-      std::fill(ids + size, ids + length, pad_id);
-      std::fill(mask, mask + size, int64_t{1});
-      std::fill(mask + size, mask + length, int64_t{0});
+      put_padded(row.ids.data(), static_cast<int64_t>(row.ids.size()), length, pad_id, ids, mask);
       ids += length;
       mask += length;
     }
@@ -329,6 +361,8 @@ void bind_remap(py::module_& module) {
     return as_bytes(pairs);
   });
   module.def("align_offsets", &align_offsets);
+  module.def("align_pad", &pad_lists);
+  module.def("align_bad_text", &bad_text);
   module.def("align_cover", [](uintptr_t ids, uintptr_t mask, int64_t size, const std::array<uintptr_t, 4>& spans,
                                int64_t count, int64_t unknown_id, size_t examples) {
     SideCoverage found;

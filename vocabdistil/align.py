@@ -22,7 +22,7 @@ __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "mat
 _INT32_MAX = 2**31 - 1
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
 _TRIAL, _CHUNK = 32, 512
-# The share of texts from which on it is cheaper to ask for offsets at once than to encode again: they make an encoding
+# The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an encoding
 # a quarter to a third dearer.
 _WORTH_ASKING = 0.25
 _EXAMPLES = 5
@@ -338,7 +338,8 @@ def _locate(
             elif missing:
                 read(missing, backend.encode_batch([texts[b] for b in missing]), True)
             if first < last:
-                source.needs_offsets = len(missing) > _WORTH_ASKING * (last - first)
+                size = sum(map(len, texts[first:last]))
+                source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
     input_ids = torch.empty(len(texts), length, dtype=torch.int64)

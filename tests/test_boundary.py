@@ -324,6 +324,28 @@ def test_long_text_takes_linear_time() -> None:
     assert len(batch.pairs) > 100_000
 
 
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
+@pytest.mark.parametrize(
+    ("teacher", "text", "count"),
+    [("byte-level", "walk ", 1_000_000), ("byte-level small", "\U0001f469\u200d", 140_000)],
+    ids=["words", "emoji"],
+)
+def test_a_million_tokens(teacher: str, text: str, count: int, method: str) -> None:
+    # A quadratic step anywhere would not end.
+    batch = vd.align([text * count], family(teacher), family("wordpiece"), method)
+    tokens = batch.teacher.input_ids.shape[1]
+    assert 0.9e6 < tokens < 1.1e6
+    if method == "reduce":
+        assert len(batch.pairs) == tokens
+    elif teacher == "byte-level":
+        # Each word with itself, but for the first, which is another token without a space before it.
+        assert len(batch.pairs) == count - (method == "match")
+    elif method != "match":
+        assert len(batch.pairs) == 1  # one unknown word
+    fields = ("student_start", "student_end", "teacher_start", "teacher_end")
+    vd.SpanPairs(*(getattr(batch.pairs, field) for field in fields))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_ready_offsets(data: st.DataObject) -> None:

@@ -22,8 +22,8 @@ __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "mat
 _INT32_MAX = 2**31 - 1
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
 _TRIAL, _CHUNK = 32, 512
-# The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an encoding
-# a quarter to a third dearer.
+# The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an
+# encoding a quarter to a third dearer.
 _WORTH_ASKING = 0.25
 _EXAMPLES = 5
 

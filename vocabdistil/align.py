@@ -248,17 +248,26 @@ def boundary_pairs(
             raise ValueError(
                 f"{name}_offsets: expected {teacher_offsets.shape[0]} sequences, got {offsets.shape[0]}"
             )
-        if offsets.numel() // 2 > _INT32_MAX or (offsets.numel() and int(offsets.max()) > _INT32_MAX):
-            raise ValueError(f"{name}_offsets: expected offsets and positions that fit 32 bits")
         _, mask = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
-        offsets = offsets.cpu().clamp(min=-1).to(torch.int32).contiguous()
-        sides.append(offsets if mask is None else offsets * mask.cpu().ne(0).unsqueeze(2))
-    left, right = sides
-    lengths = left.shape[1], right.shape[1]
+        if offsets.numel() // 2 > _INT32_MAX:
+            raise ValueError(f"{name}_offsets: expected at most {_INT32_MAX} tokens, got {tuple(offsets.shape)}")
+        keep = None if mask is None else mask.cpu().ne(0).contiguous()
+        sides.append((offsets.cpu().contiguous(), keep))
+    batch = teacher_offsets.shape[0]
     spans = _native_module().align_offsets(
-        left.data_ptr(), right.data_ptr(), left.shape[0], *lengths, thread_count(left.numel() + right.numel())
+        *(
+            (side.data_ptr(), side.element_size(), 0 if keep is None else keep.data_ptr(), side.shape[1])
+            for side, keep in sides
+        ),
+        batch,
+        thread_count(sum(side.numel() for side, _ in sides)),
     )
-    return _pairs(spans, left.shape[0], *lengths).to(teacher_offsets.device)
+    if spans is None:
+        for name, (side, _) in zip(("teacher", "student"), sides, strict=True):
+            if side.numel() and (most := int(side.max())) > _INT32_MAX:
+                raise ValueError(f"{name}_offsets: expected offsets that fit 32 bits, got {most}")
+    lengths = (side.shape[1] for side, _ in sides)
+    return _pairs(spans, batch, *lengths).to(teacher_offsets.device)
 
 
 def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <limits>
 #include <map>
 #include <memory>
@@ -295,24 +296,51 @@ py::bytearray as_bytes(const std::vector<int32_t>& values) {
   return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int32_t)};
 }
 
-// int32 [batch, length, 2] offsets of each side, contiguous -> the pairs, int32 [4, count].
-py::bytearray align_offsets(uintptr_t teacher, uintptr_t student, int64_t batch, int64_t teacher_length,
-                        int64_t student_length, int threads) {
+// int32 or int64 offsets [batch, length, 2] and a mask [batch, length] of bytes or 0, both contiguous.
+using Offsets = std::tuple<uintptr_t, int, uintptr_t, int64_t>;  // address, bytes per item, mask, length
+
+// As int32, those that are left out empty; false if one does not fit. Negative ones stay so: they cover nothing.
+template <class T>
+bool narrow(const T* from, const uint8_t* mask, int64_t count, int32_t* to) {
+  bool fits = true;
+  for (int64_t k = 0; k < 2 * count; ++k) {
+    fits &= from[k] <= std::numeric_limits<int32_t>::max();
+    to[k] = static_cast<int32_t>(std::max<T>(from[k], -1));
+  }
+  for (int64_t k = 0; mask && k < count; ++k) {
+    if (mask[k] == 0) to[2 * k] = to[2 * k + 1] = 0;
+  }
+  return fits;
+}
+
+// Of the two sides the pairs, int32 [4, count]; None where an offset does not fit 32 bits.
+py::object align_offsets(const Offsets& teacher, const Offsets& student, int64_t batch, int threads) {
   std::vector<int32_t> pairs;
+  std::atomic<bool> fits{true};
   {
     py::gil_scoped_release nogil;
-    auto spans = [&](uintptr_t offsets, int64_t length) {
-      std::vector<TokenSpans> rows;
-      rows.reserve(static_cast<size_t>(batch));
-      for (int64_t b = 0; b < batch; ++b) {
-        const auto* row = at<const int32_t>(offsets) + 2 * b * length;
-        rows.push_back({row, row + 1, 2, length, 0, 0});
-      }
+    std::vector<int32_t> values[2];
+    const auto spans = [&](const Offsets& side, std::vector<int32_t>& buffer) {
+      const auto [address, itemsize, mask, length] = side;
+      buffer.resize(static_cast<size_t>(2 * batch * length));
+      std::vector<TokenSpans> rows(static_cast<size_t>(batch));
+      parallel_for(batch, threads, [&, address = address, itemsize = itemsize, mask = mask, length = length](
+                                       int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          int32_t* row = buffer.data() + 2 * b * length;
+          const uint8_t* keep = mask ? at<const uint8_t>(mask) + b * length : nullptr;
+          const bool fit = itemsize == 4 ? narrow(at<const int32_t>(address) + 2 * b * length, keep, length, row)
+                                         : narrow(at<const int64_t>(address) + 2 * b * length, keep, length, row);
+          if (!fit) fits = false;
+          rows[b] = {row, row + 1, 2, length, 0, 0};
+        }
+      });
       return rows;
     };
-    pairs = align_batch(spans(teacher, teacher_length), spans(student, student_length), teacher_length,
-                        student_length, threads);
+    const auto left = spans(teacher, values[0]), right = spans(student, values[1]);
+    if (fits) pairs = align_batch(left, right, std::get<3>(teacher), std::get<3>(student), threads);
   }
+  if (!fits) return py::none();
   return as_bytes(pairs);
 }
 

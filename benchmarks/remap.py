@@ -37,11 +37,20 @@ def zipf_ids(batch: int, length: int, vocab: int, seed: int = 0) -> Tensor:
     return (vocab**uniform).long().clamp_(max=vocab) - 1
 
 
+def _data_file(name: str) -> Path | None:
+    folder = os.environ.get("VOCABDISTIL_DATA")
+    path = Path(folder) / name if folder else None
+    return path if path and path.is_file() else None
+
+
 def russian_file() -> Path | None:
     """The Russian text, if the environment variable VOCABDISTIL_DATA names a folder that holds it."""
-    folder = os.environ.get("VOCABDISTIL_DATA")
-    path = Path(folder) / "war_and_peace_ru.txt" if folder else None
-    return path if path and path.is_file() else None
+    return _data_file("war_and_peace_ru.txt")
+
+
+def english_file() -> Path | None:
+    """The English text, in the same folder."""
+    return _data_file("shakespeare_en.txt")
 
 
 @functools.cache

@@ -173,6 +173,17 @@ def test_words_stay_whole(teacher: str, student: str) -> None:
                     assert words[at - 1] != words[at], (encoding.tokens, pair)
 
 
+@settings(max_examples=100, deadline=None)
+@given(texts | st.text("a#ing ", max_size=12), st.sampled_from(["wordpiece", "wordpiece uncased"]))
+def test_words_told_by_pieces_are_those_of_the_tokenizer(text: str, name: str) -> None:
+    tokenizer = family(name)
+    continues = module.known(tokenizer, "teacher").continues
+    assert any(continues)
+    encoding = tokenizer.encode(text)
+    for before, (token, word) in enumerate(list(zip(encoding.ids, encoding.word_ids, strict=True))[1:-1]):
+        assert bool(continues[token]) == (word == encoding.word_ids[before]), encoding.tokens
+
+
 def test_known_words() -> None:
     def words(teacher: str, student: str, text: str) -> list[str]:
         (left, _), data = located(text, teacher, words=True), text.encode()

@@ -318,7 +318,9 @@ def _locate(
     check_room(backend, name, max_length)
     with plain_settings(backend):
         # Without a pre-tokenizer the words are what white space separates.
-        numbered = by_word and backend.pre_tokenizer is not None
+        at_spaces = by_word and backend.pre_tokenizer is None
+        continues = source.continues if by_word else b""
+        numbered = by_word and not at_spaces and not continues
         side: Any = None
 
         def read(rows: Sequence[int], encodings: list[Any], offsets: bool) -> list[int]:
@@ -339,8 +341,9 @@ def _locate(
             if side is None:
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
-                at_spaces = by_word and not numbered
-                side = _native_module().Side(source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces)
+                side = _native_module().Side(
+                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, continues
+                )
             missing = read(range(first, last), encodings, False)
             if missing and whole:
                 read(missing, [encodings[b - first] for b in missing], True)

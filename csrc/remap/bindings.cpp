@@ -178,9 +178,11 @@ int64_t bad_text(const py::list& texts) {
 class Side {
  public:
   Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
-       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces)
+       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces,
+       const py::bytes& continues)
       : surfaces_(std::move(surfaces)),
         rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
+        continues_(continues),
         rows_(static_cast<size_t>(rows)) {}
 
   // texts, ids and, where not None, offsets (pairs of characters) and words of the given rows. Returns the rows whose
@@ -204,6 +206,12 @@ class Side {
           reading.start[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 0));
           reading.end[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 1));
         }
+      }
+      int32_t word = 0;
+      for (size_t k = 0; !continues_.empty() && k < reading.ids.size(); ++k) {
+        const auto id = static_cast<size_t>(reading.ids[k]);
+        word += id >= continues_.size() || continues_[id] == 0;
+        reading.words.push_back(word);
       }
       if (words) {
         const py::list row = (*words)[r];
@@ -289,6 +297,7 @@ class Side {
  private:
   std::shared_ptr<const Surfaces> surfaces_;
   Rules rules_;
+  std::string continues_;  // for each id whether it continues the word before it; empty: words are not asked for so
   std::vector<LocatedRow> rows_;
 };
 
@@ -373,7 +382,7 @@ void bind_remap(py::module_& module) {
   py::class_<Surfaces, std::shared_ptr<Surfaces>>(module, "Surfaces").def(py::init(&surfaces));
   py::class_<Side>(module, "Side")
       .def(py::init<std::shared_ptr<const Surfaces>, int64_t, const std::tuple<int64_t, int64_t>&,
-                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool>())
+                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, const py::bytes&>())
       .def("read", &Side::read)
       .def("length", &Side::length)
       .def("write", &Side::write)

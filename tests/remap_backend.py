@@ -120,3 +120,12 @@ def test_a_table_without_rows_and_a_long_row(device, backend):
     ids = torch.tensor([[1, 0, 1], [0, 0, 0]])
     want = fixed(long.remap(ids, None, 1400), ids, None, long, 1400)
     assert_same(long.remap(ids.to(device), None, 1400, backend), want, device)
+
+
+def test_what_the_table_shows_may_be_changed(device, backend):
+    table = make_table()
+    ids, _ = make_batch(table, 3, 9, "none")
+    want = table.remap(ids).input_ids
+    table.indptr.fill_(2**30)
+    table.ids.fill_(-1)
+    assert torch.equal(table.remap(ids.to(device), backend=backend).input_ids.cpu(), want)

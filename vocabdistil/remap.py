@@ -227,9 +227,7 @@ class RemapTable:
         self.student_vocab_size = int(student_vocab_size)
         self.unk_id = int(unk_id)
         self.pad_id = int(pad_id)
-        self.indptr = torch.empty(index.rows + 1, dtype=torch.int32)
-        self.ids = torch.empty(index.nnz, dtype=torch.int32)
-        index.copy_to(self.indptr.data_ptr(), self.ids.data_ptr())
+        self.indptr, self.ids = self._vectors()
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -427,13 +425,18 @@ class RemapTable:
         )
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``indptr`` and ``ids`` on a device, copied there once."""
-        if device.type == "cpu":
-            return self.indptr, self.ids
+        """``indptr`` and ``ids`` on a device, copied there once, and not from the tensors that anybody can change."""
         found = self._copies.get(device)
         if found is None:
-            found = self._copies[device] = self.indptr.to(device), self.ids.to(device)
+            indptr, ids = self._vectors()
+            found = self._copies[device] = indptr.to(device), ids.to(device)
         return found
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        indptr = torch.empty(self._index.rows + 1, dtype=torch.int32)
+        ids = torch.empty(self._index.nnz, dtype=torch.int32)
+        self._index.copy_to(indptr.data_ptr(), ids.data_ptr())
+        return indptr, ids
 
     def _remap_natively(self, ids: Tensor, mask: Tensor | None, max_length: int | None) -> RemapOutput:
         batch, length = ids.shape

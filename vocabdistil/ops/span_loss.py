@@ -267,7 +267,8 @@ def span_loss(
     weights = None if pair_weights is None else pair_weights.to(dtype).contiguous()
     base, count = 1.0, at_least_one(pairs.num_nonempty)
     if reduction == "batchmean" and isinstance(count, Tensor):  # it stays on the device: a part of the weights
-        weights = (1.0 if weights is None else weights) / count.to(dtype).expand(len(pairs))
+        each = count.to(dtype).expand(len(pairs))
+        weights = each.reciprocal() if weights is None else weights / each
     elif reduction == "batchmean":
         base = 1.0 / count
     options = (_CODES[divergence], mean, float(temperature), float(beta), choice)

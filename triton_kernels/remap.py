@@ -44,10 +44,11 @@ def measure_kernel(
     pid = tl.program_id(0).to(tl.int64)
     at = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)
     keep, known, _, count = look_up(ids, mask, indptr, pid // chunks, at, length, ids_stride, mask_stride, rows)
+    row = pid * 0 + size  # int64, as addresses are
     tl.store(out + pid, tl.sum(count, 0))
-    tl.store(out + size + pid, tl.sum(keep.to(tl.int32), 0))
-    tl.store(out + 2 * size + pid, tl.sum((count > 0).to(tl.int32), 0))
-    tl.store(out + 3 * size + pid, tl.sum((keep & (known == 0)).to(tl.int32), 0))
+    tl.store(out + row + pid, tl.sum(keep.to(tl.int32), 0))
+    tl.store(out + 2 * row + pid, tl.sum((count > 0).to(tl.int32), 0))
+    tl.store(out + 3 * row + pid, tl.sum((keep & (known == 0)).to(tl.int32), 0))
 
 
 @triton.jit
@@ -88,11 +89,11 @@ def write_kernel(
         pair, there = tl.load(first_pair + pid) + tl.cumsum(kept, 0) - kept, keep
     else:
         pair, there = b * length + at, at < length
-    student, teacher = b * width + start, b * length + at
+    student, teacher, row = b * width + start, b * length + at, pid * 0 + pairs
     tl.store(spans + pair, student.to(tl.int32), mask=there)
-    tl.store(spans + pairs + pair, (student + count).to(tl.int32), mask=there)
-    tl.store(spans + 2 * pairs + pair, teacher.to(tl.int32), mask=there)
-    tl.store(spans + 3 * pairs + pair, (teacher + keep.to(tl.int32)).to(tl.int32), mask=there)
+    tl.store(spans + row + pair, (student + count).to(tl.int32), mask=there)
+    tl.store(spans + 2 * row + pair, teacher.to(tl.int32), mask=there)
+    tl.store(spans + 3 * row + pair, (teacher + keep.to(tl.int32)).to(tl.int32), mask=there)
 
     out, seen = input_ids + b * width, attention + b * width
     for k in range(0, tl.max(count, 0)):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._native import module as _native_module
 from ._surfaces import Known, known, template_ends
 from ._tokenizers import check_room, encode, plain_settings
@@ -278,10 +279,18 @@ def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.
     return ids.cpu().to(torch.int64).contiguous(), keep, ids.device
 
 
+_INT64 = torch.empty(0, dtype=torch.int64)
+
+
+def _empty(batch: int, length: int) -> Tensor:
+    """Uninitialised int64 ``[batch, length]``: a batch of one long text among short ones is mostly padding, and fresh
+    memory for it would cost more than the alignment."""
+    return _native.empty(_INT64, batch, length)
+
+
 def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
     length = max(map(len, rows), default=0)
-    input_ids = torch.empty(len(rows), length, dtype=torch.int64)
-    attention_mask = torch.empty_like(input_ids)
+    input_ids, attention_mask = (_empty(len(rows), length) for _ in range(2))
     _native_module().align_pad(rows, length, pad_id, input_ids.data_ptr(), attention_mask.data_ptr())
     return Tokens(input_ids, attention_mask)
 
@@ -354,12 +363,11 @@ def _locate(
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
-    input_ids = torch.empty(len(texts), length, dtype=torch.int64)
-    attention_mask = torch.empty_like(input_ids)
-    if input_ids.numel() > _INT32_MAX:
+    if len(texts) * length > _INT32_MAX:
         raise ValueError(
             f"texts: expected at most {_INT32_MAX} tokens of {name}, got {len(texts)} x {length}"
         )
+    input_ids, attention_mask = (_empty(len(texts), length) for _ in range(2))
     side.write(length, source.info.pad_id or 0, input_ids.data_ptr(), attention_mask.data_ptr())
     return side, Tokens(input_ids, attention_mask)
 

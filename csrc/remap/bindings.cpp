@@ -364,7 +364,6 @@ void bind_remap(py::module_& module) {
   py::class_<RemapIndex>(module, "RemapIndex")
       .def_property_readonly("rows", &RemapIndex::rows)
       .def_property_readonly("nnz", [](const RemapIndex& self) { return self.csr().ids.size(); })
-      .def_property_readonly("has_empty_rows", &RemapIndex::has_empty_rows)
       .def("copy_to", [](const RemapIndex& self, uintptr_t indptr, uintptr_t ids) {
         std::copy(self.csr().indptr.begin(), self.csr().indptr.end(), at<int32_t>(indptr));
         std::copy(self.csr().ids.begin(), self.csr().ids.end(), at<int32_t>(ids));

@@ -57,7 +57,6 @@ class RemapIndex {
 
   const Csr& csr() const { return csr_; }
   int64_t rows() const { return static_cast<int64_t>(csr_.indptr.size()) - 1; }
-  bool has_empty_rows() const { return has_empty_rows_; }
 
   // Checks every kept id before it indexes anything, then fills plan[batch]. max_length < 0: no limit.
   BatchPlan plan(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length, int64_t max_length,

@@ -1,6 +1,7 @@
 """``python -m benchmarks NAME...`` measures, ``picture CSV --out FILE.png`` and ``figures [CSV...]`` show.
 
-The Russian cases of remap and align read war_and_peace_ru.txt in the folder VOCABDISTIL_DATA.
+The cases of remap and align on real text read war_and_peace_ru.txt and shakespeare_en.txt in the folder
+VOCABDISTIL_DATA.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The remap table against plain Python: building it, and remapping made-up and Russian ids."""
+"""The remap table against plain Python: building it, and remapping made-up and Russian ids (on a GPU: and PyTorch)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,20 @@ def zipf_ids(batch: int, length: int, vocab: int, seed: int = 0) -> Tensor:
     return (vocab**uniform).long().clamp_(max=vocab) - 1
 
 
+def _data_file(name: str) -> Path | None:
+    folder = os.environ.get("VOCABDISTIL_DATA")
+    path = Path(folder) / name if folder else None
+    return path if path and path.is_file() else None
+
+
 def russian_file() -> Path | None:
     """The Russian text, if the environment variable VOCABDISTIL_DATA names a folder that holds it."""
-    folder = os.environ.get("VOCABDISTIL_DATA")
-    path = Path(folder) / "war_and_peace_ru.txt" if folder else None
-    return path if path and path.is_file() else None
+    return _data_file("war_and_peace_ru.txt")
+
+
+def english_file() -> Path | None:
+    """The English text, in the same folder."""
+    return _data_file("shakespeare_en.txt")
 
 
 @functools.cache
@@ -124,9 +133,29 @@ def remap_problem(table: RemapTable, ids: Tensor) -> Problem:
     return Problem(providers, lambda: truth, {"run": nbytes}, tokens=ids.numel())
 
 
-def _zipf(device: torch.device) -> Problem:
+def fixed_problem(table: RemapTable, ids: Tensor, device: torch.device) -> Problem:
+    """On a device, with a width that is given: nothing is read back. Plain PyTorch is what to beat."""
+    exact = table.remap(ids)
+    width = exact.input_ids.shape[1]
+    truth = [exact.input_ids, exact.attention_mask, exact.pairs.student_start, exact.pairs.student_end]
+    ids = ids.to(device)
+    mask = torch.ones_like(ids)
+
+    def provider(backend: str | None) -> Provider:
+        return Provider(lambda: table.remap(ids, mask, width, backend), fields)
+
+    def fields(out: RemapOutput) -> list[Tensor]:
+        return [x.cpu() for x in (out.input_ids, out.attention_mask, out.pairs.student_start, out.pairs.student_end)]
+
+    nbytes = (8 + 8 + 16) * ids.numel() + 16 * truth[0].numel()
+    providers = {"ours": provider(None), "reference": provider("torch")}
+    return Problem(providers, lambda: truth, {"run": nbytes}, tokens=ids.numel())
+
+
+def _zipf(device: torch.device, batch: int = 1000, length: int = 512) -> Problem:
     table = RemapTable.from_tokenizers(wordpiece(120_000), wordpiece(5_000))
-    return remap_problem(table, zipf_ids(1000, 512, len(table)))
+    ids = zipf_ids(batch, length, len(table))
+    return remap_problem(table, ids) if device.type == "cpu" else fixed_problem(table, ids, device)
 
 
 def _russian(device: torch.device, path: Path) -> Problem:
@@ -140,6 +169,9 @@ def _russian(device: torch.device, path: Path) -> Problem:
 
 def cases(device: torch.device) -> Iterator[Case]:
     if device.type != "cpu":
+        for batch, length in ((32, 256), (2048, 512), (8, 131072)):
+            build = functools.partial(_zipf, batch=batch, length=length)
+            yield Case(f"zipf-{batch}x{length}", build, torch.int64, ("run",))
         return
     yield Case("build-120000", _build_table, torch.int32, ("run",))
     yield Case("zipf-1000x512", _zipf, torch.int64, ("run",))

@@ -1,4 +1,5 @@
-// Memory for the results of a call, kept for the next one: fresh pages cost several times what fills them.
+// Memory for the results of a call, kept for the next one: fresh pages cost several times what fills them. Small blocks,
+// which malloc itself keeps, and very large ones are not.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,7 @@ namespace vocabdistil {
 class Block {
  public:
   explicit Block(std::size_t size) : size_(size) {
-    {
+    if (size >= kSmallest) {
       const std::lock_guard<std::mutex> lock(mutex());
       for (auto& spare : spares()) {
         // Not a much larger one: a long-lived small result must not hold it.
@@ -25,19 +26,18 @@ class Block {
         }
       }
     }
-    capacity_ = (size + 4095) / 4096 * 4096 + 4096;
-    data_ = std::aligned_alloc(4096, capacity_);
+    const std::size_t page = size >= kSmallest ? 4096 : 64;
+    capacity_ = (size + page - 1) / page * page + page;
+    data_ = std::aligned_alloc(page, capacity_);
     if (!data_) throw std::bad_alloc();
   }
   ~Block() {
-    {
+    if (size_ >= kSmallest && capacity_ <= kLargest) {
       const std::lock_guard<std::mutex> lock(mutex());
-      if (capacity_ <= kLargest) {
-        spares().emplace_back(data_, capacity_);
-        if (spares().size() <= kSpares) return;
-        data_ = spares().front().first;  // the oldest makes room: sizes that nobody asks for again must go
-        spares().erase(spares().begin());
-      }
+      spares().emplace_back(data_, capacity_);
+      if (spares().size() <= kSpares) return;
+      data_ = spares().front().first;  // the oldest makes room: sizes that nobody asks for again must go
+      spares().erase(spares().begin());
     }
     std::free(data_);
   }
@@ -48,7 +48,7 @@ class Block {
   std::size_t size() const { return size_; }
 
  private:
-  static constexpr std::size_t kSpares = 4, kLargest = (std::size_t{1} << 26) + 8192;
+  static constexpr std::size_t kSpares = 4, kSmallest = std::size_t{1} << 20, kLargest = (std::size_t{1} << 26) + 8192;
   using Spares = std::vector<std::pair<void*, std::size_t>>;
 
   // Never destroyed: results may outlive everything static.

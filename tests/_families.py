@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 
 import tokenizers
 from tokenizers import (
@@ -34,8 +36,26 @@ SCRIPTS = [
 ]
 
 
+_lines: list[str] | None = None
+
+
+@contextlib.contextmanager
+def trained_on(lines: list[str]) -> Iterator[None]:
+    """Whatever is trained meanwhile is trained on these lines instead of on made-up text."""
+    global _lines
+    _lines = lines
+    try:
+        yield
+    finally:
+        _lines = None
+
+
+def plain_text() -> list[str]:
+    return small_text(150) if _lines is None else _lines
+
+
 def many_scripts() -> list[str]:
-    return small_text(150) + SCRIPTS * 4
+    return plain_text() + SCRIPTS * 4
 
 
 def byte_level(size: int = 500, **options: object) -> Tokenizer:
@@ -105,7 +125,7 @@ def unigram(size: int = 500, fallback: bool = False, nfkc: bool = False) -> Toke
         unk_token="<unk>",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(small_text(150) + SCRIPTS[:3] * 4 if fallback else many_scripts(), trainer)
+    tokenizer.train_from_iterator(plain_text() + SCRIPTS[:3] * 4 if fallback else many_scripts(), trainer)
     if fallback:
         state = json.loads(tokenizer.to_str())
         state["model"]["byte_fallback"] = True
@@ -118,21 +138,21 @@ def unigram(size: int = 500, fallback: bool = False, nfkc: bool = False) -> Toke
 
 
 FAMILIES = {
-    "wordpiece": lambda: train(many_scripts(), 600),
-    "wordpiece uncased": lambda: train(many_scripts(), 500, lowercase=True),
+    "wordpiece": lambda size=600: train(many_scripts(), size),
+    "wordpiece uncased": lambda size=500: train(many_scripts(), size, lowercase=True),
     "byte-level": byte_level,
-    "byte-level small": lambda: byte_level(300),
-    "byte-level NFC": lambda: byte_level(450, normalizer=normalizers.NFC()),
-    "byte-level lower": lambda: byte_level(
-        420, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+    "byte-level small": lambda size=300: byte_level(size),
+    "byte-level NFC": lambda size=450: byte_level(size, normalizer=normalizers.NFC()),
+    "byte-level lower": lambda size=420: byte_level(
+        size, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
     ),
-    "byte-level split": lambda: byte_level(400, split=True),
-    "roberta": lambda: byte_level(480, prefix=True, roberta=True),
-    "llama": lambda: sentencepiece_bpe(prepend=True),
-    "sentencepiece BPE": lambda: sentencepiece_bpe(500, fallback=False),
+    "byte-level split": lambda size=400: byte_level(size, split=True),
+    "roberta": lambda size=480: byte_level(size, prefix=True, roberta=True),
+    "llama": lambda size=700: sentencepiece_bpe(size, prepend=True),
+    "sentencepiece BPE": lambda size=500: sentencepiece_bpe(size, fallback=False),
     "unigram": unigram,
-    "unigram NFKC": lambda: unigram(450, nfkc=True),
-    "unigram bytes": lambda: unigram(400, fallback=True),
+    "unigram NFKC": lambda size=450: unigram(size, nfkc=True),
+    "unigram bytes": lambda size=400: unigram(size, fallback=True),
 }
 
 

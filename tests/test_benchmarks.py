@@ -24,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.harness import Case, Problem, Provider
+from tests._families import SCRIPTS, family
 
 CPU = torch.device("cpu")
 
@@ -228,6 +229,7 @@ def test_remap_and_match_agree_with_python():
     problems = {
         "remap": remap.remap_problem(table, ids),
         "align": align.match_problem(teacher, student, ids.tolist(), rows),
+        "boundary": align.boundary_problem(align.random_offsets(3, 20, 8, 0), align.random_offsets(3, 26, 6, 1)),
     }
     for name, problem in problems.items():
         case = Case("tiny", lambda device, problem=problem: problem, torch.int64, ("run",))
@@ -235,6 +237,22 @@ def test_remap_and_match_agree_with_python():
         assert [row["provider"] for row in measured] == ["python", "ours"]
         assert not any(row["error"] for row in measured)
         assert all(float(row["tokens_per_s"]) > 0 for row in measured)
+
+
+@pytest.mark.parametrize("method", ["boundary", "word", "match"])
+def test_align_of_texts_is_timed_against_two_calls_of_the_tokenizer(method):
+    problem = align.align_problem(family("llama"), family("wordpiece"), SCRIPTS, method)
+    case = Case("tiny", lambda device: problem, torch.int64, ("run",))
+    rows = harness.run_case("align", case, CPU, ["reference", "ours"], quick=True)
+    assert not any(row["error"] for row in rows) and float(rows[1]["speedup_vs_reference"]) > 0
+
+
+def test_remap_of_a_fixed_width_is_that_of_the_cpu(monkeypatch):
+    monkeypatch.setitem(vd._dispatch.TABLE["remap"], "cpu", ("cpu", "torch"))
+    table = vd.RemapTable.from_tokenizers(remap.wordpiece(900), remap.wordpiece(90))
+    problem = remap.fixed_problem(table, remap.zipf_ids(5, 20, len(table)), CPU)
+    plain = problem.providers["reference"]
+    assert not harness.judge(plain.outputs(plain.call()), problem.truth())
 
 
 def test_share_of_others():

@@ -173,6 +173,17 @@ def test_words_stay_whole(teacher: str, student: str) -> None:
                     assert words[at - 1] != words[at], (encoding.tokens, pair)
 
 
+@settings(max_examples=100, deadline=None)
+@given(texts | st.text("a#ing ", max_size=12), st.sampled_from(["wordpiece", "wordpiece uncased"]))
+def test_words_told_by_pieces_are_those_of_the_tokenizer(text: str, name: str) -> None:
+    tokenizer = family(name)
+    continues = module.known(tokenizer, "teacher").continues
+    assert any(continues)
+    encoding = tokenizer.encode(text)
+    for before, (token, word) in enumerate(list(zip(encoding.ids, encoding.word_ids, strict=True))[1:-1]):
+        assert bool(continues[token]) == (word == encoding.word_ids[before]), encoding.tokens
+
+
 def test_known_words() -> None:
     def words(teacher: str, student: str, text: str) -> list[str]:
         (left, _), data = located(text, teacher, words=True), text.encode()
@@ -322,6 +333,28 @@ def test_long_text_takes_linear_time() -> None:
     text = "語 a\u0301😀 walking " * 40_000
     batch = vd.align([text, "🎉" * 200_000], family("llama"), family("wordpiece uncased"))
     assert len(batch.pairs) > 100_000
+
+
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
+@pytest.mark.parametrize(
+    ("teacher", "text", "count"),
+    [("byte-level", "walk ", 1_000_000), ("byte-level small", "\U0001f469\u200d", 140_000)],
+    ids=["words", "emoji"],
+)
+def test_a_million_tokens(teacher: str, text: str, count: int, method: str) -> None:
+    # A quadratic step anywhere would not end.
+    batch = vd.align([text * count], family(teacher), family("wordpiece"), method)
+    tokens = batch.teacher.input_ids.shape[1]
+    assert 0.9e6 < tokens < 1.1e6
+    if method == "reduce":
+        assert len(batch.pairs) == tokens
+    elif teacher == "byte-level":
+        # Each word with itself, but for the first, which is another token without a space before it.
+        assert len(batch.pairs) == count - (method == "match")
+    elif method != "match":
+        assert len(batch.pairs) == 1  # one unknown word
+    fields = ("student_start", "student_end", "teacher_start", "teacher_end")
+    vd.SpanPairs(*(getattr(batch.pairs, field) for field in fields))
 
 
 @settings(max_examples=150, deadline=None)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
 
 import vocabdistil as vd
+from tests.spans import make_pairs
+from tests.vocabularies import make_matched, randn
+
+contrastive = sys.modules["vocabdistil.ops.contrastive"]
 
 
 def pairs(*fields):
@@ -46,3 +51,52 @@ def test_bad_spans_are_named(fields, error, name):
     with pytest.raises(error, match=f"^{name}") as caught:
         pairs(*fields)
     assert "\n" not in str(caught.value)
+
+
+def losses_of(module, pairs, reduction):
+    table = vd.RemapTable([0, 2, 2, 5], [0, 3, 1, 1, 4], student_vocab_size=20, unk_id=0, pad_id=0)
+    student, teacher = randn(90, 12), randn(70, 12, seed=1)
+    logits_s, logits_t = randn(90, 20, seed=2), randn(70, 30, seed=3)
+    leaves = [student.requires_grad_(), logits_s.requires_grad_(), randn(20, 12, seed=4).requires_grad_()]
+    weights = randn(len(pairs), seed=5).abs().requires_grad_()
+    matched, options = make_matched(20, 30, 11), {"pairs": pairs, "reduction": reduction}
+    values = [
+        module.span_loss(student, teacher, pairs, reduction=reduction),
+        module.span_loss(student, teacher, pairs, divergence="cosine", pair_weights=weights, reduction=reduction),
+        module.matched_kl(logits_s, logits_t, matched, **options),
+        module.linear_matched_kl(student, leaves[2], teacher, randn(30, 12, seed=6), matched, **options),
+        module.remapped_kl(logits_s, logits_t, table, **options),
+        module.contrastive(student, teacher, pairs, reduction=reduction),
+    ]
+    total = sum((n + 1) * value.sum() for n, value in enumerate(values))
+    return values + list(torch.autograd.grad(total, [*leaves, weights]))
+
+
+@pytest.mark.parametrize("module", [vd, vd.reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_a_count_that_is_a_tensor_gives_the_same_losses(module, reduction, monkeypatch):
+    p, _, _ = make_pairs(25, seed=0, gaps=True, empty=True)
+    want = losses_of(module, p, reduction)
+    fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
+    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens)
+    moved = pickle.loads(pickle.dumps(counted.to("cpu")))
+    assert 0 < moved.num_nonempty < 25 and moved.to("meta").num_nonempty.device.type == "meta"
+    for got, expected in zip(losses_of(module, moved, reduction), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", [3, 24, 40])
+def test_drawn_negatives_are_pairs_that_count(negatives, monkeypatch):
+    p, n_s, n_t = make_pairs(25, seed=0, gaps=True, empty=True)
+    student, teacher = randn(n_s, 12), randn(n_t, 12, seed=1)
+    fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
+    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens)
+    for sparse in (0, 64):
+        monkeypatch.setattr(contrastive, "_SPARSE", sparse)
+        results = []
+        for pairs in (p, counted):
+            generator = torch.Generator().manual_seed(0)
+            leaf = student.clone().requires_grad_()
+            loss = vd.contrastive(leaf, teacher, pairs, negatives=negatives, generator=generator)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*results)

@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "remap": {"cpu": ("cpu",), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 
@@ -115,7 +116,9 @@ def resolve(op: str, device: torch.device, backend: str | None, limits: tuple[tu
 
 
 def implementation(op: str, backend: str, name: str) -> Callable:
-    """The function ``name`` of an operation in a backend: a file of triton_kernels, or the compiled module."""
-    if backend == "triton":
-        return getattr(importlib.import_module(f"{__package__}.triton_kernels.{op}"), name)
+    """The function ``name`` of an operation in a backend: a file of triton_kernels or reference, or the compiled
+    module."""
+    if backend in ("triton", "torch", "reference"):
+        folder = "triton_kernels" if backend == "triton" else "reference"
+        return getattr(importlib.import_module(f"{__package__}.{folder}.{op}"), name)
     return getattr(_native, f"cuda_{name}" if backend == "cuda" else name)

@@ -287,10 +287,28 @@ class Known:
 
     def __init__(self, info: TokenizerInfo) -> None:
         self.info = info
+        # Whether many of the texts seen last could not be laid out without the tokenizer's offsets. Either way the
+        # result is the same.
+        self.needs_offsets = False
 
     @functools.cached_property
     def surfaces(self) -> Surfaces:
         return read_surfaces(self.info)
+
+    @functools.cached_property
+    def continues(self) -> bytes:
+        """For each id 1 if it continues the word before it, where token strings tell words: WordPiece after BERT's
+        pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with. Empty where they do not."""
+        info = self.info
+        if info.kind != "WordPiece" or info.prefix != "##":
+            return b""
+        if not isinstance(info.backend.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer):
+            return b""
+        apart = {*info.added, *info.special}
+        return bytes(
+            token is not None and len(token) > 2 and token.startswith("##") and token not in apart
+            for token in info.tokens
+        )
 
 
 _CACHE_SIZE = 8

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._native import module as _native_module
 from ._surfaces import Known, known, template_ends
 from ._tokenizers import check_room, encode, plain_settings
@@ -23,6 +24,9 @@ __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "mat
 _INT32_MAX = 2**31 - 1
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
 _TRIAL, _CHUNK = 32, 512
+# The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an
+# encoding a quarter to a third dearer.
+_WORTH_ASKING = 0.25
 _EXAMPLES = 5
 
 
@@ -315,34 +319,49 @@ def boundary_pairs(
             raise ValueError(
                 f"{name}_offsets: expected {teacher_offsets.shape[0]} sequences, got {offsets.shape[0]}"
             )
-        if offsets.numel() // 2 > _INT32_MAX or (offsets.numel() and int(offsets.max()) > _INT32_MAX):
-            raise ValueError(f"{name}_offsets: expected offsets and positions that fit 32 bits")
-        _, mask, _ = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
-        offsets = offsets.cpu().clamp(min=-1).to(torch.int32).contiguous()
-        sides.append(offsets if mask is None else offsets * mask.ne(0).unsqueeze(2))
-    left, right = sides
-    lengths = left.shape[1], right.shape[1]
+        _, mask = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
+        if offsets.numel() // 2 > _INT32_MAX:
+            raise ValueError(f"{name}_offsets: expected at most {_INT32_MAX} tokens, got {tuple(offsets.shape)}")
+        keep = None if mask is None else mask.cpu().ne(0).contiguous()
+        sides.append((offsets.cpu().contiguous(), keep))
+    batch = teacher_offsets.shape[0]
     spans = _native_module().align_offsets(
-        left.data_ptr(), right.data_ptr(), left.shape[0], *lengths, thread_count(left.numel() + right.numel())
+        *(
+            (side.data_ptr(), side.element_size(), 0 if keep is None else keep.data_ptr(), side.shape[1])
+            for side, keep in sides
+        ),
+        batch,
+        thread_count(sum(side.numel() for side, _ in sides)),
     )
-    return _pairs(spans, left.shape[0], *lengths).to(teacher_offsets.device)
+    if spans is None:
+        for name, (side, _) in zip(("teacher", "student"), sides, strict=True):
+            if side.numel() and (most := int(side.max())) > _INT32_MAX:
+                raise ValueError(f"{name}_offsets: expected offsets that fit 32 bits, got {most}")
+    lengths = (side.shape[1] for side, _ in sides)
+    return _pairs(spans, batch, *lengths).to(teacher_offsets.device)
 
 
 def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:
-    ids, mask, device = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
+    ids, mask = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
     if ids.numel() > _INT32_MAX:
         raise ValueError(f"{name}_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
-    keep = None if mask is None else mask.ne(0).contiguous()
-    return ids.to(torch.int64).contiguous(), keep, device
+    keep = None if mask is None else mask.cpu().ne(0).contiguous()
+    return ids.cpu().to(torch.int64).contiguous(), keep, ids.device
+
+
+_INT64 = torch.empty(0, dtype=torch.int64)
+
+
+def _empty(batch: int, length: int) -> Tensor:
+    """Uninitialised int64 ``[batch, length]``: a batch of one long text among short ones is mostly padding, and fresh
+    memory for it would cost more than the alignment."""
+    return _native.empty(_INT64, batch, length)
 
 
 def _tokens(rows: list[list[int]], pad_id: int) -> Tokens:
     length = max(map(len, rows), default=0)
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        input_ids[b, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        attention_mask[b, : len(row)] = 1
+    input_ids, attention_mask = (_empty(len(rows), length) for _ in range(2))
+    _native_module().align_pad(rows, length, pad_id, input_ids.data_ptr(), attention_mask.data_ptr())
     return Tokens(input_ids, attention_mask)
 
 
@@ -381,7 +400,9 @@ def locate(
     check_room(backend, name, max_length)
     with plain_settings(backend):
         # Without a pre-tokenizer the words are what white space separates.
-        numbered = by_word and backend.pre_tokenizer is not None
+        at_spaces = by_word and backend.pre_tokenizer is None
+        continues = source.continues if by_word else b""
+        numbered = by_word and not at_spaces and not continues
         side: Any = None
 
         def read(rows: Sequence[int], encodings: list[Any], offsets: bool) -> list[int]:
@@ -395,30 +416,31 @@ def locate(
                 thread_count(sum(map(len, ids))),
             )
 
-        whole = numbered
         first, last = 0, min(_TRIAL, len(texts))
         while side is None or first < last:
+            whole = numbered or source.needs_offsets
             encodings = (backend.encode_batch if whole else backend.encode_batch_fast)(texts[first:last])
             if side is None:
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
-                at_spaces = by_word and not numbered
-                side = _native_module().Side(source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces)
+                side = _native_module().Side(
+                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, continues
+                )
             missing = read(range(first, last), encodings, False)
             if missing and whole:
                 read(missing, [encodings[b - first] for b in missing], True)
             elif missing:
                 read(missing, backend.encode_batch([texts[b] for b in missing]), True)
-                # A tokenizer that normalizes most texts is not asked twice.
-                whole = len(missing) > (last - first) // 2
+            if first < last:
+                size = sum(map(len, texts[first:last]))
+                source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
-    input_ids = torch.empty(len(texts), length, dtype=torch.int64)
-    attention_mask = torch.empty_like(input_ids)
-    if input_ids.numel() > _INT32_MAX:
+    if len(texts) * length > _INT32_MAX:
         raise ValueError(
             f"texts: expected at most {_INT32_MAX} tokens of {name}, got {len(texts)} x {length}"
         )
+    input_ids, attention_mask = (_empty(len(texts), length) for _ in range(2))
     side.write(length, source.info.pad_id or 0, input_ids.data_ptr(), attention_mask.data_ptr())
     return side, Tokens(input_ids, attention_mask)
 
@@ -540,9 +562,10 @@ def align_texts(
     limits = check_lengths(max_length)
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
-    for i, text in enumerate(texts):
-        check_text(text, f"texts[{i}]")
-    return _METHODS[method](list(texts), teacher, student, limits, table, matched)
+    texts = list(texts)
+    if (bad := _native_module().align_bad_text(texts)) >= 0:
+        check_text(texts[bad], f"texts[{bad}]")
+    return _METHODS[method](texts, teacher, student, limits, table, matched)
 
 
 def align(

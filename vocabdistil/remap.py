@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _native
+from ._dispatch import implementation, resolve
 from ._native import module as _native_module
 from ._surfaces import BYTES, Known, Speller, Words, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
@@ -47,9 +47,11 @@ class RemapOutput:
     """A remapped batch.
 
     Attributes:
-        input_ids: int64 ``[B, L_s]``, padded with the student's pad id to the longest sequence.
+        input_ids: int64 ``[B, L_s]``, padded with the student's pad id to the longest sequence (on a GPU with
+            ``max_length``: to that).
         attention_mask: int64 ``[B, L_s]``, 1 for tokens and 0 for padding.
-        pairs: one pair per kept teacher token, over positions ``b * L_s + i`` and ``b * L_t + i``.
+        pairs: one pair per kept teacher token (there: per teacher token), over positions ``b * L_s + i`` and
+            ``b * L_t + i``.
     """
 
     input_ids: Tensor
@@ -94,20 +96,14 @@ def _unit_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
-_BYTES = torch.empty(0, dtype=torch.uint8)
+def _from_block(block: Any, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    """``count`` items of a native block, ``offset`` bytes into it.
 
-
-def _outputs(batch: int, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised int64 [batch, width] twice and int32 [4, count], all in one block of the pool.
-
-    They are no views of one tensor: to autograd, a change of one in place is not a change of the others.
+    No two of them are views of one tensor: to autograd, a change of one in place is not a change of the others.
     """
-    tokens = batch * width
-    storage = _native.empty(_BYTES, 16 * (tokens + count)).untyped_storage()
-    input_ids = torch.empty(0, dtype=torch.int64).set_(storage, 0, (batch, width))
-    mask = torch.empty(0, dtype=torch.int64).set_(storage, tokens, (batch, width))
-    spans = torch.empty(0, dtype=torch.int32).set_(storage, 4 * tokens, (4, count))
-    return input_ids, mask, spans
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset)
 
 
 def _as_int32(value: Any, name: str) -> Tensor:
@@ -231,9 +227,8 @@ class RemapTable:
         self.student_vocab_size = int(student_vocab_size)
         self.unk_id = int(unk_id)
         self.pad_id = int(pad_id)
-        self.indptr = torch.empty(index.rows + 1, dtype=torch.int32)
-        self.ids = torch.empty(index.nnz, dtype=torch.int32)
-        index.copy_to(self.indptr.data_ptr(), self.ids.data_ptr())
+        self.indptr, self.ids = self._vectors()
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def from_tokenizers(cls, teacher: Any, student: Any) -> RemapTable:
@@ -352,73 +347,114 @@ class RemapTable:
         teacher_ids: Tensor | Sequence[Sequence[int]],
         attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
         max_length: int | None = None,
+        backend: str | None = None,
     ) -> RemapOutput:
         """Replaces every teacher token by its row.
 
+        On a GPU the work is done there. Without ``max_length`` the host waits once, for the sizes of the
+        result, which is the same as on a CPU. With it the host never waits, so that the result can be part of
+        a CUDA graph, and the sizes are fixed: ``L_s`` is ``max_length``; there is one pair per teacher token,
+        both its spans empty if the token was left out or cut off, which the losses pass over; and
+        ``pairs.num_nonempty`` is a tensor. The table is copied to a GPU the first time.
+
         Args:
             teacher_ids: ``[B, L_t]`` int64 or int32 on any device, or a list of lists (L_t: the longest).
+                An id outside the table is an error; on a GPU with ``max_length``, where nobody waits to see
+                it, it is the student's unknown token.
             attention_mask: ``[B, L_t]`` bool or integer; tokens with 0 are left out, wherever they stand, and
                 their ids are not looked at.
             max_length: student tokens at most. A teacher token is never cut: the first one whose pieces do
                 not fit ends its sequence.
+            backend: ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"`` (both plain PyTorch); None chooses by
+                device. All but ``"cpu"`` give what is said of a GPU.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``[B, L_s]``, and one span pair per kept teacher
-            token, all on the device of ``teacher_ids``. The work is done on the CPU.
+            token, all on the device of ``teacher_ids``.
 
         Raises:
             TypeError: ids or mask of a wrong dtype.
             ValueError: wrong shapes or devices, an id outside the table, ``max_length < 1``, a batch whose
-                positions do not fit 32 bits.
+                positions do not fit 32 bits, a backend that has no remap for the device.
+            RuntimeError: a backend that cannot run here.
         """
         if max_length is not None:
             if isinstance(max_length, bool) or not isinstance(max_length, int):
                 raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
             if max_length < 1:
                 raise ValueError(f"max_length: expected at least 1, got {max_length}")
-        ids, mask, device = _checked_batch(teacher_ids, attention_mask, "teacher_ids", "attention_mask")
-        batch, length = ids.shape
-        if batch * length > _INT32_MAX:
-            raise ValueError(f"teacher_ids: expected at most {_INT32_MAX} tokens, got {batch} x {length}")
-        threads = thread_count(batch * length)
-        ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
-        plan = torch.empty(batch, 3, dtype=torch.int64)
-        limit = -1 if max_length is None else min(max_length, _INT32_MAX)
-        bad_row, width, count = _native_module().remap_plan(
-            self._index, ids_view, mask_view, batch, length, limit, plan.data_ptr(), threads
-        )
-        if bad_row >= 0:
-            outside = (ids[bad_row] < 0) | (ids[bad_row] >= len(self))
-            if mask is not None:
-                outside &= mask[bad_row] != 0
-            at = int(outside.nonzero()[0])
-            raise ValueError(
-                f"teacher_ids: expected ids in [0, {len(self)}), "
-                f"got {int(ids[bad_row, at])} at [{bad_row}, {at}]"
-            )
+        ids, mask = _checked_batch(teacher_ids, attention_mask, "teacher_ids", "attention_mask")
+        if ids.numel() > _INT32_MAX:
+            raise ValueError(f"teacher_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
+        # What the environment asks of the losses on a GPU is not meant for the batches that a CPU prepares.
+        choice = "cpu" if ids.device.type == "cpu" and backend is None else resolve("remap", ids.device, backend)
+        if choice == "cpu":
+            return self._remap_natively(ids, mask, max_length)
+        measure, remap = (implementation("remap", choice, name) for name in ("measure", "remap"))
+        indptr, pieces = self._on(ids.device)
+        source = ids, mask, indptr
+        table = *source, pieces, self.unk_id, self.pad_id
+        if max_length is not None:
+            self._check_room(ids.shape[0], max_length)
+            input_ids, out_mask, spans, nonempty = remap(*table, max_length)
+            tokens = ids.shape[0] * max_length, ids.numel()
+            return RemapOutput(input_ids, out_mask, SpanPairs._trusted(*spans.unbind(), nonempty, *tokens))
+        totals, measured = measure(*source)
+        width, count, nonempty, outside = totals.tolist()
+        if outside:
+            b = int((((ids < 0) | (ids >= len(self))) & (mask is None or mask.ne(0))).any(1).nonzero()[0])
+            self._raise_outside(ids, mask, b)
+        self._check_room(ids.shape[0], width)
+        input_ids, out_mask, spans, _ = remap(*table, width, measured, count)
+        tokens = ids.shape[0] * width, ids.numel()
+        return RemapOutput(input_ids, out_mask, SpanPairs._trusted(*spans.unbind(), nonempty, *tokens))
+
+    def _check_room(self, batch: int, width: int) -> None:
         if batch * width > _INT32_MAX:
             raise ValueError(
                 f"teacher_ids: expected at most {_INT32_MAX} student tokens, got {batch} x {width}"
             )
-        input_ids, out_mask, spans = _outputs(batch, width, count)
-        _native_module().remap_write(
-            self._index,
-            ids_view,
-            mask_view,
-            batch,
-            length,
-            plan.data_ptr(),
-            width,
-            self.pad_id,
-            input_ids.data_ptr(),
-            out_mask.data_ptr(),
-            spans.data_ptr(),
-            threads,
+
+    def _raise_outside(self, ids: Tensor, mask: Tensor | None, b: int) -> None:
+        outside = (ids[b] < 0) | (ids[b] >= len(self))
+        if mask is not None:
+            outside &= mask[b] != 0
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"teacher_ids: expected ids in [0, {len(self)}), got {int(ids[b, at])} at [{b}, {at}]"
         )
-        nonempty = int((spans[1] > spans[0]).sum()) if self._index.has_empty_rows else count
-        if device.type != "cpu":
-            input_ids, out_mask, spans = input_ids.to(device), out_mask.to(device), spans.to(device)
-        pairs = SpanPairs._trusted(*spans.unbind(), nonempty, batch * width, batch * length)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``indptr`` and ``ids`` on a device, copied there once, and not from the tensors that anybody can change."""
+        found = self._copies.get(device)
+        if found is None:
+            indptr, ids = self._vectors()
+            found = self._copies[device] = indptr.to(device), ids.to(device)
+        return found
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        indptr = torch.empty(self._index.rows + 1, dtype=torch.int32)
+        ids = torch.empty(self._index.nnz, dtype=torch.int32)
+        self._index.copy_to(indptr.data_ptr(), ids.data_ptr())
+        return indptr, ids
+
+    def _remap_natively(self, ids: Tensor, mask: Tensor | None, max_length: int | None) -> RemapOutput:
+        batch, length = ids.shape
+        threads = thread_count(batch * length)
+        ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
+        limit = -1 if max_length is None else min(max_length, _INT32_MAX)
+        bad_row, width, count, nonempty, block = _native_module().remap_run(
+            self._index, ids_view, mask_view, batch, length, limit, self.pad_id, threads
+        )
+        if bad_row >= 0:
+            self._raise_outside(ids, mask, bad_row)
+        self._check_room(batch, width)
+        tokens = batch * width
+        input_ids, out_mask = (
+            _from_block(block, torch.int64, tokens, 8 * k * tokens).view(batch, width) for k in range(2)
+        )
+        spans = (_from_block(block, torch.int32, count, 16 * tokens + 4 * k * count) for k in range(4))
+        pairs = SpanPairs._trusted(*spans, nonempty, tokens, batch * length)
         return RemapOutput(input_ids, out_mask, pairs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -490,8 +526,8 @@ def _checked_batch(
     mask: Tensor | Sequence[Sequence[int]] | None,
     ids_name: str,
     mask_name: str,
-) -> tuple[Tensor, Tensor | None, torch.device]:
-    """Ids and mask on the CPU with adjacent columns, and the device that they came from."""
+) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask as tensors ``[B, L]`` with adjacent columns, where they are."""
     if isinstance(ids, (list, tuple)):
         ids, present = _pad_ragged(ids, ids_name)
         if isinstance(mask, (list, tuple)):
@@ -508,7 +544,6 @@ def _checked_batch(
         raise TypeError(f"{ids_name}: expected int64 or int32, got {ids.dtype}")
     if ids.dim() != 2:
         raise ValueError(f"{ids_name}: expected shape [batch, length], got {tuple(ids.shape)}")
-    device = ids.device
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"{mask_name}: expected a tensor like {ids_name}, got {type(mask).__name__}")
@@ -516,7 +551,7 @@ def _checked_batch(
             raise TypeError(f"{mask_name}: expected bool or integers, got {mask.dtype}")
         if mask.shape != ids.shape:
             raise ValueError(f"{mask_name}: expected shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        if mask.device != device:
-            raise ValueError(f"{mask_name}: expected device {device}, got {mask.device}")
-        mask = _unit_columns(mask.cpu())
-    return _unit_columns(ids.cpu()), mask, device
+        if mask.device != ids.device:
+            raise ValueError(f"{mask_name}: expected device {ids.device}, got {mask.device}")
+        mask = _unit_columns(mask)
+    return _unit_columns(ids), mask

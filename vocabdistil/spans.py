@@ -71,6 +71,11 @@ def mark_checked(start: Tensor, end: Tensor, tokens: int) -> None:
     start._vocabdistil_checked = ((id(end), start._version, end._version), tokens)  # type: ignore[attr-defined]
 
 
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """``max(count, 1)``, on the device where the count lives there: nothing waits for it."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
 class SpanPairs:
     """Pairs of aligned spans over flattened positions ``b * L + i``, half-open.
 
@@ -81,7 +86,9 @@ class SpanPairs:
 
     Attributes:
         student_start, student_end, teacher_start, teacher_end: int32 ``[P]``.
-        num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``).
+        num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``): an int, or an
+            int64 tensor ``[]`` where it was counted on a device and the host has not waited for it
+            (:meth:`RemapTable.remap` there). The losses take either; ``int(pairs.num_nonempty)`` waits.
         student_tokens, teacher_tokens: the least number of tokens that a side must have (its largest end).
 
     Raises:
@@ -95,7 +102,7 @@ class SpanPairs:
     student_end: Tensor
     teacher_start: Tensor
     teacher_end: Tensor
-    num_nonempty: int
+    num_nonempty: int | Tensor
     student_tokens: int
     teacher_tokens: int
 
@@ -127,7 +134,7 @@ class SpanPairs:
         student_end: Tensor,
         teacher_start: Tensor,
         teacher_end: Tensor,
-        num_nonempty: int,
+        num_nonempty: int | Tensor,
         student_tokens: int,
         teacher_tokens: int,
     ) -> SpanPairs:
@@ -159,7 +166,10 @@ class SpanPairs:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanPairs:
         """The same pairs on another device (nothing is checked again)."""
         moved = [getattr(self, name).to(device, non_blocking=non_blocking) for name in _FIELDS]
-        return self._trusted(*moved, self.num_nonempty, self.student_tokens, self.teacher_tokens)
+        count = self.num_nonempty
+        if isinstance(count, Tensor):
+            count = count.to(device, non_blocking=non_blocking)
+        return self._trusted(*moved, count, self.student_tokens, self.teacher_tokens)
 
     def pin_memory(self) -> SpanPairs:
         pinned = [getattr(self, name).pin_memory() for name in _FIELDS]

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -64,6 +66,28 @@ using View = std::tuple<uintptr_t, int, int64_t>;  // address, bytes per item, r
 
 BatchView view(const View& v) { return {at<const void>(std::get<0>(v)), std::get<1>(v), std::get<2>(v)}; }
 
+// (bad_row, width, pairs, pairs that are not empty, block): the block holds input_ids and attention_mask, int64 [batch,
+// width], and spans, int32 [4, pairs]. It is None where an id is outside the table, or the positions do not fit 32 bits.
+py::tuple run(const RemapIndex& index, const View& ids, const View& mask, int64_t batch, int64_t length,
+              int64_t max_length, int64_t pad_id, int threads) {
+  std::unique_ptr<Block> block;
+  BatchPlan total;
+  int64_t nonempty = 0;
+  {
+    py::gil_scoped_release nogil;
+    std::vector<RowPlan> plan(static_cast<size_t>(batch));
+    total = index.plan(view(ids), view(mask), batch, length, max_length, plan.data(), threads);
+    const int64_t tokens = batch * total.length;
+    if (total.bad_row < 0 && tokens <= std::numeric_limits<int32_t>::max()) {
+      block = std::make_unique<Block>(static_cast<size_t>(16 * (tokens + total.pairs)));
+      auto* input_ids = static_cast<int64_t*>(block->data());
+      nonempty = index.write(view(ids), view(mask), batch, length, plan.data(), total.length, pad_id, input_ids,
+                             input_ids + tokens, reinterpret_cast<int32_t*>(input_ids + 2 * tokens), threads);
+    }
+  }
+  return py::make_tuple(total.bad_row, total.length, total.pairs, nonempty, std::move(block));
+}
+
 MatchArgs match_args(uintptr_t teacher_ids, uintptr_t student_ids, uintptr_t teacher_mask, uintptr_t student_mask,
                      const std::tuple<int64_t, int64_t, int64_t>& sizes, const std::tuple<uintptr_t, int64_t>& teacher,
                      const std::tuple<uintptr_t, int64_t>& student, int64_t matched, uintptr_t found, uintptr_t counts,
@@ -110,13 +134,55 @@ std::string_view utf8(PyObject* text) {
   return {data, static_cast<size_t>(size)};
 }
 
+std::vector<int32_t> to_ints(const py::list& values) {
+  std::vector<int32_t> ints(values.size());
+  for (size_t k = 0; k < ints.size(); ++k) ints[k] = to_int(PyList_GET_ITEM(values.ptr(), k));
+  return ints;
+}
+
+// One row of a padded batch.
+void put_padded(const int32_t* ids, int64_t size, int64_t length, int64_t pad_id, int64_t* input_ids,
+                int64_t* attention_mask) {
+  if (size > length) throw std::invalid_argument("length: shorter than a row");
+  std::copy(ids, ids + size, input_ids);
+  std::fill(input_ids + size, input_ids + length, pad_id);
+  std::fill(attention_mask, attention_mask + size, int64_t{1});
+  std::fill(attention_mask + size, attention_mask + length, int64_t{0});
+}
+
+// Lists of ids -> [rows, length] of both.
+void pad_lists(const py::list& rows, int64_t length, int64_t pad_id, uintptr_t input_ids, uintptr_t attention_mask) {
+  int64_t at_row = 0;
+  for (const auto& row : rows) {
+    const auto ids = to_ints(py::reinterpret_borrow<py::list>(row));
+    put_padded(ids.data(), static_cast<int64_t>(ids.size()), length, pad_id, at<int64_t>(input_ids) + at_row,
+               at<int64_t>(attention_mask) + at_row);
+    at_row += length;
+  }
+}
+
+// The first of the texts that is no string or does not fit UTF-8, or -1. The UTF-8 stays with the string: it is what
+// the tokenizer and this module read.
+int64_t bad_text(const py::list& texts) {
+  for (size_t i = 0; i < texts.size(); ++i) {
+    PyObject* text = PyList_GET_ITEM(texts.ptr(), i);
+    Py_ssize_t size = 0;
+    if (PyUnicode_Check(text) && PyUnicode_AsUTF8AndSize(text, &size)) continue;
+    PyErr_Clear();
+    return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
 // One side of a batch: what a tokenizer made of each text, located in it.
 class Side {
  public:
   Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
-       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces)
+       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces,
+       const py::bytes& continues)
       : surfaces_(std::move(surfaces)),
         rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
+        continues_(continues),
         rows_(static_cast<size_t>(rows)) {}
 
   // texts, ids and, where not None, offsets (pairs of characters) and words of the given rows. Returns the rows whose
@@ -129,10 +195,7 @@ class Side {
       if (static_cast<size_t>(rows[r]) >= rows_.size()) throw py::index_error("rows: outside the batch");
       Reading& reading = readings[r];
       reading.text = utf8(texts[r].ptr());
-      const py::list row_ids = ids[r];
-      const auto size = row_ids.size();
-      reading.ids.resize(size);
-      for (size_t k = 0; k < size; ++k) reading.ids[k] = to_int(PyList_GET_ITEM(row_ids.ptr(), k));
+      reading.ids = to_ints(ids[r]);
       if (offsets) {
         const py::list row = (*offsets)[r];
         reading.start.resize(row.size());
@@ -143,6 +206,12 @@ class Side {
           reading.start[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 0));
           reading.end[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 1));
         }
+      }
+      int32_t word = 0;
+      for (size_t k = 0; !continues_.empty() && k < reading.ids.size(); ++k) {
+        const auto id = static_cast<size_t>(reading.ids[k]);
+        word += id >= continues_.size() || continues_[id] == 0;
+        reading.words.push_back(word);
       }
       if (words) {
         const py::list row = (*words)[r];
@@ -180,12 +249,7 @@ class Side {
     auto* ids = at<int64_t>(input_ids);
     auto* mask = at<int64_t>(attention_mask);
     for (const LocatedRow& row : rows_) {
-      const auto size = static_cast<int64_t>(row.ids.size());
-      if (size > length) throw std::invalid_argument("length: shorter than a row");
-      std::copy(row.ids.begin(), row.ids.end(), ids);
-      std::fill(ids + size, ids + length, pad_id);
-      std::fill(mask, mask + size, int64_t{1});
-      std::fill(mask + size, mask + length, int64_t{0});
+      put_padded(row.ids.data(), static_cast<int64_t>(row.ids.size()), length, pad_id, ids, mask);
       ids += length;
       mask += length;
     }
@@ -233,6 +297,7 @@ class Side {
  private:
   std::shared_ptr<const Surfaces> surfaces_;
   Rules rules_;
+  std::string continues_;  // for each id whether it continues the word before it; empty: words are not asked for so
   std::vector<LocatedRow> rows_;
 };
 
@@ -240,32 +305,57 @@ py::bytearray as_bytes(const std::vector<int32_t>& values) {
   return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int32_t)};
 }
 
-// int32 [batch, length, 2] offsets of each side, contiguous -> the pairs, int32 [4, count].
-py::bytearray align_offsets(uintptr_t teacher, uintptr_t student, int64_t batch, int64_t teacher_length,
-                        int64_t student_length, int threads) {
+// int32 or int64 offsets [batch, length, 2] and a mask [batch, length] of bytes or 0, both contiguous.
+using Offsets = std::tuple<uintptr_t, int, uintptr_t, int64_t>;  // address, bytes per item, mask, length
+
+// As int32, those that are left out empty; false if one does not fit. Negative ones stay so: they cover nothing.
+template <class T>
+bool narrow(const T* from, const uint8_t* mask, int64_t count, int32_t* to) {
+  bool fits = true;
+  for (int64_t k = 0; k < 2 * count; ++k) {
+    fits &= from[k] <= std::numeric_limits<int32_t>::max();
+    to[k] = static_cast<int32_t>(std::max<T>(from[k], -1));
+  }
+  for (int64_t k = 0; mask && k < count; ++k) {
+    if (mask[k] == 0) to[2 * k] = to[2 * k + 1] = 0;
+  }
+  return fits;
+}
+
+// Of the two sides the pairs, int32 [4, count]; None where an offset does not fit 32 bits.
+py::object align_offsets(const Offsets& teacher, const Offsets& student, int64_t batch, int threads) {
   std::vector<int32_t> pairs;
+  std::atomic<bool> fits{true};
   {
     py::gil_scoped_release nogil;
-    auto spans = [&](uintptr_t offsets, int64_t length) {
-      std::vector<TokenSpans> rows;
-      rows.reserve(static_cast<size_t>(batch));
-      for (int64_t b = 0; b < batch; ++b) {
-        const auto* row = at<const int32_t>(offsets) + 2 * b * length;
-        rows.push_back({row, row + 1, 2, length, 0, 0});
-      }
+    std::vector<int32_t> values[2];
+    const auto spans = [&](const Offsets& side, std::vector<int32_t>& buffer) {
+      const auto [address, itemsize, mask, length] = side;
+      buffer.resize(static_cast<size_t>(2 * batch * length));
+      std::vector<TokenSpans> rows(static_cast<size_t>(batch));
+      parallel_for(batch, threads, [&, address = address, itemsize = itemsize, mask = mask, length = length](
+                                       int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          int32_t* row = buffer.data() + 2 * b * length;
+          const uint8_t* keep = mask ? at<const uint8_t>(mask) + b * length : nullptr;
+          const bool fit = itemsize == 4 ? narrow(at<const int32_t>(address) + 2 * b * length, keep, length, row)
+                                         : narrow(at<const int64_t>(address) + 2 * b * length, keep, length, row);
+          if (!fit) fits = false;
+          rows[b] = {row, row + 1, 2, length, 0, 0};
+        }
+      });
       return rows;
     };
-    pairs = align_batch(spans(teacher, teacher_length), spans(student, student_length), teacher_length,
-                        student_length, threads);
+    const auto left = spans(teacher, values[0]), right = spans(student, values[1]);
+    if (fits) pairs = align_batch(left, right, std::get<3>(teacher), std::get<3>(student), threads);
   }
+  if (!fits) return py::none();
   return as_bytes(pairs);
 }
 
 }  // namespace
 
 void bind_remap(py::module_& module) {
-  static_assert(sizeof(RowPlan) == 3 * sizeof(int64_t), "the Python side allocates int64 [batch, 3]");
-
   py::class_<Block>(module, "Block", py::buffer_protocol())
       .def(py::init<size_t>())
       .def_buffer([](const Block& self) {
@@ -274,29 +364,13 @@ void bind_remap(py::module_& module) {
   py::class_<RemapIndex>(module, "RemapIndex")
       .def_property_readonly("rows", &RemapIndex::rows)
       .def_property_readonly("nnz", [](const RemapIndex& self) { return self.csr().ids.size(); })
-      .def_property_readonly("has_empty_rows", &RemapIndex::has_empty_rows)
       .def("copy_to", [](const RemapIndex& self, uintptr_t indptr, uintptr_t ids) {
         std::copy(self.csr().indptr.begin(), self.csr().indptr.end(), at<int32_t>(indptr));
         std::copy(self.csr().ids.begin(), self.csr().ids.end(), at<int32_t>(ids));
       });
   module.def("remap_build", &build);
   module.def("remap_from_csr", &from_csr);
-  module.def("remap_plan", [](const RemapIndex& index, const View& ids, const View& mask, int64_t batch,
-                              int64_t length, int64_t max_length, uintptr_t plan, int threads) {
-    BatchPlan total;
-    {
-      py::gil_scoped_release nogil;
-      total = index.plan(view(ids), view(mask), batch, length, max_length, at<RowPlan>(plan), threads);
-    }
-    return py::make_tuple(total.bad_row, total.length, total.pairs);
-  });
-  module.def("remap_write", [](const RemapIndex& index, const View& ids, const View& mask, int64_t batch,
-                               int64_t length, uintptr_t plan, int64_t student_length, int64_t pad_id,
-                               uintptr_t input_ids, uintptr_t attention_mask, uintptr_t pairs, int threads) {
-    py::gil_scoped_release nogil;
-    index.write(view(ids), view(mask), batch, length, at<const RowPlan>(plan), student_length, pad_id,
-                at<int64_t>(input_ids), at<int64_t>(attention_mask), at<int32_t>(pairs), threads);
-  });
+  module.def("remap_run", &run);
 
   py::class_<MatchArgs>(module, "MatchArgs").def(py::init(&match_args));
   module.def("align_match_plan", &match_plan, py::call_guard<py::gil_scoped_release>());
@@ -307,7 +381,7 @@ void bind_remap(py::module_& module) {
   py::class_<Surfaces, std::shared_ptr<Surfaces>>(module, "Surfaces").def(py::init(&surfaces));
   py::class_<Side>(module, "Side")
       .def(py::init<std::shared_ptr<const Surfaces>, int64_t, const std::tuple<int64_t, int64_t>&,
-                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool>())
+                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, const py::bytes&>())
       .def("read", &Side::read)
       .def("length", &Side::length)
       .def("write", &Side::write)
@@ -323,6 +397,8 @@ void bind_remap(py::module_& module) {
     return as_bytes(pairs);
   });
   module.def("align_offsets", &align_offsets);
+  module.def("align_pad", &pad_lists);
+  module.def("align_bad_text", &bad_text);
   module.def("align_cover", [](uintptr_t ids, uintptr_t mask, int64_t size, const std::array<uintptr_t, 4>& spans,
                                int64_t count, int64_t unknown_id, size_t examples) {
     SideCoverage found;

@@ -57,17 +57,16 @@ class RemapIndex {
 
   const Csr& csr() const { return csr_; }
   int64_t rows() const { return static_cast<int64_t>(csr_.indptr.size()) - 1; }
-  bool has_empty_rows() const { return has_empty_rows_; }
 
   // Checks every kept id before it indexes anything, then fills plan[batch]. max_length < 0: no limit.
   BatchPlan plan(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length, int64_t max_length,
                  RowPlan* plan, int threads) const;
 
   // Writes input_ids and attention_mask, both [batch, student_length], and pairs [4, total of plan.kept]:
-  // student_start, student_end, teacher_start, teacher_end.
-  void write(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length, const RowPlan* plan,
-             int64_t student_length, int64_t pad_id, int64_t* input_ids, int64_t* attention_mask, int32_t* pairs,
-             int threads) const;
+  // student_start, student_end, teacher_start, teacher_end. Returns how many pairs have student tokens.
+  int64_t write(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length, const RowPlan* plan,
+                int64_t student_length, int64_t pad_id, int64_t* input_ids, int64_t* attention_mask, int32_t* pairs,
+                int threads) const;
 
  private:
   template <class Id, class Mask>

@@ -53,9 +53,13 @@ def _impl(
     anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor | None, scale: Tensor, temperature: float,
     num_valid: int, halves: bool, anchor_grad: bool, other_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``halves``: the hidden states were of a half type, so that split products are exact enough."""
+    """``num_valid``: how many pairs are valid, the others are then left out; -1 where the host does not know, and their
+    scores are. ``halves``: the hidden states were of a half type, so that split products are exact enough."""
     shape, all_rows = anchor.shape, scale
-    if valid is not None:
+    compact = valid is not None and num_valid >= 0
+    if valid is not None and not compact:
+        scale = torch.where(valid, scale, 0.0)
+    if compact:
         # As nonzero(), which would wait for the device to tell how many there are.
         kept = torch.searchsorted(valid.cumsum(0), torch.arange(1, num_valid + 1, device=valid.device))
         anchor, other, scale = anchor[kept], other[kept], scale[kept]
@@ -76,8 +80,12 @@ def _impl(
             sum_product(anchors, [x.t() for x in others], scores)
             scores.mul_(1 / temperature)
             own = scores[:, part].diagonal()
+            left_out = None
             if negatives is not None:
                 left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
+            if valid is not None and not compact:
+                left_out = ~valid.expand_as(scores) if left_out is None else left_out.logical_or_(~valid)
+            if left_out is not None:
                 left_out[:, part].fill_diagonal_(False)
                 scores.masked_fill_(left_out, float("-inf"))
             loss[part] = _loss_and_slope(scores, own, scale[part], temperature)
@@ -89,7 +97,10 @@ def _impl(
             continue
         ids = negatives[part]
         rows = other[ids.flatten()].view(*ids.shape, width)
-        scores = torch.cat([(a * b).sum(-1, keepdim=True), torch.bmm(rows, a[:, :, None])[:, :, 0]], 1)
+        others = torch.bmm(rows, a[:, :, None])[:, :, 0]
+        if valid is not None and not compact:
+            others.masked_fill_(~valid[ids], float("-inf"))
+        scores = torch.cat([(a * b).sum(-1, keepdim=True), others], 1)
         scores.mul_(1 / temperature)
         loss[part] = _loss_and_slope(scores, scores[:, 0], scale[part], temperature)
         if d_anchor is not None:
@@ -99,11 +110,13 @@ def _impl(
             d_other[part].addcmul_(scores[:, :1], a)
             _add_rows(d_other, ids.flatten(), torch.mul(scores[:, 1:, None], a[:, None], out=rows).flatten(0, 1))
     total = (loss * scale).sum(dtype=torch.float64).to(scale.dtype)
-    if valid is not None:
+    if compact:
         loss = torch.zeros_like(all_rows).index_copy_(0, kept, loss)
         d_anchor, d_other = (
             None if d is None else d.new_zeros(shape).index_copy_(0, kept, d) for d in (d_anchor, d_other)
         )
+    elif valid is not None:
+        loss = torch.where(valid, loss, 0.0)
     nothing = scale.new_empty(0)
     return total, loss, *(nothing.clone() if d is None else d for d in (d_anchor, d_other))
 
@@ -245,13 +258,15 @@ def contrastive(
         with torch.autocast(device.type, enabled=False):
             s = F.linear(s, weight.to(dtype), None if bias is None else bias.to(dtype))
     anchor, other = (normalise(x) for x in ((t, s) if side == "student" else (s, t)))
-    chosen = None
-    if 0 < negatives < pairs.num_nonempty - 1:
+    chosen, count = None, pairs.num_nonempty
+    # A count on a device is not looked at: where too few are valid, others are drawn and left out.
+    if 0 < negatives < (len(pairs) if isinstance(count, Tensor) else count) - 1:
         chosen = draw_negatives(len(pairs), valid, negatives, device, generator)
     scale = row_scale(pairs, s, reduction, dtype)
     grad = torch.is_grad_enabled()
     halves = device.type == "cuda" and student.dtype in HALF and teacher.dtype in HALF
+    options = (float(temperature), -1 if isinstance(count, Tensor) else count, halves)
     return _Contrastive.apply(
-        anchor, other, valid, chosen, scale, (float(temperature), pairs.num_nonempty, halves), reduction != "none",
+        anchor, other, valid, chosen, scale, options, reduction != "none",
         (grad and anchor.requires_grad, grad and other.requires_grad),
     )  # fmt: skip

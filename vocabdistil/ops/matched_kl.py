@@ -13,7 +13,7 @@ from .._checks import Matched
 from .._dispatch import implementation, resolve
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
-from ..spans import SpanPairs
+from ..spans import SpanPairs, at_least_one
 from ._gradient import RowLoss
 from ._library import define
 from .span_mean import native_rows
@@ -135,5 +135,8 @@ def span_vectors(pairs: SpanPairs | None) -> tuple[Tensor, ...]:
 def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
     rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
-    share = 1 / max(count, 1) if reduction == "batchmean" else 1.0
-    return torch.full((rows,), share, dtype=dtype, device=student.device)
+    if reduction != "batchmean":
+        return torch.ones(rows, dtype=dtype, device=student.device)
+    if isinstance(count, Tensor):
+        return (1 / at_least_one(count)).to(dtype).expand(rows).contiguous()
+    return torch.full((rows,), 1 / at_least_one(count), dtype=dtype, device=student.device)

@@ -12,7 +12,7 @@ from .. import _native
 from .._checks import Layers, LayerWeights
 from .._dispatch import implementation, resolve
 from ..reference.span_loss import span_loss as reference_span_loss
-from ..spans import SpanPairs
+from ..spans import SpanPairs, at_least_one
 from ._library import define
 from ._projection import project
 from .span_mean import native_rows, pooled_rows
@@ -262,7 +262,12 @@ def span_loss(
         teacher_coef = None
         spans[2:] = _row_spans(spans[2], spans[3])
     weights = None if pair_weights is None else pair_weights.to(dtype).contiguous()
-    base = 1.0 / max(pairs.num_nonempty, 1) if reduction == "batchmean" else 1.0
+    base, count = 1.0, at_least_one(pairs.num_nonempty)
+    if reduction == "batchmean" and isinstance(count, Tensor):  # it stays on the device: a part of the weights
+        each = count.to(dtype).expand(len(pairs))
+        weights = each.reciprocal() if weights is None else weights / each
+    elif reduction == "batchmean":
+        base = 1.0 / count
     options = (_CODES[divergence], mean, float(temperature), float(beta), choice)
     return _SpanLoss.apply(
         weights, student_coef, teacher_coef, base, options, reduction != "none",

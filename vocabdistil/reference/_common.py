@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vocabdistil._checks import LayerWeights, compute_dtype
-from vocabdistil.spans import SpanPairs
+from vocabdistil.spans import SpanPairs, at_least_one
 
 COSINE_EPS = 1e-8
 
@@ -70,7 +70,8 @@ def span_pool(x: Tensor, start: Tensor, end: Tensor, pooling: str) -> Tensor:
 
 def valid_pairs(pairs: SpanPairs) -> Tensor | None:
     """``[P]`` bool: both spans non-empty; None when all are (known without looking at the spans)."""
-    if pairs.num_nonempty == len(pairs):
+    count = pairs.num_nonempty
+    if not isinstance(count, Tensor) and count == len(pairs):
         return None
     return (pairs.student_end > pairs.student_start) & (pairs.teacher_end > pairs.teacher_start)
 
@@ -135,7 +136,7 @@ def divergence_rows(
 
 
 def reduce_pairs(
-    loss: Tensor, valid: Tensor | None, count: int, reduction: str, pair_weights: Tensor | None = None
+    loss: Tensor, valid: Tensor | None, count: int | Tensor, reduction: str, pair_weights: Tensor | None = None
 ) -> Tensor:
     """``[P]`` losses -> the reduced loss: ``sum_p w_p l_p / count``, ``sum_p w_p l_p``, or ``w_p l_p``."""
     if valid is not None:
@@ -145,4 +146,4 @@ def reduce_pairs(
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total if reduction == "sum" else total / max(count, 1)
+    return total if reduction == "sum" else total / at_least_one(count)

@@ -69,7 +69,10 @@ def contrastive(
         student_rows = linear(student_rows, weight, bias)
     anchor, other = (teacher_rows, student_rows) if side == "student" else (student_rows, teacher_rows)
     scores = linear(normalise(anchor), normalise(other)) / temperature
-    chosen = _draw(scores, valid, negatives, pairs.num_nonempty - 1, generator)
+    count = pairs.num_nonempty
+    # A count on a device is not looked at: where too few are valid, others are drawn and left out.
+    others = (len(pairs) if isinstance(count, Tensor) else count) - 1
+    chosen = _draw(scores, valid, negatives, others, generator)
     positive = scores.diagonal()
     # The positive is always a term of the sum, so a row of the masked scores is never all -inf.
     loss = scores.masked_fill(~chosen, float("-inf")).logsumexp(-1) - positive

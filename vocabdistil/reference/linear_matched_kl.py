@@ -72,7 +72,7 @@ def linear_matched_kl(
         teacher_bias = None if teacher_bias is None else teacher_bias[teacher_ids]
 
     valid = student_lengths = teacher_lengths = None
-    count = student.shape[0]
+    count: int | Tensor = student.shape[0]
     if pairs is not None:
         student, teacher, valid = pool_pairs(student, teacher, pairs, pooling)
         count = pairs.num_nonempty

@@ -81,7 +81,7 @@ def matched_kl(
     if unmatched == "renormalize":
         student, teacher = student[:, student_ids], teacher[:, teacher_ids]
     valid = None
-    count = student.shape[0]
+    count: int | Tensor = student.shape[0]
     if pairs is not None:
         student, teacher, valid = pool_pairs(student, teacher, pairs, pooling)
         count = pairs.num_nonempty

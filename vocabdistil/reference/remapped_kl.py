@@ -72,7 +72,7 @@ def remapped_kl(
     checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
 
     valid = None
-    count = student.shape[0]
+    count: int | Tensor = student.shape[0]
     if pairs is not None:
         student, teacher, valid = pool_pairs(student, teacher, pairs, "mean")
         count = pairs.num_nonempty

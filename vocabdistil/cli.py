@@ -159,6 +159,7 @@ def _loyalty(args: argparse.Namespace) -> None:
 
     from .data import read_text
     from .errors import need
+    from .predictions import compare_predictions
     from .report import Reporter, embedding_loyalty
     from .teachers import load_teacher
 
@@ -168,7 +169,11 @@ def _loyalty(args: argparse.Namespace) -> None:
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher = load_teacher(args.teacher)
     students = [load_teacher(name, "--student") for name in args.student]
-    found = {student.name: embedding_loyalty(teacher, student, texts, args.max_length) for student in students}
+    found = {
+        student.name: embedding_loyalty(teacher, student, texts, args.max_length)
+        | compare_predictions(teacher, student, texts, args.max_length, args.seed)
+        for student in students
+    }
     if args.json:
         print(json.dumps(found, indent=2))
     else:

@@ -19,7 +19,7 @@ from .runs import mix_seed
 from .teachers import Teacher
 from .vocab import MatchedVocab
 
-__all__ = ["agreement", "choose_excerpts", "pseudo_perplexity"]
+__all__ = ["agreement", "choose_excerpts", "compare_predictions", "pseudo_perplexity"]
 
 _EXCERPT_CHARACTERS = 128
 _TOKENS_READ = 1 << 15
@@ -170,3 +170,24 @@ def _scores(
     z_t = logits(heads[0], teacher_weight, teacher_bias, matched.teacher_ids)
     z_s = logits(heads[1], student_weight, student_bias, matched.student_ids)
     return {"logits_kl": kl, "label": label(z_s, z_t), "probability": probability(z_s, z_t)}
+
+
+def compare_predictions(
+    teacher: Teacher, student: Teacher, texts: Sequence[str], max_length: int, seed: int = 0
+) -> dict[str, float]:
+    """:func:`agreement`, and :func:`pseudo_perplexity` of both on the same excerpts, of finished models.
+
+    Returns:
+        ``logits_kl``, ``label``, ``probability``, ``pseudo_perplexity`` (the student's) and
+        ``teacher_pseudo_perplexity``, as far as there is text for them; empty if a model has no MLM head.
+    """
+    if teacher.masked_lm is None or student.masked_lm is None:
+        return {}
+    tokenizers = [teacher.tokenizer, student.tokenizer]
+    found = agreement(
+        teacher, student, MatchedVocab.from_tokenizers(*tokenizers), texts, (max_length, max_length), seed=seed
+    )
+    if excerpts := choose_excerpts(texts, tokenizers, max_length, seed):
+        found["pseudo_perplexity"] = pseudo_perplexity(student, excerpts)
+        found["teacher_pseudo_perplexity"] = pseudo_perplexity(teacher, excerpts)
+    return found

@@ -269,11 +269,19 @@ class Reporter:
         self.print(table)
 
     def loyalty(self, found: dict[str, dict[str, float]], texts: int) -> None:
-        table = Table(title=f"Regression loyalty of pooled embeddings ({texts} texts)", title_justify="left")
-        for column in ("student", "Pearson", "Spearman"):
-            table.add_column(column, justify="left" if column == "student" else "right")
+        table = Table(title=f"Loyalty ({texts} texts)", title_justify="left")
+        columns = {
+            "pearson": "embeddings: Pearson", "spearman": "Spearman", "label": "masked words: label",
+            "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
+        }  # fmt: skip
+        table.add_column("student")
+        for title in columns.values():
+            table.add_column(title, justify="right")
         for name, row in found.items():
-            table.add_row(Path(name).name, f"{row['pearson']:.4f}", f"{row['spearman']:.4f}")
+            cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
+            if "teacher_pseudo_perplexity" in row:
+                cells[-1] += f" ({row['teacher_pseudo_perplexity']:.4f})"
+            table.add_row(Path(name).name, *cells)
         self.print(table)
 
     def bench(self, rows: list[dict[str, Any]], batch: int, length: int) -> None:

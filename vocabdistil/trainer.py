@@ -264,6 +264,10 @@ class Objective:
         * ``reduce``: the same under ``reduce``, the student's logits averaged over a token's pieces;
         * ``reduce-map``: there too, over the teacher's vocabulary, onto which the student's logits are mapped.
 
+        ``reduce`` and ``reduce-map`` average over these tokens. ``match`` averages over all masked tokens of the own
+        tokenization, as MLM does, and those that no token of the teacher's equals add nothing: the fewer are aligned,
+        the less they count, as the others have only their label to learn from.
+
         Source: arXiv 2205.02340. Only hidden tokens go through the output layers. The first two never hold their
         logits; the last holds the student's of these tokens, and the teacher's for as many of them at a time as take
         64 MiB.
@@ -286,12 +290,13 @@ class Objective:
             if self.mode != "match":
                 ours = span_mean(ours, start, end)
             theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
-            total = total + self.teacher_weights[t] * self._output_kl(t, model, ours, theirs)
+            count = int((batch["labels"] != -100).sum()) if self.mode == "match" else len(pairs)
+            total = total + self.teacher_weights[t] / max(count, 1) * self._output_kl(t, model, ours, theirs)
             shares += self.teacher_weights[t]
         return total / shares if shares else total
 
     def _output_kl(self, t: int, model: DistillModel, ours: Tensor, theirs: Tensor) -> Tensor:
-        """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> the KL, a mean over rows."""
+        """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> the KL, a sum over rows."""
         layer, (weight, bias) = model.student.vocab_projector, self.teachers[t].output_layer
         if self.mode != "reduce-map":
             return linear_matched_kl(
@@ -303,6 +308,7 @@ class Objective:
                 student_bias=layer.bias,
                 teacher_bias=bias,
                 temperature=self.temperature,
+                reduction="sum",
             )
 
         def chunk_kl(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -313,8 +319,7 @@ class Objective:
         if len(ours) > step:
             # Computed anew in backward: kept until then, the chunks would take what all rows at once do.
             chunk_kl = partial(checkpoint, chunk_kl, use_reentrant=False, preserve_rng_state=False)
-        chunks = [chunk_kl(a, b) for a, b in zip(ours.split(step), theirs.split(step), strict=True)]
-        return sum(chunks) / max(len(ours), 1)
+        return sum(chunk_kl(a, b) for a, b in zip(ours.split(step), theirs.split(step), strict=True))
 
     def compare(
         self,

@@ -181,7 +181,7 @@ class DistillConfig:
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
         free = {"out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every", "time_batch"}
-        free.add("time_length")
+        free |= {"time_length", "logits"}  # what ``logits`` means depends on the teachers
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from vocabdistil import predictions
 from vocabdistil.data import wordpiece_like
 from vocabdistil.predictions import agreement, choose_excerpts, pseudo_perplexity
 from vocabdistil.students import Preset, build_student
@@ -27,7 +28,13 @@ def student(teacher, demo_lines):
     return Teacher("student", model.distilbert, tokenizer, model)
 
 
-def test_pseudo_perplexity_is_that_of_one_mask_at_a_time(teacher, student, demo_lines):
+@pytest.fixture(params=["at once", "in turns"])
+def turns(request, monkeypatch):
+    if request.param == "in turns":
+        monkeypatch.setattr(predictions, "_PROBABILITIES_AT_ONCE", 2000)
+
+
+def test_pseudo_perplexity_is_that_of_one_mask_at_a_time(teacher, student, demo_lines, turns):
     texts = [*demo_lines[:3], "Olga", "a b"]
     for model in (teacher, student):
         tokenizer, total = model.tokenizer, 0.0
@@ -66,7 +73,7 @@ def test_a_model_agrees_with_itself(teacher, demo_lines):
     assert found["logits_kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_agreement_at_the_same_hidden_words(teacher, student, demo_lines, monkeypatch):
+def test_agreement_at_the_same_hidden_words(teacher, student, demo_lines, turns, monkeypatch):
     matched = vd.MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer)
     read = {"teacher": [], "student": []}
     for name, model in (("teacher", teacher), ("student", student)):

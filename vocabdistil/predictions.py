@@ -24,6 +24,8 @@ __all__ = ["agreement", "choose_excerpts", "compare_predictions", "pseudo_perple
 _EXCERPT_CHARACTERS = 128
 _TOKENS_READ = 1 << 15
 _TOKENS_AT_ONCE = 2048
+# Probabilities that exist at a time: 32 MiB of float64, several times.
+_PROBABILITIES_AT_ONCE = 1 << 22
 
 
 def choose_excerpts(
@@ -81,7 +83,8 @@ def pseudo_perplexity(model: Teacher, texts: Sequence[str]) -> float:
     start = 0
     while start < len(hidden):
         # Rows come by length, so the first of a batch says how many fit.
-        end = start + max(1, _TOKENS_AT_ONCE // len(hidden[start][0]))
+        fit = min(_TOKENS_AT_ONCE // len(hidden[start][0]), _PROBABILITIES_AT_ONCE // len(weight))
+        end = start + max(1, fit)
         ids, mask = (x.to(device) for x in pad([row for row, _ in hidden[start:end]], tokenizer.pad_token_id))
         at = torch.tensor([i for _, i in hidden[start:end]], device=device)
         rows = torch.arange(len(at), device=device)
@@ -146,17 +149,18 @@ def agreement(
             own_ids.view(-1)[at] = side.tokenizer.mask_token_id
             reading = side.read(own_ids.to(device), mask.to(device), head=True)
             heads.append(reading.head.flatten(0, 1)[at.to(device)])
-        scores = _scores(sides, heads, matched, temperature)
         count += positions.shape[1]
-        for name, value in scores.items():
-            sums[name] += float(value) * positions.shape[1]
+        step = max(1, _PROBABILITIES_AT_ONCE // len(matched))
+        for rows in zip(*(head.split(step) for head in heads), strict=True):
+            for name, value in _scores(sides, rows, matched, temperature).items():
+                sums[name] += float(value) * len(rows[0])
     return {name: value / count for name, value in sums.items()} if count else {}
 
 
 def _scores(
-    sides: tuple[Teacher, Teacher], heads: list[Tensor], matched: MatchedVocab, temperature: float
+    sides: tuple[Teacher, Teacher], heads: tuple[Tensor, ...], matched: MatchedVocab, temperature: float
 ) -> dict[str, Tensor]:
-    """``heads``: what the output layers of teacher and student read at the hidden tokens, ``[P, D]`` each."""
+    """Means over ``heads``, what the output layers of teacher and student read at hidden tokens, ``[P, D]`` each."""
     (teacher_weight, teacher_bias), (student_weight, student_bias) = (side.output_layer for side in sides)
     kl = linear_matched_kl(
         heads[1], student_weight, heads[0], teacher_weight, matched, student_bias=student_bias,
@@ -184,10 +188,9 @@ def compare_predictions(
     if teacher.masked_lm is None or student.masked_lm is None:
         return {}
     tokenizers = [teacher.tokenizer, student.tokenizer]
-    found = agreement(
-        teacher, student, MatchedVocab.from_tokenizers(*tokenizers), texts, (max_length, max_length), seed=seed
-    )
-    if excerpts := choose_excerpts(texts, tokenizers, max_length, seed):
+    lengths = min(max_length, teacher.max_positions), min(max_length, student.max_positions)
+    found = agreement(teacher, student, MatchedVocab.from_tokenizers(*tokenizers), texts, lengths, seed=seed)
+    if excerpts := choose_excerpts(texts, tokenizers, min(lengths), seed):
         found["pseudo_perplexity"] = pseudo_perplexity(student, excerpts)
         found["teacher_pseudo_perplexity"] = pseudo_perplexity(teacher, excerpts)
     return found

@@ -164,7 +164,8 @@ def pooled(model: Teacher, texts: Sequence[str], max_length: int, batch: int = 3
     """Mean last hidden state over the tokens of each text: ``[N, D]`` float32."""
     found = []
     for start in range(0, len(texts), batch):
-        rows = encode(model.tokenizer, list(texts[start : start + batch]), "tokenizer", max_length)
+        length = min(max_length, model.max_positions)
+        rows = encode(model.tokenizer, list(texts[start : start + batch]), "tokenizer", length)
         ids, mask = pad(rows, model.tokenizer.pad_token_id)
         hidden = model.read(ids, mask).layers[0]
         found.append(mean_over_tokens(hidden, mask))

@@ -81,7 +81,7 @@ class Teacher:
     @property
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[V, E]`` and bias ``[V]`` or None: ``logits = head weight^T + bias``."""
-        layer = self.masked_lm.get_output_embeddings()
+        layer = self.whole.get_output_embeddings()
         return layer.weight, getattr(layer, "bias", None)
 
     @torch.no_grad()
@@ -98,10 +98,10 @@ class Teacher:
         Raises:
             VocabdistilError: a token's hidden state is NaN or infinite.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"output_hidden_states": all_layers, "return_dict": True}
         if head:
-            out, before_output = _run_to_output_layer(self.masked_lm, inputs)
+            out, before_output = _run_to_output_layer(self.whole, inputs)
         else:
             out, before_output = self.model(**inputs), None
         if not bool((out.last_hidden_state.isfinite().all(-1) | (attention_mask == 0)).all()):

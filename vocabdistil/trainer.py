@@ -48,7 +48,11 @@ _REMAP_BUDGET = 1 << 24
 @dataclass
 class LossWeights:
     """What each loss counts: ``kl`` is the span KL, ``logits`` the KL of the output distributions, ``mse`` is summed
-    over features, ``cosine`` is 1 - cos (both of the span means)."""
+    over features, ``cosine`` is 1 - cos (both of the span means).
+
+    arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
+    distributions differ in these alone, and the KL of the output distributions adds 1.0.
+    """
 
     kl: float = 2.0
     logits: float = 1.0

@@ -69,7 +69,7 @@ def _add_distill(p: argparse.ArgumentParser) -> None:
     _number(p, "--warmup", 0.05, "share of the steps")
     _number(p, "--weight-decay", 0.01, "of AdamW")
     _number(p, "--temperature", 2.0, "of both kinds of KL")
-    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=1,mlm=0.5)"
+    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=0.5,mlm=0.5)"
     p.add_argument("--weights", default="", metavar="NAME=X,...", help=weights)
     logits = "where output distributions are learned: match, reduce, reduce-map or none (default: match if possible)"
     p.add_argument("--logits", metavar="MODE", help=logits)

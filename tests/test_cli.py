@@ -40,7 +40,12 @@ def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_fil
     assert main([*command, "--text", str(text_file), "--texts", "20", "--max-length", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found[str(teacher_folder)]["pearson"] == pytest.approx(1)
-    assert -1 <= found[str(untrained)]["spearman"] < 0.999
+    assert found[str(teacher_folder)]["label"] == found[str(teacher_folder)]["probability"] == 1
+    other = found[str(untrained)]
+    assert -1 <= other["spearman"] < 0.999 and 0 <= other["label"] < 1
+    assert other["pseudo_perplexity"] > other["teacher_pseudo_perplexity"] > 1
+    assert main([*command, "--text", str(text_file), "--texts", "3", "--max-length", "32"]) == 0
+    assert "pseudo-perplexity" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_bench_counts_parameters(teacher_folder, untrained, text_file, capsys):

@@ -18,6 +18,7 @@ from tests.runs import PRESET, at_step, interrupt, options
 from vocabdistil.errors import VocabdistilError
 from vocabdistil.reference.layers import LayerAssignment
 from vocabdistil.runs import Interrupted
+from vocabdistil.teachers import Reading
 from vocabdistil.trainer import calibrate
 from vocabdistil.training import DistillConfig
 
@@ -195,7 +196,7 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
         ({"seed": 2**40}, "--seed"),
         ({"max_length": 2}, "--max-length: expected a number above 2, got 2"),
         ({"out": "."}, "--out: expected the name of a folder"),
-        ({"weights": "kl=0,mlm=0"}, "--weights"),
+        ({"weights": "kl=0,mlm=0,logits=0"}, "--weights"),
         ({"weights": "kul=1"}, "--weights: unknown loss 'kul'"),
         ({"weights": "kl=x"}, "--weights: kl: expected a number"),
         ({"teacher_weights": [1, 2]}, "--teacher-weights"),
@@ -230,7 +231,7 @@ class _Fixed:
         return [None, self.hidden], None
 
     def teach(self, model, batch):
-        return [[self.taught]]
+        return [Reading([self.taught])]
 
     def projection(self, teacher, assignment):
         return self.weight

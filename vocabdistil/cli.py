@@ -68,8 +68,11 @@ def _add_distill(p: argparse.ArgumentParser) -> None:
     p.add_argument("--student-max-length", type=int, metavar="N", help="student tokens (default: twice --max-length)")
     _number(p, "--warmup", 0.05, "share of the steps")
     _number(p, "--weight-decay", 0.01, "of AdamW")
-    p.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of the span KL (default %(default)s)")
-    p.add_argument("--weights", default="", metavar="NAME=X,...", help="kl, mlm, cosine, mse (default kl=2,mlm=0.5)")
+    _number(p, "--temperature", 2.0, "of both kinds of KL")
+    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=0.5,mlm=0.5)"
+    p.add_argument("--weights", default="", metavar="NAME=X,...", help=weights)
+    logits = "where output distributions are learned: match, reduce, reduce-map or none (default: match if possible)"
+    p.add_argument("--logits", metavar="MODE", help=logits)
     p.add_argument("--teacher-weights", type=_numbers, metavar="X,...", help="of the teachers (default: alike)")
     p.add_argument("--layer-map", default="last", help="last, skip, average or average_all (default %(default)s)")
     p.add_argument("--train-projection", action="store_true", help="train the map to the teacher's width too")
@@ -186,6 +189,7 @@ def _loyalty(args: argparse.Namespace) -> None:
 
     from .data import read_text
     from .errors import need
+    from .predictions import compare_predictions
     from .report import Reporter, embedding_loyalty
     from .teachers import load_teacher
 
@@ -195,7 +199,11 @@ def _loyalty(args: argparse.Namespace) -> None:
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher = load_teacher(args.teacher)
     students = [load_teacher(name, "--student") for name in args.student]
-    found = {student.name: embedding_loyalty(teacher, student, texts, args.max_length) for student in students}
+    found = {
+        student.name: embedding_loyalty(teacher, student, texts, args.max_length)
+        | compare_predictions(teacher, student, texts, args.max_length, args.seed)
+        for student in students
+    }
     if args.json:
         print(json.dumps(found, indent=2))
     else:
@@ -225,7 +233,8 @@ def _bench(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     texts = read_text(args.text)
-    rows = bench_models([load_teacher(name, "models") for name in args.models], texts, args.batch, args.length)
+    models = [load_teacher(name, "models", head=False) for name in args.models]
+    rows = bench_models(models, texts, args.batch, args.length)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

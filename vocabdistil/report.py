@@ -41,15 +41,32 @@ __all__ = [
     "timing_texts",
 ]
 
-_LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "mlm")
+_LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "logits_kl", "mlm")
 _HELD_OUT = (
     ("kl_reduce", "span KL, reduce input", "lower"),
     ("kl_own", "span KL, own tokenization", "lower"),
     ("mlm", "MLM loss", "lower"),
+    ("masked_accuracy", "masked-token accuracy", "higher"),
+    ("pseudo_perplexity", "pseudo-perplexity per character", "lower"),
+    ("logits_kl", "logits KL, same words masked", "lower"),
+    ("label", "label loyalty, same words masked", "higher"),
+    ("probability", "probability loyalty, same words masked", "higher"),
     ("cosine", "cosine of pooled embeddings", "higher"),
     ("pearson", "regression loyalty, Pearson", "higher"),
     ("spearman", "regression loyalty, Spearman", "higher"),
 )
+
+
+def _held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Label, before, after and which is better, of what was measured."""
+    rows = []
+    for key, label, better in _HELD_OUT:
+        if key in metrics["after"]:
+            known = [v for v in metrics["teacher_pseudo_perplexity"] if v is not None]
+            if key == "pseudo_perplexity" and known:
+                label += f" (teacher {', '.join(map(_number, known))})"
+            rows.append((label, _number(metrics["before"][key]), _number(metrics["after"][key]), better))
+    return rows
 
 
 # ---------------------------------------------------------------- sizes and times
@@ -115,7 +132,7 @@ def compare_models(
     length = min(length, teacher.max_positions, student.config.max_position_embeddings)
     texts = timing_texts(texts, [teacher.tokenizer, tokenizer], batch, length)
     rows = {
-        "teacher": describe_model(teacher.model, len(teacher.tokenizer))
+        "teacher": describe_model(teacher.whole, len(teacher.tokenizer))
         | cpu_time(teacher.model, teacher.tokenizer, texts),
         "student": describe_model(student, len(tokenizer)) | cpu_time(student.distilbert, tokenizer, texts),
     }
@@ -151,9 +168,10 @@ def pooled(model: Teacher, texts: Sequence[str], max_length: int, batch: int = 3
     """Mean last hidden state over the tokens of each text: ``[N, D]`` float32."""
     found = []
     for start in range(0, len(texts), batch):
-        rows = encode(model.tokenizer, list(texts[start : start + batch]), "tokenizer", max_length)
+        length = min(max_length, model.max_positions)
+        rows = encode(model.tokenizer, list(texts[start : start + batch]), "tokenizer", length)
         ids, mask = pad(rows, model.tokenizer.pad_token_id)
-        hidden = model.hidden_states(ids, mask)[0]
+        hidden = model.read(ids, mask).layers[0]
         found.append(mean_over_tokens(hidden, mask))
     return torch.cat(found)
 
@@ -296,11 +314,19 @@ class Reporter:
             self.print(table)
 
     def loyalty(self, found: dict[str, dict[str, float]], texts: int) -> None:
-        table = Table(title=f"Regression loyalty of pooled embeddings ({texts} texts)", title_justify="left")
-        for column in ("student", "Pearson", "Spearman"):
-            table.add_column(column, justify="left" if column == "student" else "right")
+        table = Table(title=f"Loyalty ({texts} texts)", title_justify="left")
+        columns = {
+            "pearson": "embeddings: Pearson", "spearman": "Spearman", "label": "masked words: label",
+            "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
+        }  # fmt: skip
+        table.add_column("student")
+        for title in columns.values():
+            table.add_column(title, justify="right")
         for name, row in found.items():
-            table.add_row(Path(name).name, f"{row['pearson']:.4f}", f"{row['spearman']:.4f}")
+            cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
+            if "teacher_pseudo_perplexity" in row:
+                cells[-1] += f" ({row['teacher_pseudo_perplexity']:.4f})"
+            table.add_row(Path(name).name, *cells)
         self.print(table)
 
     def bench(self, rows: list[dict[str, Any]], batch: int, length: int) -> None:
@@ -341,8 +367,8 @@ class Reporter:
         changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
         for column in ("", "untrained", "trained", "better is"):
             changes.add_column(column, justify="left" if column in ("", "better is") else "right")
-        for key, label, better in _HELD_OUT:
-            changes.add_row(label, _number(metrics["before"][key]), _number(metrics["after"][key]), better)
+        for row in _held_out_rows(metrics):
+            changes.add_row(*row)
         self.print(changes)
         self.print(f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s. The student is in {out}")
 
@@ -354,10 +380,7 @@ def model_card(config: DistillConfig, metrics: dict[str, Any]) -> str:
     """``README.md`` of the student's folder."""
     teacher, student = metrics["models"]["teacher"], metrics["models"]["student"]
     names = ", ".join(f"`{Path(name).name}`" for name in metrics["teacher"])
-    rows = "\n".join(
-        f"| {label} | {_number(metrics['before'][key])} | {_number(metrics['after'][key])} |"
-        for key, label, _ in _HELD_OUT
-    )
+    rows = "\n".join(f"| {' | '.join(row[:3])} |" for row in _held_out_rows(metrics))
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask

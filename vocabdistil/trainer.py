@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DistilBertForMaskedLM
+from torch.utils.checkpoint import checkpoint
+from transformers import DistilBertForMaskedLM, PreTrainedTokenizerBase
 
 from .data import DistillCollator
 from .errors import VocabdistilError
 from .loyalty import mean_over_tokens, pairwise_cosine, regression
-from .ops import span_loss, span_mean
+from .ops import linear_matched_kl, remapped_kl, span_loss, span_mean
+from .predictions import agreement, pseudo_perplexity
 from .reference.layers import LayerAssignment
 from .reference.mlm import mask_tokens, mlm_loss
+from .remap import RemapTable
 from .runs import SeededTrainer, mix_seed
-from .teachers import Teacher
+from .spans import SpanPairs
+from .teachers import Reading, Teacher
+from .vocab import MatchedVocab
 
-__all__ = ["DistillModel", "DistillTrainer", "LossWeights", "Objective", "calibrate", "evaluate", "to_device"]
+__all__ = [
+    "LOGITS",
+    "DistillModel",
+    "DistillTrainer",
+    "LossWeights",
+    "Objective",
+    "calibrate",
+    "evaluate",
+    "to_device",
+]
+
+LOGITS = ("match", "reduce", "reduce-map", "none")
+# The share of the teacher's tokens with several pieces that are hidden, as many as the student's own.
+_HIDDEN = 0.15
+# Logits over the teacher's vocabulary that exist at a time: 64 MiB of float32.
+_REMAP_BUDGET = 1 << 24
 
 
 @dataclass
 class LossWeights:
-    """What each loss counts; ``mse`` is summed over features, ``cosine`` is 1 - cos (both of the span means)."""
+    """What each loss counts: ``kl`` is the span KL, ``logits`` the KL of the output distributions, ``mse`` is summed
+    over features, ``cosine`` is 1 - cos (both of the span means).
+
+    arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
+    distributions differ in these alone; these count as much as MLM, at the same masked tokens. More helps where the
+    vocabularies share most words; where most words of the student's are split, MLM suffers from it.
+    """
 
     kl: float = 2.0
+    logits: float = 0.5
     mlm: float = 0.5
     cosine: float = 0.0
     mse: float = 0.0
@@ -91,10 +121,18 @@ class DistillModel(nn.Module):
         last = self.student.config.n_layers
         return any(a.student != (last,) for group in self.assignments for a in group)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def before_output(self, hidden: Tensor) -> Tensor:
+        """``[..., D_s]`` last hidden states -> ``[..., D_s]``, what the output layer reads."""
         student = self.student
-        hidden = student.activation(student.vocab_transform(hidden))
-        return student.vocab_projector(student.vocab_layer_norm(hidden))
+        return student.vocab_layer_norm(student.activation(student.vocab_transform(hidden)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""
+        return self.student.vocab_projector(self.before_output(hidden))
+
+    def as_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+        """The student as whatever looks at finished models sees it."""
+        return Teacher("student", self.student.distilbert, tokenizer, self.student)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
@@ -109,7 +147,7 @@ class DistillModel(nn.Module):
         last = out.last_hidden_state
         # Without the other layers, their places stay empty: assignments count layers from the embedding up.
         layers = list(out.hidden_states) if self.all_layers else [None] * self.student.config.n_layers + [last]
-        return layers, None if labels is None else mlm_loss(last, labels, self._head)
+        return layers, None if labels is None else mlm_loss(last, labels, self.logits)
 
 
 @dataclass
@@ -125,6 +163,8 @@ class Objective:
             the teacher's features had standard deviation 1: weights then mean the same for every teacher.
         mask_probabilities: ``[V_s]``, by id.
         mask_id: the student's MASK.
+        mode: where output distributions are compared, one of ``LOGITS``: see :meth:`logits_loss`.
+        tables, matched: one of each per teacher, read unless ``mode`` is ``"none"``.
     """
 
     teachers: list[Teacher]
@@ -134,10 +174,30 @@ class Objective:
     temperature: float
     mask_probabilities: Tensor
     mask_id: int
+    mode: str = "none"
+    tables: Sequence[RemapTable] = ()
+    matched: Sequence[MatchedVocab] = ()
 
-    def mask(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        """The student's inputs with the own tokenization masked, and the labels; ``reduce`` rows stay whole."""
-        ids, size = batch["student_ids"], batch["teacher_ids"][0].shape[0]
+    def predicts(self, t: int) -> bool:
+        """Whether teacher ``t``'s output distributions are learned."""
+        return self.mode != "none" and self.weights.logits > 0 and self.teachers[t].masked_lm is not None
+
+    def mask(self, batch: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The batch with hidden tokens: what the student and the teachers read in training.
+
+        The student's own tokenization is masked for MLM. A teacher whose output distributions are learned must
+        guess too, as one that sees a word has no more to say than which one it is: it reads MASK where a matched
+        token of the student's has become MASK, and for ``reduce`` and ``reduce-map`` also in the place of 15% of
+        its tokens with several pieces; in the ``reduce`` rows the pieces of its hidden tokens are MASK as well. For
+        any other teacher these rows stay whole.
+
+        Returns:
+            ``batch`` with new ``student_ids`` and ``teacher_ids``, and besides
+            ``labels``: int64 ``[(T + 1) B, L_s]``, the masked tokens of the own rows, -100 elsewhere;
+            ``hidden_pairs``: for each teacher the pairs of hidden tokens whose output distributions are compared, in
+            the student's own rows for ``match`` and in the teacher's ``reduce`` rows else; or None.
+        """
+        ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
         generator = torch.Generator(ids.device).manual_seed(seed)
         masked = mask_tokens(
             ids[-size:],
@@ -146,34 +206,141 @@ class Objective:
             attention_mask=batch["student_mask"][-size:],
             generator=generator,
         )
+        ids[-size:] = masked.input_ids
         labels = torch.full_like(ids, -100)
         labels[-size:] = masked.labels
-        return torch.cat([ids[:-size], masked.input_ids]), labels
+        became_mask = ((masked.labels != -100) & (masked.input_ids == self.mask_id)).flatten()
+        teacher_ids, hidden_pairs = [], []
+        for t, seen in enumerate(batch["teacher_ids"]):
+            pairs = None
+            if self.predicts(t):
+                seen = seen.clone()
+                rows = ids[t * size : (t + 1) * size]
+                pairs = self._hide(t, seen, rows, became_mask, batch, generator)
+            teacher_ids.append(seen)
+            hidden_pairs.append(pairs)
+        return {
+            **batch, "student_ids": ids, "labels": labels, "teacher_ids": teacher_ids, "hidden_pairs": hidden_pairs
+        }  # fmt: skip
 
-    def teach(self, model: DistillModel, batch: dict[str, Any]) -> list[list[Tensor]]:
-        """Hidden states of every teacher."""
+    def _hide(
+        self,
+        t: int,
+        teacher_ids: Tensor,
+        reduce_ids: Tensor,
+        became_mask: Tensor,
+        batch: dict[str, Any],
+        generator: torch.Generator,
+    ) -> SpanPairs:
+        """Hides tokens of teacher ``t`` in both ids, in place; returns the pairs to compare."""
+        own, reduce = (batch[key][t].to(teacher_ids.device) for key in ("own_pairs", "reduce_pairs"))
+        own_hidden = became_mask[own.student_start.long()]
+        hidden = torch.zeros(teacher_ids.numel(), dtype=torch.bool, device=teacher_ids.device)
+        hidden[own.teacher_start[own_hidden].long()] = True
+        if self.mode != "match":
+            several = reduce.student_end - reduce.student_start > 1
+            drawn = torch.rand(len(reduce), generator=generator, device=hidden.device) < _HIDDEN
+            hidden[reduce.teacher_start[several & drawn].long()] = True
+        teacher_ids.masked_fill_(hidden.view_as(teacher_ids), self.teachers[t].tokenizer.mask_token_id)
+        reduced = _choose(reduce, hidden[reduce.teacher_start.long()])
+        reduce_ids.view(-1)[_positions(reduced)[0]] = self.mask_id
+        return _choose(own, own_hidden) if self.mode == "match" else reduced
+
+    def teach(self, model: DistillModel, batch: dict[str, Any], head: bool = False) -> list[Reading]:
+        """What every teacher makes of the batch, in one pass each; with what its output layer reads if asked for."""
         return [
-            teacher.hidden_states(ids, mask, all_layers=any(a.teacher != (teacher.num_layers,) for a in group))
-            for teacher, ids, mask, group in zip(
-                self.teachers, batch["teacher_ids"], batch["teacher_mask"], model.assignments, strict=True
+            teacher.read(
+                ids,
+                mask,
+                all_layers=any(a.teacher != (teacher.num_layers,) for a in model.assignments[t]),
+                head=head and self.predicts(t),
+            )
+            for t, (teacher, ids, mask) in enumerate(
+                zip(self.teachers, batch["teacher_ids"], batch["teacher_mask"], strict=True)
             )
         ]
+
+    def logits_loss(
+        self, model: DistillModel, hidden: list[Tensor], taught: list[Reading], batch: dict[str, Any]
+    ) -> Tensor:
+        """KL of the student's output distributions from the teachers' at the tokens that are hidden from both.
+
+        * ``match``: KL over the matched vocabulary, at the 1:1 aligned tokens of the student's own tokenization;
+        * ``reduce``: the same under ``reduce``, the student's logits averaged over a token's pieces;
+        * ``reduce-map``: there too, over the teacher's vocabulary, onto which the student's logits are mapped.
+
+        ``reduce`` and ``reduce-map`` average over these tokens. ``match`` averages over all masked tokens of the own
+        tokenization, as MLM does, and those that no token of the teacher's equals add nothing: the fewer are aligned,
+        the less they count, as the others have only their label to learn from.
+
+        Source: arXiv 2205.02340. Only hidden tokens go through the output layers. The first two never hold their
+        logits; the last holds the student's of these tokens, and the teacher's for as many of them at a time as take
+        64 MiB.
+
+        Args:
+            hidden: the student's layers, of ``batch`` as :meth:`mask` returned it.
+            taught: of :meth:`teach` with ``head``.
+
+        Returns:
+            The mean over teachers with an MLM head, by their weights.
+        """
+        size = batch["teacher_ids"][0].shape[0]
+        total, shares = hidden[-1].new_zeros(()), 0.0
+        for t, (reading, pairs) in enumerate(zip(taught, batch["hidden_pairs"], strict=True)):
+            if pairs is None:
+                continue
+            block = len(taught) if self.mode == "match" else t
+            positions, start, end = _positions(pairs)
+            ours = model.before_output(hidden[-1][block * size : (block + 1) * size].flatten(0, 1)[positions])
+            if self.mode != "match":
+                ours = span_mean(ours, start, end)
+            theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
+            count = int((batch["labels"] != -100).sum()) if self.mode == "match" else len(pairs)
+            total = total + self.teacher_weights[t] / max(count, 1) * self._output_kl(t, model, ours, theirs)
+            shares += self.teacher_weights[t]
+        return total / shares if shares else total
+
+    def _output_kl(self, t: int, model: DistillModel, ours: Tensor, theirs: Tensor) -> Tensor:
+        """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> the KL, a sum over rows."""
+        layer, (weight, bias) = model.student.vocab_projector, self.teachers[t].output_layer
+        if self.mode != "reduce-map":
+            return linear_matched_kl(
+                ours,
+                layer.weight,
+                theirs,
+                weight,
+                self.matched[t],
+                student_bias=layer.bias,
+                teacher_bias=bias,
+                temperature=self.temperature,
+                reduction="sum",
+            )
+
+        def chunk_kl(ours: Tensor, theirs: Tensor) -> Tensor:
+            z_s, z_t = F.linear(ours, layer.weight, layer.bias), F.linear(theirs, weight, bias)
+            return remapped_kl(z_s, z_t, self.tables[t], temperature=self.temperature, reduction="sum")
+
+        step = max(1, _REMAP_BUDGET // len(weight))
+        if len(ours) > step:
+            # Computed anew in backward: kept until then, the chunks would take what all rows at once do.
+            chunk_kl = partial(checkpoint, chunk_kl, use_reentrant=False, preserve_rng_state=False)
+        return sum(chunk_kl(a, b) for a, b in zip(ours.split(step), theirs.split(step), strict=True))
 
     def compare(
         self,
         model: DistillModel,
         hidden: list[Tensor],
-        taught: list[list[Tensor]],
+        taught: list[Reading],
         batch: dict[str, Any],
         divergence: str,
     ) -> tuple[Tensor, Tensor]:
         """The divergence under ``reduce`` and on the own tokenization: means over assignments, then teachers."""
         size = batch["teacher_ids"][0].shape[0]
         totals = [hidden[-1].new_zeros(()), hidden[-1].new_zeros(())]
-        for t, layers in enumerate(taught):
+        for t, reading in enumerate(taught):
             group = model.assignments[t]
             for i, assignment in enumerate(group):
-                teacher_side = _teacher_side(layers, assignment)
+                teacher_side = _teacher_side(reading.layers, assignment)
                 scale = self.scales[t][i]
                 # The cosine has no scale of its own.
                 share = self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
@@ -193,6 +360,21 @@ class Objective:
                     )
                     totals[which] = totals[which] + share * loss
         return totals[0], totals[1]
+
+
+def _choose(pairs: SpanPairs, chosen: Tensor) -> SpanPairs:
+    """The pairs with True in ``chosen [P]``."""
+    fields = (pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end)
+    return SpanPairs(*(x[chosen] for x in fields))
+
+
+def _positions(pairs: SpanPairs) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions ``[N]`` in the student's spans one after the other, and where each span then starts and ends."""
+    lengths = pairs.student_end - pairs.student_start
+    end = lengths.cumsum(0, dtype=torch.int32)
+    start = end - lengths
+    positions = torch.repeat_interleave(pairs.student_start - start, lengths)
+    return (positions + torch.arange(len(positions), device=positions.device)).long(), start, end
 
 
 def _teacher_side(layers: list[Tensor], assignment: LayerAssignment) -> list[Tensor]:
@@ -234,11 +416,11 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
         return torch.stack([span_mean(x, start, end) for x in layers]).mean(0).double()
 
     scales: list[list[float]] = []
-    for t, layers in enumerate(taught):
+    for t, reading in enumerate(taught):
         pairs, rows = batch["reduce_pairs"][t], slice(t * size, (t + 1) * size)
         scales.append([])
         for i, assignment in enumerate(model.assignments[t]):
-            teacher = means(_teacher_side(layers, assignment), pairs.teacher_start, pairs.teacher_end)
+            teacher = means(_teacher_side(reading.layers, assignment), pairs.teacher_start, pairs.teacher_end)
             scales[t].append(max(float(teacher.var(1, correction=0).mean().sqrt()), 1e-6))
             if (weight := model.projection(t, i)) is not None:
                 student = means([hidden[k][rows] for k in assignment.student], pairs.student_start, pairs.student_end)
@@ -250,7 +432,8 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
 class DistillTrainer(SeededTrainer):
     """Trains a :class:`DistillModel` on batches of a :class:`DistillCollator` by an :class:`Objective`.
 
-    ``loss = sum_d weight_d * (d_reduce + d_own) / 2 + weight_mlm * MLM``, ``d`` the span divergences with a weight.
+    ``loss = sum_d weight_d * (d_reduce + d_own) / 2 + weight_logits * logits_KL + weight_mlm * MLM``, ``d`` the span
+    divergences with a weight.
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
@@ -260,12 +443,12 @@ class DistillTrainer(SeededTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         objective, plain = self.objective, self.accelerator.unwrap_model(model)
         weights = objective.weights
+        inputs = objective.mask(inputs, self.step_seed)
         try:
-            taught = objective.teach(plain, inputs)
+            taught = objective.teach(plain, inputs, head=True)
         except VocabdistilError as error:
             raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
-        ids, labels = objective.mask(inputs, self.step_seed)
-        hidden, mlm = model(ids, inputs["student_mask"], labels if weights.mlm else None)
+        hidden, mlm = model(inputs["student_ids"], inputs["student_mask"], inputs["labels"] if weights.mlm else None)
         terms = {}
         loss = hidden[-1].new_zeros(())
         for name in ("kl", "cosine", "mse"):
@@ -273,6 +456,9 @@ class DistillTrainer(SeededTrainer):
                 reduce, own = objective.compare(plain, hidden, taught, inputs, name)
                 terms[f"{name}_reduce"], terms[f"{name}_own"] = reduce, own
                 loss = loss + weight * (reduce + own) / 2
+        if any(pairs is not None for pairs in inputs["hidden_pairs"]):
+            terms["logits_kl"] = objective.logits_loss(plain, hidden, taught, inputs)
+            loss = loss + weights.logits * terms["logits_kl"]
         if mlm is not None:
             terms["mlm"] = mlm
             loss = loss + weights.mlm * mlm
@@ -286,16 +472,22 @@ def evaluate(
     objective: Objective,
     collator: DistillCollator,
     texts: Sequence[str],
+    excerpts: Sequence[str],
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
     """Losses and loyalty on held-out texts; dropout off, masks the same on every call with the same seed.
 
+    Args:
+        excerpts: what pseudo-perplexity is measured on, see :func:`vocabdistil.predictions.choose_excerpts`.
+
     Returns:
-        ``kl_reduce``, ``kl_own`` (unmasked student inputs), ``mlm``, and of the embeddings pooled over tokens (the
-        student's from its own tokenization): ``cosine`` (mean cosine between student, projected, and first teacher)
-        and ``pearson``, ``spearman`` (regression loyalty of the cosine similarities of all pairs of texts; no
-        projection takes part in these).
+        ``kl_reduce``, ``kl_own`` (nothing masked); ``mlm``, ``masked_accuracy`` (of the student's own masked tokens);
+        of the embeddings pooled over tokens (the student's from its own tokenization) ``cosine`` (mean cosine between
+        student, projected, and first teacher) and ``pearson``, ``spearman`` (regression loyalty of the cosine
+        similarities of all pairs of texts; no projection takes part in these); ``pseudo_perplexity`` per character,
+        unless there are no excerpts; and of :func:`vocabdistil.predictions.agreement`, a mean over teachers with an
+        MLM head if there is one, ``logits_kl``, ``label`` and ``probability``.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -316,21 +508,55 @@ def evaluate(
         reduce, own = objective.compare(model, hidden, taught, batch, "kl")
         add("kl_reduce", reduce, sum(p.num_nonempty for p in batch["reduce_pairs"]))
         add("kl_own", own, sum(p.num_nonempty for p in batch["own_pairs"]))
-        ids, labels = objective.mask(batch, mix_seed(seed, b))
-        _, mlm = model(ids[-size:], batch["student_mask"][-size:], labels[-size:])
-        add("mlm", mlm, int((labels != -100).sum()))
+        masked = objective.mask(batch, mix_seed(seed, b))
+        labels = masked["labels"][-size:]
+        guesses, _ = model(masked["student_ids"][-size:], batch["student_mask"][-size:])
+        logits = model.logits(guesses[-1][labels != -100]).float()
+        labels = labels[labels != -100]
+        if len(labels):
+            add("mlm", F.cross_entropy(logits, labels), len(labels))
+            add("masked_accuracy", (logits.argmax(-1) == labels).float().mean(), len(labels))
         ours.append(mean_over_tokens(hidden[-1][-size:], batch["student_mask"][-size:]).float().cpu())
-        theirs.append(mean_over_tokens(taught[0][-1], batch["teacher_mask"][0]).float().cpu())
-    model.train(training)
+        theirs.append(mean_over_tokens(taught[0].layers[-1], batch["teacher_mask"][0]).float().cpu())
     student, teacher = torch.cat(ours), torch.cat(theirs)
     projection = model.projection(0)
     projected = student if projection is None else student @ projection.detach().float().cpu().T
     pearson, spearman = regression(pairwise_cosine(student), pairwise_cosine(teacher))
-    return {
+    found = {
         **{name: value / max(counts[name], 1) for name, value in sums.items()},
-        "cosine": float(nn.functional.cosine_similarity(projected, teacher).mean()),
+        "cosine": float(F.cosine_similarity(projected, teacher).mean()),
         "pearson": float(pearson),
         "spearman": float(spearman),
+    }
+    # A student that diverged has nothing to be read.
+    if all(map(math.isfinite, found.values())):
+        reader = model.as_teacher(collator.student)
+        if excerpts:
+            found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts)
+        found |= _mean_agreement(objective, reader, collator, texts, batch_size, seed)
+    model.train(training)
+    return found
+
+
+def _mean_agreement(
+    objective: Objective, student: Teacher, collator: DistillCollator, texts: Sequence[str], batch_size: int, seed: int
+) -> dict[str, float]:
+    """:func:`agreement` with every teacher that has an MLM head, averaged by the teachers' weights."""
+    lengths = (collator.max_length, collator.student_max_length)
+    found, shares = [], []
+    for t, teacher in enumerate(objective.teachers):
+        if teacher.masked_lm is not None:
+            found.append(
+                agreement(
+                    teacher, student, collator.matched[t], texts, lengths, batch_size, seed, objective.temperature
+                )
+            )
+            shares.append(objective.teacher_weights[t])
+    names = set.intersection(*map(set, found)) if found else set()
+    return {
+        name: sum(share * row[name] for share, row in zip(shares, found, strict=True)) / sum(shares)
+        for name in ("logits_kl", "label", "probability")
+        if name in names
     }
 
 

@@ -20,6 +20,7 @@ from . import report
 from .coverage import coverage
 from .data import (
     DistillCollator,
+    TextSplit,
     read_text,
     save_tokenizer,
     split_text,
@@ -27,6 +28,7 @@ from .data import (
     wordpiece_like,
 )
 from .errors import VocabdistilError, need, need_run_options
+from .predictions import choose_excerpts, pseudo_perplexity
 from .reference.layers import layer_map
 from .reference.mlm import masking_probabilities
 from .remap import RemapTable
@@ -44,7 +46,7 @@ from .runs import (
 )
 from .students import PRESETS, Preset, build_student, initialise_from_teacher
 from .teachers import Teacher, load_teacher
-from .trainer import DistillModel, DistillTrainer, LossWeights, Objective, calibrate, evaluate, to_device
+from .trainer import LOGITS, DistillModel, DistillTrainer, LossWeights, Objective, calibrate, evaluate, to_device
 from .vocab import MatchedVocab
 
 __all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
@@ -71,8 +73,10 @@ class DistillConfig:
         batch_size, max_length: texts per step, teacher tokens of each.
         student_max_length: student tokens of each; None: twice ``max_length``, at most 512.
         lr, warmup, weight_decay: AdamW's peak rate, the share of steps in which it rises, decay.
-        temperature: of the span KL.
+        temperature: of the span KL and of the output distributions.
         weights: a :class:`LossWeights` or its text form.
+        logits: where the student learns the output distributions of teachers with an MLM head: ``match reduce
+            reduce-map none``, see :meth:`vocabdistil.Objective.logits_loss`; None: ``match`` if a teacher has a head.
         teacher_weights: what each teacher counts; None: alike.
         layer_map: which teacher layers teach which student layers: ``last skip average average_all``.
         train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
@@ -102,6 +106,7 @@ class DistillConfig:
     weight_decay: float = 0.01
     temperature: float = 2.0
     weights: LossWeights | str = field(default_factory=LossWeights)
+    logits: str | None = None
     teacher_weights: Sequence[float] | None = None
     layer_map: str = "last"
     train_projection: bool = False
@@ -151,6 +156,7 @@ class DistillConfig:
             "last, skip, average or average_all",
             repr(self.layer_map),
         )
+        need(self.logits is None or self.logits in LOGITS, "logits", ", ".join(LOGITS), repr(self.logits))
         values = asdict(self.weights).values()
         need(
             all(0 <= v < float("inf") for v in values) and any(values),
@@ -175,7 +181,7 @@ class DistillConfig:
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
         free = {"out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every", "time_batch"}
-        free.add("time_length")
+        free |= {"time_length", "logits"}  # what ``logits`` means depends on the teachers
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
@@ -218,20 +224,48 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         torch.set_num_threads(config.threads)
     split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
     teachers = [load_teacher(source) for source in config.teacher]
+    mode = _logits_mode(config, teachers)
     keep_inputs(Path(config.out), [*config.teacher, *config.text])
-    identity = {**config.identity(), "text": split.digest}
+    identity = {"logits": mode, **config.identity(), "text": split.digest}
     partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
     try:
-        return _run(config, split, teachers, partial, record)
+        return _run(config, mode, split, teachers, partial, record)
     except BaseException as error:
         if not isinstance(error, Interrupted) and last_checkpoint(partial) is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, record: dict[str, Any]) -> DistillResult:
+def _logits_mode(config: DistillConfig, teachers: Sequence[Teacher]) -> str:
+    """``config.logits``, or what it is by default.
+
+    Raises:
+        VocabdistilError: it cannot be done, or leaves nothing to learn.
+    """
+    headless = [f"{teacher.name} ({teacher.headless})" for teacher in teachers if teacher.masked_lm is None]
+    mode = config.logits or ("none" if len(headless) == len(teachers) else "match")
+    if mode != "none" and len(headless) == len(teachers):
+        raise VocabdistilError(f"--logits: {mode} needs a teacher with an MLM head; without: {', '.join(headless)}")
+    values = asdict(config.weights)
+    if mode == "none" and not any(value for name, value in values.items() if name != "logits"):
+        raise VocabdistilError("--weights: expected one above 0 besides logits, which --logits none leaves out")
+    return mode
+
+
+def _run(
+    config: DistillConfig,
+    mode: str,
+    split: TextSplit,
+    teachers: list[Teacher],
+    partial: Path,
+    record: dict[str, Any],
+) -> DistillResult:
     out = Path(config.out)
     say = report.Reporter(config.quiet)
+    if config.logits != "none":
+        for teacher in teachers:
+            if teacher.masked_lm is None:
+                say.print(f"{teacher.name}: no MLM head ({teacher.headless}); its output distributions are not learned")
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     device = torch.device(wanted)
     preset = config.architecture
@@ -264,7 +298,7 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
     widths = [teacher.width for teacher in teachers]
     model = DistillModel(student, widths, assignments, config.seed, config.train_projection).to(device)
     for teacher in teachers:
-        teacher.model.to(device)
+        teacher.whole.to(device)
     shares = config.teacher_weights or [1.0] * len(teachers)
     objective = Objective(
         teachers,
@@ -274,16 +308,25 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
         config.temperature,
         masking_probabilities(token_counts(tokenizer, split.train), tokenizer.all_special_ids).to(device),
         tokenizer.mask_token_id,
+        mode,
+        tables,
+        [match.to(device) for match in matched],
     )
     collator = DistillCollator(
         [teacher.tokenizer for teacher in teachers], tokenizer, tables, matched, max_length, student_max_length
     )
     held_out = split.held_out[:_MAX_EVAL_TEXTS]
+    tokenizers = [*(teacher.tokenizer for teacher in teachers), tokenizer]
+    excerpts = choose_excerpts(split.held_out, tokenizers, min(max_length, student_max_length), config.seed)
     if "before" not in record:
         say.status("Evaluating the untrained student")
         sample = collator(random.Random(config.seed).sample(split.train, min(_CALIBRATION_TEXTS, len(split.train))))
         record["scales"] = objective.scales = calibrate(model, objective, to_device(sample, device))
-        record["before"] = evaluate(model, objective, collator, held_out, config.batch_size, config.seed)
+        record["before"] = evaluate(model, objective, collator, held_out, excerpts, config.batch_size, config.seed)
+        record["teacher_pseudo_perplexity"] = [
+            pseudo_perplexity(teacher, excerpts) if teacher.masked_lm is not None and excerpts else None
+            for teacher in teachers
+        ]
         write_json(partial / RUN_FILE, record)
 
     steps = config.steps or max(1, round(config.epochs * len(split.train) / config.batch_size))
@@ -310,7 +353,7 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
     seconds = fit(trainer, say, last_checkpoint(partial) if config.resume else None)
     say.status("Evaluating the student")
     model.eval()
-    after = evaluate(model, objective, collator, held_out, config.batch_size, config.seed)
+    after = evaluate(model, objective, collator, held_out, excerpts, config.batch_size, config.seed)
     if not all(math.isfinite(value) for value in after.values()):
         raise VocabdistilError("--lr: the training diverged, the student's losses are not finite; try a smaller one")
     metrics = {
@@ -322,10 +365,12 @@ def _run(config: DistillConfig, split, teachers: list[Teacher], partial: Path, r
         "max_length": max_length,
         "seed": config.seed,
         "initialisation": start,
+        "logits": mode,
         "teacher_scales": objective.scales,
         "coverage": [r.as_dict() for r in reports],
         "before": record["before"],
         "after": after,
+        "teacher_pseudo_perplexity": record["teacher_pseudo_perplexity"],
         "train_seconds": round(seconds, 1),
         "models": report.compare_models(
             first, student, tokenizer, held_out, batch=config.time_batch, length=config.time_length

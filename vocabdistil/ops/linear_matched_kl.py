@@ -33,7 +33,7 @@ from .span_mean import native_rows, pooled_rows
 # rows of both take, as each chunk has to read them all.
 BUDGET = 4 << 20
 # Columns whose weights are gathered at a time.
-_COLUMNS = 1024
+_COLUMNS = 512
 # From this share of matched columns on, products with the whole weight of the student are cheaper than to gather it.
 _MOSTLY = 0.8
 

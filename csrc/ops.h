@@ -164,6 +164,9 @@ struct GpuSpanLossArgs {
   void* stream;
 };
 
+// Why no kernel can run here (an old driver, an architecture that was not built), or nullptr.
+const char* problem();
+
 // Launched on `stream`; each returns an error text, or nullptr.
 const char* span_mean_fwd(const GpuLayers& x, Spans spans, int64_t pairs, int64_t dim, bool mean, DType out_dtype,
                           void* out, void* stream);

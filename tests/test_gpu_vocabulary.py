@@ -70,6 +70,8 @@ def test_memory_of_linear_matched_kl(rows, v_t, v_s, v_m, limit):
     matched = make_matched(v_s, v_t, v_m).to("cuda")
     student, weight, *teacher = linear_tensors(rows, v_s, v_t, 264, 768, torch.bfloat16)
     leaves = student.requires_grad_(), weight.requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):  # the first product of a process allocates a workspace
+        torch.ones(8, 8, device="cuda", dtype=dtype) @ torch.ones(8, 8, device="cuda", dtype=dtype)
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -146,7 +148,7 @@ def test_memory_of_remapped_kl_does_not_grow_with_the_rows(combine):
     assert peaks[1] < 1.2 * peaks[0] < 4e8
 
 
-@pytest.mark.parametrize("negatives", [-1, 32])
+@pytest.mark.parametrize("negatives", [-1, 4, 32])
 def test_contrastive_is_deterministic_and_reproducible(negatives):
     pairs, n_s, n_t = make_pairs(3000, seed=1, gaps=True, empty=True)
     pairs = pairs.to("cuda")

@@ -203,9 +203,10 @@ def test_opcheck(unmatched):
     op = torch.ops.vocabdistil.matched_kl.default
     for student in (randn(n_s, 8), randn(n_s, 16)[:, :8], randn(8, n_s).t().contiguous()):
         torch.library.opcheck(
-            op, (student, randn(n_t, 10), spans, *ids, torch.rand(9), unmatched, True, 2.0, "cpu", True)
+            op, (student, randn(n_t, 10), spans, *ids, torch.rand(9), unmatched, True, 2.0, "cpu", True, True)
         )
-    torch.library.opcheck(op, (randn(4, 8), randn(4, 10), [], *ids, torch.rand(4), unmatched, True, 2.0, "cpu", False))
+    rows = (randn(4, 8), randn(4, 10), [], *ids, torch.rand(4))
+    torch.library.opcheck(op, (*rows, unmatched, True, 2.0, "cpu", True, False))
 
 
 def test_upstream_gradients():
@@ -317,9 +318,10 @@ def test_the_kernel_itself_rejects_what_it_cannot_read():
     for ids in ([0, 4], [-1, 2], [2, 2]):
         with pytest.raises(ValueError, match="matched.student_ids"):
             bad = torch.tensor(ids, dtype=torch.int32)
-            op(randn(2, 4), randn(2, 5), [], bad, good, torch.ones(2), 0, True, 1.0, "cpu", True)
+            op(randn(2, 4), randn(2, 5), [], bad, good, torch.ones(2), 0, True, 1.0, "cpu", True, True)
     start, past = torch.tensor([0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     with pytest.raises(ValueError, match="pairs: expected ascending disjoint teacher spans within 2 rows"):
-        op(randn(3, 4), randn(2, 5), [start, past, start, past], good, good, torch.ones(1), 0, True, 1.0, "cpu", True)
+        spans, scale = [start, past, start, past], torch.ones(1)
+        op(randn(3, 4), randn(2, 5), spans, good, good, scale, 0, True, 1.0, "cpu", True, True)
     with pytest.raises(ValueError, match="within 2 rows"):
-        op(randn(2, 4), randn(2, 5), [], good, good, torch.ones(3), 0, True, 1.0, "cpu", True)
+        op(randn(2, 4), randn(2, 5), [], good, good, torch.ones(3), 0, True, 1.0, "cpu", True, True)

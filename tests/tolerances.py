@@ -53,6 +53,9 @@ def assert_norm_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype,
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     # Where the exact value cancels to 0 (hidden size 1, say) the rounding of its terms remains.
-    error = (got.double() - want.double()).norm() / max(float(want.double().norm()), 1e-2)
+    size = max(float(want.double().norm()), 1e-2)
+    error = (got.double() - want.double()).norm() / size
     allowed = factor * RELATIVE[dtype]
-    assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.0e}"
+    if dtype == torch.float16:  # under 2^-14 its values are 2^-24 apart: a rounding of up to half of that each
+        allowed += 2.0**-25 * got.numel() ** 0.5 / size
+    assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.1e}"

@@ -436,12 +436,13 @@ def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
 
 def matched_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
-    scale: Tensor, unmatched: int, mean: bool, temperature: float, loss: Tensor | None, grad: Tensor | None,
-    upstream: Tensor | None = None,
+    scale: Tensor, unmatched: int, mean: bool, temperature: float, keep: bool, loss: Tensor | None,
+    grad: Tensor | None, upstream: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]`` -> the
     scaled total. Writes what is not None: the losses ``[P]`` and the gradient of the total for the student's logits.
 
+    keep: whether tables of the ids may be kept for the next call.
     With ``upstream []`` the gradient, already there for an upstream gradient of 1, is written again with it folded in,
     unless it is 1: decided on the device."""
     pairs = scale.shape[0]
@@ -451,7 +452,8 @@ def matched_kl(
         return scale.new_zeros(())
     v_s, v_t = student.shape[1], teacher.shape[1]
     with on_device(student):
-        teacher_of, teacher_matched = _tables.get(student_ids, teacher_ids, v_s, v_t, bool(unmatched))
+        tables = _tables.get if keep else _tables._make
+        teacher_of, teacher_matched = tables(student_ids, teacher_ids, v_s, v_t, bool(unmatched))
         kernel[(pairs,)](
             student, teacher, *(spans or (None,) * 4), teacher_of, teacher_matched, None, None, None, None, None,
             temperature_argument(temperature, scale), scale, loss, grad, upstream, pairs, student.shape[0],

@@ -50,6 +50,8 @@ def unavailable(backend: str) -> str | None:
             return "the compiled module was built without CUDA (no nvcc, or VOCABDISTIL_CUDA=OFF)"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
+        if problem := _native.module().cuda_problem():
+            return f"its kernels cannot run: {problem}"
     return None
 
 

@@ -146,6 +146,13 @@ const char* launch_loss(const LossArgs& a, bool packed, cudaStream_t stream) {
 
 }  // namespace
 
+const char* problem() {
+  int device = 0;
+  cudaFuncAttributes attributes{};
+  if (const char* error = text(cudaGetDevice(&device))) return error;
+  return text(cudaFuncGetAttributes(&attributes, total_kernel));
+}
+
 const char* span_loss(const GpuSpanLossArgs& x) {
   const auto stream = static_cast<cudaStream_t>(x.stream);
   const int64_t size = size_of(x.student.dtype), wide = 16 / size;

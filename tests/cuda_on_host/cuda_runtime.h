@@ -43,6 +43,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
   *blocks = 2;
   return cudaSuccess;
 }
+struct cudaFuncAttributes {};
+template <class Args>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Args)) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
   std::memset(data, value, size);
   return cudaSuccess;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import implementation
-from ._products import product
+from ._products import native_products, product
 from ._torch_rows import torch_rows
 
 # Bytes for all that is held meanwhile, or, where the gathered rows and their gradient are large, this many times them:
@@ -165,7 +165,10 @@ def _sweep(
     per_row = size * (_padded(width) + _padded(num_matched))
     per_row += narrow.itemsize * _padded(width) * (wanted and not in_place)
     per_row += size * _REST_COLUMNS * whole
-    step = min(_rows_per_chunk(count, traffic + size * grad_hidden.numel(), traffic, per_row), count) if count else 0
+    fixed = traffic + size * grad_hidden.numel()
+    if narrow != dtype and not native_products(student.device)[1]:
+        fixed += size * d_weight.numel()  # a product beside it, which is then added
+    step = min(_rows_per_chunk(count, fixed, traffic, per_row), count) if count else 0
     s_buffer, t_buffer = (_buffer(scale, step, n, dtype) for n in (width, num_matched))
     d_buffer = None
     if wanted and in_place:  # the gradient of a row takes the front of its logits

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @functools.cache
-def _native_products(device: torch.device) -> tuple[bool, bool]:
+def native_products(device: torch.device) -> tuple[bool, bool]:
     """Whether ``torch.mm`` and ``torch.addmm`` of this torch write float32 from half inputs (since 2.8, on CUDA; adding
     to float32 came later). Tried once per device with one element, as no version number tells for the second."""
     if device.type != "cuda":
@@ -35,8 +35,11 @@ def tf32() -> Iterator[None]:
     float16 and bfloat16 values have. The older setting cannot be read while the newer one says something else."""
     matmul = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "tf32" if name == "fp32_precision" else True)
+    before, wanted = getattr(matmul, name), "tf32" if name == "fp32_precision" else True
+    if before == wanted:
+        yield
+        return
+    setattr(matmul, name, wanted)
     try:
         yield
     finally:
@@ -52,7 +55,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    written, added = _native_products(a.device)
+    written, added = native_products(a.device)
     if written and not add:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     elif added and add:

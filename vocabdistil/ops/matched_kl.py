@@ -21,15 +21,17 @@ from .span_mean import native_rows
 
 def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
-    scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, wanted: bool,
+    scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, keep: bool, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``keep``: tables of the ids may be kept for the next call. Not in compiled code, which may run in the memory pool
+    of a CUDA graph."""
     total, loss, grad = _fake(
-        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, wanted
     )
     given = grad if wanted else None
     if backend == "triton":
         total = implementation("matched_kl", backend, "matched_kl")(
-            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, loss, given
+            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, given
         )
     else:
         _native.matched_kl(
@@ -40,21 +42,26 @@ def _impl(
 
 
 def _again(
-    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, grad, upstream
-):
+    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, grad,
+    upstream,
+):  # fmt: skip
     implementation("matched_kl", backend, "matched_kl")(
-        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, None, grad, upstream
-    )
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, None, grad,
+        upstream,
+    )  # fmt: skip
 
 
-def _fake(student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, wanted):
+def _fake(
+    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, wanted
+):  # fmt: skip
     grad = student.new_empty(student.shape if wanted else 0)
     return scale.new_empty(()), torch.empty_like(scale), grad
 
 
 _op = define(
     "matched_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor student_ids, Tensor teacher_ids, "
-    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool keep, bool wanted) -> "
+    "(Tensor, Tensor, Tensor)",
     _impl,
     _fake,
 )
@@ -115,6 +122,7 @@ def matched_kl(
     dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
     options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
+    options += (not torch.compiler.is_compiling(),)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
     ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernel takes both: one launch less per side
     student_ids = matched.student_ids.to(student.device, ids_dtype).contiguous()
@@ -138,5 +146,5 @@ def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: t
     if reduction != "batchmean":
         return torch.ones(rows, dtype=dtype, device=student.device)
     if isinstance(count, Tensor):
-        return (1 / at_least_one(count)).to(dtype).expand(rows).contiguous()
+        return at_least_one(count).to(dtype).reciprocal().expand(rows).contiguous()
     return torch.full((rows,), 1 / at_least_one(count), dtype=dtype, device=student.device)

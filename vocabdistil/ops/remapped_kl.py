@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -57,30 +58,60 @@ def make_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Plan:
     return tuple(x.to(torch.int32).contiguous() for x in plan)
 
 
+class _Known:
+    """A table that was seen, and its plan."""
+
+    def __init__(self, indptr: Tensor, ids: Tensor, plan: Plan) -> None:
+        self.indptr, self.ids, self.plan = indptr.clone(), ids.clone(), plan
+        self.note(indptr, ids)
+
+    def note(self, *tensors: Tensor) -> None:
+        """These tensors hold the table. Those of inference mode do not count what is written to them."""
+        counted = not any(x.is_inference() for x in tensors)
+        self._seen = [(weakref.ref(x), x._version) for x in tensors] if counted else []
+
+    def are(self, *tensors: Tensor) -> bool:
+        return bool(self._seen) and all(
+            x is ref() and x._version == version for x, (ref, version) in zip(tensors, self._seen, strict=True)
+        )
+
+
 class _Plans:
-    """The plans of the last tables seen, by ``make(indptr, ids, student columns)``. Tables are compared by value: that
-    takes a fraction of a millisecond, and no address or object that was freed and used again can be taken for another.
+    """The plans of the last tables seen, by ``make(indptr, ids, student columns)``. A table is known by its tensors, as
+    long as they live and are not written to, else by its values: comparing these takes a fraction of a millisecond.
     """
 
     def __init__(self, make: Callable[[Tensor, Tensor, int], Plan], size: int) -> None:
         self._make = make
         self._size = size
         self._lock = Lock()
-        self._plans: OrderedDict[tuple, list[tuple[Tensor, Tensor, Plan]]] = OrderedDict()
+        self._captured: dict[int, Plan] = {}
+        self._plans: OrderedDict[tuple, list[_Known]] = OrderedDict()
 
     def get(self, indptr: Tensor, ids: Tensor, student_columns: int, device: torch.device | None = None) -> Plan:
-        """``device``: where the plan is to be; that of the table by default."""
+        """``device``: where the plan is to be; that of the table by default. One that a CUDA graph is being captured
+        with is kept for good: whenever the graph is replayed, it reads it."""
+        plan = self._get(indptr, ids, student_columns, device)
+        if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured[id(plan)] = plan
+        return plan
+
+    def _get(self, indptr: Tensor, ids: Tensor, student_columns: int, device: torch.device | None) -> Plan:
         key = (indptr.numel(), ids.numel(), student_columns, device)
         with self._lock:
             known = self._plans.setdefault(key, [])
             self._plans.move_to_end(key)
-            for old_indptr, old_ids, plan in known:
-                if torch.equal(old_indptr, indptr) and torch.equal(old_ids, ids):
-                    return plan
+            for seen in known:
+                if seen.are(indptr, ids):
+                    return seen.plan
+            for seen in known:
+                if torch.equal(seen.indptr, indptr) and torch.equal(seen.ids, ids):
+                    seen.note(indptr, ids)
+                    return seen.plan
             plan = self._make(indptr, ids, student_columns)
             if device is not None:
                 plan = type(plan)(*(x.to(device) for x in plan))
-            known[:] = [*known, (indptr.clone(), ids.clone(), plan)][-self._size :]
+            known[:] = [*known, _Known(indptr, ids, plan)][-self._size :]
             while len(self._plans) > self._size:
                 self._plans.popitem(last=False)
         return plan

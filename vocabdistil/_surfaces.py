@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 import threading
@@ -17,7 +16,7 @@ import tokenizers
 from ._native import module as _native_module
 from ._tokenizers import ROLES, TokenizerInfo, backend_of, read_tokenizer
 
-__all__ = ["Known", "Surfaces", "known", "read_surfaces", "template_ends"]
+__all__ = ["Known", "Surfaces", "known", "read_surfaces"]
 
 UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
 _MARK = "▁"
@@ -164,20 +163,6 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
     folds = _folds() if normalizer is not None and not byte_level else []
     native = _native_module().Surfaces(texts, bytes(kinds), not byte_level, folds)
     return Surfaces(byte_level, mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
-
-
-def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[int, int]:
-    """How many special tokens the template puts before and after a text."""
-    count = backend.num_special_tokens_to_add(is_pair=False)
-    if not count:
-        return 0, 0
-    probes = (backend.encode(text) for text in ("a", "0 .", "я", "字"))
-    for encoding in itertools.chain(encodings[:8], probes):
-        mask = encoding.special_tokens_mask
-        if 0 in mask:
-            lead = mask.index(0)
-            return lead, mask[::-1].index(0)
-    return count, 0
 
 
 def convention(known: Known) -> tuple:

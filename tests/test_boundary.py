@@ -405,3 +405,11 @@ def test_bad_offsets(arguments: tuple, error: type[Exception], text: str) -> Non
 def test_text_that_is_no_unicode(text: str) -> None:
     with pytest.raises((TypeError, ValueError), match="texts"):
         vd.align(["fine", text], family("byte-level"), family("wordpiece"))
+
+
+@pytest.mark.parametrize("text", ["10\u00a0000 x", "\u3000a\u2003é\u0085b", "\u00a0", "\u00a0\u00a0\u3000語"])
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
+def test_white_space_in_bytes_is_not_counted(text: str, method: str) -> None:
+    side = family("byte-level small")
+    coverage = vd.coverage([text], side, side, [method]).methods[method]
+    assert coverage.text_bytes == coverage.covered_bytes == len("".join(text.split()).encode())

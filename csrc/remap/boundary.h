@@ -33,8 +33,8 @@ int64_t align_boundaries(const TokenSpans& teacher, const TokenSpans& student, i
 std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const std::vector<TokenSpans>& student,
                                  int64_t teacher_length, int64_t student_length, int threads);
 
-// Bytes of the text that are not white space.
-int64_t ink(std::string_view text);
+// For each position of the text and its end: how many bytes before it belong to characters that are not white space.
+std::vector<int32_t> ink_before(std::string_view text);
 
 // What the pairs of a batch make of one side.
 struct SideCoverage {

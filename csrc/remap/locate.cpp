@@ -72,15 +72,15 @@ void split_at_spaces(std::string_view text, const int32_t* start, const int32_t*
 
 }  // namespace
 
-int64_t ink(std::string_view text) {
-  int64_t count = 0;
+std::vector<int32_t> ink_before(std::string_view text) {
   const auto size = static_cast<int64_t>(text.size());
+  std::vector<int32_t> before(text.size() + 1, 0);
   for (int64_t at = 0; at < size;) {
     const Char c = char_at(text, at);
-    at += c.size;
-    count += is_space(c.code) ? 0 : c.size;
+    const int32_t step = is_space(c.code) ? 0 : 1;
+    for (const int64_t next = at + c.size; at < next; ++at) before[at + 1] = before[at] + step;
   }
-  return count;
+  return before;
 }
 
 Folds::Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds) : first_(0x10001, 0) {

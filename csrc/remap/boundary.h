@@ -95,6 +95,10 @@ class Surfaces {
     return static_cast<uint32_t>(id) < kinds_.size() && kinds_[static_cast<uint32_t>(id)] != kUnknown;
   }
 
+  // Whether the space that byte-level token k begins with is not in the text at `at`, where the added token before it
+  // ends: some tokenizers put one before every text between added tokens.
+  bool puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const;
+
   std::string bytes_;
   std::vector<int64_t> bounds_;
   std::vector<uint8_t> kinds_;

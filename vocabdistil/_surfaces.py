@@ -41,6 +41,7 @@ class Surfaces:
 
     Attributes:
         byte_level: tokens are spelled in the byte alphabet.
+        marks_words: whether a token at the start of a word begins with a space.
         mark: what a space is inside tokens (``"▁"``), or ``""``.
         prefix, suffix: what marks a token inside a word (``"##"``), and one at a word's end (``"</w>"``).
         texts: the bytes that each id stands for, spaces as spaces.
@@ -51,6 +52,7 @@ class Surfaces:
     """
 
     byte_level: bool
+    marks_words: bool
     mark: str
     prefix: str
     suffix: str
@@ -59,11 +61,6 @@ class Surfaces:
     byte_ids: dict[int, int]
     types: frozenset[str]
     native: Any
-
-    @property
-    def marks_words(self) -> bool:
-        """Whether a token at the start of a word begins with a space."""
-        return self.byte_level or bool(self.mark)
 
 
 def _state(component: Any) -> Any:
@@ -112,6 +109,17 @@ def _folds() -> list[tuple[int, list[str]]]:
     return folds
 
 
+def _without(token: str, suffix: str) -> str:
+    return token[: -len(suffix)] if suffix and len(token) > len(suffix) and token.endswith(suffix) else token
+
+
+def _keeps_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether white space reaches a byte-level model: CLIP tells words by their ends and drops it."""
+    if backend.pre_tokenizer is None:
+        return True
+    return any(CHAR_OF[0x20] in word for word, _ in backend.pre_tokenizer.pre_tokenize_str("a a"))
+
+
 def read_surfaces(info: TokenizerInfo) -> Surfaces:
     """Reads what the tokens of a tokenizer stand for."""
     backend = info.backend
@@ -144,25 +152,26 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
             found = _BYTE_TOKEN.fullmatch(token) if falls_back else None
             kind, text = (BYTES, bytes([int(found[1], 16)])) if found else (TEXT, token.encode())
         elif byte_level:
+            inner = _without(token, suffix)
             try:
-                kind, text = BYTES, bytes([BYTE_OF[c] for c in token])
+                kind, text = BYTES, bytes([BYTE_OF[c] for c in inner])
             except KeyError:
-                text = token.encode()
+                text = inner.encode()
         elif falls_back and (found := _BYTE_TOKEN.fullmatch(token)):
             kind, text = BYTES, bytes([int(found[1], 16)])
         else:
             if prefix and len(token) > len(prefix) and token.startswith(prefix):
                 token = token[len(prefix) :]
-            if suffix and token.endswith(suffix):
-                token = token[: -len(suffix)]
+            token = _without(token, suffix)
             text = (token.replace(mark, " ") if mark else token).encode()
         if kind == BYTES and falls_back and not byte_level:
             byte_ids[text[0]] = i
         texts.append(text)
         kinds.append(kind)
     folds = _folds() if normalizer is not None and not byte_level else []
-    native = _native_module().Surfaces(texts, bytes(kinds), not byte_level, folds)
-    return Surfaces(byte_level, mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
+    keeps = byte_level and (not suffix or _keeps_spaces(backend))
+    native = _native_module().Surfaces(texts, bytes(kinds), not keeps, folds)
+    return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
 
 
 def convention(known: Known) -> tuple:
@@ -185,9 +194,15 @@ def word_form(known: Known, i: int) -> tuple[bool, bytes] | None:
         return (True, text[1:]) if len(text) > 1 and text[:1] == b" " else (False, text)
     if surfaces.prefix and len(token) > len(surfaces.prefix) and token.startswith(surfaces.prefix):
         return False, text
-    char = text.decode()
+    char = text.decode(errors="replace")
     apart = len(char) == 1 and (unicodedata.category(char) in ("Pe", "Pf", "Po") or _CHINESE.match(char))
     return not apart, text
+
+
+def ends_word(known: Known, i: int) -> bool:
+    """Whether token ``i`` may stand at the end of a word: not where word ends are marked and it is not."""
+    suffix, token = known.surfaces.suffix, known.info.tokens[i]
+    return not suffix or token is None or token.endswith(suffix)
 
 
 def runs(text: bytes) -> list[str | int]:
@@ -212,17 +227,20 @@ class Speller:
         self.known, self.surfaces = known, known.surfaces
         self.model = known.info.backend.model
 
-    def spell(self, starts: bool, text: bytes) -> list[int] | None:
-        """The ids whose surfaces are ``text``, at the start of a word or not; None if there are none."""
+    def spell(self, starts: bool, text: bytes, ends: bool = True) -> list[int] | None:
+        """The ids whose surfaces are ``text``, at the start of a word or not, at its end or not; None if there are
+        none."""
         surfaces = self.surfaces
         want = (b" " if starts and surfaces.marks_words else b"") + text
         ids: list[int] = []
         if surfaces.byte_level:
-            ids += self._tokenize("".join(CHAR_OF[b] for b in want))
+            ids += self._tokenize("".join(CHAR_OF[b] for b in want), ends)
         else:
-            for run in runs(want):
+            cut = runs(want)
+            for k, run in enumerate(cut):
                 if isinstance(run, str):
-                    ids += self._tokenize(run.replace(" ", surfaces.mark) if surfaces.mark else run)
+                    marked = run.replace(" ", surfaces.mark) if surfaces.mark else run
+                    ids += self._tokenize(marked, ends and k == len(cut) - 1)
                 elif run in surfaces.byte_ids:
                     ids.append(surfaces.byte_ids[run])
                 else:
@@ -230,8 +248,18 @@ class Speller:
         unknown = any(surfaces.kinds[i] == UNKNOWN for i in ids)
         return None if unknown or b"".join(surfaces.texts[i] for i in ids) != want else ids
 
-    def _tokenize(self, text: str) -> list[int]:
-        return [token.id for token in self.model.tokenize(text)]
+    def _tokenize(self, text: str, ends: bool) -> list[int]:
+        suffix = self.surfaces.suffix
+        if not suffix or ends:
+            return [token.id for token in self.model.tokenize(text)]
+        # The model reads whole words only: of the last token that which does not end one.
+        whole = self.model.token_to_id(text)
+        if whole is not None:
+            return [whole]
+        tokens = self.model.tokenize(text)
+        ids = [token.id for token in tokens]
+        inner = self.model.token_to_id(_without(tokens[-1].value, suffix)) if tokens else None
+        return ids if inner is None else [*ids[:-1], inner]
 
 
 class Words:

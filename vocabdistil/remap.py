@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._dispatch import implementation, resolve
 from ._native import module as _native_module
-from ._surfaces import BYTES, Known, Speller, Words, known, word_form
+from ._surfaces import BYTES, Known, Speller, Words, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
 from .spans import SpanPairs
 
@@ -161,7 +161,7 @@ def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unk
     if target.info.kind != "WordPiece":
         speller = Speller(target)
         for i, form in forms.items():
-            row = None if form is None else speller.spell(*form)
+            row = None if form is None else speller.spell(*form, ends_word(source, i))
             rows[i] = [unk_id] if row is None else row
         return [rows[i] for i in range(len(rows))]
 

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
@@ -476,6 +476,48 @@ def test_marked_word_ends(bytes_too: bool) -> None:
     report = vd.coverage(small_text(20), family("wordpiece"), tokenizer)
     assert all(found.covered_text == 1 for name, found in report.methods.items() if name != "match")
     assert report.unk_rate_own == 0 and report.methods["match"].covered_text > 0.1
+
+
+def test_a_student_of_bytes_alone_needs_no_unknown_token() -> None:
+    student = tokenizers.Tokenizer(models.BPE())
+    student.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    student.train_from_iterator(
+        small_text(20), trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    teacher = family("wordpiece")
+    table = RemapTable.from_tokenizers(teacher, student)
+    assert all(table.rows(teacher.token_to_id(token)) == [] for token in SPECIALS)
+    assert b"".join(text_of(student, "byte-level", [i]) for i in table.rows(teacher.token_to_id("walk"))) == b" walk"
+    lines = [*SCRIPTS, *small_text(20)]
+    assert vd.coverage(lines, family("byte-level"), student).methods["reduce"].covered_text == 1
+    out = table.remap([teacher.encode("walk, walk").ids])
+    assert decoders.ByteLevel().decode([student.id_to_token(i) for i in out.input_ids[0].tolist()]) == " walk, walk"
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [
+        ("<|begin_of_text|>", "<|end_of_text|>"),
+        ("<bos>", "<eos>"),
+        ("<|startoftext|>", "<|endoftext|>"),
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_roles_of_bare_tokenizers(opens: str, closes: str) -> None:
+    student = tokenizers.Tokenizer(models.BPE())
+    student.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    student.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=[opens, closes], initial_alphabet=alphabet, show_progress=False)
+    )
+    teacher = family("wordpiece")
+    table = RemapTable.from_tokenizers(teacher, student)
+    assert table.rows(teacher.token_to_id("[CLS]")) == [0] and table.rows(teacher.token_to_id("[SEP]")) == [1]
+    student.post_processor = processors.TemplateProcessing(
+        single=f"{opens} $A {closes}", special_tokens=[(opens, 0), (closes, 1)]
+    )
+    assert vd.align(["walk"], teacher, student).coverage.teacher_covered == 1
 
 
 def test_save_load_pickle(table: RemapTable, tmp_path: Path) -> None:

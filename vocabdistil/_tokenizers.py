@@ -37,7 +37,17 @@ _CONVENTION = {
     "[CLS]": "cls",
     "[SEP]": "sep",
     "<s>": "bos",
+    "<bos>": "bos",
+    "<|begin_of_text|>": "bos",
+    "<|startoftext|>": "bos",
+    "<｜begin▁of▁sentence｜>": "bos",
     "</s>": "eos",
+    "<eos>": "eos",
+    "<|end_of_text|>": "eos",
+    "<|endoftext|>": "eos",
+    "<｜end▁of▁sentence｜>": "eos",
+    "<|finetune_right_pad_id|>": "pad",
+    "<|padding|>": "pad",
 }
 
 

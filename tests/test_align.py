@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import match_rule, russian_text, small_text, train
+from vocabdistil._surfaces import known
 from vocabdistil._tokenizers import encode
 from vocabdistil.align import align, match_pairs
 from vocabdistil.remap import RemapTable
@@ -184,6 +187,45 @@ def test_cut_as_the_tokenizer_cuts(name: str) -> None:
         want = [encoding.ids for encoding in tokenizer.encode_batch(lines)]
         tokenizer.no_truncation()
         assert encode(tokenizer, lines, "teacher", limit) == want
+
+
+def swap(tokenizer: Tokenizer) -> None:
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    count = len(vocab)
+    tokenizer.model = models.WordPiece(
+        {token: i if i < 5 else count + 4 - i for token, i in vocab.items()}, unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_special_tokens(["walk"]),
+        lambda tokenizer: tokenizer.add_tokens(["walking"]),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", None),
+        lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda tokenizer: setattr(tokenizer.model, "unk_token", "[MASK]"),
+        swap,
+    ],
+)
+def test_a_changed_tokenizer_is_read_again(change: Callable[[Tokenizer], None]) -> None:
+    tokenizer, other = train(small_text(60), 300), family("byte-level")
+    lines = ["walk walking, talked", "Été ☃"]
+    MatchedVocab.from_tokenizers(tokenizer, other)
+    align(lines, tokenizer, other, "word")
+    before = known(tokenizer, "teacher")
+    assert known(tokenizer, "teacher") is before
+    change(tokenizer)
+    assert known(tokenizer, "teacher") is not before
+    fresh = Tokenizer.from_str(tokenizer.to_str())
+    for method in ("boundary", "word", "match", "reduce"):
+        ours, theirs = (align(lines, side, other, method) for side in (tokenizer, fresh))
+        assert ours.coverage == theirs.coverage
+        assert torch.equal(ours.student.input_ids, theirs.student.input_ids)
+        for field in ("teacher_start", "teacher_end", "student_start", "student_end"):
+            assert torch.equal(getattr(ours.pairs, field), getattr(theirs.pairs, field))
+    assert RemapTable.from_tokenizers(tokenizer, other) == RemapTable.from_tokenizers(fresh, other)
 
 
 def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,6 +303,8 @@ class Known:
         # Whether many of the texts seen last could not be laid out without the tokenizer's offsets. Either way the
         # result is the same.
         self.needs_offsets = False
+        self.few_added = len(info.added) + len(info.special) <= _FEW_ADDED
+        self.short_normalizer = len(_sign(info.backend.normalizer)) <= _SHORT_NORMALIZER
 
     @functools.cached_property
     def surfaces(self) -> Surfaces:
@@ -327,25 +329,56 @@ class Known:
 _CACHE_SIZE = 8
 _cache: OrderedDict[int, tuple[Any, tuple, Known]] = OrderedDict()
 _lock = threading.Lock()
+# What would take longer to look at than a text takes to align is not looked at: thousands of added tokens, and a
+# normalizer with a map of all characters. Of these only the number and the type count.
+_FEW_ADDED, _SHORT_NORMALIZER = 512, 1 << 14
+_MODEL_SETTINGS = (
+    "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word", "byte_fallback",
+)  # fmt: skip
+
+
+def _sign(component: Any) -> str:
+    """What tells a component of a tokenizer from another."""
+    try:
+        return repr(component)
+    except Exception:  # made in Python
+        return type(component).__name__
+
+
+def _signs(tokenizer: Any, of: Known) -> tuple:
+    """What changes with a tokenizer, as far as it can be told in microseconds: of the vocabulary samples."""
+    backend = of.info.backend
+    size, model, normalizer = backend.get_vocab_size(), backend.model, backend.normalizer
+    return (
+        size,
+        tuple(backend.id_to_token(i) for i in range(0, size, size // 64 + 1)),
+        tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES),
+        type(model),
+        tuple(getattr(model, name, None) for name in _MODEL_SETTINGS),
+        tuple((i, token.content, token.special) for i, token in backend.get_added_tokens_decoder().items())
+        if of.few_added
+        else (),
+        _sign(normalizer) if of.short_normalizer else type(normalizer),
+        _sign(backend.pre_tokenizer),
+        _sign(backend.decoder),
+    )
 
 
 def known(tokenizer: Any, name: str) -> Known:
-    """``read_tokenizer``, once per tokenizer: again only if its vocabulary or its roles have changed.
+    """``read_tokenizer``, once per tokenizer: again only if the tokenizer has changed.
 
     Raises:
         TypeError: not a fast tokenizer.
     """
     backend = backend_of(tokenizer, name)
-    size = backend.get_vocab_size()
-    samples = tuple(backend.id_to_token(i) for i in range(0, size, size // 16 + 1))
-    roles = tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES)
-    state = size, samples, roles
     with _lock:
         entry = _cache.get(id(tokenizer))
-        if entry is not None and entry[1] == state:
+        if entry is not None:
             _cache.move_to_end(id(tokenizer))
-            return entry[2]
+    if entry is not None and entry[2].info.backend is backend and entry[1] == _signs(tokenizer, entry[2]):
+        return entry[2]
     result = Known(read_tokenizer(tokenizer, name))
+    state = _signs(tokenizer, result)
     with _lock:
         # The tokenizer itself is kept, so that no other can take its id.
         _cache[id(tokenizer)] = tokenizer, state, result

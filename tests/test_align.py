@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from tests._families import family
+from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import match_rule, russian_text, small_text, train
+from vocabdistil._surfaces import known
+from vocabdistil._tokenizers import encode
 from vocabdistil.align import align, match_pairs
 from vocabdistil.remap import RemapTable
 from vocabdistil.spans import SpanPairs
@@ -146,6 +152,80 @@ def test_tokenizer_settings_are_put_back_and_ignored() -> None:
         short = align(texts, teacher, student, method, 5).student.input_ids
         assert short.tolist() == align(texts, teacher, student, "match", 5).student.input_ids.tolist()
         assert short.shape == (8, 5)
+
+
+@pytest.mark.parametrize("own", [None, 16])
+@pytest.mark.parametrize("method", ["boundary", "match", "reduce"])
+def test_threads_share_a_tokenizer(method: str, own: int | None) -> None:
+    teacher, student = train(small_text(60), 300), family("byte-level")
+    if own is not None:
+        teacher.enable_truncation(own)
+        teacher.enable_padding(length=40)
+    before = teacher.truncation, teacher.padding
+    lines = [" ".join(small_text(60)[n : n + 8]) for n in range(40)]
+    limits = (None, 6, 9, 12)
+    want = {limit: align(lines, teacher, student, method, limit).teacher.input_ids for limit in limits}
+    assert want[None].shape[1] > 16
+
+    def run(limit: int | None) -> bool:
+        return all(
+            torch.equal(align(lines, teacher, student, method, limit).teacher.input_ids, want[limit])
+            for _ in range(10)
+        )
+
+    with ThreadPoolExecutor(len(limits)) as pool:
+        assert all(pool.map(run, limits))
+    assert (teacher.truncation, teacher.padding) == before
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_cut_as_the_tokenizer_cuts(name: str) -> None:
+    tokenizer = family(name)
+    lines = [*SCRIPTS, "", "a"]
+    for limit in (2, 3, 7):
+        tokenizer.enable_truncation(limit)
+        want = [encoding.ids for encoding in tokenizer.encode_batch(lines)]
+        tokenizer.no_truncation()
+        assert encode(tokenizer, lines, "teacher", limit) == want
+
+
+def swap(tokenizer: Tokenizer) -> None:
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    count = len(vocab)
+    tokenizer.model = models.WordPiece(
+        {token: i if i < 5 else count + 4 - i for token, i in vocab.items()}, unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_special_tokens(["walk"]),
+        lambda tokenizer: tokenizer.add_tokens(["walking"]),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", None),
+        lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda tokenizer: setattr(tokenizer.model, "unk_token", "[MASK]"),
+        swap,
+    ],
+)
+def test_a_changed_tokenizer_is_read_again(change: Callable[[Tokenizer], None]) -> None:
+    tokenizer, other = train(small_text(60), 300), family("byte-level")
+    lines = ["walk walking, talked", "Été ☃"]
+    MatchedVocab.from_tokenizers(tokenizer, other)
+    align(lines, tokenizer, other, "word")
+    before = known(tokenizer, "teacher")
+    assert known(tokenizer, "teacher") is before
+    change(tokenizer)
+    assert known(tokenizer, "teacher") is not before
+    fresh = Tokenizer.from_str(tokenizer.to_str())
+    for method in ("boundary", "word", "match", "reduce"):
+        ours, theirs = (align(lines, side, other, method) for side in (tokenizer, fresh))
+        assert ours.coverage == theirs.coverage
+        assert torch.equal(ours.student.input_ids, theirs.student.input_ids)
+        for field in ("teacher_start", "teacher_end", "student_start", "student_end"):
+            assert torch.equal(getattr(ours.pairs, field), getattr(theirs.pairs, field))
+    assert RemapTable.from_tokenizers(tokenizer, other) == RemapTable.from_tokenizers(fresh, other)
 
 
 def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, byte_level, family
@@ -292,6 +292,60 @@ def test_a_token_that_opens_and_closes() -> None:
     assert only[0][2] == 1 and only[-1][3] == len(right) - 1
 
 
+def with_mask(trim: bool, lstrip: bool, lines: list[str]) -> Tokenizer:
+    """RoBERTa's way: a space before every text between added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=lstrip)])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=trim)
+    return tokenizer
+
+
+def plain_bytes() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("<mask>é", [(1, 2, 0, 6), (3, 4, 6, 7), (4, 5, 7, 8)]),
+        ("<mask>x", [(1, 2, 0, 6), (3, 4, 6, 7)]),
+        ("<mask>bed", [(1, 2, 0, 6), (2, 3, 6, 8), (3, 4, 8, 9)]),
+        ("<mask> bed", [(1, 2, 0, 6), (2, 3, 6, 9), (3, 4, 9, 10)]),
+        ("<mask>\u00a0x", [(1, 2, 0, 6), (3, 4, 6, 7), (4, 5, 7, 8), (5, 6, 8, 9)]),
+    ],
+)
+@pytest.mark.parametrize("trim", [True, False])
+def test_text_after_an_added_token(text: str, want: list[tuple[int, int, int, int]], trim: bool) -> None:
+    teacher = with_mask(trim, False, ["be be"])
+    assert pairs_of(vd.align([text], teacher, plain_bytes()).pairs) == want
+
+
+def bytes_of(text: str, at: int) -> range:
+    return range(len(text[:at].encode()), len(text[: at + 1].encode()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["<mask>", "be", "é", "😀", " ", "x", "\n", "\u00a0"]), max_size=8).map("".join))
+def test_trimmed_offsets_around_added_tokens(text: str) -> None:
+    for lstrip in (False, True):
+        rows = []
+        for trim in (True, False):
+            side, _ = module.locate([text], with_mask(trim, lstrip, ["be be"]), "teacher", None, False)
+            starts, ends, _ = side.row(0)
+            blank = {p for at, c in enumerate(text) if c.isspace() for p in bytes_of(text, at)}
+            rows.append([set(range(s, e)) - blank for s, e in zip(starts, ends, strict=True)])
+        assert rows[0] == rows[1], (text, lstrip)
+
+
 def test_batch_equals_single_texts_for_any_number_of_threads() -> None:
     lines = HARD + [" ".join(random.Random(n).choices(SCRIPTS, k=3)) for n in range(200)]
     teacher, student = family("unigram NFKC"), family("byte-level")
@@ -405,3 +459,11 @@ def test_bad_offsets(arguments: tuple, error: type[Exception], text: str) -> Non
 def test_text_that_is_no_unicode(text: str) -> None:
     with pytest.raises((TypeError, ValueError), match="texts"):
         vd.align(["fine", text], family("byte-level"), family("wordpiece"))
+
+
+@pytest.mark.parametrize("text", ["10\u00a0000 x", "\u3000a\u2003é\u0085b", "\u00a0", "\u00a0\u00a0\u3000語"])
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
+def test_white_space_in_bytes_is_not_counted(text: str, method: str) -> None:
+    side = family("byte-level small")
+    coverage = vd.coverage([text], side, side, [method]).methods[method]
+    assert coverage.text_bytes == coverage.covered_bytes == len("".join(text.split()).encode())

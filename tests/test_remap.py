@@ -13,11 +13,13 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import SPECIALS, row_rule, russian_text, small_text, train, wordpiece
 from vocabdistil.remap import RemapTable
+from vocabdistil.vocab import MatchedVocab
 
 ALPHABET = "abяé語#"
 
@@ -421,6 +423,101 @@ def test_known_rows() -> None:
     assert tokens(bytes_side, wordpiece_side, "<pad>") == ["[PAD]"]
     same = RemapTable.from_tokenizers(bytes_side, bytes_side)
     assert rows_of(same) == [[i] for i in range(len(same))]
+
+
+def word_ends(bytes_too: bool) -> tokenizers.Tokenizer:
+    """As CLIP (byte-level) or the first GPT: the end of a word is marked, white space is dropped."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=None if bytes_too else "<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if bytes_too else []
+    if bytes_too:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    # Every byte by itself, so that each has its token at the end of a word.
+    words = [chr(c) for c in range(0x21, 0x180)] + small_text(60)
+    tokenizer.train_from_iterator(words, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("bytes_too", [True, False])
+def test_marked_word_ends(bytes_too: bool) -> None:
+    tokenizer = word_ends(bytes_too)
+    vocab = tokenizer.get_vocab()
+    same = RemapTable.from_tokenizers(tokenizer, tokenizer)
+    assert rows_of(same) == [[i] for i in range(len(same))]
+
+    def row(source: tokenizers.Tokenizer, target: tokenizers.Tokenizer, token: str) -> list[str]:
+        table = RemapTable.from_tokenizers(source, target)
+        return [target.id_to_token(i) for i in table.rows(source.token_to_id(token))]
+
+    inner = min(token for token in vocab if f"{token}</w>" in vocab and token.isascii() and len(token) > 1)
+    for name in ("wordpiece", "byte-level", "llama"):
+        other = family(name)
+        for token in (inner, f"{inner}</w>"):
+            assert text_of(other, name, [other.token_to_id(t) for t in row(tokenizer, other, token)]) == (
+                f" {inner}".encode()
+            )
+    said = row(family("wordpiece"), tokenizer, "w")
+    assert said == ["w</w>"]
+    matched = MatchedVocab.from_tokenizers(family("wordpiece"), tokenizer)
+    pairs = {
+        family("wordpiece").id_to_token(i): tokenizer.id_to_token(j)
+        for i, j in zip(matched.teacher_ids.tolist(), matched.student_ids.tolist(), strict=True)
+    }
+    assert pairs["w"] == "w</w>" and pairs["."] == ".</w>"
+    report = vd.coverage(small_text(20), family("wordpiece"), tokenizer)
+    assert all(found.covered_text == 1 for name, found in report.methods.items() if name != "match")
+    assert report.unk_rate_own == 0 and report.methods["match"].covered_text > 0.1
+
+
+def test_a_student_of_bytes_alone_needs_no_unknown_token() -> None:
+    student = tokenizers.Tokenizer(models.BPE())
+    student.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    student.train_from_iterator(
+        small_text(20), trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    teacher = family("wordpiece")
+    table = RemapTable.from_tokenizers(teacher, student)
+    assert all(table.rows(teacher.token_to_id(token)) == [] for token in SPECIALS)
+    assert b"".join(text_of(student, "byte-level", [i]) for i in table.rows(teacher.token_to_id("walk"))) == b" walk"
+    lines = [*SCRIPTS, *small_text(20)]
+    assert vd.coverage(lines, family("byte-level"), student).methods["reduce"].covered_text == 1
+    out = table.remap([teacher.encode("walk, walk").ids])
+    assert decoders.ByteLevel().decode([student.id_to_token(i) for i in out.input_ids[0].tolist()]) == " walk, walk"
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [
+        ("<|begin_of_text|>", "<|end_of_text|>"),
+        ("<bos>", "<eos>"),
+        ("<|startoftext|>", "<|endoftext|>"),
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_roles_of_bare_tokenizers(opens: str, closes: str) -> None:
+    student = tokenizers.Tokenizer(models.BPE())
+    student.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    student.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=[opens, closes], initial_alphabet=alphabet, show_progress=False)
+    )
+    teacher = family("wordpiece")
+    table = RemapTable.from_tokenizers(teacher, student)
+    assert table.rows(teacher.token_to_id("[CLS]")) == [0] and table.rows(teacher.token_to_id("[SEP]")) == [1]
+    student.post_processor = processors.TemplateProcessing(
+        single=f"{opens} $A {closes}", special_tokens=[(opens, 0), (closes, 1)]
+    )
+    assert vd.align(["walk"], teacher, student).coverage.teacher_covered == 1
 
 
 def test_save_load_pickle(table: RemapTable, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 import threading
@@ -17,7 +16,7 @@ import tokenizers
 from ._native import module as _native_module
 from ._tokenizers import ROLES, TokenizerInfo, backend_of, read_tokenizer
 
-__all__ = ["Known", "Surfaces", "known", "read_surfaces", "template_ends"]
+__all__ = ["Known", "Surfaces", "known", "read_surfaces"]
 
 UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
 _MARK = "▁"
@@ -42,6 +41,7 @@ class Surfaces:
 
     Attributes:
         byte_level: tokens are spelled in the byte alphabet.
+        marks_words: whether a token at the start of a word begins with a space.
         mark: what a space is inside tokens (``"▁"``), or ``""``.
         prefix, suffix: what marks a token inside a word (``"##"``), and one at a word's end (``"</w>"``).
         texts: the bytes that each id stands for, spaces as spaces.
@@ -52,6 +52,7 @@ class Surfaces:
     """
 
     byte_level: bool
+    marks_words: bool
     mark: str
     prefix: str
     suffix: str
@@ -60,11 +61,6 @@ class Surfaces:
     byte_ids: dict[int, int]
     types: frozenset[str]
     native: Any
-
-    @property
-    def marks_words(self) -> bool:
-        """Whether a token at the start of a word begins with a space."""
-        return self.byte_level or bool(self.mark)
 
 
 def _state(component: Any) -> Any:
@@ -113,6 +109,17 @@ def _folds() -> list[tuple[int, list[str]]]:
     return folds
 
 
+def _without(token: str, suffix: str) -> str:
+    return token[: -len(suffix)] if suffix and len(token) > len(suffix) and token.endswith(suffix) else token
+
+
+def _keeps_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether white space reaches a byte-level model: CLIP tells words by their ends and drops it."""
+    if backend.pre_tokenizer is None:
+        return True
+    return any(CHAR_OF[0x20] in word for word, _ in backend.pre_tokenizer.pre_tokenize_str("a a"))
+
+
 def read_surfaces(info: TokenizerInfo) -> Surfaces:
     """Reads what the tokens of a tokenizer stand for."""
     backend = info.backend
@@ -145,39 +152,26 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
             found = _BYTE_TOKEN.fullmatch(token) if falls_back else None
             kind, text = (BYTES, bytes([int(found[1], 16)])) if found else (TEXT, token.encode())
         elif byte_level:
+            inner = _without(token, suffix)
             try:
-                kind, text = BYTES, bytes([BYTE_OF[c] for c in token])
+                kind, text = BYTES, bytes([BYTE_OF[c] for c in inner])
             except KeyError:
-                text = token.encode()
+                text = inner.encode()
         elif falls_back and (found := _BYTE_TOKEN.fullmatch(token)):
             kind, text = BYTES, bytes([int(found[1], 16)])
         else:
             if prefix and len(token) > len(prefix) and token.startswith(prefix):
                 token = token[len(prefix) :]
-            if suffix and token.endswith(suffix):
-                token = token[: -len(suffix)]
+            token = _without(token, suffix)
             text = (token.replace(mark, " ") if mark else token).encode()
         if kind == BYTES and falls_back and not byte_level:
             byte_ids[text[0]] = i
         texts.append(text)
         kinds.append(kind)
     folds = _folds() if normalizer is not None and not byte_level else []
-    native = _native_module().Surfaces(texts, bytes(kinds), not byte_level, folds)
-    return Surfaces(byte_level, mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
-
-
-def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[int, int]:
-    """How many special tokens the template puts before and after a text."""
-    count = backend.num_special_tokens_to_add(is_pair=False)
-    if not count:
-        return 0, 0
-    probes = (backend.encode(text) for text in ("a", "0 .", "я", "字"))
-    for encoding in itertools.chain(encodings[:8], probes):
-        mask = encoding.special_tokens_mask
-        if 0 in mask:
-            lead = mask.index(0)
-            return lead, mask[::-1].index(0)
-    return count, 0
+    keeps = byte_level and (not suffix or _keeps_spaces(backend))
+    native = _native_module().Surfaces(texts, bytes(kinds), not keeps, folds)
+    return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
 
 
 def convention(known: Known) -> tuple:
@@ -200,9 +194,15 @@ def word_form(known: Known, i: int) -> tuple[bool, bytes] | None:
         return (True, text[1:]) if len(text) > 1 and text[:1] == b" " else (False, text)
     if surfaces.prefix and len(token) > len(surfaces.prefix) and token.startswith(surfaces.prefix):
         return False, text
-    char = text.decode()
+    char = text.decode(errors="replace")
     apart = len(char) == 1 and (unicodedata.category(char) in ("Pe", "Pf", "Po") or _CHINESE.match(char))
     return not apart, text
+
+
+def ends_word(known: Known, i: int) -> bool:
+    """Whether token ``i`` may stand at the end of a word: not where word ends are marked and it is not."""
+    suffix, token = known.surfaces.suffix, known.info.tokens[i]
+    return not suffix or token is None or token.endswith(suffix)
 
 
 def runs(text: bytes) -> list[str | int]:
@@ -227,17 +227,20 @@ class Speller:
         self.known, self.surfaces = known, known.surfaces
         self.model = known.info.backend.model
 
-    def spell(self, starts: bool, text: bytes) -> list[int] | None:
-        """The ids whose surfaces are ``text``, at the start of a word or not; None if there are none."""
+    def spell(self, starts: bool, text: bytes, ends: bool = True) -> list[int] | None:
+        """The ids whose surfaces are ``text``, at the start of a word or not, at its end or not; None if there are
+        none."""
         surfaces = self.surfaces
         want = (b" " if starts and surfaces.marks_words else b"") + text
         ids: list[int] = []
         if surfaces.byte_level:
-            ids += self._tokenize("".join(CHAR_OF[b] for b in want))
+            ids += self._tokenize("".join(CHAR_OF[b] for b in want), ends)
         else:
-            for run in runs(want):
+            cut = runs(want)
+            for k, run in enumerate(cut):
                 if isinstance(run, str):
-                    ids += self._tokenize(run.replace(" ", surfaces.mark) if surfaces.mark else run)
+                    marked = run.replace(" ", surfaces.mark) if surfaces.mark else run
+                    ids += self._tokenize(marked, ends and k == len(cut) - 1)
                 elif run in surfaces.byte_ids:
                     ids.append(surfaces.byte_ids[run])
                 else:
@@ -245,8 +248,18 @@ class Speller:
         unknown = any(surfaces.kinds[i] == UNKNOWN for i in ids)
         return None if unknown or b"".join(surfaces.texts[i] for i in ids) != want else ids
 
-    def _tokenize(self, text: str) -> list[int]:
-        return [token.id for token in self.model.tokenize(text)]
+    def _tokenize(self, text: str, ends: bool) -> list[int]:
+        suffix = self.surfaces.suffix
+        if not suffix or ends:
+            return [token.id for token in self.model.tokenize(text)]
+        # The model reads whole words only: of the last token that which does not end one.
+        whole = self.model.token_to_id(text)
+        if whole is not None:
+            return [whole]
+        tokens = self.model.tokenize(text)
+        ids = [token.id for token in tokens]
+        inner = self.model.token_to_id(_without(tokens[-1].value, suffix)) if tokens else None
+        return ids if inner is None else [*ids[:-1], inner]
 
 
 class Words:
@@ -290,6 +303,8 @@ class Known:
         # Whether many of the texts seen last could not be laid out without the tokenizer's offsets. Either way the
         # result is the same.
         self.needs_offsets = False
+        self.few_added = len(info.added) + len(info.special) <= _FEW_ADDED
+        self.short_normalizer = len(_sign(info.backend.normalizer)) <= _SHORT_NORMALIZER
 
     @functools.cached_property
     def surfaces(self) -> Surfaces:
@@ -314,25 +329,56 @@ class Known:
 _CACHE_SIZE = 8
 _cache: OrderedDict[int, tuple[Any, tuple, Known]] = OrderedDict()
 _lock = threading.Lock()
+# What would take longer to look at than a text takes to align is not looked at: thousands of added tokens, and a
+# normalizer with a map of all characters. Of these only the number and the type count.
+_FEW_ADDED, _SHORT_NORMALIZER = 512, 1 << 14
+_MODEL_SETTINGS = (
+    "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word", "byte_fallback",
+)  # fmt: skip
+
+
+def _sign(component: Any) -> str:
+    """What tells a component of a tokenizer from another."""
+    try:
+        return repr(component)
+    except Exception:  # made in Python
+        return type(component).__name__
+
+
+def _signs(tokenizer: Any, of: Known) -> tuple:
+    """What changes with a tokenizer, as far as it can be told in microseconds: of the vocabulary samples."""
+    backend = of.info.backend
+    size, model, normalizer = backend.get_vocab_size(), backend.model, backend.normalizer
+    return (
+        size,
+        tuple(backend.id_to_token(i) for i in range(0, size, size // 64 + 1)),
+        tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES),
+        type(model),
+        tuple(getattr(model, name, None) for name in _MODEL_SETTINGS),
+        tuple((i, token.content, token.special) for i, token in backend.get_added_tokens_decoder().items())
+        if of.few_added
+        else (),
+        _sign(normalizer) if of.short_normalizer else type(normalizer),
+        _sign(backend.pre_tokenizer),
+        _sign(backend.decoder),
+    )
 
 
 def known(tokenizer: Any, name: str) -> Known:
-    """``read_tokenizer``, once per tokenizer: again only if its vocabulary or its roles have changed.
+    """``read_tokenizer``, once per tokenizer: again only if the tokenizer has changed.
 
     Raises:
         TypeError: not a fast tokenizer.
     """
     backend = backend_of(tokenizer, name)
-    size = backend.get_vocab_size()
-    samples = tuple(backend.id_to_token(i) for i in range(0, size, size // 16 + 1))
-    roles = tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES)
-    state = size, samples, roles
     with _lock:
         entry = _cache.get(id(tokenizer))
-        if entry is not None and entry[1] == state:
+        if entry is not None:
             _cache.move_to_end(id(tokenizer))
-            return entry[2]
+    if entry is not None and entry[2].info.backend is backend and entry[1] == _signs(tokenizer, entry[2]):
+        return entry[2]
     result = Known(read_tokenizer(tokenizer, name))
+    state = _signs(tokenizer, result)
     with _lock:
         # The tokenizer itself is kept, so that no other can take its id.
         _cache[id(tokenizer)] = tokenizer, state, result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ __all__ = [
     "encode",
     "plain_settings",
     "read_tokenizer",
+    "template_ends",
 ]
 
 ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
@@ -34,7 +37,17 @@ _CONVENTION = {
     "[CLS]": "cls",
     "[SEP]": "sep",
     "<s>": "bos",
+    "<bos>": "bos",
+    "<|begin_of_text|>": "bos",
+    "<|startoftext|>": "bos",
+    "<｜begin▁of▁sentence｜>": "bos",
     "</s>": "eos",
+    "<eos>": "eos",
+    "<|end_of_text|>": "eos",
+    "<|endoftext|>": "eos",
+    "<｜end▁of▁sentence｜>": "eos",
+    "<|finetune_right_pad_id|>": "pad",
+    "<|padding|>": "pad",
 }
 
 
@@ -142,20 +155,52 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
     )
 
 
+# The backends that are being read: how many readers each has, and the settings to give back after the last of them.
+_readers: dict[int, tuple[int, Any, Any]] = {}
+_settings_lock = threading.Lock()
+
+
 @contextmanager
-def plain_settings(backend: tokenizers.Tokenizer, max_length: int | None = None) -> Iterator[None]:
-    """No padding, and no truncation but the one asked for: a tokenizer file may bring its own of both."""
-    truncation, padding = backend.truncation, backend.padding
+def plain_settings(backend: tokenizers.Tokenizer) -> Iterator[None]:
+    """No padding and no truncation: a tokenizer file may bring its own of both.
+
+    Several threads may read one tokenizer: the first switches its settings off, the last gives them back.
+    """
+    with _settings_lock:
+        count, truncation, padding = _readers.get(id(backend), (0, backend.truncation, backend.padding))
+        if not count:
+            # A tokenizer without settings is left alone: who encodes with it elsewhere is not disturbed.
+            if truncation is not None:
+                backend.no_truncation()
+            if padding is not None:
+                backend.no_padding()
+        _readers[id(backend)] = count + 1, truncation, padding
     try:
-        backend.no_padding()
-        if max_length is None:
-            backend.no_truncation()
-        else:
-            backend.enable_truncation(max_length)
         yield
     finally:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        with _settings_lock:
+            count, truncation, padding = _readers.pop(id(backend))
+            if count > 1:
+                _readers[id(backend)] = count - 1, truncation, padding
+            else:
+                if truncation is not None:
+                    backend.enable_truncation(**truncation)
+                if padding is not None:
+                    backend.enable_padding(**padding)
+
+
+def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[int, int]:
+    """How many special tokens the template puts before and after a text."""
+    count = backend.num_special_tokens_to_add(is_pair=False)
+    if not count:
+        return 0, 0
+    probes = (backend.encode(text) for text in ("a", "0 .", "я", "字"))
+    for encoding in itertools.chain(encodings[:8], probes):
+        mask = encoding.special_tokens_mask
+        if 0 in mask:
+            lead = mask.index(0)
+            return lead, mask[::-1].index(0)
+    return count, 0
 
 
 def check_room(backend: tokenizers.Tokenizer, name: str, max_length: int | None) -> None:
@@ -175,5 +220,13 @@ def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None =
     """
     backend = backend_of(tokenizer, name)
     check_room(backend, name, max_length)
-    with plain_settings(backend, max_length):
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    with plain_settings(backend):
+        encodings = backend.encode_batch_fast(texts)
+        rows = [encoding.ids for encoding in encodings]
+        # Not by the tokenizer's own truncation: another thread may want another length of it.
+        if max_length is not None and any(len(row) > max_length for row in rows):
+            _, trail = template_ends(backend, encodings)
+            rows = [
+                row[: max_length - trail] + row[len(row) - trail :] if len(row) > max_length else row for row in rows
+            ]
+    return rows

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import _native
 from ._native import module as _native_module
-from ._surfaces import Known, known, template_ends
-from ._tokenizers import check_room, encode, plain_settings
+from ._surfaces import Known, known
+from ._tokenizers import check_room, encode, plain_settings, template_ends
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .vocab import MatchedVocab, matched_ids

@@ -104,6 +104,8 @@ class Piece:
             if surfaces.byte_level and data[:1] == b" ":
                 before, data = "Ġ", data[1:]
             label = _readable(data)
+            if surfaces.suffix and token.endswith(surfaces.suffix):
+                after = surfaces.suffix
         else:
             for mark in filter(None, (surfaces.mark, surfaces.prefix)):
                 if label.startswith(mark):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._dispatch import implementation, resolve
 from ._native import module as _native_module
-from ._surfaces import BYTES, Known, Speller, Words, known, word_form
+from ._surfaces import BYTES, Known, Speller, Words, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
 from .spans import SpanPairs
 
@@ -121,14 +121,20 @@ def _as_int32(value: Any, name: str) -> Tensor:
     return tensor.detach().to("cpu", torch.int32).contiguous()
 
 
-def _role_rows(teacher: TokenizerInfo, student: TokenizerInfo, unk_id: int) -> dict[int, list[int]]:
+def _spells_every_byte(side: Known) -> bool:
+    surfaces = side.surfaces
+    single = {text for text, kind in zip(surfaces.texts, surfaces.kinds, strict=True) if kind == BYTES}
+    return all(bytes([b]) in single for b in range(256))
+
+
+def _role_rows(teacher: TokenizerInfo, student: TokenizerInfo, unknown: list[int]) -> dict[int, list[int]]:
     """Rows of the tokens that are not segmented: added tokens of either side, and special tokens."""
     rows: dict[int, list[int]] = {}
     if student.added:
         ids = teacher.ids()
         rows.update({ids[token]: [i] for token, i in student.added.items() if token in ids})
     for token, i in teacher.special.items():
-        rows[i] = [student.special.get(token, unk_id)]
+        rows[i] = [student.special[token]] if token in student.special else unknown
     for role, i in reversed(teacher.roles.items()):
         match = student.roles.get(role, student.roles.get(SUBSTITUTE.get(role, ""), None))
         if match is not None:
@@ -152,7 +158,7 @@ def _wordpiece_rows(
     )
 
 
-def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unk_id: int) -> list[list[int]]:
+def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unknown: list[int]) -> list[list[int]]:
     """Rows of any two tokenizers that are not both WordPiece."""
     surfaces = source.surfaces
     # A byte token may be marked as special: it stands for its byte all the same.
@@ -161,8 +167,8 @@ def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unk
     if target.info.kind != "WordPiece":
         speller = Speller(target)
         for i, form in forms.items():
-            row = None if form is None else speller.spell(*form)
-            rows[i] = [unk_id] if row is None else row
+            row = None if form is None else speller.spell(*form, ends_word(source, i))
+            rows[i] = unknown if row is None else row
         return [rows[i] for i in range(len(rows))]
 
     words = Words(target)
@@ -182,7 +188,7 @@ def _spelled_rows(source: Known, target: Known, fixed: dict[int, list[int]], unk
     flat, bounds = ids.tolist(), indptr.tolist()
     for i, (first, last) in spans.items():
         row = flat[bounds[first] : bounds[last]]
-        rows[i] = [unk_id] if unk_id in row else row
+        rows[i] = unknown if unknown[0] in row else row
     return [rows[i] for i in range(len(rows))]
 
 
@@ -256,11 +262,12 @@ class RemapTable:
         Args:
             teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``. A student without
                 a padding token is padded with id 0, which its attention mask hides; where it has no unknown
-                token, its padding or else its end-of-text token stands in.
+                token, its padding or else its end-of-text token stands in. Where it has none of these and
+                spells every byte, rows that would be UNK are empty, and ``unk_id`` is the padding.
 
         Raises:
             TypeError: not a fast tokenizer.
-            ValueError: a student without an unknown token, or one to stand in.
+            ValueError: a student without an unknown token, one to stand in, or all bytes.
         """
         source, target = known(teacher, "teacher"), known(student, "student")
         info = target.info
@@ -269,17 +276,21 @@ class RemapTable:
             unk_id = next(
                 (info.roles[role] for role in ("pad", "eos", "sep", "bos") if role in info.roles), None
             )
+        unknown = [] if unk_id is None else [unk_id]
         if unk_id is None:
-            raise ValueError(
-                "student: expected a tokenizer with an unknown token, got none in its vocabulary"
-            )
-        fixed = _role_rows(source.info, info, unk_id)
+            if info.kind == "WordPiece" or not _spells_every_byte(target):
+                raise ValueError(
+                    "student: expected a tokenizer with an unknown token, or one that spells every byte, got neither "
+                    "in its vocabulary"
+                )
+            unk_id = 0
+        fixed = _role_rows(source.info, info, unknown)
         numbers = len(info.tokens), unk_id, info.pad_id or 0
         self = cls.__new__(cls)
         if source.info.kind == "WordPiece" and info.kind == "WordPiece":
             self._setup(_wordpiece_rows(source.info.tokens, source.info.prefix, info, fixed), *numbers)
             return self
-        rows = _spelled_rows(source, target, fixed, unk_id)
+        rows = _spelled_rows(source, target, fixed, unknown)
         indptr = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in rows], out=indptr[1:])
         ids = np.fromiter((i for row in rows for i in row), dtype=np.int32)

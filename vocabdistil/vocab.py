@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._surfaces import Known, convention, known, word_form
+from ._surfaces import Known, convention, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE
 
 __all__ = ["MatchedVocab", "matched_ids"]
@@ -64,7 +64,8 @@ def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
             taken.add(j)
     by_form: dict[tuple[bool, bytes], int] = {}
     apart, byte_tokens = set(target.info.special.values()), set(target.surfaces.byte_ids.values())
-    for j in range(len(target.info.tokens)):
+    # Where word ends are marked, tokens that have the mark are the words of others.
+    for j in sorted(range(len(target.info.tokens)), key=lambda j: not ends_word(target, j)):
         form = word_form(target, j) if j not in apart else None
         # A byte token yields to a token of the same text that is not one.
         if form is not None and (form not in by_form or by_form[form] in byte_tokens):
@@ -72,7 +73,7 @@ def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
     apart = set(source.info.special.values())
     pairs = list(special.items())
     bytes_last = set(source.surfaces.byte_ids.values())
-    for i in sorted(range(len(source.info.tokens)), key=lambda i: i in bytes_last):
+    for i in sorted(range(len(source.info.tokens)), key=lambda i: (i in bytes_last, not ends_word(source, i))):
         form = word_form(source, i) if i not in apart else None
         j = by_form.pop(form, None) if form is not None else None
         if j is not None:

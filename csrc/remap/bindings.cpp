@@ -267,7 +267,8 @@ class Side {
 
   py::tuple row(size_t b) const { return py::make_tuple(rows_.at(b).start, rows_.at(b).end, rows_.at(b).limit); }
 
-  // Bytes of the texts, white space left out: all of them, and those inside the spans [start, end) of tokens.
+  // Bytes of the texts, white space left out: all of them, and those inside the spans [start, end) of tokens, which
+  // ascend. Tokens may share bytes; each counts once.
   std::pair<int64_t, int64_t> bytes(const py::list& texts, uintptr_t starts, uintptr_t ends, int64_t count,
                                     int64_t length) const {
     std::vector<std::string_view> views;
@@ -276,20 +277,28 @@ class Side {
     const auto* start = at<const int32_t>(starts);
     const auto* end = at<const int32_t>(ends);
     std::pair<int64_t, int64_t> total{0, 0};
-    for (const auto& view : views) total.first += ink(view);
-    for (int64_t p = 0; p < count; ++p) {
-      const auto b = static_cast<size_t>(start[p] / std::max<int64_t>(length, 1));
-      if (b >= rows_.size() || b >= views.size()) continue;
+    int64_t p = 0;
+    for (size_t b = 0; b < std::min(rows_.size(), views.size()); ++b) {
+      const std::vector<int32_t> before = ink_before(views[b]);
+      const auto size = static_cast<int32_t>(views[b].size());
+      total.first += before[size];
       const LocatedRow& row = rows_[b];
       const int64_t base = static_cast<int64_t>(b) * length;
-      const int64_t stop = std::min<int64_t>(end[p] - base, static_cast<int64_t>(row.start.size()));
-      int32_t from = static_cast<int32_t>(views[b].size()), to = 0;
-      for (int64_t k = start[p] - base; k < stop; ++k) {
-        if (row.start[k] < 0 || row.start[k] >= row.end[k]) continue;
-        from = std::min(from, row.start[k]);
-        to = std::max(to, row.end[k]);
+      int32_t counted = 0;
+      for (; p < count && start[p] < base + length; ++p) {
+        const int64_t stop = std::min<int64_t>(end[p] - base, static_cast<int64_t>(row.start.size()));
+        int32_t from = size, to = 0;
+        for (int64_t k = std::max<int64_t>(start[p] - base, 0); k < stop; ++k) {
+          if (row.start[k] < 0 || row.start[k] >= row.end[k]) continue;
+          from = std::min(from, row.start[k]);
+          to = std::max(to, row.end[k]);
+        }
+        from = std::max(from, counted);
+        to = std::min(to, size);
+        if (from >= to) continue;
+        total.second += before[to] - before[from];
+        counted = to;
       }
-      if (from < to) total.second += ink(views[b].substr(from, to - from));
     }
     return total;
   }

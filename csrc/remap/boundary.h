@@ -33,8 +33,8 @@ int64_t align_boundaries(const TokenSpans& teacher, const TokenSpans& student, i
 std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const std::vector<TokenSpans>& student,
                                  int64_t teacher_length, int64_t student_length, int threads);
 
-// Bytes of the text that are not white space.
-int64_t ink(std::string_view text);
+// For each position of the text and its end: how many bytes before it belong to characters that are not white space.
+std::vector<int32_t> ink_before(std::string_view text);
 
 // What the pairs of a batch make of one side.
 struct SideCoverage {
@@ -94,6 +94,10 @@ class Surfaces {
   bool known(int32_t id) const {
     return static_cast<uint32_t>(id) < kinds_.size() && kinds_[static_cast<uint32_t>(id)] != kUnknown;
   }
+
+  // Whether the space that byte-level token k begins with is not in the text at `at`, where the added token before it
+  // ends: some tokenizers put one before every text between added tokens.
+  bool puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const;
 
   std::string bytes_;
   std::vector<int64_t> bounds_;

@@ -72,15 +72,15 @@ void split_at_spaces(std::string_view text, const int32_t* start, const int32_t*
 
 }  // namespace
 
-int64_t ink(std::string_view text) {
-  int64_t count = 0;
+std::vector<int32_t> ink_before(std::string_view text) {
   const auto size = static_cast<int64_t>(text.size());
+  std::vector<int32_t> before(text.size() + 1, 0);
   for (int64_t at = 0; at < size;) {
     const Char c = char_at(text, at);
-    at += c.size;
-    count += is_space(c.code) ? 0 : c.size;
+    const int32_t step = is_space(c.code) ? 0 : 1;
+    for (const int64_t next = at + c.size; at < next; ++at) before[at + 1] = before[at] + step;
   }
-  return count;
+  return before;
 }
 
 Folds::Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds) : first_(0x10001, 0) {
@@ -104,6 +104,12 @@ Surfaces::Surfaces(const std::vector<std::string_view>& surfaces, const std::vec
   }
 }
 
+bool Surfaces::puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const {
+  if (skips_ || k == 0 || !known(ids[k]) || kinds_[ids[k]] != kBytes) return false;
+  if (known(ids[k - 1]) && kinds_[ids[k - 1]] == kBytes) return false;
+  return starts_with(surface(ids[k]), " ") && !starts_with(text.substr(static_cast<size_t>(at)), " ");
+}
+
 bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int32_t* ids, int64_t size, bool inserted,
                      int32_t* start, int32_t* end) const {
   text = text.substr(0, static_cast<size_t>(to));
@@ -115,6 +121,7 @@ bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int3
       if (rest.empty() || rest[0] != ' ') return false;
       rest.remove_prefix(1);
     }
+    if (puts_space(text, at, ids, k)) rest.remove_prefix(1);
     if (skips_ && !rest.empty() && rest[0] != ' ' && !starts_with(text.substr(at), rest)) at = ink_start(text, at, to);
     if (starts_with(text.substr(at), rest)) {
       start[k] = static_cast<int32_t>(at);
@@ -183,6 +190,11 @@ void Surfaces::refine(std::string_view text, const int32_t* ids, int64_t size, i
     e = std::clamp(e, s, length);
     if (known(ids[k])) {
       const std::string_view own = surface(ids[k]);
+      if (k > 0 && puts_space(text, end[k - 1], ids, k)) {
+        // Trimmed offsets count the space that was put there as a character of the text.
+        s = std::clamp(end[k - 1], last_start, length);
+        e = std::max(e, s);
+      }
       const size_t ink = own.find_first_not_of(" \t\n\r\v\f");
       const bool blank = ink == std::string_view::npos;
       const size_t spaces = blank ? own.size() : ink;

@@ -259,6 +259,7 @@ def test_bad_arguments(tmp_path) -> None:
         ({"num_proc": -1}, ValueError, "num_proc: expected an integer of at least 0"),
         ({"method": "words"}, ValueError, "method: expected one of"),
         ({"max_length": 0}, ValueError, "max_length: expected at least 1"),
+        ({"method": "reduce", "table": 3}, TypeError, "table: expected a RemapTable, got int"),
     ):
         with pytest.raises(kind, match=message):
             cache(tmp_path / "out", **options)

@@ -162,9 +162,12 @@ def test_bad_arguments() -> None:
         ([], METHODS, ValueError, "texts: expected at least one"),
         (["a"], ["words"], ValueError, "method: expected one of"),
         (["a"], "word", TypeError, "methods: expected a list"),
+        (None, ["word"], TypeError, "texts: expected a list of strings, got NoneType"),
     ):
         with pytest.raises(kind, match=message):
             vd.coverage(texts, a, b, methods)
+    with pytest.raises(TypeError, match="table: expected a RemapTable, got int"):
+        vd.coverage(["a"], a, b, table=3)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ._surfaces import known
 from ._tokenizers import plain_settings
-from .align import align_texts, check_lengths, check_method, check_text
+from .align import align_texts, check_lengths, check_method, check_ready, check_text
 from .collator import SPANS, Rows, one_thread_in_workers, text_of
 from .errors import VocabdistilError
 from .files import whole_file
@@ -204,6 +204,7 @@ def cache_aligned(
 
     check_method(method)
     limits = check_lengths(max_length)
+    check_ready(table, matched)
     for name, value, least in (("shard_size", shard_size, 1), ("num_proc", num_proc, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -17,6 +17,7 @@ from .align import (
     Tokens,
     align_texts,
     check_method,
+    check_ready,
     check_text,
     locate,
     match_pairs,
@@ -163,7 +164,8 @@ def coverage(
         raise TypeError(f"methods: expected a list of methods, got the string {methods!r}")
     for method in methods:
         check_method(method)
-    if isinstance(texts, (str, bytes)):
+    check_ready(table, matched)
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
     sources = known(teacher, "teacher"), known(student, "student")
     if matched is None:

@@ -219,6 +219,7 @@ def test_coverage_counts() -> None:
 
 
 ids = torch.zeros(2, 3, dtype=torch.int64)
+jagged = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
 one = MatchedVocab(teacher_ids=[0], student_ids=[0])
 
 
@@ -229,7 +230,12 @@ one = MatchedVocab(teacher_ids=[0], student_ids=[0])
         ((ids, ids.bool(), one), TypeError, "student_ids.*bool"),
         ((ids, ids[:1], one), ValueError, "student_ids.*2 sequences, got 1"),
         ((ids[0], ids, one), ValueError, "teacher_ids.*shape"),
-        ((ids, ids.to("meta"), one), (ValueError, NotImplementedError), "student_ids|meta"),
+        ((ids, ids.to("meta"), one), ValueError, "student_ids.*meta device"),
+        ((ids.to_sparse(), ids, one), ValueError, "teacher_ids.*sparse_coo"),
+        ((jagged, ids, one), ValueError, "teacher_ids.*jagged"),
+        (([[None]], ids, one), TypeError, r"teacher_ids\[0\].*NoneType"),
+        ((ids, [[0], [2**70]], one), ValueError, rf"student_ids\[1\].*{2**70}"),
+        ((ids, ids, one, None, ids.to_sparse()), ValueError, "student_mask.*sparse_coo"),
         ((ids, ids, {}), TypeError, "matched.*dict"),
         ((ids, ids, one, ids[:, :1]), ValueError, "teacher_mask.*shape"),
         ((ids, ids, one, None, ids.float()), TypeError, "student_mask.*float32"),

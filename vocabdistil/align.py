@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from . import _native
 from ._native import module as _native_module
 from ._surfaces import Known, known, template_ends
 from ._tokenizers import check_room, encode, plain_settings
-from ._values import check_kind, integer
+from ._values import check_dense, check_kind, integer
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .vocab import MatchedVocab, matched_ids
@@ -220,11 +221,11 @@ class AlignedBatch:
 
 
 def match_pairs(
-    teacher_ids: Tensor | Sequence[Sequence[int]],
-    student_ids: Tensor | Sequence[Sequence[int]],
+    teacher_ids: Tensor | np.ndarray | Sequence[Sequence[int]],
+    student_ids: Tensor | np.ndarray | Sequence[Sequence[int]],
     matched: MatchedVocab,
-    teacher_mask: Tensor | Sequence[Sequence[int]] | None = None,
-    student_mask: Tensor | Sequence[Sequence[int]] | None = None,
+    teacher_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
+    student_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
 ) -> SpanPairs:
     """The ``match`` alignment of arXiv 2205.02340: equal tokens, taken greedily from left to right.
 
@@ -233,7 +234,7 @@ def match_pairs(
     nothing.
 
     Args:
-        teacher_ids: ``[B, L_t]`` int64 or int32, or a list of lists.
+        teacher_ids: ``[B, L_t]`` int64 or int32, a numpy array of integers, or a list of lists.
         student_ids: ``[B, L_s]``, the same.
         matched: which ids are the same token.
         teacher_mask, student_mask: bool or integers of the same shapes; tokens with 0 are left out.
@@ -311,6 +312,7 @@ def boundary_pairs(
     ):
         if not isinstance(offsets, Tensor):
             raise TypeError(f"{name}_offsets: expected a tensor, got {type(offsets).__name__}")
+        check_dense(offsets, f"{name}_offsets")
         if offsets.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}_offsets: expected int64 or int32, got {offsets.dtype}")
         if offsets.dim() != 3 or offsets.shape[2] != 2:

@@ -212,6 +212,20 @@ def test_trains_in_a_trainer(tmp_path, kind: str) -> None:
     assert len(seen) == 12 and sum(seen[-3:]) < 0.7 * sum(seen[:3])
 
 
+def test_features_need_not_be_a_list() -> None:
+    class Texts:
+        """As data sets are: no list, no Collection even."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> dict[str, str]:
+            return [{"text": "a b"}, {"text": "c"}][i]
+
+    collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
+    assert same(collator(Texts()), collator(["a b", "c"]))
+
+
 def test_bad_features() -> None:
     collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
     row = rows_of(vd.align(["a b"], family("byte-level"), family("wordpiece")))[0]

@@ -163,12 +163,15 @@ def test_bad_arguments() -> None:
         ([], METHODS, ValueError, "texts: expected at least one"),
         (["a"], ["words"], ValueError, "method: expected one of"),
         (["a"], "word", TypeError, "methods: expected a list"),
+        (["a"], None, TypeError, "methods: expected a list of methods, got None"),
         (None, ["word"], TypeError, "texts: expected a list of strings, got NoneType"),
     ):
         with pytest.raises(kind, match=message):
             vd.coverage(texts, a, b, methods)
     with pytest.raises(TypeError, match="table: expected a RemapTable, got int"):
         vd.coverage(["a"], a, b, table=3)
+    with pytest.raises(ValueError, match=r"matched.student_ids: expected ids from 0 to \d+, got 1000000"):
+        vd.coverage(["a"], a, b, matched=vd.MatchedVocab([0], [10**6]))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,7 +309,7 @@ class AlignmentCollator:
                 self.mask_weights[list(infos[1].special.values())] = 0
 
     def __call__(self, features: Sequence[Any]) -> AlignmentBatch:
-        if isinstance(features, (str, bytes, Mapping)) or not isinstance(features, Collection):
+        if isinstance(features, (str, bytes, Mapping)) or not isinstance(features, Sized):
             raise TypeError(f"features: expected a list of texts or of rows, got {type(features).__name__}")
         if not len(features):
             raise ValueError("features: expected at least one, got none")

@@ -289,6 +289,18 @@ def test_every_field_of_the_manifest_is_checked(tmp_path) -> None:
     assert len(cache(tmp_path)) == len(TEXTS)
 
 
+def test_nothing_follows_a_short_shard(tmp_path) -> None:
+    cache(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert 0 < manifest["shards"][-1]["rows"] < manifest["shard_size"]
+    # As if the job had been killed between its last shard and its end.
+    path.write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(VocabdistilError, match=f"was made of the first {len(TEXTS)} of these texts"):
+        cache(tmp_path, [*TEXTS, "one more"])
+    assert len(cache(tmp_path)) == len(TEXTS) and json.loads(path.read_text()) == manifest
+
+
 def test_other_folders(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(VocabdistilError, match="has other files and no manifest.json"):

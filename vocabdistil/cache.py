@@ -275,11 +275,13 @@ def _fill(
         _verify(folder, k, record)
         first += record["rows"]
         advance(record["rows"])
+    # A shorter shard was the last one, even if the job was stopped before it noted that.
+    ended = manifest["complete"] or (shards and shards[-1]["rows"] < settings["shard_size"])
+    if ended and next(texts, None) is not None:
+        raise VocabdistilError(
+            f"folder: {folder} was made of the first {first} of these texts; take another folder or remove it"
+        )
     if manifest["complete"]:
-        if next(texts, None) is not None:
-            raise VocabdistilError(
-                f"folder: {folder} was made of the first {first} of these texts; take another folder or remove it"
-            )
         return
     _write_manifest(folder, manifest)
     # Items are asked for with their texts, so that one process reads these, and come back in order.

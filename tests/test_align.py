@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -298,6 +299,7 @@ def test_coverage_counts() -> None:
 
 
 ids = torch.zeros(2, 3, dtype=torch.int64)
+jagged = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
 one = MatchedVocab(teacher_ids=[0], student_ids=[0])
 
 
@@ -308,7 +310,12 @@ one = MatchedVocab(teacher_ids=[0], student_ids=[0])
         ((ids, ids.bool(), one), TypeError, "student_ids.*bool"),
         ((ids, ids[:1], one), ValueError, "student_ids.*2 sequences, got 1"),
         ((ids[0], ids, one), ValueError, "teacher_ids.*shape"),
-        ((ids, ids.to("meta"), one), (ValueError, NotImplementedError), "student_ids|meta"),
+        ((ids, ids.to("meta"), one), ValueError, "student_ids.*meta device"),
+        ((ids.to_sparse(), ids, one), ValueError, "teacher_ids.*sparse_coo"),
+        ((jagged, ids, one), ValueError, "teacher_ids.*jagged"),
+        (([[None]], ids, one), TypeError, r"teacher_ids\[0\].*NoneType"),
+        ((ids, [[0], [2**70]], one), ValueError, rf"student_ids\[1\].*{2**70}"),
+        ((ids, ids, one, None, ids.to_sparse()), ValueError, "student_mask.*sparse_coo"),
         ((ids, ids, {}), TypeError, "matched.*dict"),
         ((ids, ids, one, ids[:, :1]), ValueError, "teacher_mask.*shape"),
         ((ids, ids, one, None, ids.float()), TypeError, "student_mask.*float32"),
@@ -329,6 +336,12 @@ def test_bad_ids(arguments: tuple, error: type[Exception], text: str) -> None:
         (dict(max_length=0), ValueError, "max_length.*got 0"),
         (dict(max_length=1), ValueError, "max_length.*2 special tokens of teacher, got 1"),
         (dict(max_length="5"), TypeError, "max_length.*str"),
+        (dict(max_length=True), TypeError, "max_length.*bool"),
+        (dict(max_length=(4, np.bool_(True))), TypeError, "max_length.*bool"),
+        (dict(max_length=torch.ones(2)), TypeError, "max_length.*Tensor"),
+        (dict(method=["boundary"]), ValueError, r"method.*\['boundary'\]"),
+        (dict(method="reduce", table="x"), TypeError, "table: expected a RemapTable, got str"),
+        (dict(matched=3), TypeError, "matched: expected a MatchedVocab, got int"),
         (dict(teacher=object()), TypeError, "teacher.*object"),
         (dict(student=object()), TypeError, "student.*object"),
     ],
@@ -338,3 +351,16 @@ def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> No
     with pytest.raises(error, match=text) as caught:
         align(**{"texts": ["walk"], "teacher": side, "student": side, **arguments})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["boundary", "word", "match", "reduce"])
+def test_lengths_that_no_text_reaches_limit_nothing(method: str) -> None:
+    side = train(small_text(20), 100)
+    texts = small_text(4)
+    free = align(texts, side, side, method)
+    for length in (np.int64(1000), 2**31, 2**63, 2**70, (2**64, None)):
+        batch = align(texts, side, side, method, length)
+        assert torch.equal(batch.teacher.input_ids, free.teacher.input_ids)
+        assert torch.equal(batch.student.input_ids, free.student.input_ids)
+        assert torch.equal(batch.pairs.student_end, free.pairs.student_end)
+    assert align(texts, side, side, method, np.int64(4)).teacher.input_ids.shape[1] == 4

@@ -448,6 +448,9 @@ offsets = torch.zeros(2, 3, 2, dtype=torch.int64)
         ((offsets[..., 0], offsets), ValueError, r"teacher_offsets.*\(2, 3\)"),
         ((offsets, offsets + 2**31), ValueError, "student_offsets.*32 bits"),
         ((offsets, offsets, offsets), ValueError, "teacher_mask.*shape"),
+        ((offsets.to("meta"), offsets), ValueError, "teacher_offsets.*meta"),
+        ((offsets, offsets.to_sparse()), ValueError, "student_offsets.*sparse_coo"),
+        ((offsets, offsets, offsets[..., 0].to_sparse()), ValueError, "teacher_mask.*sparse_coo"),
     ],
 )
 def test_bad_offsets(arguments: tuple, error: type[Exception], text: str) -> None:

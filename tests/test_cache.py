@@ -240,6 +240,67 @@ def test_damage_is_noticed(tmp_path, damage: str) -> None:
             rows[20]
 
 
+def test_every_field_of_the_manifest_is_checked(tmp_path) -> None:
+    cache(tmp_path)
+    path = tmp_path / "manifest.json"
+    good = path.read_text()
+    assert len(json.loads(good)["shards"]) > 1
+    gone = object()
+    for keys, value, message in (
+        (("format",), gone, "format: expected a number, got nothing"),
+        (("format",), "1", "format: expected a number, got '1'"),
+        (("format",), 2, "format: expected 1, got 2"),
+        (("method",), "words", "method: expected .* got 'words'"),
+        (("method",), ["word"], "method: expected"),
+        (("max_length",), 5, "max_length: expected two numbers of at least 1, or null, got 5"),
+        (("max_length",), [4, 0], "max_length: expected"),
+        (("max_length",), gone, "max_length: expected .* got nothing"),
+        (("shard_size",), 0, "shard_size: expected a number of at least 1, got 0"),
+        (("shard_size",), True, "shard_size: expected a number of at least 1, got True"),
+        (("shard_size",), 15, r"shards\[0\]: rows: expected 15, as shard_size, got 16"),
+        (("teacher",), None, "teacher: expected a string, got None"),
+        (("table",), 3, "table: expected a string or null, got 3"),
+        (("matched",), gone, "matched: expected a string or null, got nothing"),
+        (("complete",), 1, "complete: expected true or false, got 1"),
+        (("shards",), {}, "shards: expected a list"),
+        (("shards", 1), 7, r"shards\[1\]: expected an object, got 7"),
+        (("shards", 1, "rows"), -5, r"shards\[1\]: rows: expected a number of at least 1, got -5"),
+        (("shards", 0, "rows"), 3, r"shards\[0\]: rows: expected 16, as shard_size, got 3"),
+        (("shards", 0, "bytes"), 1.5, r"shards\[0\]: bytes: expected a number, got 1.5"),
+        (("shards", 0, "crc32"), None, r"shards\[0\]: crc32: expected a number, got None"),
+        (("shards", 0, "texts"), gone, r"shards\[0\]: texts: expected a string, got nothing"),
+    ):
+        manifest = json.loads(good)
+        place = manifest
+        for key in keys[:-1]:
+            place = place[key]
+        if value is gone:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+        path.write_text(json.dumps(manifest))
+        for reopen in (lambda: AlignedDataset(tmp_path), lambda: cache(tmp_path)):
+            with pytest.raises(VocabdistilError, match=f"manifest.json.*{message}"):
+                reopen()
+    path.write_text("[" * 100_000)
+    with pytest.raises(VocabdistilError, match="manifest.json is damaged"):
+        AlignedDataset(tmp_path)
+    path.write_text(good)
+    assert len(cache(tmp_path)) == len(TEXTS)
+
+
+def test_nothing_follows_a_short_shard(tmp_path) -> None:
+    cache(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert 0 < manifest["shards"][-1]["rows"] < manifest["shard_size"]
+    # As if the job had been killed between its last shard and its end.
+    path.write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(VocabdistilError, match=f"was made of the first {len(TEXTS)} of these texts"):
+        cache(tmp_path, [*TEXTS, "one more"])
+    assert len(cache(tmp_path)) == len(TEXTS) and json.loads(path.read_text()) == manifest
+
+
 def test_other_folders(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(VocabdistilError, match="has other files and no manifest.json"):
@@ -259,6 +320,7 @@ def test_bad_arguments(tmp_path) -> None:
         ({"num_proc": -1}, ValueError, "num_proc: expected an integer of at least 0"),
         ({"method": "words"}, ValueError, "method: expected one of"),
         ({"max_length": 0}, ValueError, "max_length: expected at least 1"),
+        ({"method": "reduce", "table": 3}, TypeError, "table: expected a RemapTable, got int"),
     ):
         with pytest.raises(kind, match=message):
             cache(tmp_path / "out", **options)

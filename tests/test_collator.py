@@ -212,6 +212,20 @@ def test_trains_in_a_trainer(tmp_path, kind: str) -> None:
     assert len(seen) == 12 and sum(seen[-3:]) < 0.7 * sum(seen[:3])
 
 
+def test_features_need_not_be_a_list() -> None:
+    class Texts:
+        """As data sets are: no list, no Collection even."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> dict[str, str]:
+            return [{"text": "a b"}, {"text": "c"}][i]
+
+    collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
+    assert same(collator(Texts()), collator(["a b", "c"]))
+
+
 def test_bad_features() -> None:
     collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
     row = rows_of(vd.align(["a b"], family("byte-level"), family("wordpiece")))[0]
@@ -228,6 +242,10 @@ def test_bad_features() -> None:
         ([row, {**row, "teacher_end": row["teacher_end"][:-1]}], ValueError, r"features\[1\]\['teacher_end'\]"),
         ([{**row, "teacher_end": [9] * len(row["teacher_end"])}], ValueError, r"features\[0\]: expected ascending"),
         ([{**row, "student_start": [-1] * len(row["teacher_end"])}], ValueError, "of the student, got"),
+        (None, TypeError, "features: expected a list of texts or of rows, got NoneType"),
+        ("ab", TypeError, "features: expected .* got str"),
+        (row, TypeError, "features: expected .* got dict"),
+        ((text for text in "ab"), TypeError, "features: expected .* got generator"),
     ):
         with pytest.raises(kind, match=message):
             collator(features)
@@ -244,11 +262,32 @@ def test_bad_settings() -> None:
         ({"max_length": "5"}, TypeError, "max_length: expected an integer, got str"),
         ({"pad_to_multiple_of": 0}, ValueError, "pad_to_multiple_of: expected"),
         ({"mlm_probability": 1.5}, ValueError, "mlm_probability: expected"),
-        ({"mlm_probability": 0.1, "mask_weights": torch.ones(3)}, ValueError, r"mask_weights: expected .* got \(3,\)"),
-        ({"mlm_probability": 0.1, "mask_weights": [1.0]}, ValueError, "mask_weights: expected .* got list"),
+        ({"pad_to_multiple_of": 2**62}, ValueError, f"pad_to_multiple_of: expected .* got {2**62}"),
+        ({"pad_to_multiple_of": True}, TypeError, "pad_to_multiple_of: expected an integer, got bool"),
+        ({"mlm_probability": "x"}, TypeError, "mlm_probability: expected a number, got str"),
+        ({"mlm_probability": float("nan")}, ValueError, "mlm_probability: expected .* got nan"),
+        ({"text_column": None}, TypeError, "text_column: expected a string, got NoneType"),
+        ({"table": 3}, TypeError, "table: expected a RemapTable, got int"),
+        ({"method": "reduce", "table": "x"}, TypeError, "table: expected a RemapTable, got str"),
+        ({"matched": 3}, TypeError, "matched: expected a MatchedVocab, got int"),
     ):
         with pytest.raises(kind, match=message):
             AlignmentCollator(a, b, **options)
+    ones = torch.ones(b.get_vocab_size())
+    for weights, kind, message in (
+        ([1.0], TypeError, "expected a tensor, got list"),
+        (ones.long(), TypeError, "expected floating numbers, got torch.int64"),
+        (torch.ones(3), ValueError, r"expected one weight for each .* got shape \(3,\)"),
+        (ones.to("meta"), ValueError, "on the CPU, got torch.strided on meta"),
+        (ones.to_sparse(), ValueError, "dense tensor on the CPU, got torch.sparse_coo"),
+        (-ones, ValueError, r"expected finite numbers of at least 0.* got -1.0 to -1.0"),
+        (ones * 0, ValueError, r"one of them above 0, got 0.0 to 0.0"),
+        (torch.where(ones.cumsum(0) == 5, torch.nan, ones), ValueError, "expected finite numbers.* got nan"),
+        (torch.where(ones.cumsum(0) == 5, torch.inf, ones), ValueError, "expected finite numbers.* to inf"),
+    ):
+        for mlm_probability in (0.0, 0.1):
+            with pytest.raises(kind, match=f"^mask_weights: .*{message}"):
+                AlignmentCollator(a, b, mlm_probability=mlm_probability, mask_weights=weights)
     with pytest.raises(ValueError, match="student: expected a tokenizer with a mask token"):
         AlignmentCollator(b, family("llama"), mlm_probability=0.1)
     with pytest.raises(TypeError, match="teacher: expected a fast tokenizer"):

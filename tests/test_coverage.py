@@ -18,6 +18,7 @@ from tests.test_collator import METHODS, PAIRS, rows_of
 from vocabdistil.cli import main
 from vocabdistil.collator import SPANS
 from vocabdistil.data import wordpiece_like
+from vocabdistil.report import coverage_tables
 
 TEXTS = [*SCRIPTS, "", "quux ☃", *small_text(60)]
 
@@ -162,9 +163,15 @@ def test_bad_arguments() -> None:
         ([], METHODS, ValueError, "texts: expected at least one"),
         (["a"], ["words"], ValueError, "method: expected one of"),
         (["a"], "word", TypeError, "methods: expected a list"),
+        (["a"], None, TypeError, "methods: expected a list of methods, got None"),
+        (None, ["word"], TypeError, "texts: expected a list of strings, got NoneType"),
     ):
         with pytest.raises(kind, match=message):
             vd.coverage(texts, a, b, methods)
+    with pytest.raises(TypeError, match="table: expected a RemapTable, got int"):
+        vd.coverage(["a"], a, b, table=3)
+    with pytest.raises(ValueError, match=r"matched.student_ids: expected ids from 0 to \d+, got 1000000"):
+        vd.coverage(["a"], a, b, matched=vd.MatchedVocab([0], [10**6]))
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +196,29 @@ def test_command_prints_a_table_and_json(folders, text_file, capsys) -> None:
     assert f"{share:.1%}" in out and "word" in out and "boundary" not in out and "[CLS]" in out
     assert main([*command, "--method", "words"]) == 2
     assert "--method: expected boundary or word or match or reduce, got 'words'\n" in capsys.readouterr().err
+
+
+def test_command_says_which_teachers_a_vocabulary_is_trained_for(folders, text_file, capsys) -> None:
+    assert main(["coverage", "--teacher", folders[1], "--text", str(text_file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vocabdistil: --teacher: ") and "(WordPiece)" in error and "--student" in error
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "noted"),
+    [
+        ("wordpiece", "wordpiece uncased", True),
+        ("byte-level", "wordpiece uncased", True),
+        ("wordpiece uncased", "wordpiece uncased", False),
+        ("wordpiece uncased", "wordpiece", False),
+        ("unigram NFKC", "byte-level", False),
+    ],
+)
+def test_the_table_notes_upper_case_that_the_student_lowers(teacher: str, student: str, noted: bool) -> None:
+    sides = family(teacher), family(student)
+    for methods in (METHODS, ["word"]):
+        tables = coverage_tables(("a", "b"), sides, vd.coverage(["One Two"], *sides, methods))
+        assert ("upper case" in str(tables[1].caption)) == (noted and "reduce" in methods)
 
 
 def test_command_draws(folders, text_file, tmp_path, capsys) -> None:

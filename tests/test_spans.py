@@ -45,12 +45,29 @@ def test_moves_and_pickles():
         (([[0]], [[1]], [[0]], [[1]]), ValueError, "student_start"),
         (([0.5], [1.0], [0.0], [1.0]), TypeError, "student_start"),
         (([0], [2**31], [0], [1]), ValueError, "student_end"),
+        (([0], [1], [-(2**32)], [1]), ValueError, "teacher_start"),
     ],
 )
 def test_bad_spans_are_named(fields, error, name):
     with pytest.raises(error, match=f"^{name}") as caught:
         pairs(*fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (None, TypeError, "NoneType"),
+        ("a", TypeError, "str"),
+        ([2**70], ValueError, str(2**70)),
+        ([[1], [1, 2]], ValueError, "expected a list of integers"),
+        (torch.tensor([1]).to_sparse(), ValueError, "sparse_coo"),
+        (torch.zeros(1, dtype=torch.int32, device="meta"), ValueError, "meta"),
+    ],
+)
+def test_values_that_are_no_positions_are_named(value, error, text):
+    with pytest.raises(error, match=f"^teacher_end: .*{text}"):
+        vd.SpanPairs([0], [1], [0], value)
 
 
 def losses_of(module, pairs, reduction):

@@ -42,6 +42,15 @@ def test_slots() -> None:
         ([0.5], [0], TypeError, "teacher_ids.*float"),
         ([[0]], [[0]], ValueError, "teacher_ids.*shape"),
         ([0], torch.zeros(1, dtype=torch.bool), TypeError, "student_ids.*bool"),
+        (None, [1], TypeError, "teacher_ids.*NoneType"),
+        ({1}, [1], TypeError, "teacher_ids.*set"),
+        ([0], ["a"], TypeError, "student_ids"),
+        ([0, None], [0, 1], TypeError, "teacher_ids.*NoneType"),
+        ([2**70], [0], ValueError, f"teacher_ids.*{2**70}"),
+        ([0], [2**62], ValueError, f"student_ids.*from 0 to {2**31 - 1}, got {2**62}"),
+        ([[1], [2, 3]], [1], ValueError, "teacher_ids: expected a list of integers"),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), [1], ValueError, "teacher_ids.*meta"),
+        ([0, 1], torch.tensor([0, 1]).to_sparse(), ValueError, "student_ids.*sparse_coo"),
     ],
 )
 def test_bad_ids(teacher, student, error: type[Exception], text: str) -> None:

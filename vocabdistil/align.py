@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from . import _native
 from ._native import module as _native_module
 from ._surfaces import Known, known
 from ._tokenizers import check_room, encode, plain_settings, template_ends
+from ._values import check_dense, check_kind, integer
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .vocab import MatchedVocab, matched_ids
@@ -219,11 +221,11 @@ class AlignedBatch:
 
 
 def match_pairs(
-    teacher_ids: Tensor | Sequence[Sequence[int]],
-    student_ids: Tensor | Sequence[Sequence[int]],
+    teacher_ids: Tensor | np.ndarray | Sequence[Sequence[int]],
+    student_ids: Tensor | np.ndarray | Sequence[Sequence[int]],
     matched: MatchedVocab,
-    teacher_mask: Tensor | Sequence[Sequence[int]] | None = None,
-    student_mask: Tensor | Sequence[Sequence[int]] | None = None,
+    teacher_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
+    student_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
 ) -> SpanPairs:
     """The ``match`` alignment of arXiv 2205.02340: equal tokens, taken greedily from left to right.
 
@@ -232,7 +234,7 @@ def match_pairs(
     nothing.
 
     Args:
-        teacher_ids: ``[B, L_t]`` int64 or int32, or a list of lists.
+        teacher_ids: ``[B, L_t]`` int64 or int32, a numpy array of integers, or a list of lists.
         student_ids: ``[B, L_s]``, the same.
         matched: which ids are the same token.
         teacher_mask, student_mask: bool or integers of the same shapes; tokens with 0 are left out.
@@ -244,8 +246,7 @@ def match_pairs(
         TypeError: ids or masks of a wrong dtype.
         ValueError: wrong shapes, mixed devices, a batch whose positions do not fit 32 bits.
     """
-    if not isinstance(matched, MatchedVocab):
-        raise TypeError(f"matched: expected a MatchedVocab, got {type(matched).__name__}")
+    check_kind(matched, "matched", MatchedVocab)
     teacher, teacher_keep, device = _side(teacher_ids, teacher_mask, "teacher")
     student, student_keep, student_device = _side(student_ids, student_mask, "student")
     if student_device != device:
@@ -311,6 +312,7 @@ def boundary_pairs(
     ):
         if not isinstance(offsets, Tensor):
             raise TypeError(f"{name}_offsets: expected a tensor, got {type(offsets).__name__}")
+        check_dense(offsets, f"{name}_offsets")
         if offsets.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}_offsets: expected int64 or int32, got {offsets.dtype}")
         if offsets.dim() != 3 or offsets.shape[2] != 2:
@@ -514,7 +516,7 @@ METHODS = tuple(_METHODS)
 
 def check_method(method: str) -> None:
     """Raises ValueError unless ``method`` is an alignment."""
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
 
 
@@ -528,14 +530,23 @@ def check_lengths(max_length: int | Sequence[int | None] | None) -> Lengths:
     both = max_length if isinstance(max_length, (tuple, list)) else (max_length, max_length)
     if len(both) != 2:
         raise ValueError(f"max_length: expected one length or those of teacher and student, got {len(both)} of them")
+    limits: list[int | None] = []
     for length in both:
-        if length is None:
-            continue
-        if isinstance(length, bool) or not isinstance(length, int):
-            raise TypeError(f"max_length: expected an integer, got {type(length).__name__}")
-        if length < 1:
-            raise ValueError(f"max_length: expected at least 1, got {length}")
-    return both[0], both[1]
+        if length is not None:
+            length = integer(length, "max_length")
+            if length < 1:
+                raise ValueError(f"max_length: expected at least 1, got {length}")
+        # No batch has room for longer sequences, so a greater limit means the same.
+        limits.append(None if length is None else min(length, _INT32_MAX))
+    return limits[0], limits[1]
+
+
+def check_ready(table: RemapTable | None, matched: MatchedVocab | None) -> None:
+    """Raises TypeError unless what an alignment is given, to not make it again, is that."""
+    if table is not None:
+        check_kind(table, "table", RemapTable)
+    if matched is not None:
+        check_kind(matched, "matched", MatchedVocab)
 
 
 def check_text(text: object, name: str) -> None:
@@ -560,6 +571,7 @@ def align_texts(
     """:func:`align` without its coverage."""
     check_method(method)
     limits = check_lengths(max_length)
+    check_ready(table, matched)
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
     texts = list(texts)
@@ -601,7 +613,8 @@ def align(
         Both sides padded to their longest sequence, the span pairs and their coverage, on the CPU.
 
     Raises:
-        TypeError: texts that are not strings, a tokenizer that is not fast.
+        TypeError: texts that are not strings, a tokenizer that is not fast, a table or a matched vocabulary that is
+            none.
         ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
     """
     left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched)

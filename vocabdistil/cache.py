@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ._surfaces import known
 from ._tokenizers import plain_settings
-from .align import align_texts, check_lengths, check_method, check_text
+from .align import METHODS, align_texts, check_lengths, check_method, check_ready, check_text
 from .collator import SPANS, Rows, one_thread_in_workers, text_of
 from .errors import VocabdistilError
 from .files import whole_file
@@ -204,6 +204,7 @@ def cache_aligned(
 
     check_method(method)
     limits = check_lengths(max_length)
+    check_ready(table, matched)
     for name, value, least in (("shard_size", shard_size, 1), ("num_proc", num_proc, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
@@ -274,11 +275,13 @@ def _fill(
         _verify(folder, k, record)
         first += record["rows"]
         advance(record["rows"])
+    # A shorter shard was the last one, even if the job was stopped before it noted that.
+    ended = manifest["complete"] or (shards and shards[-1]["rows"] < settings["shard_size"])
+    if ended and next(texts, None) is not None:
+        raise VocabdistilError(
+            f"folder: {folder} was made of the first {first} of these texts; take another folder or remove it"
+        )
     if manifest["complete"]:
-        if next(texts, None) is not None:
-            raise VocabdistilError(
-                f"folder: {folder} was made of the first {first} of these texts; take another folder or remove it"
-            )
         return
     _write_manifest(folder, manifest)
     # Items are asked for with their texts, so that one process reads these, and come back in order.
@@ -295,21 +298,67 @@ def _shard_name(k: int) -> str:
     return f"shard-{k:05d}.arrow"
 
 
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+# What each field of a manifest must be, in words and as a test.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format": ("a number", _is_count),
+    "method": (" or ".join(map(repr, METHODS)), lambda value: isinstance(value, str) and value in METHODS),
+    "max_length": (
+        "two numbers of at least 1, or null",
+        lambda value: isinstance(value, list) and len(value) == 2 and all(x is None or _is_count(x, 1) for x in value),
+    ),
+    "shard_size": ("a number of at least 1", lambda value: _is_count(value, 1)),
+    "teacher": ("a string", lambda value: isinstance(value, str)),
+    "student": ("a string", lambda value: isinstance(value, str)),
+    "table": ("a string or null", lambda value: value is None or isinstance(value, str)),
+    "matched": ("a string or null", lambda value: value is None or isinstance(value, str)),
+    "complete": ("true or false", lambda value: isinstance(value, bool)),
+    "shards": ("a list", lambda value: isinstance(value, list)),
+}
+_RECORD: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rows": ("a number of at least 1", lambda value: _is_count(value, 1)),
+    "bytes": ("a number", _is_count),
+    "crc32": ("a number", _is_count),
+    "texts": ("a string", lambda value: isinstance(value, str)),
+}
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
+
+    def check(values: Any, where: str, wanted: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
+        if not isinstance(values, dict):
+            raise VocabdistilError(f"folder: {path} is damaged: {where}expected an object, got {values!r:.80}")
+        for name, (expected, fits) in wanted.items():
+            if name not in values:
+                raise VocabdistilError(f"folder: {path} is damaged: {where}{name}: expected {expected}, got nothing")
+            if not fits(values[name]):
+                raise VocabdistilError(
+                    f"folder: {path} is damaged: {where}{name}: expected {expected}, got {values[name]!r:.80}"
+                )
+
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        records = manifest["shards"]
-        well = isinstance(manifest["complete"], bool) and isinstance(manifest["shard_size"], int)
-        well = well and all(isinstance(r[name], int) for r in records for name in ("rows", "bytes", "crc32"))
     except FileNotFoundError:
         raise VocabdistilError(f"folder: {folder} holds no aligned texts (no {_MANIFEST})") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        well = False
-    if not well:
-        raise VocabdistilError(f"folder: {path} is damaged")
+    except (OSError, ValueError, RecursionError) as error:
+        raise VocabdistilError(f"folder: {path} is damaged: {error}") from None
+    # The other fields may be others in another format.
+    check(manifest, "", {"format": _FIELDS["format"]})
     if manifest["format"] != _FORMAT:
-        raise VocabdistilError(f"folder: {folder} has format {manifest['format']}, expected {_FORMAT}")
+        raise VocabdistilError(f"folder: {path}: format: expected {_FORMAT}, got {manifest['format']}")
+    check(manifest, "", _FIELDS)
+    records, size = manifest["shards"], manifest["shard_size"]
+    for k, record in enumerate(records):
+        check(record, f"shards[{k}]: ", _RECORD)
+        # A row is found by its number and the size of a shard; the last shard may be shorter.
+        if record["rows"] > size or (record["rows"] < size and k < len(records) - 1):
+            raise VocabdistilError(
+                f"folder: {path} is damaged: shards[{k}]: rows: expected {size}, as shard_size, got {record['rows']}"
+            )
     return manifest
 
 

@@ -118,7 +118,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _add_coverage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher's tokenizer")
-    p.add_argument("--student", metavar="DIR_OR_NAME", help="the student's (default: trained on the text)")
+    student = "the student's (default: trained on the text, which needs a BERT-like teacher: WordPiece)"
+    p.add_argument("--student", metavar="DIR_OR_NAME", help=student)
     _number(p, "--vocab-size", 5000, "of a trained one")
     p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to count on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")

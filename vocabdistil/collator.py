@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ._surfaces import known
-from .align import Aligned, Tokens, align_texts, check_lengths, check_method
+from ._values import integer
+from .align import Aligned, Tokens, align_texts, check_lengths, check_method, check_ready
 from .reference.mlm import mask_tokens
 from .remap import RemapTable
 from .spans import SpanPairs
@@ -21,6 +24,7 @@ from .vocab import MatchedVocab
 
 __all__ = ["AlignmentBatch", "AlignmentCollator", "Rows", "one_thread_in_workers", "restride", "text_of", "widen"]
 
+_INT32_MAX = 2**31 - 1
 SPANS = ("teacher_start", "teacher_end", "student_start", "student_end")
 
 
@@ -174,6 +178,27 @@ class Rows:
         return sides[0], sides[1], SpanPairs._trusted(*fields, int(both.sum()), *tokens), None
 
 
+def _check_weights(weights: object, size: int) -> None:
+    """``mask_weights``: floating ``[size]`` in host memory, none negative, not all 0."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"mask_weights: expected a tensor, got {type(weights).__name__}")
+    if not weights.is_floating_point():
+        raise TypeError(f"mask_weights: expected floating numbers, got {weights.dtype}")
+    if weights.shape != (size,):
+        raise ValueError(
+            f"mask_weights: expected one weight for each of the student's {size} tokens, got shape "
+            f"{tuple(weights.shape)}"
+        )
+    if weights.layout != torch.strided or weights.device.type != "cpu":
+        raise ValueError(f"mask_weights: expected a dense tensor on the CPU, got {weights.layout} on {weights.device}")
+    low, high = weights.min().item(), weights.max().item()
+    # What is not a number is both the least and the greatest.
+    if not (0 <= low and 0 < high < math.inf):
+        raise ValueError(
+            f"mask_weights: expected finite numbers of at least 0, one of them above 0, got {low} to {high}"
+        )
+
+
 def _round_up(width: int, multiple: int) -> int:
     return -(-width // multiple) * multiple
 
@@ -212,6 +237,9 @@ class AlignmentCollator:
     A ``Trainer`` needs ``remove_unused_columns=False``, and for a streamed data set
     ``accelerator_config={"dispatch_batches": False}``. It then moves the pairs to its device too.
 
+    Raises:
+        TypeError, ValueError: a setting that cannot work, named with what was expected.
+
     Raises (of a call):
         TypeError: features that are none of these.
         ValueError: no features, or a row of a cache that does not fit the tokenizers.
@@ -242,12 +270,19 @@ class AlignmentCollator:
         matched: MatchedVocab | None = None,
     ) -> None:
         check_method(method)
-        if pad_to_multiple_of is not None and (
-            isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1
-        ):
-            raise ValueError(f"pad_to_multiple_of: expected an integer of at least 1, got {pad_to_multiple_of!r}")
+        check_ready(table, matched)
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = integer(pad_to_multiple_of, "pad_to_multiple_of")
+            if not 1 <= pad_to_multiple_of <= _INT32_MAX:
+                raise ValueError(
+                    f"pad_to_multiple_of: expected a number from 1 to {_INT32_MAX}, got {pad_to_multiple_of}"
+                )
+        if isinstance(mlm_probability, bool) or not isinstance(mlm_probability, numbers.Real):
+            raise TypeError(f"mlm_probability: expected a number, got {type(mlm_probability).__name__}")
         if not 0 <= mlm_probability <= 1:
             raise ValueError(f"mlm_probability: expected a number from 0 to 1, got {mlm_probability}")
+        if not isinstance(text_column, str):
+            raise TypeError(f"text_column: expected a string, got {type(text_column).__name__}")
         self.teacher, self.student, self.method = teacher, student, method
         self.max_length = check_lengths(max_length)
         self.multiple = pad_to_multiple_of or 1
@@ -255,6 +290,8 @@ class AlignmentCollator:
         infos = known(teacher, "teacher").info, known(student, "student").info
         self.pad_ids = infos[0].pad_id or 0, infos[1].pad_id or 0
         self.vocab_sizes = len(infos[0].tokens), len(infos[1].tokens)
+        if mask_weights is not None:
+            _check_weights(mask_weights, self.vocab_sizes[1])
         # Made once here and not for every batch.
         if method == "reduce" and table is None:
             table = RemapTable.from_tokenizers(teacher, student)
@@ -270,14 +307,10 @@ class AlignmentCollator:
             if mask_weights is None:
                 self.mask_weights = torch.ones(self.vocab_sizes[1])
                 self.mask_weights[list(infos[1].special.values())] = 0
-            elif not isinstance(mask_weights, Tensor) or mask_weights.shape != (self.vocab_sizes[1],):
-                got = tuple(mask_weights.shape) if isinstance(mask_weights, Tensor) else type(mask_weights).__name__
-                raise ValueError(
-                    f"mask_weights: expected a tensor with one weight for each of the student's "
-                    f"{self.vocab_sizes[1]} tokens, got {got}"
-                )
 
     def __call__(self, features: Sequence[Any]) -> AlignmentBatch:
+        if isinstance(features, (str, bytes, Mapping)) or not isinstance(features, Sized):
+            raise TypeError(f"features: expected a list of texts or of rows, got {type(features).__name__}")
         if not len(features):
             raise ValueError("features: expected at least one, got none")
         if all(isinstance(feature, Mapping) and "teacher_ids" in feature for feature in features):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._checks import check_index_range
 from ._surfaces import known
 from .align import (
     METHODS,
@@ -17,6 +18,7 @@ from .align import (
     Tokens,
     align_texts,
     check_method,
+    check_ready,
     check_text,
     locate,
     match_pairs,
@@ -159,11 +161,12 @@ def coverage(
     """
     from .progress import counting  # rich takes a while to import, and the losses do not need it
 
-    if isinstance(methods, str):
-        raise TypeError(f"methods: expected a list of methods, got the string {methods!r}")
+    if isinstance(methods, str) or not isinstance(methods, Collection):
+        raise TypeError(f"methods: expected a list of methods, got {methods!r}")
     for method in methods:
         check_method(method)
-    if isinstance(texts, (str, bytes)):
+    check_ready(table, matched)
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
     sources = known(teacher, "teacher"), known(student, "student")
     if matched is None:
@@ -171,6 +174,8 @@ def coverage(
     if table is None and "reduce" in methods:
         table = RemapTable.from_tokenizers(teacher, student)
     sizes = len(sources[0].info.tokens), len(sources[1].info.tokens)
+    for side, size in zip(("teacher", "student"), sizes, strict=True):
+        check_index_range(getattr(matched, f"{side}_ids"), f"matched.{side}_ids", size)
     in_both = _lookup(matched.teacher_ids, sizes[0]), _lookup(matched.student_ids, sizes[1])
     total: dict[str, Coverage] = {}
     counts = dict.fromkeys(

@@ -230,7 +230,10 @@ def wordpiece_like(teacher: Any, examples: Iterable[str], vocab_size: int, max_l
     """
     for role in _ROLES:
         if getattr(teacher, role, None) is None:
-            raise VocabdistilError(f"--teacher: its tokenizer has no {role}")
+            raise VocabdistilError(
+                f"--teacher: its tokenizer has no {role}, and a student's vocabulary is trained for BERT-like "
+                f"(WordPiece) teachers only; the coverage command takes any student's tokenizer as --student"
+            )
     specials = _special_tokens(teacher)
     vocab = train_wordpiece(examples, vocab_size, teacher.backend_tokenizer, specials, teacher.unk_token)
     state = json.loads(teacher.backend_tokenizer.to_str())

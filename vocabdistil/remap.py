@@ -20,11 +20,12 @@ from ._dispatch import implementation, resolve
 from ._native import module as _native_module
 from ._surfaces import BYTES, Known, Speller, Words, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
+from ._values import INT32_MAX as _INT32_MAX
+from ._values import check_dense, check_int32, int_array, int_vector, integer
 from .spans import SpanPairs
 
 __all__ = ["RemapOutput", "RemapTable"]
 
-_INT32_MAX = 2**31 - 1
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 _ABSENT = (0, 8, 0)
 # Tokens that one more thread must have to be worth waking.
@@ -61,25 +62,7 @@ class RemapOutput:
 
 def _pad_ragged(rows: Sequence[Any], name: str, bools: bool = False) -> tuple[Tensor, Tensor]:
     """Lists of integers as int64 [B, longest] and the bool mask of what they hold."""
-    arrays = []
-    for b, row in enumerate(rows):
-        if isinstance(row, Tensor):
-            row = row.detach().cpu().numpy()
-        if isinstance(row, (str, bytes)) or not isinstance(row, (Sequence, np.ndarray)):
-            raise TypeError(f"{name}[{b}]: expected a list of integers, got {type(row).__name__}")
-        try:
-            array = np.asarray(row)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}[{b}]: expected a list of integers ({error})") from None
-        if array.ndim != 1:
-            raise ValueError(f"{name}[{b}]: expected a list of integers, got shape {array.shape}")
-        if not array.size:
-            array = array.astype(np.int64)
-        if array.dtype.kind not in ("iub" if bools else "iu"):
-            raise TypeError(f"{name}[{b}]: expected a list of integers, got {array.dtype}")
-        if array.dtype == np.uint64:
-            raise ValueError(f"{name}[{b}]: expected ids that fit 64 signed bits, got {array.max()}")
-        arrays.append(array)
+    arrays = [int_array(row, f"{name}[{b}]", bools=bools) for b, row in enumerate(rows)]
     sizes = np.array([array.size for array in arrays], dtype=np.int64)
     ids = np.zeros((len(arrays), int(sizes.max(initial=0))), dtype=np.int64)
     mask = np.arange(ids.shape[1]) < sizes[:, None]
@@ -107,18 +90,9 @@ def _from_block(block: Any, dtype: torch.dtype, count: int, offset: int) -> Tens
 
 
 def _as_int32(value: Any, name: str) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if not tensor.numel():
-        tensor = tensor.to(torch.int32)
-    if tensor.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name}: expected a vector, got shape {tuple(tensor.shape)}")
-    if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) > _INT32_MAX):
-        raise ValueError(
-            f"{name}: expected values in [0, {_INT32_MAX}], got {int(tensor.min())} to {int(tensor.max())}"
-        )
-    return tensor.detach().to("cpu", torch.int32).contiguous()
+    vector = int_vector(value, name)
+    check_int32(vector, name)
+    return vector.to("cpu", torch.int32).contiguous()
 
 
 def _spells_every_byte(side: Known) -> bool:
@@ -196,7 +170,7 @@ class RemapTable:
     """Teacher id -> list of student ids, in CSR form, with a native remap of batches (arXiv 2205.02340).
 
     Row ``t`` is ``ids[indptr[t]:indptr[t + 1]]``. The table is immutable: changing the tensors that it shows
-    does not change what ``remap`` does. It may be used from several threads at once.
+    does not change what ``remap`` does and ``save`` writes. It may be used from several threads at once.
 
     Args:
         indptr: ``[V_t + 1]`` integers, ascending from 0 to ``len(ids)``.
@@ -215,9 +189,8 @@ class RemapTable:
 
     def __init__(self, indptr: Any, ids: Any, *, student_vocab_size: int, unk_id: int, pad_id: int) -> None:
         indptr, ids = _as_int32(indptr, "indptr"), _as_int32(ids, "ids")
-        for name, value in (("student_vocab_size", student_vocab_size), ("unk_id", unk_id), ("pad_id", pad_id)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        student_vocab_size = integer(student_vocab_size, "student_vocab_size")
+        unk_id, pad_id = integer(unk_id, "unk_id"), integer(pad_id, "pad_id")
         if not 0 < student_vocab_size <= _INT32_MAX:
             raise ValueError(f"student_vocab_size: expected a number from 1 to {_INT32_MAX}, got {student_vocab_size}")
         index = _native_module().remap_from_csr(
@@ -324,14 +297,17 @@ class RemapTable:
         return self.student_vocab_size, self.unk_id, self.pad_id
 
     def __reduce__(self) -> tuple:
-        return _restore, (self.indptr.numpy(), self.ids.numpy(), *self._numbers())
+        indptr, ids = self._vectors()
+        return _restore, (indptr.numpy(), ids.numpy(), *self._numbers())
 
     def rows(self, teacher_id: int) -> list[int]:
         """The student ids of one teacher token.
 
         Raises:
+            TypeError: not an integer.
             ValueError: an id outside the table.
         """
+        teacher_id = integer(teacher_id, "teacher_id")
         if not 0 <= teacher_id < len(self):
             raise ValueError(f"teacher_id: expected an id in [0, {len(self)}), got {teacher_id}")
         return self.ids[int(self.indptr[teacher_id]) : int(self.indptr[teacher_id + 1])].tolist()
@@ -355,8 +331,8 @@ class RemapTable:
 
     def remap(
         self,
-        teacher_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        teacher_ids: Tensor | np.ndarray | Sequence[Sequence[int]],
+        attention_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
         max_length: int | None = None,
         backend: str | None = None,
     ) -> RemapOutput:
@@ -369,7 +345,8 @@ class RemapTable:
         ``pairs.num_nonempty`` is a tensor. The table is copied to a GPU the first time.
 
         Args:
-            teacher_ids: ``[B, L_t]`` int64 or int32 on any device, or a list of lists (L_t: the longest).
+            teacher_ids: ``[B, L_t]`` int64 or int32 on any device, a numpy array of integers, or a list of lists (L_t:
+                the longest).
                 An id outside the table is an error; on a GPU with ``max_length``, where nobody waits to see
                 it, it is the student's unknown token.
             attention_mask: ``[B, L_t]`` bool or integer; tokens with 0 are left out, wherever they stand, and
@@ -390,8 +367,7 @@ class RemapTable:
             RuntimeError: a backend that cannot run here.
         """
         if max_length is not None:
-            if isinstance(max_length, bool) or not isinstance(max_length, int):
-                raise TypeError(f"max_length: expected an integer, got {type(max_length).__name__}")
+            max_length = integer(max_length, "max_length")
             if max_length < 1:
                 raise ValueError(f"max_length: expected at least 1, got {max_length}")
         ids, mask = _checked_batch(teacher_ids, attention_mask, "teacher_ids", "attention_mask")
@@ -436,7 +412,7 @@ class RemapTable:
         )
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``indptr`` and ``ids`` on a device, copied there once, and not from the tensors that anybody can change."""
+        """``indptr`` and ``ids`` on a device, copied there once."""
         found = self._copies.get(device)
         if found is None:
             indptr, ids = self._vectors()
@@ -444,6 +420,7 @@ class RemapTable:
         return found
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
+        """New ``indptr`` and ``ids``: those that the table shows, anybody can change."""
         indptr = torch.empty(self._index.rows + 1, dtype=torch.int32)
         ids = torch.empty(self._index.nnz, dtype=torch.int32)
         self._index.copy_to(indptr.data_ptr(), ids.data_ptr())
@@ -475,9 +452,10 @@ class RemapTable:
         pad_id, int32 ``indptr`` [V_t + 1], int32 ``ids`` [nnz], uint32 CRC-32 of everything before it.
         """
         path = Path(path)
-        sizes = len(self), self.student_vocab_size, self.ids.numel()
+        indptr, ids = self._vectors()
+        sizes = indptr.numel() - 1, self.student_vocab_size, ids.numel()
         header = _HEADER.pack(_MAGIC, _VERSION, 0, *sizes, self.unk_id, self.pad_id)
-        body = b"".join([header, *(side.numpy().astype("<i4").tobytes() for side in (self.indptr, self.ids))])
+        body = b"".join([header, *(side.numpy().astype("<i4").tobytes() for side in (indptr, ids))])
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -533,12 +511,16 @@ def _restore(indptr: np.ndarray, ids: np.ndarray, student_size: int, unk_id: int
 
 
 def _checked_batch(
-    ids: Tensor | Sequence[Sequence[int]],
-    mask: Tensor | Sequence[Sequence[int]] | None,
+    ids: Tensor | np.ndarray | Sequence[Sequence[int]],
+    mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None,
     ids_name: str,
     mask_name: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Ids and mask as tensors ``[B, L]`` with adjacent columns, where they are."""
+    if isinstance(mask, np.ndarray):
+        mask = torch.tensor(int_array(mask, mask_name, dims=2, bools=True))
+    if isinstance(mask, Tensor):
+        check_dense(mask, mask_name)
     if isinstance(ids, (list, tuple)):
         ids, present = _pad_ragged(ids, ids_name)
         if isinstance(mask, (list, tuple)):
@@ -549,8 +531,11 @@ def _checked_batch(
             mask = None if bool(present.all()) else present
         elif isinstance(mask, Tensor) and mask.shape == present.shape and mask.dtype in _MASK_DTYPES:
             mask = mask.ne(0) & present.to(mask.device)
+    elif isinstance(ids, np.ndarray):
+        ids = torch.tensor(int_array(ids, ids_name, dims=2))
     elif not isinstance(ids, Tensor):
         raise TypeError(f"{ids_name}: expected a tensor or a list of lists, got {type(ids).__name__}")
+    check_dense(ids, ids_name)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{ids_name}: expected int64 or int32, got {ids.dtype}")
     if ids.dim() != 2:

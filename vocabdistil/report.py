@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback
 
-from ._tokenizers import encode
+from ._tokenizers import backend_of, encode
 from .data import pad
 from .errors import VocabdistilError
 from .loyalty import mean_over_tokens, pairwise_cosine, regression
@@ -285,7 +285,15 @@ def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report:
         alignments.add_row(label, *(show(found) for found in report.methods.values()))
     if report.reduce_equals_own is not None:
         alignments.caption = f"reduce segments {report.reduce_equals_own:.1%} of the texts as the student does"
+        if _lowers(tokenizers[1], "student") and not _lowers(tokenizers[0], "teacher"):
+            alignments.caption += ", and keeps the teacher's upper case, which the student's tokenizer lowers"
     return [vocabularies, alignments]
+
+
+def _lowers(tokenizer: Any, name: str) -> bool:
+    """Whether a tokenizer makes upper case lower."""
+    normalizer = backend_of(tokenizer, name).normalizer
+    return normalizer is not None and "A" not in normalizer.normalize_str("A")
 
 
 def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ._values import check_int32, int_vector
 
 __all__ = ["SpanPairs"]
 
 _FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
-_INT32_MAX = 2**31 - 1
 
 
-def _as_positions(value: Tensor, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=None if len(value) else torch.int32)
-    if value.dim() != 1:
-        raise ValueError(f"{name}: expected a vector of token positions, got shape {tuple(value.shape)}")
-    if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"{name}: expected integer token positions, got {value.dtype}")
-    if value.dtype != torch.int32 and value.numel() and int(value.max()) > _INT32_MAX:
-        raise ValueError(f"{name}: position {int(value.max())} does not fit 32 bits")
-    return value.to(torch.int32).contiguous()
+def _as_positions(value: Any, name: str) -> Tensor:
+    positions = int_vector(value, name)
+    # What is left unseen here, check_spans finds without one more wait for a device.
+    if positions.dtype != torch.int32:
+        check_int32(positions, name)
+    return positions.to(torch.int32).contiguous()
 
 
 def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
@@ -93,7 +92,8 @@ class SpanPairs:
 
     Raises:
         TypeError: a field is not of an integer dtype.
-        ValueError: unequal lengths or devices, a negative position, spans that overlap or descend.
+        ValueError: unequal lengths or devices, a position that is negative or does not fit 32 bits, spans that overlap
+            or descend, a tensor that is sparse, nested or on the meta device.
     """
 
     __slots__ = (*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens", "__weakref__")

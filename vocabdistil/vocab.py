@@ -10,28 +10,18 @@ from torch import Tensor
 
 from ._surfaces import Known, convention, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE
+from ._values import check_int32, int_vector
 
 __all__ = ["MatchedVocab", "matched_ids"]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
 
 def _as_ids(value: Any, name: str) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if not isinstance(value, Tensor) and not tensor.numel():
-        tensor = tensor.to(torch.int64)
-    if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected integer token ids, got {tensor.dtype}")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name}: expected a vector of token ids, got shape {tuple(tensor.shape)}")
+    tensor = int_vector(value, name)
+    check_int32(tensor, name)
     tensor = tensor.to(torch.int64).contiguous()
-    if tensor.numel():
-        low = int(tensor.min())
-        if low < 0:
-            raise ValueError(f"{name}: expected ids >= 0, got {low}")
-        values, counts = tensor.unique(return_counts=True)
-        if values.numel() != tensor.numel():
-            raise ValueError(f"{name}: expected each id once, got id {int(values[counts > 1][0])} repeatedly")
+    values, counts = tensor.unique(return_counts=True)
+    if values.numel() != tensor.numel():
+        raise ValueError(f"{name}: expected each id once, got id {int(values[counts > 1][0])} repeatedly")
     return tensor
 
 
@@ -92,7 +82,8 @@ class MatchedVocab:
 
     Raises:
         TypeError: ids that are not integers.
-        ValueError: unequal lengths or devices, more than one dimension, a negative or a repeated id.
+        ValueError: unequal lengths or devices, not one dimension, an id that is negative, repeated or does not fit
+            32 bits, a tensor that is sparse, nested or on the meta device.
     """
 
     teacher_ids: Tensor

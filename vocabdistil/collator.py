@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ._surfaces import known
-from ._values import integer
+from ._values import INT32_MAX, integer
 from .align import Aligned, Tokens, align_texts, check_lengths, check_method, check_ready
 from .reference.mlm import mask_tokens
 from .remap import RemapTable
@@ -24,7 +24,6 @@ from .vocab import MatchedVocab
 
 __all__ = ["AlignmentBatch", "AlignmentCollator", "Rows", "one_thread_in_workers", "restride", "text_of", "widen"]
 
-_INT32_MAX = 2**31 - 1
 SPANS = ("teacher_start", "teacher_end", "student_start", "student_end")
 
 
@@ -273,9 +272,9 @@ class AlignmentCollator:
         check_ready(table, matched)
         if pad_to_multiple_of is not None:
             pad_to_multiple_of = integer(pad_to_multiple_of, "pad_to_multiple_of")
-            if not 1 <= pad_to_multiple_of <= _INT32_MAX:
+            if not 1 <= pad_to_multiple_of <= INT32_MAX:
                 raise ValueError(
-                    f"pad_to_multiple_of: expected a number from 1 to {_INT32_MAX}, got {pad_to_multiple_of}"
+                    f"pad_to_multiple_of: expected a number from 1 to {INT32_MAX}, got {pad_to_multiple_of}"
                 )
         if isinstance(mlm_probability, bool) or not isinstance(mlm_probability, numbers.Real):
             raise TypeError(f"mlm_probability: expected a number, got {type(mlm_probability).__name__}")

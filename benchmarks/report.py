@@ -192,7 +192,7 @@ def figures(paths: Sequence[Path]) -> str:
     """The headline rows of these files as Markdown, one table per machine."""
     parts = []
     for path in paths:
-        groups, lines, about = latest(read_rows(path)), [], None
+        groups, lines, about, commits = latest(read_rows(path)), [], None, {}
         for headline in HEADLINES:
             for key, run in groups.items():
                 if key[:3] != headline:
@@ -204,7 +204,7 @@ def figures(paths: Sequence[Path]) -> str:
                 )
                 if best is None:
                     continue
-                about = best
+                about, commits[best["commit"]] = best, None
                 baseline = next((_cell(run, name) for name in ("reference", "python") if name in run), "-")
                 rate = f"{float(best['tokens_per_s']) / 1e6:.0f} M/s" if best["tokens_per_s"] else "-"
                 cells = [
@@ -218,7 +218,7 @@ def figures(paths: Sequence[Path]) -> str:
         if about is None:
             continue
         driver = f", driver {about['driver']}" if about["driver"] else ""
-        where = f"{about['name']}{driver}, torch {about['torch']}, commit {about['commit']}:"
+        where = f"{about['name']}{driver}, torch {about['torch']}, commit {', '.join(commits)}:"
         head = (
             "operation", "case", "mode", "threads", "reference ms", "compile ms", "ours ms", "x reference",
             "x compile", "of a copy", "tokens",

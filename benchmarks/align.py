@@ -4,7 +4,7 @@ of texts against the two calls of `encode_batch` that it cannot do without (its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
@@ -40,6 +40,19 @@ def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
 
 
+def add_spacy(
+    providers: dict[str, Provider], tokens: Callable[[], Iterable[tuple[list[str], list[str]]]]
+) -> dict[str, str]:
+    """Adds spacy-alignments, which reads the token strings of both sides, or tells why it is missing."""
+    try:
+        from spacy_alignments import get_alignments
+    except ImportError:
+        return {"spacy-alignments": "spacy_alignments is not installed"}
+    # By characters of the token strings, so it finds other pairs: timed, not compared.
+    providers["spacy-alignments"] = Provider(lambda: [get_alignments(a, b) for a, b in tokens()], None)
+    return {}
+
+
 def match_problem(
     teacher: tokenizers.Tokenizer,
     student: tokenizers.Tokenizer,
@@ -64,16 +77,7 @@ def match_problem(
             lambda pairs: [pairs.teacher_start, pairs.student_start],
         ),
     }
-    missing = {}
-    try:
-        from spacy_alignments import get_alignments
-    except ImportError:
-        missing["spacy-alignments"] = "spacy_alignments is not installed"
-    else:
-        # By characters, so it finds other pairs: timed, not compared.
-        providers["spacy-alignments"] = Provider(
-            lambda: [get_alignments(a, b) for a, b in zip(left, right, strict=True)], None
-        )
+    missing = add_spacy(providers, lambda: zip(left, right, strict=True))
     tokens = sum(map(len, teacher_rows)) + sum(map(len, student_rows))
     nbytes = 9 * (teacher_ids.numel() + student_ids.numel()) + 16 * truth[0].numel()
     return Problem(providers, lambda: truth, {"run": nbytes}, missing=missing, tokens=tokens)
@@ -162,16 +166,7 @@ def align_problem(
         "reference": Provider(encode, None),
         "ours": Provider(lambda: vd.align(texts, teacher, student, method), ours),
     }
-    missing = {}
-    try:
-        from spacy_alignments import get_alignments
-    except ImportError:
-        missing["spacy-alignments"] = "spacy_alignments is not installed"
-    else:
-        # By characters of the token strings, so it finds other pairs: timed, not compared.
-        providers["spacy-alignments"] = Provider(
-            lambda: [get_alignments(a.tokens, b.tokens) for a, b in zip(*encode(), strict=True)], None
-        )
+    missing = add_spacy(providers, lambda: ((a.tokens, b.tokens) for a, b in zip(*encode(), strict=True)))
     tokens = sum(int(mask.sum()) for mask in truth)
     nbytes = sum(len(text.encode()) for text in texts) + 16 * tokens
     return Problem(providers, lambda: truth, {"run": nbytes}, missing=missing, tokens=tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import io
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vocabdistil as vd
+from vocabdistil.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -111,15 +113,12 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to a file; whoever reads it meanwhile finds the old file or the new one, never half of it."""
     old = read_rows(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*old, *rows])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*old, *rows])
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def print_rows(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -275,10 +274,8 @@ def picture(path: Path, out: Path, mode: str = "fwd+bwd") -> None:
     axes[0].legend()
     figure.suptitle(about + (": some points are disturbed by other processes" if busy else ""))
     figure.tight_layout()
-    partial = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, out)
+        with whole_file(out) as file:
+            figure.savefig(file, dpi=150, format=out.suffix[1:] or None)
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)

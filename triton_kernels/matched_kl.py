@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rows import on_device
+from .rows import clamp, on_device
 from .span_loss import total_kernel
 
 RESIDENT = 16384  # columns of the longest row that stays in registers
@@ -29,8 +29,8 @@ TURN = 4096  # columns read at a time of a longer one
 def _span(start, end, p, rows, SPANS: tl.constexpr):
     first, last = p, p + 1
     if SPANS:
-        first = tl.minimum(tl.maximum(tl.load(start + p).to(tl.int64), 0), rows)
-        last = tl.minimum(tl.maximum(tl.load(end + p).to(tl.int64), 0), rows)
+        first = clamp(tl.load(start + p), rows)
+        last = clamp(tl.load(end + p), rows)
     return first, last
 
 

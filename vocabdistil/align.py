@@ -16,14 +16,13 @@ from . import _native
 from ._native import module as _native_module
 from ._surfaces import Known, known
 from ._tokenizers import check_room, encode, plain_settings, template_ends
-from ._values import check_dense, check_kind, integer
+from ._values import INT32_MAX, check_dense, check_kind, integer
 from .remap import RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .vocab import MatchedVocab, matched_ids
 
 __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "match_pairs"]
 
-_INT32_MAX = 2**31 - 1
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
 _TRIAL, _CHUNK = 32, 512
 # The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an
@@ -322,8 +321,8 @@ def boundary_pairs(
                 f"{name}_offsets: expected {teacher_offsets.shape[0]} sequences, got {offsets.shape[0]}"
             )
         _, mask = _checked_batch(offsets[..., 0], mask, f"{name}_offsets", f"{name}_mask")
-        if offsets.numel() // 2 > _INT32_MAX:
-            raise ValueError(f"{name}_offsets: expected at most {_INT32_MAX} tokens, got {tuple(offsets.shape)}")
+        if offsets.numel() // 2 > INT32_MAX:
+            raise ValueError(f"{name}_offsets: expected at most {INT32_MAX} tokens, got {tuple(offsets.shape)}")
         keep = None if mask is None else mask.cpu().ne(0).contiguous()
         sides.append((offsets.cpu().contiguous(), keep))
     batch = teacher_offsets.shape[0]
@@ -337,7 +336,7 @@ def boundary_pairs(
     )
     if spans is None:
         for name, (side, _) in zip(("teacher", "student"), sides, strict=True):
-            if side.numel() and (most := int(side.max())) > _INT32_MAX:
+            if side.numel() and (most := int(side.max())) > INT32_MAX:
                 raise ValueError(f"{name}_offsets: expected offsets that fit 32 bits, got {most}")
     lengths = (side.shape[1] for side, _ in sides)
     return _pairs(spans, batch, *lengths).to(teacher_offsets.device)
@@ -345,8 +344,8 @@ def boundary_pairs(
 
 def _side(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor | None, torch.device]:
     ids, mask = _checked_batch(ids, mask, f"{name}_ids", f"{name}_mask")
-    if ids.numel() > _INT32_MAX:
-        raise ValueError(f"{name}_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
+    if ids.numel() > INT32_MAX:
+        raise ValueError(f"{name}_ids: expected at most {INT32_MAX} tokens, got {tuple(ids.shape)}")
     keep = None if mask is None else mask.cpu().ne(0).contiguous()
     return ids.cpu().to(torch.int64).contiguous(), keep, ids.device
 
@@ -438,9 +437,9 @@ def locate(
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
-    if len(texts) * length > _INT32_MAX:
+    if len(texts) * length > INT32_MAX:
         raise ValueError(
-            f"texts: expected at most {_INT32_MAX} tokens of {name}, got {len(texts)} x {length}"
+            f"texts: expected at most {INT32_MAX} tokens of {name}, got {len(texts)} x {length}"
         )
     input_ids, attention_mask = (_empty(len(texts), length) for _ in range(2))
     side.write(length, source.info.pad_id or 0, input_ids.data_ptr(), attention_mask.data_ptr())
@@ -484,8 +483,7 @@ def _align_match(
 ) -> Aligned:
     left = read_side(texts, teacher, "teacher", limits[0])
     right = read_side(texts, student, "student", limits[1])
-    if matched is None:
-        matched = MatchedVocab.from_tokenizers(teacher, student)
+    _, matched = ready("match", teacher, student, table, matched)
     pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
     return left, right, pairs, None
 
@@ -499,8 +497,7 @@ def _align_reduce(
     matched: MatchedVocab | None,
 ) -> Aligned:
     left = read_side(texts, teacher, "teacher", limits[0])
-    if table is None:
-        table = RemapTable.from_tokenizers(teacher, student)
+    table, _ = ready("reduce", teacher, student, table, matched)
     out = table.remap(left.input_ids, left.attention_mask, limits[1])
     return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
@@ -537,7 +534,7 @@ def check_lengths(max_length: int | Sequence[int | None] | None) -> Lengths:
             if length < 1:
                 raise ValueError(f"max_length: expected at least 1, got {length}")
         # No batch has room for longer sequences, so a greater limit means the same.
-        limits.append(None if length is None else min(length, _INT32_MAX))
+        limits.append(None if length is None else min(length, INT32_MAX))
     return limits[0], limits[1]
 
 
@@ -547,6 +544,17 @@ def check_ready(table: RemapTable | None, matched: MatchedVocab | None) -> None:
         check_kind(table, "table", RemapTable)
     if matched is not None:
         check_kind(matched, "matched", MatchedVocab)
+
+
+def ready(
+    method: str, teacher: Any, student: Any, table: RemapTable | None, matched: MatchedVocab | None
+) -> tuple[RemapTable | None, MatchedVocab | None]:
+    """The table and the matched vocabulary, with the one that ``method`` needs made if it was not given."""
+    if method == "reduce" and table is None:
+        table = RemapTable.from_tokenizers(teacher, student)
+    if method == "match" and matched is None:
+        matched = MatchedVocab.from_tokenizers(teacher, student)
+    return table, matched
 
 
 def check_text(text: object, name: str) -> None:

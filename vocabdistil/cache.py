@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ._surfaces import known
 from ._tokenizers import plain_settings
-from .align import METHODS, align_texts, check_lengths, check_method, check_ready, check_text
+from ._values import INT32_MAX
+from .align import METHODS, align_texts, check_lengths, check_method, check_ready, check_text, ready
 from .collator import SPANS, Rows, one_thread_in_workers, text_of
 from .errors import VocabdistilError
 from .files import whole_file
@@ -39,7 +40,6 @@ __all__ = ["AlignedDataset", "cache_aligned"]
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _COLUMNS = ("teacher_ids", "student_ids", *SPANS)
-_INT32_MAX = 2**31 - 1
 # Texts that are aligned at once.
 _CHUNK = 512
 
@@ -125,8 +125,8 @@ class _Shards(Dataset):
 def _lists(pa: Any, values: np.ndarray, lengths: np.ndarray) -> Any:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    if offsets[-1] > _INT32_MAX:
-        raise ValueError(f"shard_size: expected at most {_INT32_MAX} tokens in a shard, got {offsets[-1]}")
+    if offsets[-1] > INT32_MAX:
+        raise ValueError(f"shard_size: expected at most {INT32_MAX} tokens in a shard, got {offsets[-1]}")
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
@@ -220,10 +220,7 @@ def cache_aligned(
         "table": None if table is None else _tensors_digest(table.indptr, table.ids),
         "matched": None if matched is None else _tensors_digest(matched.teacher_ids, matched.student_ids),
     }
-    if method == "reduce" and table is None:
-        table = RemapTable.from_tokenizers(teacher, student)
-    if method == "match" and matched is None:
-        matched = MatchedVocab.from_tokenizers(teacher, student)
+    table, matched = ready(method, teacher, student, table, matched)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise VocabdistilError(f"folder: {folder} is not a folder")

@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from ._surfaces import known
 from ._values import INT32_MAX, integer
-from .align import Aligned, Tokens, align_texts, check_lengths, check_method, check_ready
+from .align import Aligned, Tokens, align_texts, check_lengths, check_method, check_ready, ready
 from .reference.mlm import mask_tokens
 from .remap import RemapTable
 from .spans import SpanPairs
@@ -292,11 +292,7 @@ class AlignmentCollator:
         if mask_weights is not None:
             _check_weights(mask_weights, self.vocab_sizes[1])
         # Made once here and not for every batch.
-        if method == "reduce" and table is None:
-            table = RemapTable.from_tokenizers(teacher, student)
-        if method == "match" and matched is None:
-            matched = MatchedVocab.from_tokenizers(teacher, student)
-        self.table, self.matched = table, matched
+        self.table, self.matched = ready(method, teacher, student, table, matched)
         self.mlm_probability = mlm_probability
         self.mask_id, self.mask_weights = -1, mask_weights
         if mlm_probability:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from ._dispatch import implementation, resolve
 from ._native import module as _native_module
 from ._surfaces import BYTES, Known, Speller, Words, ends_word, known, word_form
 from ._tokenizers import SUBSTITUTE, TokenizerInfo
-from ._values import INT32_MAX as _INT32_MAX
-from ._values import check_dense, check_int32, int_array, int_vector, integer
+from ._values import INT32_MAX, check_dense, check_int32, int_array, int_vector, integer
+from .files import whole_file
 from .spans import SpanPairs
 
 __all__ = ["RemapOutput", "RemapTable"]
@@ -191,8 +190,8 @@ class RemapTable:
         indptr, ids = _as_int32(indptr, "indptr"), _as_int32(ids, "ids")
         student_vocab_size = integer(student_vocab_size, "student_vocab_size")
         unk_id, pad_id = integer(unk_id, "unk_id"), integer(pad_id, "pad_id")
-        if not 0 < student_vocab_size <= _INT32_MAX:
-            raise ValueError(f"student_vocab_size: expected a number from 1 to {_INT32_MAX}, got {student_vocab_size}")
+        if not 0 < student_vocab_size <= INT32_MAX:
+            raise ValueError(f"student_vocab_size: expected a number from 1 to {INT32_MAX}, got {student_vocab_size}")
         index = _native_module().remap_from_csr(
             indptr.data_ptr(), indptr.numel(), ids.data_ptr(), ids.numel(), student_vocab_size
         )
@@ -371,8 +370,8 @@ class RemapTable:
             if max_length < 1:
                 raise ValueError(f"max_length: expected at least 1, got {max_length}")
         ids, mask = _checked_batch(teacher_ids, attention_mask, "teacher_ids", "attention_mask")
-        if ids.numel() > _INT32_MAX:
-            raise ValueError(f"teacher_ids: expected at most {_INT32_MAX} tokens, got {tuple(ids.shape)}")
+        if ids.numel() > INT32_MAX:
+            raise ValueError(f"teacher_ids: expected at most {INT32_MAX} tokens, got {tuple(ids.shape)}")
         # What the environment asks of the losses on a GPU is not meant for the batches that a CPU prepares.
         choice = "cpu" if ids.device.type == "cpu" and backend is None else resolve("remap", ids.device, backend)
         if choice == "cpu":
@@ -397,9 +396,9 @@ class RemapTable:
         return RemapOutput(input_ids, out_mask, SpanPairs._trusted(*spans.unbind(), nonempty, *tokens))
 
     def _check_room(self, batch: int, width: int) -> None:
-        if batch * width > _INT32_MAX:
+        if batch * width > INT32_MAX:
             raise ValueError(
-                f"teacher_ids: expected at most {_INT32_MAX} student tokens, got {batch} x {width}"
+                f"teacher_ids: expected at most {INT32_MAX} student tokens, got {batch} x {width}"
             )
 
     def _raise_outside(self, ids: Tensor, mask: Tensor | None, b: int) -> None:
@@ -430,7 +429,7 @@ class RemapTable:
         batch, length = ids.shape
         threads = thread_count(batch * length)
         ids_view, mask_view = _view(ids), _ABSENT if mask is None else _view(mask)
-        limit = -1 if max_length is None else min(max_length, _INT32_MAX)
+        limit = -1 if max_length is None else min(max_length, INT32_MAX)
         bad_row, width, count, nonempty, block = _native_module().remap_run(
             self._index, ids_view, mask_view, batch, length, limit, self.pad_id, threads
         )
@@ -451,24 +450,13 @@ class RemapTable:
         Little-endian: 8 bytes ``VDREMAP\\0``, uint32 version (1), uint32 0, int64 V_t, V_s, nnz, unk_id,
         pad_id, int32 ``indptr`` [V_t + 1], int32 ``ids`` [nnz], uint32 CRC-32 of everything before it.
         """
-        path = Path(path)
         indptr, ids = self._vectors()
         sizes = indptr.numel() - 1, self.student_vocab_size, ids.numel()
         header = _HEADER.pack(_MAGIC, _VERSION, 0, *sizes, self.unk_id, self.pad_id)
         body = b"".join([header, *(side.numpy().astype("<i4").tobytes() for side in (indptr, ids))])
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(body)
-                file.write(struct.pack("<I", zlib.crc32(body)))
-            # mkstemp makes files that only their owner reads; a table is like any other file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with whole_file(path) as file:
+            file.write(body)
+            file.write(struct.pack("<I", zlib.crc32(body)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RemapTable:

@@ -69,7 +69,10 @@ void loss(int s_dtype, const Addresses& s_data, const Strides& s_stride, int64_t
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("cuda_problem", [] { return std::string(problem() ? problem() : ""); });
+  m.def("cuda_problem", [] {
+    const char* error = problem();
+    return std::string(error ? error : "");
+  });
   m.def("cuda_span_mean_fwd", &mean_fwd);
   m.def("cuda_span_mean_bwd", &mean_bwd);
   m.def("cuda_span_loss", &loss);

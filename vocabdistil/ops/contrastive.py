@@ -7,7 +7,6 @@ few of many pairs are drawn, these are gathered instead. Scores become the gradi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
@@ -19,6 +18,7 @@ from ..spans import SpanPairs
 from ._gradient import HALF, hand_out
 from ._library import define
 from ._products import split, sum_product
+from ._projection import project
 from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
 
@@ -255,8 +255,7 @@ def contrastive(
     s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
     t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)
     if weight is not None:
-        with torch.autocast(device.type, enabled=False):
-            s = F.linear(s, weight.to(dtype), None if bias is None else bias.to(dtype))
+        s = project(s, weight, bias, half=False)  # not in TF32: scores are more exact than that
     anchor, other = (normalise(x) for x in ((t, s) if side == "student" else (s, t)))
     chosen, count = None, pairs.num_nonempty
     # A count on a device is not looked at: where too few are valid, others are drawn and left out.

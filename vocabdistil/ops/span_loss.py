@@ -13,6 +13,7 @@ from .._checks import Layers, LayerWeights
 from .._dispatch import implementation, resolve
 from ..reference.span_loss import span_loss as reference_span_loss
 from ..spans import SpanPairs, at_least_one
+from ._gradient import HALF
 from ._library import define
 from ._projection import project
 from .span_mean import native_rows, pooled_rows
@@ -87,8 +88,6 @@ _op = define(
     _fake,
 )
 
-_HALF = (torch.bfloat16, torch.float16)
-
 
 class _SpanLoss(torch.autograd.Function):
     """One pass gives the loss and, for a scalar reduction, the gradient: read student, read teacher, write gradient.
@@ -106,7 +105,7 @@ class _SpanLoss(torch.autograd.Function):
     ):  # fmt: skip
         spans = (start_s, end_s, start_t, end_t)
         compiling = torch.compiler.is_compiling()
-        early = reduce and not (compiling and any(x.dtype in _HALF for x in layers))
+        early = reduce and not (compiling and any(x.dtype in HALF for x in layers))
         total, loss, student_grads, teacher_grads = _op(
             layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
             early and needs_student, early and needs_teacher,
@@ -145,7 +144,7 @@ class _SpanLoss(torch.autograd.Function):
                 grads = ready
             elif bool(grad == 1):
                 grads = ready
-            elif all(g.dtype not in _HALF for g in ready):
+            elif all(g.dtype not in HALF for g in ready):
                 grads = [g.mul_(grad) for g in ready]
         if grads is None:
             scale = (grad if weights is None else weights * grad).expand_as(loss).contiguous()
@@ -254,7 +253,7 @@ def span_loss(
     if weight is not None or bias is not None or learns_student:
         rows = pooled_rows(students, spans[0], spans[1], student_coef, mean, True, choice).to(dtype)
         if weight is not None:
-            rows = project(rows, weight, bias, students[0].dtype in _HALF)
+            rows = project(rows, weight, bias, students[0].dtype in HALF)
         students, student_coef = [rows], None
         spans[:2] = _row_spans(spans[0], spans[1])
     if learns_teacher:

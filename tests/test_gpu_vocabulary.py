@@ -6,13 +6,31 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from tests.remapped_kl_backend import make_table
 from tests.spans import make_pairs
-from tests.test_remapped_kl import make_table
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched
 from vocabdistil.ops._products import product
 
 pytestmark = pytest.mark.gpu
+
+
+def check_row_loss(name, student, teacher, correspondence, upstream, **options):
+    """The Triton kernel against the float64 reference, and the same bits every time."""
+
+    def both(module, s, t, **backend):
+        leaf = s.clone().requires_grad_()
+        loss = getattr(module, name)(leaf, t, correspondence, **options, **backend)
+        (loss * upstream).backward()
+        return loss.detach(), leaf.grad
+
+    loss, grad = both(vd, student, teacher, backend="triton")
+    again = both(vd, student, teacher, backend="triton")
+    want, want_grad = both(vd.reference, student.double(), teacher.double())
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+    exact = torch.float64 if student.dtype == torch.float64 else torch.float32
+    assert_norm_close(loss, want, exact, "loss", 2)
+    assert_norm_close(grad, want_grad, student.dtype, "gradient", 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -23,19 +41,7 @@ def test_matched_kl_against_float64(paired, unmatched, dtype):
     pairs, n_s, n_t = (pairs.to("cuda"), n_s, n_t) if paired else (None, 300, 300)
     matched = make_matched(5031, 20000, 4700)
     student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 5031), (n_t, 20000)))
-
-    def both(module, s, t, **options):
-        leaf = s.clone().requires_grad_()
-        loss = module.matched_kl(leaf, t, matched, pairs=pairs, unmatched=unmatched, temperature=1.7, **options)
-        loss.backward()
-        return loss.detach(), leaf.grad
-
-    loss, grad = both(vd, student, teacher, backend="triton")
-    again = both(vd, student, teacher, backend="triton")
-    want, want_grad = both(vd.reference, student.double(), teacher.double())
-    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
-    assert_norm_close(loss, want, torch.float64 if dtype == torch.float64 else torch.float32, "loss", 2)
-    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+    check_row_loss("matched_kl", student, teacher, matched, 1.0, pairs=pairs, unmatched=unmatched, temperature=1.7)
 
 
 def linear_tensors(rows, v_s, v_t, d_s, d_t, dtype):
@@ -118,19 +124,7 @@ def test_remapped_kl_against_float64(paired, combine, dtype):
     pairs, n_s, n_t = make_pairs(300, seed=3, gaps=True, empty=True)
     pairs, n_s, n_t = (pairs.to("cuda"), n_s, n_t) if paired else (None, 300, 300)
     student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 700), (n_t, 9000)))
-
-    def both(module, s, t, **options):
-        leaf = s.clone().requires_grad_()
-        loss = module.remapped_kl(leaf, t, table, pairs=pairs, combine=combine, temperature=1.7, **options)
-        (loss * 3).backward()
-        return loss.detach(), leaf.grad
-
-    loss, grad = both(vd, student, teacher, backend="triton")
-    again = both(vd, student, teacher, backend="triton")
-    want, want_grad = both(vd.reference, student.double(), teacher.double())
-    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
-    assert_norm_close(loss, want, torch.float64 if dtype == torch.float64 else torch.float32, "loss", 2)
-    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+    check_row_loss("remapped_kl", student, teacher, table, 3.0, pairs=pairs, combine=combine, temperature=1.7)
 
 
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])

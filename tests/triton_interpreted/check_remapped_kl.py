@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from vocabdistil.triton_kernels import remapped_kl as kernels
 
 import vocabdistil as vd
+from tests import remapped_kl_backend
+from tests.compiling import assert_compiles
+from tests.remapped_kl_backend import *  # noqa: F403
+from tests.remapped_kl_backend import COMBINES, DTYPES, make_table, run
 from tests.spans import make_pairs
-from tests.test_remapped_kl import COMBINES, DTYPES, INF, make_table, run
-from tests.tolerances import assert_norm_close
 from tests.vocabularies import randn
 
 # -inf less -inf, and more, in lanes that are masked afterwards: numpy, which plays the GPU here, tells of it.
@@ -25,15 +28,12 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(kernels, name, value)
 
 
-def compare(student, teacher, table, **options):
-    loss, grad = run(vd, student, teacher, table, backend="triton", **options)
-    want_loss, want_grad = run(vd.reference, student.double(), teacher.double(), table, **options)
-    dtype = student.dtype
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    assert loss.dtype == exact and grad.dtype == dtype and grad.shape == student.shape
-    assert_norm_close(loss, want_loss, exact, "loss", 2)
-    # The interpreter cuts a float32 to bfloat16 instead of rounding.
-    assert_norm_close(grad, want_grad, dtype, "gradient", 2)
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+compare = partial(remapped_kl_backend.compare, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,31 +71,6 @@ def test_long_rows_and_frequent_pieces(combine):
     ids = torch.randint(0, 40, (int(indptr[-1]),), generator=g)
     ids[indptr[:-1]] = 3
     compare(randn(3, 40, scale=0.3), randn(3, 60, seed=1), SimpleNamespace(indptr=indptr, ids=ids), combine=combine)
-
-
-@pytest.mark.parametrize("combine", COMBINES)
-def test_a_piece_that_stands_twice_counts_twice(combine):
-    table = SimpleNamespace(indptr=torch.tensor([0, 3, 4, 4, 6]), ids=torch.tensor([2, 2, 0, 1, 3, 3]))
-    compare(randn(3, 5), randn(3, 4, seed=1), table, combine=combine)
-
-
-@pytest.mark.parametrize("combine", COMBINES)
-def test_minus_infinity(combine):
-    table = make_table(60, 20, seed=5, longest=3)
-    student, teacher = randn(4, 20, seed=1), randn(4, 60, seed=2)
-    teacher[0, :30] = -INF
-    teacher[1, :] = -INF
-    teacher[1, int(table.indptr.diff().argmax())] = 0  # all mass on one token
-    student[2, 7] = -INF
-    for v in range(60):  # nor has the teacher mass there
-        if 7 in table.ids[table.indptr[v] : table.indptr[v + 1]]:
-            teacher[2, v] = -INF
-    compare(student, teacher, table, combine=combine, temperature=2.0)
-
-
-def test_logsumexp_of_values_far_apart():
-    table = make_table(90, 40)
-    compare(randn(6, 40, scale=100), randn(6, 90, seed=1, scale=100), table, combine="logsumexp")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,10 +126,4 @@ def test_compiles_as_one_graph():
     def loss(x):
         return vd.remapped_kl(x * 2, teacher, table, backend="triton") * 3
 
-    results = []
-    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaf = randn(6, 40, dtype=torch.bfloat16).requires_grad_()
-        value = f(leaf)
-        value.backward()
-        results.append((value.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1])
+    assert_compiles(loss, randn(6, 40, dtype=torch.bfloat16))

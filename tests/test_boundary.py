@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
@@ -62,7 +63,7 @@ def located(
     text: str, name: str, max_length: int | None = None, words: bool = False
 ) -> tuple[list[Span], int]:
     """Spans of the tokens, (-1, kind) for those of the template, and where the first cut-off one begins."""
-    side, tokens = module.locate([text], family(name), "teacher", max_length, words)
+    side, tokens = module.locate([text], module.known(family(name), "teacher"), "teacher", max_length, words)
     starts, ends, limit = side.row(0)
     assert len(starts) == tokens.input_ids.shape[1]
     return list(zip(starts, ends, strict=True)), limit
@@ -173,15 +174,76 @@ def test_words_stay_whole(teacher: str, student: str) -> None:
                     assert words[at - 1] != words[at], (encoding.tokens, pair)
 
 
-@settings(max_examples=100, deadline=None)
-@given(texts | st.text("a#ing ", max_size=12), st.sampled_from(["wordpiece", "wordpiece uncased"]))
+def _cut_at_spaces_first() -> Tokenizer:
+    tokenizer = Tokenizer.from_str(family("unigram").to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return tokenizer
+
+
+def _marked_between_words_only() -> Tokenizer:
+    tokenizer = Tokenizer.from_str(family("unigram bytes").to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_tokens(["be", AddedToken("é", lstrip=True, rstrip=True)])
+    return tokenizer
+
+
+TELLING = {
+    name: functools.partial(family, name)
+    for name in ("wordpiece", "wordpiece uncased", "sentencepiece BPE", "unigram", "unigram NFKC", "unigram bytes")
+} | {
+    "cut at spaces first": functools.cache(_cut_at_spaces_first),
+    "marked between words only": functools.cache(_marked_between_words_only),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts | st.text("abe#in▁é☃ \t", max_size=16), st.sampled_from(sorted(TELLING)))
 def test_words_told_by_pieces_are_those_of_the_tokenizer(text: str, name: str) -> None:
-    tokenizer = family(name)
+    tokenizer = TELLING[name]()
     continues = module.known(tokenizer, "teacher").continues
     assert any(continues)
     encoding = tokenizer.encode(text)
-    for before, (token, word) in enumerate(list(zip(encoding.ids, encoding.word_ids, strict=True))[1:-1]):
-        assert bool(continues[token]) == (word == encoding.word_ids[before]), encoding.tokens
+    if 3 in map(continues.__getitem__, encoding.ids):
+        assert tokenizer.token_to_id("<unk>") in encoding.ids
+        return
+    inner = [k for k, special in enumerate(encoding.special_tokens_mask) if not special]
+    for before, k in itertools.pairwise(inner):
+        place, place_before = continues[encoding.ids[k]], continues[encoding.ids[before]]
+        told = place == 1 and place_before != 2
+        assert told == (encoding.word_ids[k] == encoding.word_ids[before]), encoding.tokens
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        pre_tokenizers.Metaspace(split=False),
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="first")]),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace()]),
+        pre_tokenizers.WhitespaceSplit(),
+    ],
+)
+def test_other_words_are_asked_for(pre_tokenizer) -> None:
+    tokenizer = Tokenizer.from_str(family("unigram").to_str())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    assert not module.known(tokenizer, "teacher").continues
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("byte-level lower", "Й Ё ÉÀ Ḗ walking"),
+        ("wordpiece uncased", "Walking É"),
+        ("unigram", "walking ☃☃☃ ☃a"),
+        ("sentencepiece BPE", "walking ☃☃☃ home"),
+    ],
+)
+def test_folded_and_unknown_characters_are_found_without_offsets(name: str, text: str) -> None:
+    source = module.known(family(name), "teacher")
+    if source.info.unk_id is not None and "☃" in text:
+        assert source.info.unk_id in family(name).encode(text).ids
+    source.needs_offsets = False
+    module.locate([text] * 8, source, "teacher", None, False)
+    assert not source.needs_offsets  # as it would be if these texts had been encoded again
 
 
 def test_known_words() -> None:
@@ -339,7 +401,8 @@ def test_trimmed_offsets_around_added_tokens(text: str) -> None:
     for lstrip in (False, True):
         rows = []
         for trim in (True, False):
-            side, _ = module.locate([text], with_mask(trim, lstrip, ["be be"]), "teacher", None, False)
+            source = module.known(with_mask(trim, lstrip, ["be be"]), "teacher")
+            side, _ = module.locate([text], source, "teacher", None, False)
             starts, ends, _ = side.row(0)
             blank = {p for at, c in enumerate(text) if c.isspace() for p in bytes_of(text, at)}
             rows.append([set(range(s, e)) - blank for s, e in zip(starts, ends, strict=True)])

@@ -82,7 +82,7 @@ def _parts(state: Any) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _folds() -> list[tuple[int, list[str]]]:
-    """What normalizers make of single characters: lower case, compatibility forms, no accents, nothing."""
+    """What normalizers make of single characters: lower case, compatibility forms, accents apart or none, nothing."""
     folds = []
     for code in range(0x10000):
         if 0xD800 <= code < 0xE000:
@@ -97,11 +97,10 @@ def _folds() -> list[tuple[int, list[str]]]:
                 folds.append((code, [c.lower()]))
             continue
         lower, compatible = c.lower(), unicodedata.normalize("NFKC", c)
-        stripped = [
-            "".join(d for d in unicodedata.normalize(form, lower) if unicodedata.category(d) != "Mn")
-            for form in ("NFD", "NFKD")
-        ]
-        options = dict.fromkeys((lower, compatible, compatible.lower(), *stripped))
+        apart = [unicodedata.normalize(form, lower) for form in ("NFD", "NFKD")]
+        stripped = ["".join(d for d in form if unicodedata.category(d) != "Mn") for form in apart]
+        # Whole forms before those that are the beginning of one.
+        options = dict.fromkeys((lower, compatible, compatible.lower(), *apart, *stripped))
         options.pop(c, None)
         options.pop("", None)
         if options:
@@ -168,9 +167,9 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
             byte_ids[text[0]] = i
         texts.append(text)
         kinds.append(kind)
-    folds = _folds() if normalizer is not None and not byte_level else []
+    folds = _folds() if normalizer is not None else []
     keeps = byte_level and (not suffix or _keeps_spaces(backend))
-    native = _native_module().Surfaces(texts, bytes(kinds), not keeps, folds)
+    native = _native_module().Surfaces(texts, bytes(kinds), not keeps, folds, mark)
     return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
 
 
@@ -312,18 +311,43 @@ class Known:
 
     @functools.cached_property
     def continues(self) -> bytes:
-        """For each id 1 if it continues the word before it, where token strings tell words: WordPiece after BERT's
-        pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with. Empty where they do not."""
+        """For each id 0 if it begins a word, 1 if it continues the one before it, 2 if it is one by itself (an added
+        token), 3 if it does not tell; empty where token strings do not tell words. They do in WordPiece after BERT's
+        pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, and where the pre-tokenizer
+        puts a mark before every word, and nowhere else, that the model has a token for. There an unknown token is a
+        part of a word, or the token of that name in a text."""
         info = self.info
-        if info.kind != "WordPiece" or info.prefix != "##":
-            return b""
-        if not isinstance(info.backend.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer):
+        state = _state(info.backend.pre_tokenizer)
+        if info.kind == "WordPiece" and info.prefix == "##" and _type(state) == "BertPreTokenizer":
+            inside = [token is not None and len(token) > 2 and token.startswith("##") for token in info.tokens]
+            unknown = 0
+        elif info.kind in ("BPE", "Unigram") and not info.prefix and (mark := _word_mark(state, info.pieces)):
+            inside = [token is None or not token.startswith(mark) for token in info.tokens]
+            unknown = 3
+        else:
             return b""
         apart = {*info.added, *info.special}
-        return bytes(
-            token is not None and len(token) > 2 and token.startswith("##") and token not in apart
-            for token in info.tokens
-        )
+        places = bytearray(2 if token in apart else within for token, within in zip(info.tokens, inside, strict=True))
+        if info.unk_id is not None:
+            places[info.unk_id] = unknown
+        return bytes(places)
+
+
+def _type(state: Any) -> str:
+    return state.get("type", "") if isinstance(state, dict) else ""
+
+
+def _word_mark(state: Any, pieces: list[str | None]) -> str | None:
+    """What stands at the beginning of every word but the first, and nowhere else, after this pre-tokenizer; None if
+    there is no such mark, or no piece of the model for it."""
+    steps = state.get("pretokenizers", []) if _type(state) == "Sequence" else [state]
+    last = steps[-1] if steps else None
+    if _type(last) != "Metaspace" or not last.get("split", True) or last["replacement"] not in pieces:
+        return None
+    # White space that was cut away before leaves words that only get a mark where every word gets one.
+    alone = len(steps) == 1
+    spaces_cut = [_type(step) for step in steps] == ["WhitespaceSplit", "Metaspace"]
+    return last["replacement"] if alone or (spaces_cut and last.get("prepend_scheme") == "always") else None
 
 
 _CACHE_SIZE = 8

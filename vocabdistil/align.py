@@ -24,7 +24,7 @@ from .vocab import MatchedVocab, matched_ids
 __all__ = ["AlignedBatch", "Coverage", "Tokens", "align", "boundary_pairs", "match_pairs"]
 
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
-_TRIAL, _CHUNK = 32, 512
+_TRIAL, _CHUNK = 32, 1024
 # The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an
 # encoding a quarter to a third dearer.
 _WORTH_ASKING = 0.25
@@ -372,10 +372,9 @@ Lengths = tuple["int | None", "int | None"]
 Aligned = tuple[Tokens, Tokens, SpanPairs, "tuple[int, int] | None"]
 
 
-def read_side(texts: list[str], tokenizer: Any, name: str, max_length: int | None) -> Tokens:
+def read_side(texts: list[str], source: Known, name: str, max_length: int | None) -> Tokens:
     """What one side makes of texts, without looking at where its tokens lie."""
-    pad_id = known(tokenizer, name).info.pad_id or 0
-    return _tokens(encode(tokenizer, texts, name, max_length), pad_id)
+    return _tokens(encode(source.info.backend, texts, name, max_length), source.info.pad_id or 0)
 
 
 def _kinds(side: Known) -> list[tuple[int, int]]:
@@ -389,14 +388,13 @@ def _kinds(side: Known) -> list[tuple[int, int]]:
 
 
 def locate(
-    texts: list[str], tokenizer: Any, name: str, max_length: int | None, by_word: bool
+    texts: list[str], source: Known, name: str, max_length: int | None, by_word: bool
 ) -> tuple[Any, Tokens]:
     """The tokens of each text, and where they lie in it.
 
     The fast encoding tells no offsets, and mostly they are not needed: the tokens spell the text in one way
     only. Where they do not (unknown tokens, normalized text), the text is encoded again with offsets.
     """
-    source = known(tokenizer, name)
     backend = source.info.backend
     check_room(backend, name, max_length)
     with plain_settings(backend):
@@ -406,35 +404,25 @@ def locate(
         numbered = by_word and not at_spaces and not continues
         side: Any = None
 
-        def read(rows: Sequence[int], encodings: list[Any], offsets: bool) -> list[int]:
-            ids = [encoding.ids for encoding in encodings]
-            return side.read(
-                rows,
-                [texts[b] for b in rows],
-                ids,
-                [encoding.offsets for encoding in encodings] if offsets else None,
-                [encoding.word_ids for encoding in encodings] if numbered else None,
-                thread_count(sum(map(len, ids))),
-            )
-
         first, last = 0, min(_TRIAL, len(texts))
         while side is None or first < last:
             whole = numbered or source.needs_offsets
             encodings = (backend.encode_batch if whole else backend.encode_batch_fast)(texts[first:last])
+            size = sum(map(len, texts[first:last]))
+            threads = thread_count(size)
             if side is None:
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
                 side = _native_module().Side(
                     source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, continues
                 )
-            missing = read(range(first, last), encodings, False)
-            if missing and whole:
-                read(missing, [encodings[b - first] for b in missing], True)
-            elif missing:
-                read(missing, backend.encode_batch([texts[b] for b in missing]), True)
+            missing = side.read(texts, range(first, last), encodings, numbered, whole, threads)
+            if missing and not whole:
+                encodings = backend.encode_batch([texts[b] for b in missing])
+                side.read(texts, missing, encodings, numbered, True, threads)
             if first < last:
-                size = sum(map(len, texts[first:last]))
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
+            del encodings
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
     if len(texts) * length > INT32_MAX:
@@ -448,15 +436,14 @@ def locate(
 
 def _align_boundary(
     texts: list[str],
-    teacher: Any,
-    student: Any,
+    sources: tuple[Known, Known],
     limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
     by_word: bool = False,
 ) -> Aligned:
-    left_side, left = locate(texts, teacher, "teacher", limits[0], by_word)
-    right_side, right = locate(texts, student, "student", limits[1], by_word)
+    left_side, left = locate(texts, sources[0], "teacher", limits[0], by_word)
+    right_side, right = locate(texts, sources[1], "student", limits[1], by_word)
     lengths = left.input_ids.shape[1], right.input_ids.shape[1]
     threads = thread_count(left.input_ids.numel() + right.input_ids.numel())
     pairs = _pairs(_native_module().align_sides(left_side, right_side, *lengths, threads), len(texts), *lengths)
@@ -475,29 +462,27 @@ def _pairs(spans: bytearray, batch: int, teacher_length: int, student_length: in
 
 def _align_match(
     texts: list[str],
-    teacher: Any,
-    student: Any,
+    sources: tuple[Known, Known],
     limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = read_side(texts, teacher, "teacher", limits[0])
-    right = read_side(texts, student, "student", limits[1])
-    _, matched = ready("match", teacher, student, table, matched)
+    left = read_side(texts, sources[0], "teacher", limits[0])
+    right = read_side(texts, sources[1], "student", limits[1])
+    assert matched is not None
     pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
     return left, right, pairs, None
 
 
 def _align_reduce(
     texts: list[str],
-    teacher: Any,
-    student: Any,
+    sources: tuple[Known, Known],
     limits: Lengths,
     table: RemapTable | None,
     matched: MatchedVocab | None,
 ) -> Aligned:
-    left = read_side(texts, teacher, "teacher", limits[0])
-    table, _ = ready("reduce", teacher, student, table, matched)
+    left = read_side(texts, sources[0], "teacher", limits[0])
+    assert table is not None
     out = table.remap(left.input_ids, left.attention_mask, limits[1])
     return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
@@ -575,8 +560,9 @@ def align_texts(
     max_length: int | Sequence[int | None] | None,
     table: RemapTable | None,
     matched: MatchedVocab | None,
+    sources: tuple[Known, Known] | None = None,
 ) -> Aligned:
-    """:func:`align` without its coverage."""
+    """:func:`align` without its coverage; ``sources``: both tokenizers as they are known, if they were looked up."""
     check_method(method)
     limits = check_lengths(max_length)
     check_ready(table, matched)
@@ -585,7 +571,8 @@ def align_texts(
     texts = list(texts)
     if (bad := _native_module().align_bad_text(texts)) >= 0:
         check_text(texts[bad], f"texts[{bad}]")
-    return _METHODS[method](texts, teacher, student, limits, table, matched)
+    sources = sources or (known(teacher, "teacher"), known(student, "student"))
+    return _METHODS[method](texts, sources, limits, *ready(method, teacher, student, table, matched))
 
 
 def align(
@@ -625,6 +612,7 @@ def align(
             none.
         ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
     """
-    left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched)
+    check_method(method)
     sources = known(teacher, "teacher"), known(student, "student")
+    left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched, sources)
     return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))

@@ -186,14 +186,14 @@ def coverage(
     def aligned(chunk: list[str]) -> tuple[Tokens, Tokens, dict[str, Aligned]]:
         """What each side reads by itself, and the alignments; every text is tokenized as seldom as possible."""
         found = {
-            method: align_texts(chunk, teacher, student, method, None, table, matched)
+            method: align_texts(chunk, teacher, student, method, None, table, matched, sources)
             for method in methods
             if method in ("boundary", "word")
         }
         if found:
             left, right, _, _ = next(iter(found.values()))
         else:
-            left, right = read_side(chunk, teacher, "teacher", None), read_side(chunk, student, "student", None)
+            left, right = read_side(chunk, sources[0], "teacher", None), read_side(chunk, sources[1], "student", None)
         by_ids: dict[str, tuple[Tokens, SpanPairs]] = {}
         if "match" in methods:
             pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
@@ -203,7 +203,7 @@ def coverage(
             by_ids["reduce"] = Tokens(out.input_ids, out.attention_mask), out.pairs
         if by_ids:
             # These do not look at the text: the teacher's tokens tell which part of it they cover.
-            place, _ = locate(chunk, teacher, "teacher", None, by_word=False)
+            place, _ = locate(chunk, sources[0], "teacher", None, by_word=False)
             for method, (tokens, pairs) in by_ids.items():
                 spans = pairs.teacher_start.data_ptr(), pairs.teacher_end.data_ptr()
                 counted = place.bytes(chunk, *spans, len(pairs), left.input_ids.shape[1])

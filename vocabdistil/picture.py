@@ -218,18 +218,16 @@ def show_alignment(
         TypeError, ValueError: as :func:`align`.
     """
     check_text(text, "text")
-    left, right, pairs, counted = align_texts([text], teacher, student, method, max_length, table, matched)
     sources = known(teacher, "teacher"), known(student, "student")
+    left, right, pairs, counted = align_texts([text], teacher, student, method, max_length, table, matched, sources)
     limits = check_lengths(max_length)
     pieces = []
-    for name, side, tokenizer, source, limit in zip(
-        _SIDES, (left, right), (teacher, student), sources, limits, strict=True
-    ):
+    for name, side, source, limit in zip(_SIDES, (left, right), sources, limits, strict=True):
         ids = side.input_ids[0].tolist()
         if name == "student" and method == "reduce":
             places = [(-1, -1)] * len(ids)
         else:
-            located, _ = locate([text], tokenizer, name, limit, by_word=False)
+            located, _ = locate([text], source, name, limit, by_word=False)
             starts, ends, _ = located.row(0)
             places = [(a, b) if 0 <= a < b else (-1, -1) for a, b in zip(starts, ends, strict=True)]
         pieces.append([Piece.of(source, i, *place) for i, place in zip(ids, places, strict=True)])

@@ -7,7 +7,6 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <optional>
 
 #include "../parallel.h"
 #include "../block.h"
@@ -112,13 +111,13 @@ MatchArgs match_args(uintptr_t teacher_ids, uintptr_t student_ids, uintptr_t tea
 using Fold = std::pair<uint32_t, std::vector<std::string>>;
 
 std::shared_ptr<Surfaces> surfaces(const py::list& tokens, const py::bytes& kinds, bool skips,
-                                   const std::vector<Fold>& folds) {
+                                   const std::vector<Fold>& folds, const std::string& mark) {
   std::vector<std::string_view> views;
   views.reserve(tokens.size());
   for (const auto& token : tokens) views.emplace_back(token.cast<std::string_view>());
   const std::string_view flags = kinds;
   return std::make_shared<Surfaces>(views, std::vector<uint8_t>(flags.begin(), flags.end()), skips,
-                                    folds.empty() ? Folds() : Folds(folds));
+                                    folds.empty() ? Folds() : Folds(folds), mark);
 }
 
 int32_t to_int(PyObject* value) {
@@ -134,10 +133,23 @@ std::string_view utf8(PyObject* text) {
   return {data, static_cast<size_t>(size)};
 }
 
+// None becomes -1.
 std::vector<int32_t> to_ints(const py::list& values) {
   std::vector<int32_t> ints(values.size());
-  for (size_t k = 0; k < ints.size(); ++k) ints[k] = to_int(PyList_GET_ITEM(values.ptr(), k));
+  for (size_t k = 0; k < ints.size(); ++k) {
+    PyObject* value = PyList_GET_ITEM(values.ptr(), k);
+    ints[k] = value == Py_None ? -1 : to_int(value);
+  }
   return ints;
+}
+
+py::str interned(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
+
+py::list list_of(PyObject* object, const py::str& name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
+  if (!value) throw py::error_already_set();
+  if (!PyList_Check(value.ptr())) throw py::type_error("encodings: expected a list of each attribute");
+  return py::reinterpret_steal<py::list>(value.release());
 }
 
 // One row of a padded batch.
@@ -185,56 +197,44 @@ class Side {
         continues_(continues),
         rows_(static_cast<size_t>(rows)) {}
 
-  // texts, ids and, where not None, offsets (pairs of characters) and words of the given rows. Returns the rows whose
-  // tokens were not found.
-  std::vector<int64_t> read(const std::vector<int64_t>& rows, const py::list& texts, const py::list& ids,
-                            const std::optional<py::list>& offsets, const std::optional<py::list>& words,
-                            int threads) {
+  // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of words;
+  // with `offsets`, where the tokens do not spell a text, what it says of positions. Returns the rows that the tokens do
+  // not spell; without offsets these have not been read.
+  std::vector<int64_t> read(const py::list& texts, const std::vector<int64_t>& rows, const py::list& encodings,
+                            bool words, bool offsets, int threads) {
+    if (encodings.size() != rows.size()) throw py::index_error("encodings: expected one per row");
+    const py::str ids_name = interned("ids"), words_name = interned("word_ids"), offsets_name = interned("offsets");
     std::vector<Reading> readings(rows.size());
+    std::vector<size_t> told, left;
     for (size_t r = 0; r < rows.size(); ++r) {
-      if (static_cast<size_t>(rows[r]) >= rows_.size()) throw py::index_error("rows: outside the batch");
+      if (static_cast<size_t>(rows[r]) >= std::min(rows_.size(), texts.size())) {
+        throw py::index_error("rows: outside the batch");
+      }
       Reading& reading = readings[r];
-      reading.text = utf8(texts[r].ptr());
-      reading.ids = to_ints(ids[r]);
-      if (offsets) {
-        const py::list row = (*offsets)[r];
-        reading.start.resize(row.size());
-        reading.end.resize(row.size());
-        for (size_t k = 0; k < row.size(); ++k) {
-          const py::tuple pair = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(row.ptr(), k));
-          if (pair.size() != 2) throw py::value_error("offsets: expected pairs");
-          reading.start[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 0));
-          reading.end[k] = to_int(PyTuple_GET_ITEM(pair.ptr(), 1));
-        }
-      }
-      int32_t word = 0;
-      for (size_t k = 0; !continues_.empty() && k < reading.ids.size(); ++k) {
-        const auto id = static_cast<size_t>(reading.ids[k]);
-        word += id >= continues_.size() || continues_[id] == 0;
-        reading.words.push_back(word);
-      }
-      if (words) {
-        const py::list row = (*words)[r];
-        reading.words.resize(row.size());
-        for (size_t k = 0; k < row.size(); ++k) {
-          PyObject* word = PyList_GET_ITEM(row.ptr(), k);
-          reading.words[k] = word == Py_None ? -1 : to_int(word);
-        }
-      }
+      PyObject* encoding = PyList_GET_ITEM(encodings.ptr(), r);
+      reading.text = utf8(PyList_GET_ITEM(texts.ptr(), rows[r]));
+      reading.ids = to_ints(list_of(encoding, ids_name));
+      if (words) reading.words = to_ints(list_of(encoding, words_name));
+      (continues_.empty() || number_words(reading) ? told : left).push_back(r);
     }
-    std::vector<uint8_t> found(rows.size());
-    {
-      py::gil_scoped_release nogil;
-      parallel_for(static_cast<int64_t>(rows.size()), threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          found[r] = locate(*surfaces_, rules_, std::move(readings[r]), rows_[rows[r]]);
-        }
-      });
-    }
+    for (const size_t r : locate_rows(rows, told, readings, threads)) left.push_back(r);
     std::vector<int64_t> missing;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      if (!found[r]) missing.push_back(rows[r]);
+    for (const size_t r : left) missing.push_back(rows[r]);
+    if (!offsets || left.empty()) return missing;
+    for (const size_t r : left) {
+      PyObject* encoding = PyList_GET_ITEM(encodings.ptr(), r);
+      if (!continues_.empty()) readings[r].words = to_ints(list_of(encoding, words_name));
+      const py::list pairs = list_of(encoding, offsets_name);
+      readings[r].start.resize(pairs.size());
+      readings[r].end.resize(pairs.size());
+      for (size_t k = 0; k < pairs.size(); ++k) {
+        PyObject* pair = PyList_GET_ITEM(pairs.ptr(), k);
+        if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2) throw py::value_error("offsets: expected pairs");
+        readings[r].start[k] = to_int(PyTuple_GET_ITEM(pair, 0));
+        readings[r].end[k] = to_int(PyTuple_GET_ITEM(pair, 1));
+      }
     }
+    locate_rows(rows, left, readings, threads);
     return missing;
   }
 
@@ -304,9 +304,43 @@ class Side {
   }
 
  private:
+  // Locates readings[r] for each of `which`; returns those that were not found.
+  std::vector<size_t> locate_rows(const std::vector<int64_t>& rows, const std::vector<size_t>& which,
+                                  std::vector<Reading>& readings, int threads) {
+    std::vector<uint8_t> found(which.size());
+    py::gil_scoped_release nogil;
+    parallel_for(static_cast<int64_t>(which.size()), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        found[i] = locate(*surfaces_, rules_, readings[which[i]], rows_[rows[which[i]]]);
+      }
+    });
+    std::vector<size_t> left;
+    for (size_t i = 0; i < which.size(); ++i) {
+      if (!found[i]) left.push_back(which[i]);
+    }
+    return left;
+  }
+
+  // False if some token does not tell.
+  bool number_words(Reading& reading) const {
+    int32_t word = 0;
+    bool alone = false;
+    reading.words.reserve(reading.ids.size());
+    for (const int32_t id : reading.ids) {
+      const char place = static_cast<size_t>(id) < continues_.size() ? continues_[static_cast<size_t>(id)] : 0;
+      if (place == 3) return false;
+      word += alone || place != 1;
+      alone = place == 2;
+      reading.words.push_back(word);
+    }
+    return true;
+  }
+
   std::shared_ptr<const Surfaces> surfaces_;
   Rules rules_;
-  std::string continues_;  // for each id whether it continues the word before it; empty: words are not asked for so
+  // For each id: 0 if it begins a word, 1 if it continues the one before it, 2 if it is one by itself, 3 if it does not
+  // tell. Empty: words are not asked for in this way.
+  std::string continues_;
   std::vector<LocatedRow> rows_;
 };
 

@@ -54,6 +54,7 @@ class Folds {
  public:
   Folds() = default;
   explicit Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds);
+  bool empty() const { return list_.empty(); }
   const std::string* begin(uint32_t c) const { return list_.data() + first(c); }
   const std::string* end(uint32_t c) const { return list_.data() + (c < 0x10000 && !first_.empty() ? first_[c + 1] : 0); }
 
@@ -69,11 +70,12 @@ class Surfaces {
   enum Kind : uint8_t {
     kUnknown,  // stands for text that its string does not tell (UNK, a hole of the vocabulary)
     kText,     // whole characters
-    kBytes,    // bytes, maybe parts of characters: they stand for themselves only
+    kBytes,    // bytes, maybe parts of characters
   };
 
-  // skips: white space may be missing between tokens.
-  Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips, Folds folds);
+  // skips: white space may be missing between tokens. mark: what a space is inside tokens, or empty.
+  Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips, Folds folds,
+           std::string_view mark = {});
 
   // Finds the tokens ids[0...size) in text[from, to) by what they stand for, without knowing their offsets: true if
   // they spell all of it, in which case there is only one way to lay them out. `inserted`: the first token starts
@@ -99,10 +101,16 @@ class Surfaces {
   // ends: some tokenizers put one before every text between added tokens.
   bool puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const;
 
+  // Lays `count` unknown tokens in a row out at text[at]: one over all characters there that no token has, or one on
+  // each. False where neither fits.
+  bool spell_unknown(std::string_view text, int64_t at, int64_t count, int32_t* start, int32_t* end) const;
+
   std::string bytes_;
   std::vector<int64_t> bounds_;
   std::vector<uint8_t> kinds_;
+  std::vector<bool> chars_;  // those that any token has
   bool skips_;
+  bool marked_;  // spaces are parts of tokens, and other white space may be unknown to the model
   Folds folds_;
 };
 
@@ -133,7 +141,7 @@ struct Rules {
   bool words_at_spaces;  // the tokens between two white spaces are one word
 };
 
-// False if the tokens are not found in the text and no offsets are given.
-bool locate(const Surfaces& surfaces, const Rules& rules, Reading reading, LocatedRow& row);
+// False, and the reading is as it was, if the tokens do not spell the text and no offsets are given; else it is used up.
+bool locate(const Surfaces& surfaces, const Rules& rules, Reading& reading, LocatedRow& row);
 
 }  // namespace vocabdistil

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "boundary.h"
 
@@ -32,6 +33,37 @@ bool space_at(std::string_view text, int64_t at) { return is_space(char_at(text,
 
 bool starts_with(std::string_view text, std::string_view prefix) {
   return text.size() >= prefix.size() && std::memcmp(text.data(), prefix.data(), prefix.size()) == 0;
+}
+
+// Whether all white space is U+0020.
+bool spaces_are_plain(std::string_view text) {
+  for (int64_t at = 0; at < static_cast<int64_t>(text.size()); at += char_at(text, at).size) {
+    if (text[static_cast<size_t>(at)] != ' ' && space_at(text, at)) return false;
+  }
+  return true;
+}
+
+// Where the last character of text[0, to) begins, to > 0.
+int64_t start_of_last(std::string_view text, int64_t to) {
+  do --to;
+  while (to > 0 && (static_cast<unsigned char>(text[static_cast<size_t>(to)]) & 0xC0) == 0x80);
+  return to;
+}
+
+// Whether the bytes are whole characters.
+bool whole_characters(std::string_view bytes) {
+  const auto size = static_cast<int64_t>(bytes.size());
+  int64_t at = 0;
+  while (at < size) {
+    const auto lead = static_cast<unsigned char>(bytes[static_cast<size_t>(at)]);
+    const int64_t step = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    if (!step) return false;
+    for (int64_t k = at + 1; k < std::min(at + step, size); ++k) {
+      if ((static_cast<unsigned char>(bytes[static_cast<size_t>(k)]) & 0xC0) != 0x80) return false;
+    }
+    at += step;
+  }
+  return at == size;
 }
 
 // The end of the last character of text[from, to) that is not white space, or `from`.
@@ -94,14 +126,21 @@ Folds::Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& f
 }
 
 Surfaces::Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips,
-                   Folds folds)
-    : bounds_{0}, kinds_(kinds), skips_(skips), folds_(std::move(folds)) {
+                   Folds folds, std::string_view mark)
+    : bounds_{0}, kinds_(kinds), chars_(0x200000), skips_(skips), marked_(!mark.empty()), folds_(std::move(folds)) {
   kinds_.resize(surfaces.size(), kUnknown);
   bounds_.reserve(surfaces.size() + 1);
+  const auto add_chars = [&](std::string_view text) {
+    for (int64_t at = 0; at < static_cast<int64_t>(text.size()); at += char_at(text, at).size) {
+      chars_[char_at(text, at).code] = true;
+    }
+  };
   for (const std::string_view surface : surfaces) {
     bytes_.append(surface);
     bounds_.push_back(static_cast<int64_t>(bytes_.size()));
+    add_chars(surface);
   }
+  add_chars(mark);
 }
 
 bool Surfaces::puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const {
@@ -110,27 +149,64 @@ bool Surfaces::puts_space(std::string_view text, int64_t at, const int32_t* ids,
   return starts_with(surface(ids[k]), " ") && !starts_with(text.substr(static_cast<size_t>(at)), " ");
 }
 
+bool Surfaces::spell_unknown(std::string_view text, int64_t at, int64_t count, int32_t* start, int32_t* end) const {
+  int64_t chars = 0;
+  for (auto to = static_cast<int64_t>(text.size()), stop = at; stop < to; ++chars) {
+    const Char c = char_at(text, stop);
+    if (is_space(c.code) || chars_[c.code] || folds_.begin(c.code) != folds_.end(c.code)) break;
+    const int64_t k = count == 1 ? 0 : chars;
+    if (k == count) return false;
+    if (k == chars) start[k] = static_cast<int32_t>(stop);
+    stop += c.size;
+    end[k] = static_cast<int32_t>(stop);
+  }
+  return count == 1 ? chars > 0 : chars == count;
+}
+
 bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int32_t* ids, int64_t size, bool inserted,
                      int32_t* start, int32_t* end) const {
   text = text.substr(0, static_cast<size_t>(to));
   int64_t at = from;
+  std::optional<bool> plain;
+  const auto plain_spaces = [&] {  // looked for once at most, and only if there is an unknown token
+    if (!plain) plain = spaces_are_plain(text);
+    return *plain;
+  };
+  std::string_view pending;  // what is left for the next tokens of what the character before `at` has become
   for (int64_t k = 0; k < size; ++k) {
-    if (!known(ids[k])) return false;
+    if (!known(ids[k])) {
+      if (!pending.empty() || (k == 0 && inserted) || (marked_ && !plain_spaces())) return false;
+      int64_t count = 1;
+      while (k + count < size && !known(ids[k + count])) ++count;
+      if (skips_) at = ink_start(text, at, to);
+      if (!spell_unknown(text, at, count, start + k, end + k)) return false;
+      at = end[k + count - 1];
+      k += count - 1;
+      continue;
+    }
     std::string_view rest = surface(ids[k]);
-    if (k == 0 && inserted) {
+    int64_t begin = -1;
+    if (!pending.empty()) {
+      const size_t shared = std::min(pending.size(), rest.size());
+      if (!starts_with(rest, pending.substr(0, shared))) return false;
+      begin = start_of_last(text, at);
+      pending.remove_prefix(shared);
+      rest.remove_prefix(shared);
+    } else if (k == 0 && inserted) {
       if (rest.empty() || rest[0] != ' ') return false;
       rest.remove_prefix(1);
+    } else if (puts_space(text, at, ids, k)) {
+      rest.remove_prefix(1);
     }
-    if (puts_space(text, at, ids, k)) rest.remove_prefix(1);
     if (skips_ && !rest.empty() && rest[0] != ' ' && !starts_with(text.substr(at), rest)) at = ink_start(text, at, to);
     if (starts_with(text.substr(at), rest)) {
-      start[k] = static_cast<int32_t>(at);
+      start[k] = static_cast<int32_t>(begin < 0 ? at : begin);
       at += static_cast<int64_t>(rest.size());
       end[k] = static_cast<int32_t>(at);
       continue;
     }
-    if (kinds_[ids[k]] == kBytes) return false;
-    int64_t begin = -1;
+    // Parts of characters stand for themselves; whole ones may be what a character of the text has become.
+    if (kinds_[ids[k]] == kBytes && (folds_.empty() || !whole_characters(rest))) return false;
     while (!rest.empty()) {
       if (at >= to) return false;
       const Char c = char_at(text, at);
@@ -148,9 +224,19 @@ bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int3
       } else {
         for (const std::string* fold = folds_.begin(c.code); fold != folds_.end(c.code); ++fold) {
           dropped |= fold->empty();
-          if (fold->empty() || !starts_with(rest, *fold)) continue;
-          taken = fold->size();
-          break;
+          if (fold->empty()) continue;
+          if (starts_with(rest, *fold)) {
+            taken = fold->size();
+            break;
+          }
+          if (k + 1 < size && known(ids[k + 1]) && starts_with(*fold, rest)) {
+            const std::string_view left = std::string_view(*fold).substr(rest.size()), next = surface(ids[k + 1]);
+            const size_t shared = std::min(left.size(), next.size());
+            if (!shared || left.substr(0, shared) != next.substr(0, shared)) continue;
+            taken = rest.size();
+            pending = left;
+            break;
+          }
         }
         if (!taken && !dropped) return false;
       }
@@ -169,6 +255,7 @@ bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int3
     start[k] = static_cast<int32_t>(begin < 0 ? at : begin);
     end[k] = static_cast<int32_t>(at);
   }
+  if (!pending.empty()) return false;
   while (at < to) {
     const Char c = char_at(text, at);
     const bool dropped =
@@ -268,7 +355,7 @@ void chars_to_bytes(std::string_view text, int32_t* start, int32_t* end, int64_t
   }
 }
 
-bool locate(const Surfaces& surfaces, const Rules& rules, Reading reading, LocatedRow& row) {
+bool locate(const Surfaces& surfaces, const Rules& rules, Reading& reading, LocatedRow& row) {
   auto total = static_cast<int64_t>(reading.ids.size());
   const int64_t lead = std::min(rules.lead, total);
   const int64_t trail = std::min(rules.trail, total - lead);

@@ -182,7 +182,7 @@ void fuzz_locate() {
   const std::vector<std::string_view> views(tokens.begin(), tokens.end());
   std::vector<std::pair<uint32_t, std::vector<std::string>>> folds;
   if (pick(0, 1)) folds = {{'B', {"b"}}, {0xE9, {"e"}}, {0x130, {"i\xCC\x87", "i"}}, {0x301, {""}}, {0xFB01, {"fi"}}};
-  const Surfaces surfaces(views, kinds, pick(0, 1) == 1, folds.empty() ? Folds() : Folds(folds));
+  const Surfaces surfaces(views, kinds, pick(0, 1) == 1, folds.empty() ? Folds() : Folds(folds), pick(0, 1) ? "_" : "");
   Reading reading;
   std::string text;
   const bool spelled = pick(0, 1) == 1;
@@ -205,7 +205,10 @@ void fuzz_locate() {
   }
   const Rules rules{pick(0, 2), pick(0, 2), {{0, 1}, {1, 2}}, pick(-1, 12), pick(0, 2) == 0};
   LocatedRow row;
-  if (!locate(surfaces, rules, reading, row)) return;
+  if (!locate(surfaces, rules, reading, row)) {
+    require(reading.ids.size() == size, "what was not found can be read again");
+    return;
+  }
   require(row.ids.size() == row.start.size() && row.ids.size() == row.end.size(), "one span per token");
   for (size_t k = 0; k < row.ids.size(); ++k) {
     if (row.start[k] < 0) continue;

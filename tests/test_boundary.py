@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import random
 import sys
 import unicodedata
@@ -203,14 +204,26 @@ def test_words_told_by_pieces_are_those_of_the_tokenizer(text: str, name: str) -
     continues = module.known(tokenizer, "teacher").continues
     assert any(continues)
     encoding = tokenizer.encode(text)
-    if 3 in map(continues.__getitem__, encoding.ids):
-        assert tokenizer.token_to_id("<unk>") in encoding.ids
-        return
+    if "<unk>" in text:
+        return  # found with the tokenizer's offsets, and the words that it numbers
     inner = [k for k, special in enumerate(encoding.special_tokens_mask) if not special]
     for before, k in itertools.pairwise(inner):
         place, place_before = continues[encoding.ids[k]], continues[encoding.ids[before]]
         told = place == 1 and place_before != 2
         assert told == (encoding.word_ids[k] == encoding.word_ids[before]), encoding.tokens
+
+
+def test_an_unknown_token_that_may_stand_in_a_text_tells_no_word() -> None:
+    state = {"type": "BPE", "unk_token": "ж", "fuse_unk": True, "vocab": {"ж": 0, "▁": 1, "a": 2}, "merges": []}
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": state}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert list(module.known(tokenizer, "teacher").continues) == [3, 0, 1]
+    tokenizer.add_special_tokens(["ж"])
+    for text in ("a aж aжa", "aЫaж ж жЫ", "ж"):
+        words = tokenizer.encode(text).word_ids
+        start, end, _ = module.locate([text], module.known(tokenizer, "teacher"), "teacher", None, True)[0].row(0)
+        for i, j in itertools.pairwise(range(len(words))):
+            assert (words[i] == words[j]) == ((start[i], end[i]) == (start[j], end[j])), (text, i)
 
 
 @pytest.mark.parametrize(

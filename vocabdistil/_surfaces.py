@@ -169,7 +169,9 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
         kinds.append(kind)
     folds = _folds() if normalizer is not None else []
     keeps = byte_level and (not suffix or _keeps_spaces(backend))
-    native = _native_module().Surfaces(texts, bytes(kinds), not keeps, folds, mark)
+    # Spaces that are marks and nothing else reach the model, if nothing but that happens to a text.
+    kept = keeps or (normalizer is None and _type(_state(backend.pre_tokenizer)) == "Metaspace")
+    native = _native_module().Surfaces(texts, bytes(kinds), not kept, folds, mark)
     return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
 
 
@@ -315,7 +317,8 @@ class Known:
         token), 3 if it does not tell; empty where token strings do not tell words. They do in WordPiece after BERT's
         pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, and where the pre-tokenizer
         puts a mark before every word, and nowhere else, that the model has a token for. There an unknown token is a
-        part of a word, or the token of that name in a text."""
+        part of a word; or the token of that name in a text, unless that is spelled with characters of the vocabulary:
+        an unknown token whose place is found without the tokenizer's offsets stands for none of these."""
         info = self.info
         state = _state(info.backend.pre_tokenizer)
         if info.kind == "WordPiece" and info.prefix == "##" and _type(state) == "BertPreTokenizer":
@@ -323,7 +326,8 @@ class Known:
             unknown = 0
         elif info.kind in ("BPE", "Unigram") and not info.prefix and (mark := _word_mark(state, info.pieces)):
             inside = [token is None or not token.startswith(mark) for token in info.tokens]
-            unknown = 3
+            named = [char.encode() for char in info.tokens[info.unk_id] or ""] if info.unk_id is not None else []
+            unknown = 1 if any(char in text for text in self.surfaces.texts for char in named) else 3
         else:
             return b""
         apart = {*info.added, *info.special}

@@ -110,7 +110,7 @@ class Surfaces {
   std::vector<uint8_t> kinds_;
   std::vector<bool> chars_;  // those that any token has
   bool skips_;
-  bool marked_;  // spaces are parts of tokens, and other white space may be unknown to the model
+  bool marked_;  // spaces are parts of tokens
   Folds folds_;
 };
 

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <optional>
 
 #include "boundary.h"
 
@@ -153,7 +152,7 @@ bool Surfaces::spell_unknown(std::string_view text, int64_t at, int64_t count, i
   int64_t chars = 0;
   for (auto to = static_cast<int64_t>(text.size()), stop = at; stop < to; ++chars) {
     const Char c = char_at(text, stop);
-    if (is_space(c.code) || chars_[c.code] || folds_.begin(c.code) != folds_.end(c.code)) break;
+    if ((skips_ && is_space(c.code)) || chars_[c.code] || folds_.begin(c.code) != folds_.end(c.code)) break;
     const int64_t k = count == 1 ? 0 : chars;
     if (k == count) return false;
     if (k == chars) start[k] = static_cast<int32_t>(stop);
@@ -167,15 +166,13 @@ bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int3
                      int32_t* start, int32_t* end) const {
   text = text.substr(0, static_cast<size_t>(to));
   int64_t at = from;
-  std::optional<bool> plain;
-  const auto plain_spaces = [&] {  // looked for once at most, and only if there is an unknown token
-    if (!plain) plain = spaces_are_plain(text);
-    return *plain;
-  };
+  // White space that the model does not know and white space that never reached it look the same.
+  const auto is_known = [this](int32_t id) { return known(id); };
+  if (skips_ && marked_ && !std::all_of(ids, ids + size, is_known) && !spaces_are_plain(text)) return false;
   std::string_view pending;  // what is left for the next tokens of what the character before `at` has become
   for (int64_t k = 0; k < size; ++k) {
     if (!known(ids[k])) {
-      if (!pending.empty() || (k == 0 && inserted) || (marked_ && !plain_spaces())) return false;
+      if (!pending.empty() || (k == 0 && inserted)) return false;
       int64_t count = 1;
       while (k + count < size && !known(ids[k + count])) ++count;
       if (skips_) at = ink_start(text, at, to);
@@ -216,7 +213,7 @@ bool Surfaces::spell(std::string_view text, int64_t from, int64_t to, const int3
       if (c.code == wanted.code) {
         taken = static_cast<size_t>(wanted.size);
       } else if (is_space(c.code)) {
-        if (rest[0] == ' ') {
+        if (rest[0] == ' ' && (skips_ || !folds_.empty())) {
           taken = 1;
         } else if (!skips_) {
           return false;

@@ -344,8 +344,12 @@ class Side {
   std::vector<LocatedRow> rows_;
 };
 
-py::bytearray as_bytes(const std::vector<int32_t>& values) {
-  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int32_t)};
+// int32 [4, count]
+py::bytearray as_bytes(const BatchPairs& pairs) {
+  const int64_t count = pairs.count();
+  py::bytearray bytes(nullptr, static_cast<size_t>(count) * 4 * sizeof(int32_t));
+  if (count) pairs.write(reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes.ptr())));
+  return bytes;
 }
 
 // int32 or int64 offsets [batch, length, 2] and a mask [batch, length] of bytes or 0, both contiguous.
@@ -367,30 +371,24 @@ bool narrow(const T* from, const uint8_t* mask, int64_t count, int32_t* to) {
 
 // Of the two sides the pairs, int32 [4, count]; None where an offset does not fit 32 bits.
 py::object align_offsets(const Offsets& teacher, const Offsets& student, int64_t batch, int threads) {
-  std::vector<int32_t> pairs;
+  BatchPairs pairs;
   std::atomic<bool> fits{true};
+  const auto row = [&fits](const Offsets& side, int64_t b, std::vector<int32_t>& buffer) -> TokenSpans {
+    const auto [address, itemsize, mask, length] = side;
+    buffer.resize(static_cast<size_t>(2 * length));
+    const uint8_t* keep = mask ? at<const uint8_t>(mask) + b * length : nullptr;
+    const bool fit = itemsize == 4 ? narrow(at<const int32_t>(address) + 2 * b * length, keep, length, buffer.data())
+                                   : narrow(at<const int64_t>(address) + 2 * b * length, keep, length, buffer.data());
+    if (!fit) fits = false;
+    return {buffer.data(), buffer.data() + 1, 2, length, 0, 0};
+  };
   {
     py::gil_scoped_release nogil;
-    std::vector<int32_t> values[2];
-    const auto spans = [&](const Offsets& side, std::vector<int32_t>& buffer) {
-      const auto [address, itemsize, mask, length] = side;
-      buffer.resize(static_cast<size_t>(2 * batch * length));
-      std::vector<TokenSpans> rows(static_cast<size_t>(batch));
-      parallel_for(batch, threads, [&, address = address, itemsize = itemsize, mask = mask, length = length](
-                                       int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          int32_t* row = buffer.data() + 2 * b * length;
-          const uint8_t* keep = mask ? at<const uint8_t>(mask) + b * length : nullptr;
-          const bool fit = itemsize == 4 ? narrow(at<const int32_t>(address) + 2 * b * length, keep, length, row)
-                                         : narrow(at<const int64_t>(address) + 2 * b * length, keep, length, row);
-          if (!fit) fits = false;
-          rows[b] = {row, row + 1, 2, length, 0, 0};
-        }
-      });
-      return rows;
-    };
-    const auto left = spans(teacher, values[0]), right = spans(student, values[1]);
-    if (fits) pairs = align_batch(left, right, std::get<3>(teacher), std::get<3>(student), threads);
+    pairs = align_batch(batch, std::get<3>(teacher), std::get<3>(student), threads, [&]() -> RowReader {
+      return [&, left = std::vector<int32_t>(), right = std::vector<int32_t>()](int64_t b) mutable {
+        return std::pair(row(teacher, b, left), row(student, b, right));
+      };
+    });
   }
   if (!fits) return py::none();
   return as_bytes(pairs);
@@ -432,10 +430,14 @@ void bind_remap(py::module_& module) {
       .def("bytes", &Side::bytes);
   module.def("align_sides", [](const Side& teacher, const Side& student, int64_t teacher_length,
                                int64_t student_length, int threads) {
-    std::vector<int32_t> pairs;
+    BatchPairs pairs;
     {
       py::gil_scoped_release nogil;
-      pairs = align_batch(teacher.spans(), student.spans(), teacher_length, student_length, threads);
+      const auto left = teacher.spans(), right = student.spans();
+      const auto batch = static_cast<int64_t>(std::min(left.size(), right.size()));
+      pairs = align_batch(batch, teacher_length, student_length, threads, [&]() -> RowReader {
+        return [&](int64_t b) { return std::pair(left[b], right[b]); };
+      });
     }
     return as_bytes(pairs);
   });

@@ -1,6 +1,8 @@
 #include "boundary.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <unordered_map>
 
 #include "../parallel.h"
@@ -112,32 +114,48 @@ int64_t align_boundaries(const TokenSpans& teacher, const TokenSpans& student, i
   return writer.count;
 }
 
-std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const std::vector<TokenSpans>& student,
-                                 int64_t teacher_length, int64_t student_length, int threads) {
-  const int64_t batch = static_cast<int64_t>(std::min(teacher.size(), student.size()));
-  std::vector<int64_t> room(static_cast<size_t>(batch) + 1, 0), first(room);
-  for (int64_t b = 0; b < batch; ++b) room[b + 1] = room[b] + std::min(teacher[b].size, student[b].size);
-  const int64_t capacity = room[batch];
-  std::vector<int32_t> pairs(static_cast<size_t>(4 * capacity));
+int64_t BatchPairs::count() const {
+  int64_t count = 0;
+  for (const Part& part : parts) count += static_cast<int64_t>(part.fields[0].size());
+  return count;
+}
+
+void BatchPairs::write(int32_t* out) const {
+  for (int k = 0; k < 4; ++k) {
+    for (const Part& part : parts) out = std::copy(part.fields[k].begin(), part.fields[k].end(), out);
+  }
+}
+
+BatchPairs align_batch(int64_t batch, int64_t teacher_length, int64_t student_length, int threads,
+                       const std::function<RowReader()>& reader) {
+  BatchPairs found;
+  std::mutex mutex;
+  std::exception_ptr failure;  // none may leave a thread
   parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      int32_t* out[4];
-      for (int k = 0; k < 4; ++k) out[k] = pairs.data() + k * capacity + room[b];
-      first[b + 1] = align_boundaries(teacher[b], student[b], static_cast<int32_t>(b * teacher_length),
-                                      static_cast<int32_t>(b * student_length), out);
+    try {
+      BatchPairs::Part part{begin, {}};
+      std::vector<int32_t> room;
+      const RowReader read = reader();
+      for (int64_t b = begin; b < end; ++b) {
+        const auto [teacher, student] = read(b);
+        const int64_t most = std::min(teacher.size, student.size);
+        if (room.size() < static_cast<size_t>(4 * most)) room.resize(static_cast<size_t>(4 * most));
+        int32_t* const out[4] = {room.data(), room.data() + most, room.data() + 2 * most, room.data() + 3 * most};
+        const int64_t count = align_boundaries(teacher, student, static_cast<int32_t>(b * teacher_length),
+                                               static_cast<int32_t>(b * student_length), out);
+        for (int k = 0; k < 4; ++k) part.fields[k].insert(part.fields[k].end(), out[k], out[k] + count);
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      found.parts.push_back(std::move(part));
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
     }
   });
-  for (int64_t b = 0; b < batch; ++b) first[b + 1] += first[b];
-  const int64_t total = first[batch];
-  // Always towards the front, so rows may be moved within the one buffer.
-  for (int k = 0; k < 4; ++k) {
-    for (int64_t b = 0; b < batch; ++b) {
-      const auto from = pairs.begin() + k * capacity + room[b];
-      std::copy(from, from + (first[b + 1] - first[b]), pairs.begin() + k * total + first[b]);
-    }
-  }
-  pairs.resize(static_cast<size_t>(4 * total));
-  return pairs;
+  if (failure) std::rethrow_exception(failure);
+  std::sort(found.parts.begin(), found.parts.end(),
+            [](const auto& a, const auto& b) { return a.first_row < b.first_row; });
+  return found;
 }
 
 SideCoverage cover(const int64_t* ids, const int64_t* mask, int64_t size, const int32_t* start, const int32_t* end,

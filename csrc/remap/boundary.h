@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -28,10 +29,25 @@ struct TokenSpans {
 int64_t align_boundaries(const TokenSpans& teacher, const TokenSpans& student, int32_t teacher_base,
                          int32_t student_base, int32_t* const out[4]);
 
+// The pairs of a batch, in order, as they were found: each thread has those of the rows that it read.
+struct BatchPairs {
+  struct Part {
+    int64_t first_row = 0;
+    std::vector<int32_t> fields[4];
+  };
+  std::vector<Part> parts;
+
+  int64_t count() const;
+  void write(int32_t* out) const;  // [4, count]
+};
+
+// The tokens of row b of the teacher and of the student, valid until the next call.
+using RowReader = std::function<std::pair<TokenSpans, TokenSpans>(int64_t b)>;
+
 // Pairs of a batch: row b of the padded [batch, teacher_length] and [batch, student_length] has the bases
-// b * teacher_length and b * student_length. Returns [4, count], flat.
-std::vector<int32_t> align_batch(const std::vector<TokenSpans>& teacher, const std::vector<TokenSpans>& student,
-                                 int64_t teacher_length, int64_t student_length, int threads);
+// b * teacher_length and b * student_length. Each thread reads with a reader of its own.
+BatchPairs align_batch(int64_t batch, int64_t teacher_length, int64_t student_length, int threads,
+                       const std::function<RowReader()>& reader);
 
 // For each position of the text and its end: how many bytes before it belong to characters that are not white space.
 std::vector<int32_t> ink_before(std::string_view text);

@@ -156,7 +156,12 @@ void fuzz_boundaries() {
       rows[side].push_back({row, row + 1, 2, lengths[side], pick(0, 3), pick(0, 3), static_cast<int32_t>(pick(0, 60))});
     }
   }
-  const auto pairs = align_batch(rows[0], rows[1], lengths[0], lengths[1], static_cast<int>(pick(1, 3)));
+  const BatchPairs aligned = align_batch(static_cast<int64_t>(rows[0].size()), lengths[0], lengths[1],
+                                       static_cast<int>(pick(1, 3)), [&]() -> RowReader {
+                                         return [&](int64_t b) { return std::pair(rows[0][b], rows[1][b]); };
+                                       });
+  std::vector<int32_t> pairs(static_cast<size_t>(4 * aligned.count()));
+  aligned.write(pairs.data());
   const auto count = static_cast<int64_t>(pairs.size() / 4);
   const int32_t* sides[4];
   for (int k = 0; k < 4; ++k) sides[k] = pairs.data() + k * count;

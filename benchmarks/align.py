@@ -187,7 +187,7 @@ def _text_cases() -> Iterator[Case]:
             for method in ("boundary", "word", "match"):
                 build = functools.partial(_texts, path=path, names=pair, method=method)
                 name = f"{method}-{language}-{'-'.join(pair).replace(' ', '_')}"
-                yield Case(name, build, torch.int64, ("run",), rounds=5, seconds=1.0)
+                yield Case(name, build, torch.int64, ("run",), rounds=7, seconds=0.5)
 
 
 def _zipf(device: torch.device) -> Problem:

@@ -159,6 +159,8 @@ HEADLINES = (
     ("remap", "build-120000", "run"),
     ("remap", "ru-1000x512", "run"),
     ("align", "ru-1000-texts", "run"),
+    ("align", "boundary-1000x512", "run"),
+    ("align", "boundary-en-wordpiece_uncased-byte-level", "run"),
 )
 
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, byte_level, family
 from tests._wordpiece import russian_text
+from vocabdistil._surfaces import ALONE, BEGINS, CONTINUES, UNTOLD
 
 module = sys.modules["vocabdistil.align"]
 Span = tuple[int, int]
@@ -201,15 +202,15 @@ TELLING = {
 @given(texts | st.text("abe#in▁é☃ \t", max_size=16), st.sampled_from(sorted(TELLING)))
 def test_words_told_by_pieces_are_those_of_the_tokenizer(text: str, name: str) -> None:
     tokenizer = TELLING[name]()
-    continues = module.known(tokenizer, "teacher").continues
-    assert any(continues)
+    places = module.known(tokenizer, "teacher").word_places
+    assert any(places)
     encoding = tokenizer.encode(text)
     if "<unk>" in text:
         return  # found with the tokenizer's offsets, and the words that it numbers
     inner = [k for k, special in enumerate(encoding.special_tokens_mask) if not special]
     for before, k in itertools.pairwise(inner):
-        place, place_before = continues[encoding.ids[k]], continues[encoding.ids[before]]
-        told = place == 1 and place_before != 2
+        place, place_before = places[encoding.ids[k]], places[encoding.ids[before]]
+        told = place == CONTINUES and place_before != ALONE
         assert told == (encoding.word_ids[k] == encoding.word_ids[before]), encoding.tokens
 
 
@@ -217,7 +218,7 @@ def test_an_unknown_token_that_may_stand_in_a_text_tells_no_word() -> None:
     state = {"type": "BPE", "unk_token": "ж", "fuse_unk": True, "vocab": {"ж": 0, "▁": 1, "a": 2}, "merges": []}
     tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": state}))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    assert list(module.known(tokenizer, "teacher").continues) == [3, 0, 1]
+    assert list(module.known(tokenizer, "teacher").word_places) == [UNTOLD, BEGINS, CONTINUES]
     tokenizer.add_special_tokens(["ж"])
     for text in ("a aж aжa", "aЫaж ж жЫ", "ж"):
         words = tokenizer.encode(text).word_ids
@@ -238,7 +239,7 @@ def test_an_unknown_token_that_may_stand_in_a_text_tells_no_word() -> None:
 def test_other_words_are_asked_for(pre_tokenizer) -> None:
     tokenizer = Tokenizer.from_str(family("unigram").to_str())
     tokenizer.pre_tokenizer = pre_tokenizer
-    assert not module.known(tokenizer, "teacher").continues
+    assert not module.known(tokenizer, "teacher").word_places
 
 
 @pytest.mark.parametrize(

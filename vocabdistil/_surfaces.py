@@ -19,6 +19,7 @@ from ._tokenizers import ROLES, TokenizerInfo, backend_of, read_tokenizer
 __all__ = ["Known", "Surfaces", "known", "read_surfaces"]
 
 UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
+BEGINS, CONTINUES, ALONE, UNTOLD = 0, 1, 2, 3  # the places of csrc/remap/bindings.cpp
 _MARK = "▁"
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -122,8 +123,8 @@ def _keeps_spaces(backend: tokenizers.Tokenizer) -> bool:
 def read_surfaces(info: TokenizerInfo) -> Surfaces:
     """Reads what the tokens of a tokenizer stand for."""
     backend = info.backend
-    normalizer = _state(backend.normalizer)
-    parts = [*_parts(normalizer), *_parts(_state(backend.pre_tokenizer)), *_parts(_state(backend.decoder))]
+    normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
+    parts = [*_parts(normalizer), *_parts(pre_tokenizer), *_parts(_state(backend.decoder))]
     types = frozenset(part["type"] for part in parts if isinstance(part.get("type"), str))
     byte_level = "ByteLevel" in types
     mark = ""
@@ -170,7 +171,7 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
     folds = _folds() if normalizer is not None else []
     keeps = byte_level and (not suffix or _keeps_spaces(backend))
     # Spaces that are marks and nothing else reach the model, if nothing but that happens to a text.
-    kept = keeps or (normalizer is None and _type(_state(backend.pre_tokenizer)) == "Metaspace")
+    kept = keeps or (normalizer is None and _type(pre_tokenizer) == "Metaspace")
     native = _native_module().Surfaces(texts, bytes(kinds), not kept, folds, mark)
     return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
 
@@ -312,9 +313,9 @@ class Known:
         return read_surfaces(self.info)
 
     @functools.cached_property
-    def continues(self) -> bytes:
-        """For each id 0 if it begins a word, 1 if it continues the one before it, 2 if it is one by itself (an added
-        token), 3 if it does not tell; empty where token strings do not tell words. They do in WordPiece after BERT's
+    def word_places(self) -> bytes:
+        """For each id BEGINS a word, CONTINUES the one before it, ALONE if it is one by itself (an added token), UNTOLD
+        if it does not tell; empty where token strings do not tell words. They do in WordPiece after BERT's
         pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, and where the pre-tokenizer
         puts a mark before every word, and nowhere else, that the model has a token for. There an unknown token is a
         part of a word; or the token of that name in a text, unless that is spelled with characters of the vocabulary:
@@ -323,15 +324,18 @@ class Known:
         state = _state(info.backend.pre_tokenizer)
         if info.kind == "WordPiece" and info.prefix == "##" and _type(state) == "BertPreTokenizer":
             inside = [token is not None and len(token) > 2 and token.startswith("##") for token in info.tokens]
-            unknown = 0
+            unknown = BEGINS
         elif info.kind in ("BPE", "Unigram") and not info.prefix and (mark := _word_mark(state, info.pieces)):
             inside = [token is None or not token.startswith(mark) for token in info.tokens]
             named = [char.encode() for char in info.tokens[info.unk_id] or ""] if info.unk_id is not None else []
-            unknown = 1 if any(char in text for text in self.surfaces.texts for char in named) else 3
+            unknown = CONTINUES if any(c in text for text in self.surfaces.texts for c in named) else UNTOLD
         else:
             return b""
         apart = {*info.added, *info.special}
-        places = bytearray(2 if token in apart else within for token, within in zip(info.tokens, inside, strict=True))
+        places = bytearray(
+            ALONE if token in apart else CONTINUES if within else BEGINS
+            for token, within in zip(info.tokens, inside, strict=True)
+        )
         if info.unk_id is not None:
             places[info.unk_id] = unknown
         return bytes(places)

@@ -393,15 +393,16 @@ def locate(
     """The tokens of each text, and where they lie in it.
 
     The fast encoding tells no offsets, and mostly they are not needed: the tokens spell the text in one way
-    only. Where they do not (unknown tokens, normalized text), the text is encoded again with offsets.
+    only. Where they do not (unknown tokens and normalized text, unless there is one way still), the text is encoded
+    again with offsets.
     """
     backend = source.info.backend
     check_room(backend, name, max_length)
     with plain_settings(backend):
         # Without a pre-tokenizer the words are what white space separates.
         at_spaces = by_word and backend.pre_tokenizer is None
-        continues = source.continues if by_word else b""
-        numbered = by_word and not at_spaces and not continues
+        places = source.word_places if by_word else b""
+        numbered = by_word and not at_spaces and not places
         side: Any = None
 
         first, last = 0, min(_TRIAL, len(texts))
@@ -414,7 +415,7 @@ def locate(
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
                 side = _native_module().Side(
-                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, continues
+                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, places
                 )
             missing = side.read(texts, range(first, last), encodings, numbered, whole, threads)
             if missing and not whole:
@@ -422,7 +423,7 @@ def locate(
                 side.read(texts, missing, encodings, numbered, True, threads)
             if first < last:
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
-            del encodings
+            del encodings  # not beside those of the next texts: they are large
             first, last = last, min(last + _CHUNK, len(texts))
     length = side.length()
     if len(texts) * length > INT32_MAX:
@@ -612,7 +613,6 @@ def align(
             none.
         ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
     """
-    check_method(method)
     sources = known(teacher, "teacher"), known(student, "student")
     left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched, sources)
     return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))

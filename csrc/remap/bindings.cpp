@@ -186,15 +186,18 @@ int64_t bad_text(const py::list& texts) {
   return -1;
 }
 
+// What a token tells of words: it begins one, continues the one before it, is one by itself, does not tell.
+enum Place : char { kBegins, kContinues, kAlone, kUntold };
+
 // One side of a batch: what a tokenizer made of each text, located in it.
 class Side {
  public:
   Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
        std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces,
-       const py::bytes& continues)
+       const py::bytes& places)
       : surfaces_(std::move(surfaces)),
         rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
-        continues_(continues),
+        places_(places),
         rows_(static_cast<size_t>(rows)) {}
 
   // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of words;
@@ -215,7 +218,7 @@ class Side {
       reading.text = utf8(PyList_GET_ITEM(texts.ptr(), rows[r]));
       reading.ids = to_ints(list_of(encoding, ids_name));
       if (words) reading.words = to_ints(list_of(encoding, words_name));
-      (continues_.empty() || number_words(reading) ? told : left).push_back(r);
+      (places_.empty() || number_words(reading) ? told : left).push_back(r);
     }
     for (const size_t r : locate_rows(rows, told, readings, threads)) left.push_back(r);
     std::vector<int64_t> missing;
@@ -223,7 +226,7 @@ class Side {
     if (!offsets || left.empty()) return missing;
     for (const size_t r : left) {
       PyObject* encoding = PyList_GET_ITEM(encodings.ptr(), r);
-      if (!continues_.empty()) readings[r].words = to_ints(list_of(encoding, words_name));
+      if (!places_.empty()) readings[r].words = to_ints(list_of(encoding, words_name));
       const py::list pairs = list_of(encoding, offsets_name);
       readings[r].start.resize(pairs.size());
       readings[r].end.resize(pairs.size());
@@ -327,10 +330,10 @@ class Side {
     bool alone = false;
     reading.words.reserve(reading.ids.size());
     for (const int32_t id : reading.ids) {
-      const char place = static_cast<size_t>(id) < continues_.size() ? continues_[static_cast<size_t>(id)] : 0;
-      if (place == 3) return false;
-      word += alone || place != 1;
-      alone = place == 2;
+      const char place = static_cast<size_t>(id) < places_.size() ? places_[static_cast<size_t>(id)] : kBegins;
+      if (place == kUntold) return false;
+      word += alone || place != kContinues;
+      alone = place == kAlone;
       reading.words.push_back(word);
     }
     return true;
@@ -338,9 +341,7 @@ class Side {
 
   std::shared_ptr<const Surfaces> surfaces_;
   Rules rules_;
-  // For each id: 0 if it begins a word, 1 if it continues the one before it, 2 if it is one by itself, 3 if it does not
-  // tell. Empty: words are not asked for in this way.
-  std::string continues_;
+  std::string places_;  // of each id in words; empty: words are not asked for in this way
   std::vector<LocatedRow> rows_;
 };
 

@@ -1,7 +1,7 @@
 #include <algorithm>
-#include <cstring>
 
 #include "boundary.h"
+#include "utf8.h"
 
 namespace vocabdistil {
 namespace {
@@ -30,10 +30,6 @@ bool is_space(uint32_t c) {
 
 bool space_at(std::string_view text, int64_t at) { return is_space(char_at(text, at).code); }
 
-bool starts_with(std::string_view text, std::string_view prefix) {
-  return text.size() >= prefix.size() && std::memcmp(text.data(), prefix.data(), prefix.size()) == 0;
-}
-
 // Whether all white space is U+0020.
 bool spaces_are_plain(std::string_view text) {
   for (int64_t at = 0; at < static_cast<int64_t>(text.size()); at += char_at(text, at).size) {
@@ -45,7 +41,7 @@ bool spaces_are_plain(std::string_view text) {
 // Where the last character of text[0, to) begins, to > 0.
 int64_t start_of_last(std::string_view text, int64_t to) {
   do --to;
-  while (to > 0 && (static_cast<unsigned char>(text[static_cast<size_t>(to)]) & 0xC0) == 0x80);
+  while (to > 0 && !is_char_start(text[static_cast<size_t>(to)]));
   return to;
 }
 
@@ -58,7 +54,7 @@ bool whole_characters(std::string_view bytes) {
     const int64_t step = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
     if (!step) return false;
     for (int64_t k = at + 1; k < std::min(at + step, size); ++k) {
-      if ((static_cast<unsigned char>(bytes[static_cast<size_t>(k)]) & 0xC0) != 0x80) return false;
+      if (is_char_start(bytes[static_cast<size_t>(k)])) return false;
     }
     at += step;
   }
@@ -338,13 +334,13 @@ void Surfaces::refine(std::string_view text, const int32_t* ids, int64_t size, i
 
 void chars_to_bytes(std::string_view text, int32_t* start, int32_t* end, int64_t size) {
   int32_t count = 0;
-  for (const char c : text) count += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+  for (const char c : text) count += is_char_start(c);
   const auto bytes = static_cast<int32_t>(text.size());
   if (count == bytes) return;
   std::vector<int32_t> byte_of(static_cast<size_t>(count) + 1, bytes);
   int32_t c = 0;
   for (int32_t i = 0; i < bytes; ++i) {
-    if ((static_cast<unsigned char>(text[i]) & 0xC0) != 0x80) byte_of[c++] = i;
+    if (is_char_start(text[i])) byte_of[c++] = i;
   }
   for (int64_t k = 0; k < size; ++k) {
     start[k] = byte_of[std::clamp(start[k], 0, count)];

@@ -14,6 +14,7 @@
 #include <unordered_map>
 
 #include "../parallel.h"
+#include "utf8.h"
 
 namespace vocabdistil {
 namespace {
@@ -26,12 +27,6 @@ constexpr uint64_t kIdMask = (uint64_t{1} << kIdBits) - 1;
 constexpr int64_t kMaxPieces = std::numeric_limits<uint16_t>::max();
 
 using Pieces = std::unordered_map<std::string_view, int32_t>;
-
-bool starts_with(std::string_view text, std::string_view prefix) {
-  return text.size() >= prefix.size() && text.compare(0, prefix.size(), prefix) == 0;
-}
-
-bool is_char_start(char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }
 
 bool is_unused(std::string_view token) {
   constexpr std::string_view head = "[unused";

@@ -16,11 +16,6 @@ from tests.vocabularies import make_matched
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 
-@pytest.fixture
-def backend():
-    return "triton"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("unmatched", UNMATCHED)
 def test_rows_that_do_not_fit_in_registers(unmatched, dtype, backend, monkeypatch):
@@ -32,15 +27,7 @@ def test_rows_that_do_not_fit_in_registers(unmatched, dtype, backend, monkeypatc
 
 
 @pytest.mark.parametrize("unmatched", UNMATCHED)
-def test_nothing_is_read_that_was_not_written(unmatched, backend, monkeypatch):
-    """Fresh memory holds NaN."""
-    empty = torch.Tensor.new_empty
-
-    def poisoned(x, *shape, **options):
-        out = empty(x, *shape, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def test_nothing_is_read_that_was_not_written(unmatched, backend, fresh_memory_holds_nan):
     pairs, n_s, n_t = make_pairs(18, seed=3, gaps=True, empty=True)
     got = run(vd, make(n_s, n_t), make_matched(50, 90, 37), pairs=pairs, unmatched=unmatched, backend=backend)
     assert all(value.isfinite().all() for value in got.values())

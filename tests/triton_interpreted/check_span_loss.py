@@ -8,13 +8,3 @@ from tests.span_loss_backend import *  # noqa: F403
 
 # Of what stands on rows without a value: minus infinity less minus infinity, the logarithm of 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture
-def backend():
-    return "triton"
-
-
-@pytest.fixture
-def device():
-    return "cpu"

@@ -80,23 +80,39 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
 }
 
-// Logits as Python hands them over: dtype code, address, row stride (elements), rows, columns.
+// A matrix as Python hands it over: dtype code, address, row stride (elements), rows, columns.
 using PyRows = std::tuple<int, Address, int64_t, int64_t, int64_t>;
 
-vd::Rows logits(const PyRows& x) {
+vd::Rows matrix(const PyRows& x) {
   return {static_cast<vd::DType>(std::get<0>(x)), at<const void>(std::get<1>(x)), std::get<2>(x), std::get<3>(x),
           std::get<4>(x)};
 }
 
 void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
                 Address t_end, Address s_ids, Address t_ids, int64_t matched, int64_t pairs, int unmatched, bool mean,
-                double temperature, Address teacher_rest, Address scale, Address loss, Address total, Address grad,
-                int threads) {
+                double temperature, Address scale, Address loss, Address total, Address grad, int threads) {
   py::gil_scoped_release release;
-  vd::matched_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+  vd::matched_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
                   at<const int32_t>(s_ids), at<const int32_t>(t_ids), matched, pairs,
-                  static_cast<vd::Unmatched>(unmatched), mean, temperature, at<const void>(teacher_rest),
-                  at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
+                  static_cast<vd::Unmatched>(unmatched), mean, temperature, at<const void>(scale), at<void>(loss),
+                  at<void>(total), at<void>(grad), threads});
+}
+
+// hidden, weight, and the addresses of bias, lengths and ids.
+using PyLinearSide = std::tuple<PyRows, PyRows, Address, Address, Address>;
+
+vd::LinearSide linear_side(const PyLinearSide& x) {
+  return {matrix(std::get<0>(x)), matrix(std::get<1>(x)), at<const void>(std::get<2>(x)),
+          at<const void>(std::get<3>(x)), at<const int32_t>(std::get<4>(x))};
+}
+
+void linear_matched_kl(const PyLinearSide& student, const PyLinearSide& teacher, int64_t matched, int unmatched,
+                       double temperature, int64_t budget, Address scale, Address loss, Address total,
+                       Address grad_hidden, Address grad_weight, Address grad_bias, int threads) {
+  py::gil_scoped_release release;
+  vd::linear_matched_kl({linear_side(student), linear_side(teacher), matched, static_cast<vd::Unmatched>(unmatched),
+                         temperature, budget, at<const void>(scale), at<void>(loss), at<void>(total),
+                         at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), threads});
 }
 
 void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
@@ -104,7 +120,7 @@ void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, 
                  Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
                  Address loss, Address total, Address grad, int threads) {
   py::gil_scoped_release release;
-  vd::remapped_kl({logits(student), logits(teacher), spans(s_start, s_end), spans(t_start, t_end),
+  vd::remapped_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
                    {at<const int32_t>(rows), mapped, at<const int32_t>(shapes), buckets, at<const int32_t>(ids),
                     at<const int32_t>(indptr), at<const int32_t>(pieces_of)},
                    pairs, logsumexp, temperature, at<const void>(scale), at<void>(loss), at<void>(total),
@@ -122,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("span_mean_bwd", &span_mean_bwd);
   m.def("span_loss", &span_loss);
   m.def("matched_kl", &matched_kl);
+  m.def("linear_matched_kl", &linear_matched_kl);
   m.def("remapped_kl", &remapped_kl);
   vd::bind_remap(m);
 #ifdef VD_CUDA

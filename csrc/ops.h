@@ -88,12 +88,33 @@ struct MatchedKlArgs {
   Unmatched unmatched;
   bool mean;
   double temperature;
-  const void* teacher_rest;  // [pairs], accumulation dtype: log sum exp(z / T) over the teacher's unmatched columns,
-                             // where `teacher` does not hold them; nullptr where it does
-  const void* scale;         // [pairs], accumulation dtype
-  void* loss;                // [pairs], accumulation dtype, unscaled
-  void* total;               // [1], accumulation dtype: sum_p scale[p] * loss[p]
-  void* grad;  // contiguous, the student's shape and dtype, or nullptr; without spans it may be the student itself
+  const void* scale;  // [pairs], accumulation dtype
+  void* loss;         // [pairs], accumulation dtype, unscaled
+  void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  void* grad;         // contiguous, the student's shape and dtype, or nullptr
+  int threads;
+};
+
+// One side of the divergence between output layers. Logits are hidden weight^T + lengths bias^T.
+struct LinearSide {
+  Rows hidden, weight;  // [rows, dim], [vocabulary, dim]
+  const void* bias;     // [vocabulary], accumulation dtype, or nullptr
+  const void* lengths;  // [rows], accumulation dtype, or nullptr: 1 each
+  const int32_t* ids;   // [matched]
+};
+
+// matched_kl of the logits of two output layers, which are formed `budget` bytes at a time (or half of what the matched
+// rows of both weights take, if that is more), and the gradients for the student's. Raises as matched_kl.
+struct LinearMatchedKlArgs {
+  LinearSide student, teacher;
+  int64_t matched;
+  Unmatched unmatched;
+  double temperature;
+  int64_t budget;
+  const void* scale;  // [rows], accumulation dtype
+  void* loss;         // [rows], accumulation dtype, unscaled
+  void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  void *grad_hidden, *grad_weight, *grad_bias;  // contiguous, accumulation dtype, all of it written, or nullptr
   int threads;
 };
 
@@ -129,6 +150,7 @@ void span_mean_fwd(const SpanMeanArgs&);
 void span_mean_bwd(const SpanMeanBwdArgs&);
 void span_loss(const SpanLossArgs&);
 void matched_kl(const MatchedKlArgs&);
+void linear_matched_kl(const LinearMatchedKlArgs&);
 void remapped_kl(const RemappedKlArgs&);
 const char* active_isa();
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -48,6 +49,15 @@ void parallel_for(int64_t n, int threads, const Body& body) {
   for (int i = 1; i < parts; ++i) workers.emplace_back(part, i);
   part(0);
   for (auto& worker : workers) worker.join();
+}
+
+// Calls task(i) for each i in [0, count), each on whichever thread is free: for tasks of unequal size.
+template <class Task>
+void parallel_tasks(int64_t count, int threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(threads, count), threads, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  });
 }
 
 }  // namespace vocabdistil

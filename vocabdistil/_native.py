@@ -118,18 +118,34 @@ def _addresses(spans: Sequence[Tensor]) -> list[int]:
 
 def matched_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
-    unmatched: int, mean: bool, temperature: float, teacher_rest: Tensor | None, scale: Tensor, loss: Tensor,
-    total: Tensor, grad: Tensor | None,
+    unmatched: int, mean: bool, temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
 ) -> None:  # fmt: skip
     """Logits [N, V], unit column stride; spans: none or four int32 [P]; ids: int32 [V_m]; scale, loss: [P]; total: [].
 
-    grad: contiguous, like the student (without spans it may be the student). Raises ValueError for bad ids, spans.
+    grad: contiguous, like the student. Raises ValueError for bad ids, spans.
     """
     module().matched_kl(
         _rows(student), _rows(teacher), *_addresses(spans), student_ids.data_ptr(), teacher_ids.data_ptr(),
-        student_ids.numel(), scale.numel(), unmatched, mean, temperature,
-        0 if teacher_rest is None else teacher_rest.data_ptr(), scale.data_ptr(), loss.data_ptr(), total.data_ptr(),
-        0 if grad is None else grad.data_ptr(), torch.get_num_threads(),
+        student_ids.numel(), scale.numel(), unmatched, mean, temperature, scale.data_ptr(), loss.data_ptr(),
+        total.data_ptr(), 0 if grad is None else grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear_matched_kl(
+    student: Sequence[Tensor | None], teacher: Sequence[Tensor | None], unmatched: int, temperature: float,
+    budget: int, scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Each side: hidden [R, D] and weight [V, D] with unit column stride, bias [V] or None, lengths [R] or None (1
+    each), ids int32 [V_m]; scale, loss: [R]; total: []; grads of hidden, weight and bias, contiguous, or None: all but
+    the weights and the hidden states in the accumulation dtype. Raises ValueError for bad ids.
+    """
+
+    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, ids: Tensor) -> tuple:
+        return _rows(hidden), _rows(weight), _address(bias), _address(lengths), ids.data_ptr()
+
+    module().linear_matched_kl(
+        side(*student), side(*teacher), student[4].numel(), unmatched, temperature, budget, scale.data_ptr(),
+        loss.data_ptr(), total.data_ptr(), *(_address(g) for g in grads), torch.get_num_threads(),
     )  # fmt: skip
 
 

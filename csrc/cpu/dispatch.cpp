@@ -6,13 +6,14 @@
 
 namespace vocabdistil {
 
-#define VD_DECLARE(isa)                          \
-  namespace isa {                                \
-  void span_mean_fwd(const SpanMeanArgs&);       \
-  void span_mean_bwd(const SpanMeanBwdArgs&);    \
-  void span_loss(const SpanLossArgs&);           \
-  void matched_kl(const MatchedKlArgs&);         \
-  void remapped_kl(const RemappedKlArgs&);       \
+#define VD_DECLARE(isa)                               \
+  namespace isa {                                     \
+  void span_mean_fwd(const SpanMeanArgs&);            \
+  void span_mean_bwd(const SpanMeanBwdArgs&);         \
+  void span_loss(const SpanLossArgs&);                \
+  void matched_kl(const MatchedKlArgs&);              \
+  void linear_matched_kl(const LinearMatchedKlArgs&); \
+  void remapped_kl(const RemappedKlArgs&);            \
   }
 VD_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -28,10 +29,12 @@ struct Kernels {
   void (*span_mean_bwd)(const SpanMeanBwdArgs&);
   void (*span_loss)(const SpanLossArgs&);
   void (*matched_kl)(const MatchedKlArgs&);
+  void (*linear_matched_kl)(const LinearMatchedKlArgs&);
   void (*remapped_kl)(const RemappedKlArgs&);
 };
 #define VD_KERNELS(isa) \
-  Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::remapped_kl}
+  Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::linear_matched_kl, \
+          isa::remapped_kl}
 
 Kernels choose() {
 #if defined(__x86_64__)
@@ -61,6 +64,7 @@ void span_mean_fwd(const SpanMeanArgs& args) { kernels().span_mean_fwd(args); }
 void span_mean_bwd(const SpanMeanBwdArgs& args) { kernels().span_mean_bwd(args); }
 void span_loss(const SpanLossArgs& args) { kernels().span_loss(args); }
 void matched_kl(const MatchedKlArgs& args) { kernels().matched_kl(args); }
+void linear_matched_kl(const LinearMatchedKlArgs& args) { kernels().linear_matched_kl(args); }
 void remapped_kl(const RemappedKlArgs& args) { kernels().remapped_kl(args); }
 const char* active_isa() { return kernels().isa; }
 

@@ -35,7 +35,7 @@ def _impl(
         )
     else:
         _native.matched_kl(
-            student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, None, scale, loss, total,
+            student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, scale, loss, total,
             given,
         )  # fmt: skip
     return total, loss, grad

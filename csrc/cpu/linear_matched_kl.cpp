@@ -1,0 +1,482 @@
+// Rows in chunks. The logits of a chunk lie transposed, in panels of as many rows as a tile has columns, as
+// [panel][column][row]: so the products read the weights row by row where they lie, by the index, and each row has a
+// lane, down which its softmax runs. Threads share out the tasks of one step after the other: the logits, with the sums
+// of exponentials of each block of columns; the sums of each row; the logits' gradient, in the memory of the student's
+// logits; its product with the hidden states, and with the weight. Formulas: vocabdistil/reference/matched_kl.py.
+#include "../block.h"
+#include "matched.h"
+#include "tiles.h"
+
+namespace vocabdistil {
+namespace VD_ISA {
+namespace {
+
+constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken together, while they lie in the cache
+constexpr int64_t kGroup = 8;                     // panels of a task
+constexpr int64_t kDepth = 256;                   // columns of a panel's gradient that stay in the cache for all dims
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows `ids` of a weight at columns [from, from + width): where they lie, or converted into scratch [count, width].
+template <class Acc>
+void find_rows(const Rows& weight, const int32_t* ids, int64_t count, int64_t from, int64_t width, const Acc** rows,
+               std::vector<Acc>& scratch) {
+  with_type(weight.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* base = static_cast<const T*>(weight.data) + from;
+    if constexpr (std::is_same_v<T, Acc>) {
+      for (int64_t i = 0; i < count; ++i) rows[i] = base + ids[i] * weight.stride;
+    } else {
+      scratch.resize(count * width);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* __restrict row = base + ids[i] * weight.stride;
+        Acc* __restrict out = scratch.data() + i * width;
+        for (int64_t k = 0; k < width; ++k) out[k] = static_cast<Acc>(load(row[k]));
+        rows[i] = out;
+      }
+    }
+  });
+}
+
+// What a block of columns leaves behind for each row of a panel. Of a block of -inf logits only, the sums are 0.
+template <class Acc>
+struct Partial {
+  static constexpr int64_t kRows = kTileColumns<Acc>;
+  // The largest logit; sum exp((x - top) / T), in whose place the factors of these exponentials in the gradient come
+  // later; sum exp(t) (t - s) of the shifted, divided logits.
+  Acc top_s[kRows], top_t[kRows], s[kRows], t[kRows], dot[kRows];
+};
+
+template <class Acc>
+void add_bias(Acc* __restrict z, int64_t count, const int32_t* ids, const Acc* bias, const Acc* __restrict lengths) {
+  for (int64_t i = 0; bias && i < count; ++i) {
+    const Acc b = bias[ids[i]];
+    VD_SIMD for (int64_t r = 0; r < kTileColumns<Acc>; ++r)  // none where there is no row, even if it is infinite
+      z[i * kTileColumns<Acc> + r] += lengths[r] == 0 ? Acc{0} : b * lengths[r];
+  }
+}
+
+// Largest value down each lane; a NaN is left to the sums.
+template <class Acc>
+void tops(const Acc* __restrict z, int64_t count, Acc* __restrict top) {
+  constexpr int64_t w = kTileColumns<Acc>;
+  Acc m[w];
+  for (int64_t r = 0; r < w; ++r) m[r] = -std::numeric_limits<Acc>::infinity();
+  for (int64_t i = 0; i < count; ++i)
+    VD_SIMD for (int64_t r = 0; r < w; ++r) m[r] = z[i * w + r] > m[r] ? z[i * w + r] : m[r];
+  for (int64_t r = 0; r < w; ++r) top[r] = m[r];
+}
+
+// Turns the logits of one side into exp((z - top) / T).
+template <class Acc>
+void exp_one(Acc* __restrict z, int64_t count, const Acc* top, Acc inv_temperature, Acc* __restrict sum) {
+  constexpr int64_t w = kTileColumns<Acc>;
+  Acc shift[w], total[w];
+  for (int64_t r = 0; r < w; ++r) shift[r] = shift_of(top[r]), total[r] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Acc* __restrict row = z + i * w;
+    VD_SIMD for (int64_t r = 0; r < w; ++r) {
+      row[r] = exp_nonpositive((row[r] - shift[r]) * inv_temperature);
+      total[r] += row[r];
+    }
+  }
+  for (int64_t r = 0; r < w; ++r) sum[r] = total[r];
+}
+
+// Of both sides.
+template <class Acc>
+void exp_two(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc inv_temperature, Partial<Acc>& out) {
+  constexpr int64_t w = kTileColumns<Acc>;
+  Acc shift_s[w], shift_t[w], sum_s[w], sum_t[w], dot[w];
+  for (int64_t r = 0; r < w; ++r) {
+    shift_s[r] = shift_of(out.top_s[r]);
+    shift_t[r] = shift_of(out.top_t[r]);
+    sum_s[r] = sum_t[r] = dot[r] = 0;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Acc *__restrict x = s + i * w, *__restrict y = t + i * w;
+    VD_SIMD for (int64_t r = 0; r < w; ++r) {
+      const Acc ls = (x[r] - shift_s[r]) * inv_temperature, lt = (y[r] - shift_t[r]) * inv_temperature;
+      const Acc es = exp_nonpositive(ls), et = exp_nonpositive(lt);
+      const Acc term = et * (lt - ls);
+      sum_s[r] += es;
+      sum_t[r] += et;
+      dot[r] += et == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
+      x[r] = es;
+      y[r] = et;
+    }
+  }
+  for (int64_t r = 0; r < w; ++r) out.s[r] = sum_s[r], out.t[r] = sum_t[r], out.dot[r] = dot[r];
+}
+
+// A class of logits of one row (one side's matched or unmatched ones) over all its blocks: the largest, and the sum
+// of exponentials shifted by it.
+struct Class {
+  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+
+  void meet(double other) { top = other > top ? other : top; }
+  // What a block's exponentials count in the sum.
+  double weight(double block_top, double inv_temperature) const {
+    return block_top == -std::numeric_limits<double>::infinity() ? 0 : std::exp((block_top - top) * inv_temperature);
+  }
+  template <class Acc>
+  Rest<Acc> rest(double inv_temperature) const {
+    return {shift_of(top) * inv_temperature + std::log(sum), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};
+  }
+};
+
+template <class Acc>
+class Sweep {
+ public:
+  explicit Sweep(const LinearMatchedKlArgs& a)
+      : a_(a),
+        whole_(a.unmatched != Unmatched::renormalize),
+        s_ids_(columns("student", a.student, true)),
+        t_ids_(columns("teacher", a.teacher, whole_)),
+        width_(static_cast<int64_t>(s_ids_.size())),
+        wanted_(a.grad_hidden || a.grad_weight || a.grad_bias) {
+    // The blocks: matched columns of both sides, then unmatched ones of the student, then of the teacher.
+    auto add_blocks = [&](int64_t begin, int64_t end, bool student, bool teacher) {
+      for (; begin < end; begin += kBlockColumns)
+        blocks_.push_back({begin, std::min(end, begin + kBlockColumns), student, teacher});
+    };
+    add_blocks(0, a.matched, true, true);
+    add_blocks(a.matched, width_, true, false);
+    add_blocks(a.matched, static_cast<int64_t>(t_ids_.size()), false, true);
+  }
+
+  void run() {
+    const int64_t rows = a_.student.hidden.rows, ds = a_.student.hidden.columns, dt = a_.teacher.hidden.columns;
+    zero_unlisted();
+    if (rows == 0) return;
+    threads_ = useful_threads(a_.threads, rows * (width_ * (ds + kDepth) + a_.matched * dt) / 16);
+    const int64_t row_bytes = sizeof(Acc) * (width_ + a_.matched);
+    const int64_t weight_bytes = sizeof(Acc) * a_.matched * (ds + dt);
+    const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 2) / row_bytes / kW * kW);
+    const int64_t step = ceil_div(ceil_div(rows, ceil_div(rows, most)), kW) * kW;  // as many chunks, of one size
+    panels_ = step / kW;
+    x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
+    const int64_t partials = static_cast<int64_t>(blocks_.size()) * panels_;
+    Acc* partial = nullptr;
+    const std::pair<Acc**, int64_t> parts[] = {
+        {&s_, step * width_},    {&t_, step * a_.matched}, {&xs_, step * ds},
+        {&xt_, step * dt},       {&x_, step * x_stride_},  {&lengths_, 2 * step},
+        {&partial, partials * static_cast<int64_t>(sizeof(Partial<Acc>) / sizeof(Acc))},
+    };
+    auto aligned = [](int64_t size) { return ceil_div(size, 64) * 64; };
+    int64_t total = 0;
+    for (const auto& part : parts) total += aligned(part.second);
+    const Block memory(total * sizeof(Acc));
+    Acc* at = static_cast<Acc*>(memory.data());
+    for (const auto& part : parts) {
+      *part.first = at;
+      at += aligned(part.second);
+    }
+    partial_ = reinterpret_cast<Partial<Acc>*>(partial);
+    for (begin_ = 0; begin_ < rows; begin_ += step) {
+      count_ = std::min(step, rows - begin_);
+      panels_ = ceil_div(count_, kW);
+      const int64_t groups = ceil_div(panels_, kGroup), blocks = static_cast<int64_t>(blocks_.size());
+      auto each_block = [&](auto&& f) {
+        parallel_tasks(blocks * groups, threads_, [&](int64_t i) {
+          const int64_t first = i / blocks * kGroup;
+          f(i % blocks, first, std::min(panels_, first + kGroup));
+        });
+      };
+      parallel_tasks(panels_, threads_, [&](int64_t panel) { pack(panel); });
+      each_block([&](int64_t b, int64_t first, int64_t last) { logits(b, first, last); });
+      parallel_tasks(panels_, threads_, [&](int64_t panel) { sums(panel); });
+      if (!wanted_) continue;
+      each_block([&](int64_t b, int64_t first, int64_t last) { gradient(b, first, last); });
+      if (a_.grad_weight || a_.grad_bias)
+        parallel_tasks(ceil_div(width_, kBlockColumns), threads_, [&](int64_t i) { weight_grad(i * kBlockColumns); });
+      if (a_.grad_hidden) {
+        const int64_t strips = ceil_div(ds, kStrip);
+        parallel_tasks(panels_ * strips, threads_, [&](int64_t i) { hidden_grad(i / strips, i % strips * kStrip); });
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kW = kTileColumns<Acc>;
+  static constexpr int64_t kStrip = 8 * kTileRows;  // dims of a task of hidden_grad
+
+  struct Columns {
+    int64_t begin, end;
+    bool student, teacher;
+  };
+
+  // The matched columns of a side and, where the unmatched ones count, those.
+  std::vector<int32_t> columns(const char* name, const LinearSide& side, bool distinct) const {
+    std::vector<int32_t> all(side.ids, side.ids + a_.matched);
+    const std::vector<int32_t> others = other_ids(name, side.ids, a_.matched, side.weight.rows, distinct, whole_);
+    all.insert(all.end(), others.begin(), others.end());
+    return all;
+  }
+
+  // Gradients of rows of the weight, and of biases, that no logit comes from.
+  void zero_unlisted() {
+    const int64_t rows = a_.student.weight.rows, dim = a_.student.weight.columns;
+    std::vector<uint8_t> listed(rows);
+    if (a_.student.hidden.rows > 0)
+      for (int32_t id : s_ids_) listed[id] = 1;
+    for (int64_t v = 0; v < rows; ++v) {
+      if (listed[v]) continue;
+      if (a_.grad_weight) std::fill_n(static_cast<Acc*>(a_.grad_weight) + v * dim, dim, Acc{0});
+      if (a_.grad_bias) static_cast<Acc*>(a_.grad_bias)[v] = 0;
+    }
+  }
+
+  int64_t in_panel(int64_t panel) const { return std::max<int64_t>(0, std::min(kW, count_ - panel * kW)); }
+  int64_t vectors(int64_t panel) const { return ceil_div(in_panel(panel), kLanes<Acc>); }
+  Acc* student(int64_t panel, int64_t column) const { return s_ + (panel * width_ + column) * kW; }
+  Acc* teacher(int64_t panel, int64_t column) const { return t_ + (panel * a_.matched + column) * kW; }
+  Partial<Acc>& partial(int64_t block, int64_t panel) const {
+    return partial_[panel * static_cast<int64_t>(blocks_.size()) + block];
+  }
+  Acc* lengths(int64_t panel, bool of_student) const { return lengths_ + (2 * panel + !of_student) * kW; }
+
+  // The rows of a panel: transposed [dim][row] for the logits, and the student's as they are for the weight's gradient.
+  void pack(int64_t panel) const {
+    const int64_t rows = in_panel(panel), first = begin_ + panel * kW;
+    auto transpose = [&](const Rows& x, Acc* out, Acc* copy) {
+      with_type(x.dtype, [&](auto type) {
+        using T = decltype(type);
+        std::fill_n(out, x.columns * kW, Acc{0});
+        if (copy) std::fill_n(copy, kW * x_stride_, Acc{0});
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* row = static_cast<const T*>(x.data) + (first + r) * x.stride;
+          for (int64_t k = 0; k < x.columns; ++k) out[k * kW + r] = static_cast<Acc>(load(row[k]));
+          for (int64_t k = 0; copy && k < x.columns; ++k) copy[r * x_stride_ + k] = static_cast<Acc>(load(row[k]));
+        }
+      });
+    };
+    const LinearSide &s = a_.student, &t = a_.teacher;
+    transpose(s.hidden, xs_ + panel * s.hidden.columns * kW, x_ + panel * kW * x_stride_);
+    transpose(t.hidden, xt_ + panel * t.hidden.columns * kW, nullptr);
+    for (const LinearSide* side : {&s, &t}) {
+      const Acc* given = static_cast<const Acc*>(side->lengths);
+      Acc* out = lengths(panel, side == &s);
+      for (int64_t r = 0; r < kW; ++r) out[r] = r >= rows ? Acc{0} : given ? given[first + r] : Acc{1};
+    }
+  }
+
+  // Rows `ids` of the weight times panels [first, last) -> to(panel)[id][row].
+  template <class To>
+  void product(const LinearSide& side, const int32_t* ids, int64_t count, const Acc* packed, int64_t first,
+               int64_t last, To&& to) const {
+    const int64_t dim = side.hidden.columns;
+    const Acc* rows[kBlockColumns];
+    std::vector<Acc> scratch;
+    find_rows(side.weight, ids, count, 0, dim, rows, scratch);
+    for_row_tiles(0, count, [&](auto m, int64_t i) {
+      for (int64_t panel = first; panel < last; ++panel) {
+        Acc* out = to(panel) + i * kW;
+        const Acc* row[m];
+        std::copy_n(rows + i, int{m}, row);
+        with_vectors(vectors(panel), [&](auto n) {
+          tile<Acc, m, n>(
+              1, dim, [&](int r, int64_t, int64_t k) { return row[r][k]; }, packed + panel * dim * kW, kW,
+              [&](int r, int v, Vector<Acc> z) { store_vector(out + r * kW + v * kLanes<Acc>, z); });
+          for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
+        });
+      }
+    });
+  }
+
+  void logits(int64_t block, int64_t first, int64_t last) const {
+    const Columns c = blocks_[block];
+    const int64_t count = c.end - c.begin;
+    const int32_t *s_ids = s_ids_.data() + c.begin, *t_ids = t_ids_.data() + c.begin;
+    const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
+    std::vector<Acc> passing;  // logits of which only the sums are needed
+    if (!c.student) passing.resize((last - first) * kBlockColumns * kW);
+    auto s_at = [&](int64_t panel) { return student(panel, c.begin); };
+    auto t_at = [&](int64_t panel) {
+      return c.student ? teacher(panel, c.begin) : passing.data() + (panel - first) * kBlockColumns * kW;
+    };
+    if (c.student) product(a_.student, s_ids, count, xs_, first, last, s_at);
+    if (c.teacher) product(a_.teacher, t_ids, count, xt_, first, last, t_at);
+    for (int64_t panel = first; panel < last; ++panel) {
+      Partial<Acc>& out = partial(block, panel);
+      if (c.student) {
+        add_bias(s_at(panel), count, s_ids, static_cast<const Acc*>(a_.student.bias), lengths(panel, true));
+        tops(s_at(panel), count, out.top_s);
+      }
+      if (c.teacher) {
+        add_bias(t_at(panel), count, t_ids, static_cast<const Acc*>(a_.teacher.bias), lengths(panel, false));
+        tops(t_at(panel), count, out.top_t);
+      }
+      if (c.student && c.teacher) {
+        exp_two(s_at(panel), t_at(panel), count, inv_temperature, out);
+      } else if (c.student) {
+        exp_one(s_at(panel), count, out.top_s, inv_temperature, out.s);
+      } else {
+        exp_one(t_at(panel), count, out.top_t, inv_temperature, out.t);
+      }
+    }
+  }
+
+  // The loss of each row of a panel from its blocks' sums, and the factors of its gradient.
+  void sums(int64_t panel) const {
+    const double inv_temperature = 1 / a_.temperature;
+    const Acc* scale = static_cast<const Acc*>(a_.scale) + begin_ + panel * kW;
+    Acc* loss = static_cast<Acc*>(a_.loss) + begin_ + panel * kW;
+    const int64_t blocks = static_cast<int64_t>(blocks_.size());
+    std::vector<double> weights(2 * blocks);
+    for (int64_t r = 0; r < kW; ++r) {
+      if (r >= in_panel(panel)) {
+        for (int64_t b = 0; b < blocks; ++b) partial(b, panel).s[r] = partial(b, panel).t[r] = 0;
+        continue;
+      }
+      Class s[2], t[2];  // matched, unmatched
+      double dot = 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const bool rest = !(blocks_[b].student && blocks_[b].teacher);
+        if (blocks_[b].student) s[rest].meet(static_cast<double>(partial(b, panel).top_s[r]));
+        if (blocks_[b].teacher) t[rest].meet(static_cast<double>(partial(b, panel).top_t[r]));
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Partial<Acc>& p = partial(b, panel);
+        const bool rest = !(blocks_[b].student && blocks_[b].teacher);
+        double &ws = weights[2 * b], &wt = weights[2 * b + 1];
+        const double top_s = static_cast<double>(p.top_s[r]), top_t = static_cast<double>(p.top_t[r]);
+        if (blocks_[b].student) {
+          ws = s[rest].weight(top_s, inv_temperature);
+          s[rest].sum += ws * static_cast<double>(p.s[r]);
+        }
+        if (blocks_[b].teacher) {
+          wt = t[rest].weight(top_t, inv_temperature);
+          t[rest].sum += wt * static_cast<double>(p.t[r]);
+        }
+        if (!rest && wt != 0 && p.t[r] != 0) {
+          const double moved = (shift_of(top_t) - t[0].top) - (shift_of(top_s) - shift_of(s[0].top));
+          dot += wt * (static_cast<double>(p.dot[r]) + static_cast<double>(p.t[r]) * moved * inv_temperature);
+        }
+      }
+      const Sums z{s[0].sum, t[0].sum, dot};
+      const Outcome<Acc> out =
+          whole_ ? with_unmatched<Acc>(z, shift_of(s[0].top) * inv_temperature, shift_of(t[0].top) * inv_temperature,
+                                       s[1].template rest<Acc>(inv_temperature),
+                                       t[1].template rest<Acc>(inv_temperature).log_sum,
+                                       a_.unmatched == Unmatched::drop)
+                 : renormalised<Acc>(z);
+      const Acc factor = static_cast<Acc>(a_.temperature) * scale[r];
+      loss[r] = scale[r] == 0 ? Acc{0} : static_cast<Acc>(out.loss * a_.temperature * a_.temperature);
+      for (int64_t b = 0; b < blocks; ++b) {
+        Partial<Acc>& p = partial(b, panel);
+        p.s[r] = factor * (blocks_[b].teacher ? out.student : out.rest) * static_cast<Acc>(weights[2 * b]);
+        p.t[r] = factor * out.teacher * static_cast<Acc>(weights[2 * b + 1]);
+      }
+    }
+  }
+
+  void gradient(int64_t block, int64_t first, int64_t last) const {
+    const Columns c = blocks_[block];
+    for (int64_t panel = first; c.student && panel < last; ++panel) {
+      const Partial<Acc>& p = partial(block, panel);
+      Acc* __restrict s = student(panel, c.begin);
+      const Acc* __restrict t = c.teacher ? teacher(panel, c.begin) : nullptr;
+      for (int64_t i = 0; i < (c.end - c.begin) * kW; i += kW) {
+        if (t) {
+          VD_SIMD for (int64_t r = 0; r < kW; ++r) s[i + r] = p.s[r] * s[i + r] - p.t[r] * t[i + r];
+        } else {
+          VD_SIMD for (int64_t r = 0; r < kW; ++r) s[i + r] *= p.s[r];
+        }
+      }
+    }
+  }
+
+  // Columns [first, first + kBlockColumns): their gradient over all rows of the chunk times those rows' hidden states.
+  void weight_grad(int64_t first) const {
+    const int64_t dim = a_.student.hidden.columns, panel_size = width_ * kW;
+    const int64_t last = std::min(width_, first + kBlockColumns);
+    const bool add = begin_ > 0;
+    if (Acc* grad = static_cast<Acc*>(a_.grad_weight)) {
+      for (int64_t j = 0; j < dim; j += kW) {
+        with_vectors(ceil_div(std::min(kW, dim - j), kLanes<Acc>), [&](auto vectors) {
+          for_row_tiles(first, last, [&](auto m, int64_t i) {
+            const Acc* d = student(0, i);
+            tile<Acc, m, vectors>(
+                panels_, kW, [&](int r, int64_t p, int64_t k) { return d[p * panel_size + r * kW + k]; }, x_ + j,
+                x_stride_, [&](int r, int n, Vector<Acc> g) {
+                  const int64_t at = j + n * kLanes<Acc>, left = std::min<int64_t>(kLanes<Acc>, dim - at);
+                  Acc* out = grad + s_ids_[i + r] * dim + at;
+                  if (left == kLanes<Acc>) return store_vector(out, add ? load_vector(out) + g : g);
+                  for (int64_t k = 0; k < left; ++k) out[k] = add ? out[k] + g[k] : g[k];
+                });
+          });
+        });
+      }
+    }
+    if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
+      for (int64_t i = first; i < last; ++i) {
+        Acc total = add ? grad[s_ids_[i]] : Acc{0};
+        for (int64_t panel = 0; panel < panels_; ++panel) {
+          const Acc *__restrict d = student(panel, i), *__restrict n = lengths(panel, true);
+          Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t r = 0; r < kW; ++r) sum += d[r] * n[r];
+          total += sum;
+        }
+        grad[s_ids_[i]] = total;
+      }
+    }
+  }
+
+  // Dims [from, from + kStrip) of the gradient of a panel's rows.
+  void hidden_grad(int64_t panel, int64_t from) const {
+    const int64_t dim = a_.student.hidden.columns, width = std::min(kStrip, dim - from);
+    const Acc* rows[kDepth];
+    std::vector<Acc> scratch;
+    alignas(64) Acc sum[kStrip * kW] = {};
+    for (int64_t begin = 0; begin < width_; begin += kDepth) {
+      const int64_t count = std::min(kDepth, width_ - begin);
+      find_rows(a_.student.weight, s_ids_.data() + begin, count, from, width, rows, scratch);
+      for_row_tiles(0, width, [&](auto m, int64_t j) {
+        with_vectors(vectors(panel), [&](auto n) {
+          tile<Acc, m, n>(
+              1, count, [&](int r, int64_t, int64_t k) { return rows[k][j + r]; }, student(panel, begin), kW,
+              [&](int r, int v, Vector<Acc> g) {
+                Acc* out = sum + (j + r) * kW + v * kLanes<Acc>;
+                store_vector(out, load_vector(out) + g);
+              });
+        });
+      });
+    }
+    Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + panel * kW) * dim + from;
+    for (int64_t r = 0; r < in_panel(panel); ++r)
+      for (int64_t j = 0; j < width; ++j) grad[r * dim + j] = sum[j * kW + r];
+  }
+
+  const LinearMatchedKlArgs& a_;
+  const bool whole_;
+  const std::vector<int32_t> s_ids_, t_ids_;
+  const int64_t width_;  // columns of the student whose logits are formed
+  const bool wanted_;
+  std::vector<Columns> blocks_;
+  int threads_ = 1;
+  // The chunk: its rows [begin_, begin_ + count_) in panels of kW, and its memory.
+  int64_t begin_ = 0, count_ = 0, panels_ = 0, x_stride_ = 0;
+  Acc *s_ = nullptr, *t_ = nullptr;    // [panels][width][kW], [panels][matched][kW]
+  Acc *xs_ = nullptr, *xt_ = nullptr;  // [panels][dim][kW]
+  Acc* x_ = nullptr;                   // [panels * kW][x_stride]
+  Acc* lengths_ = nullptr;             // [panels][2][kW]
+  Partial<Acc>* partial_ = nullptr;    // [panels][blocks]
+};
+
+}  // namespace
+
+void linear_matched_kl(const LinearMatchedKlArgs& a) {
+  const bool wide = a.student.hidden.dtype == DType::f64 || a.teacher.hidden.dtype == DType::f64;
+  auto run = [&](auto acc) {
+    using Acc = decltype(acc);
+    Sweep<Acc>(a).run();
+    *static_cast<Acc*>(a.total) =
+        weighted_total(static_cast<const Acc*>(a.loss), static_cast<const Acc*>(a.scale), a.student.hidden.rows);
+  };
+  wide ? run(double{}) : run(float{});
+}
+
+}  // namespace VD_ISA
+}  // namespace vocabdistil

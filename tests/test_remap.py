@@ -242,6 +242,32 @@ def test_ragged_equals_padded(table: RemapTable) -> None:
     assert table.remap([]).input_ids.shape == (0, 0)
 
 
+@pytest.mark.parametrize("length", [1, 13, 501])
+def test_results_larger_than_the_cache_are_the_same(table: RemapTable, length: int) -> None:
+    """They are stored around it, line by line, whatever lines their rows begin in."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, len(table), (700_000 // length, length), generator=generator)
+    mask = torch.arange(length) < torch.randint(0, length + 1, (len(ids), 1), generator=generator)
+    for masked in (None, mask):
+        got, at = table.remap(ids, masked), 0
+        for begin in range(0, len(ids), 40_000 // length):
+            part = slice(begin, begin + 40_000 // length)
+            want = table.remap(ids[part], None if masked is None else masked[part])
+            width = want.input_ids.shape[1]
+            assert torch.equal(got.input_ids[part, :width], want.input_ids)
+            assert torch.equal(got.attention_mask[part, :width], want.attention_mask)
+            assert (got.input_ids[part, width:] == table.pad_id).all() and not got.attention_mask[part, width:].any()
+            end = at + len(want.pairs)
+            assert torch.equal(got.pairs.teacher_start[at:end], want.pairs.teacher_start + begin * length)
+            assert torch.equal(got.pairs.teacher_end[at:end], want.pairs.teacher_end + begin * length)
+            row, wanted = want.pairs.teacher_start // length, got.input_ids.shape[1]
+            moved = begin * wanted + row * (wanted - width)
+            assert torch.equal(got.pairs.student_start[at:end], want.pairs.student_start + moved)
+            assert torch.equal(got.pairs.student_end[at:end], want.pairs.student_end + moved)
+            at = end
+        assert at == len(got.pairs)
+
+
 def test_outputs_are_independent(table: RemapTable) -> None:
     out = table.remap(torch.randint(0, len(table), (4, 30)))
     spans, mask = out.pairs.student_start.clone(), out.attention_mask.clone()

@@ -100,30 +100,34 @@ int64_t put_short_rows(const Id* ids, int64_t i, int64_t end, const uint64_t* pa
   return i;
 }
 
-// Stores around the cache: results larger than it would only push out the ids, which are read twice.
-inline void store_past(int64_t* to, int64_t value) {
-#if defined(__SSE2__) && defined(__x86_64__)
-  _mm_stream_si64(reinterpret_cast<long long*>(to), value);
-#else
-  *to = value;
-#endif
-}
-inline void store_past(int32_t* to, int32_t value) {
-#if defined(__SSE2__) && defined(__x86_64__)
-  _mm_stream_si32(to, value);
-#else
-  *to = value;
-#endif
-}
-
-// to[k] = first + k * step
+// to[k] = first + k * step. `past` stores whole lines around the cache: results larger than it would only push out the
+// ids, which are read twice.
 template <class T>
 void fill(T* to, int64_t count, int64_t first, int64_t step, bool past) {
-  if (past) {
-    for (int64_t k = 0; k < count; ++k) store_past(to + k, static_cast<T>(first + k * step));
-  } else {
-    for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(first + k * step);
+  int64_t k = 0;
+  auto fill_to = [&](int64_t end) {
+    for (; k < end; ++k) to[k] = static_cast<T>(first + k * step);
+  };
+#if defined(__SSE2__)
+  constexpr int64_t lanes = 16 / sizeof(T), line = 64 / sizeof(T);
+  if (past && count >= 2 * line) {
+    fill_to(static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T)));
+    T start[lanes], stride[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      start[i] = static_cast<T>(first + (k + i) * step);
+      stride[i] = static_cast<T>(lanes * step);
+    }
+    __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(start));
+    const __m128i more = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stride));
+    for (const int64_t end = k + (count - k) / line * line; k < end; k += lanes) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), value);
+      value = sizeof(T) == 8 ? _mm_add_epi64(value, more) : _mm_add_epi32(value, more);
+    }
   }
+#else
+  static_cast<void>(past);
+#endif
+  fill_to(count);
 }
 
 // A value whose sign bit tells whether the mask is not 0.

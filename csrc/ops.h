@@ -103,8 +103,8 @@ struct LinearSide {
   const int32_t* ids;   // [matched]
 };
 
-// matched_kl of the logits of two output layers, which are formed `budget` bytes at a time (or half of what the matched
-// rows of both weights take, if that is more), and the gradients for the student's. Raises as matched_kl.
+// matched_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the
+// matched rows of both weights take, if that is more), and the gradients for the student's. Raises as matched_kl.
 struct LinearMatchedKlArgs {
   LinearSide student, teacher;
   int64_t matched;

@@ -152,7 +152,7 @@ class Sweep {
     threads_ = useful_threads(a_.threads, rows * (width_ * (ds + kDepth) + a_.matched * dt) / 16);
     const int64_t row_bytes = sizeof(Acc) * (width_ + a_.matched);
     const int64_t weight_bytes = sizeof(Acc) * a_.matched * (ds + dt);
-    const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 2) / row_bytes / kW * kW);
+    const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 4) / row_bytes / kW * kW);
     const int64_t step = ceil_div(ceil_div(rows, ceil_div(rows, most)), kW) * kW;  // as many chunks, of one size
     panels_ = step / kW;
     x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
@@ -397,6 +397,9 @@ class Sweep {
         with_vectors(ceil_div(std::min(kW, dim - j), kLanes<Acc>), [&](auto vectors) {
           for_row_tiles(first, last, [&](auto m, int64_t i) {
             const Acc* d = student(0, i);
+            for (int r = 0; r < m; ++r)
+              for (int v = 0; v < vectors; ++v)
+                __builtin_prefetch(grad + s_ids_[i + r] * dim + j + v * kLanes<Acc>, 1);
             tile<Acc, m, vectors>(
                 panels_, kW, [&](int r, int64_t p, int64_t k) { return d[p * panel_size + r * kW + k]; }, x_ + j,
                 x_stride_, [&](int r, int n, Vector<Acc> g) {

@@ -25,9 +25,9 @@ from ._library import define
 from .matched_kl import row_scale
 from .span_mean import native_rows, pooled_rows
 
-# Bytes that the logits of a chunk of rows may take on a CPU, or, where the weights are large, half of what the matched
-# rows of both take, as each chunk has to read them all.
-BUDGET = 4 << 20
+# Bytes that the logits of a chunk of rows may take on a CPU, or, where the weights are large, a quarter of what the
+# matched rows of both take, as each chunk has to read them all.
+BUDGET = 2 << 20
 
 
 def _impl(
@@ -145,9 +145,9 @@ def linear_matched_kl(
     formulas in :func:`vocabdistil.reference.linear_matched_kl`.
 
     Rows are taken in chunks, so that the memory does not grow with the number of rows: on a CPU chunks whose logits
-    take 4 MiB (or half of what the matched rows of both weights take, if that is more; at least a panel of 8 to 48
-    rows), on a GPU 64 MB for all that is held meanwhile (or 3.25 times what the gathered rows and their
-    gradient take). There half-precision hidden states are multiplied in their dtype on the tensor cores, with float32
+    take 2 MiB (or a quarter of what the matched rows of both weights take, if that is more; at least a panel of 8 to
+    48 rows), on a GPU 64 MB for all that is held meanwhile (or 3.25 times what the gathered rows and their gradient
+    take). There half-precision hidden states are multiplied in their dtype on the tensor cores, with float32
     accumulation and logits; a float32 weight and the means over spans are rounded to that dtype first.
     ``"renormalize"`` reads only the matched rows of the teacher's weight. The gradients to the hidden states, the
     weight and the bias are formed in the same sweep, accumulated in float32 (float64 for float64); weight rows

@@ -395,6 +395,8 @@ _lock = threading.Lock()
 # What would take longer to look at than a text takes to align is not looked at: thousands of added tokens, and a
 # normalizer with a map of all characters. Of these only the number and the type count.
 _FEW_ADDED, _SHORT_NORMALIZER = 512, 1 << 14
+# Tokens of a vocabulary that are looked at in each call: two that were made from other texts do not agree on these.
+_SAMPLES = 16
 _MODEL_SETTINGS = (
     "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word", "byte_fallback",
     "dropout", "ignore_merges",
@@ -415,7 +417,7 @@ def _signs(tokenizer: Any, of: Known) -> tuple:
     size, model, normalizer = backend.get_vocab_size(), backend.model, backend.normalizer
     return (
         size,
-        tuple(backend.id_to_token(i) for i in range(0, size, size // 64 + 1)),
+        tuple(backend.id_to_token(i) for i in range(0, size, size // _SAMPLES + 1)),
         tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES),
         type(model),
         tuple(getattr(model, name, None) for name in _MODEL_SETTINGS),

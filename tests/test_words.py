@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, NormalizedString, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 import vocabdistil as vd
-from tests._families import GPT4O, LLAMA3, MISTRAL, QWEN2, byte_level, family
+from tests._families import GPT4O, LLAMA3, MISTRAL, QWEN2, QWEN35, byte_level, family
 from tests.test_boundary import HARD
 from vocabdistil import _native
 from vocabdistil._surfaces import ALONE, SPELLS, UNTOLD, Known
@@ -22,6 +24,7 @@ from vocabdistil._tokenizers import read_tokenizer
 from vocabdistil._words import PATTERNS, char_classes
 
 module = sys.modules["vocabdistil.align"]
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = "'s 'S 't 'T 'm 'd 're 'RE 'rE 've 'Ve 'll 'lL 'l 'r ’s 'ſ 'ſs 'K ''s x's 's's '\u0301s 'é".split()
 # Of every class, of one to four bytes each, and on both sides of what is asked for.
 CHARS = [
@@ -50,8 +53,8 @@ def matcher(pattern: str):
 
 
 def test_patterns_are_those_of_the_tokenizers() -> None:
-    assert {LLAMA3, QWEN2, GPT4O, MISTRAL} < set(PATTERNS)
-    assert len(PATTERNS) == 7
+    assert PATTERNS.keys() - {LLAMA3, QWEN2, QWEN35, GPT4O, MISTRAL} == {GPT2}
+    assert PATTERNS.keys() > {LLAMA3, QWEN2, QWEN35, GPT4O, MISTRAL}
 
 
 @each_pattern
@@ -112,18 +115,33 @@ def _lower() -> Tokenizer:
     return tokenizer
 
 
+def _transformers() -> transformers.PreTrainedTokenizerFast:
+    """As GPT-2's: the unknown token is there for texts to be set apart by, and a piece of the model."""
+    end = "<|endoftext|>"
+    tokenizer = byte_level(600)
+    state = json.loads(tokenizer.to_str())
+    state["model"]["vocab"][end] = len(state["model"]["vocab"])
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=end, bos_token=end, eos_token=end)
+
+
 TOKENIZERS = {
     "GPT-2": functools.cache(_gpt2),
     "Llama 3": functools.cache(_llama3),
     "Qwen 2": functools.cache(_qwen2),
+    "Qwen 3.5": functools.cache(functools.partial(byte_level, 600, split=QWEN35, normalizer=normalizers.NFC())),
     "GPT-4o": functools.cache(functools.partial(byte_level, 600, split=GPT4O)),
     "Mistral": functools.cache(functools.partial(byte_level, 600, split=MISTRAL)),
     "lower case": functools.cache(_lower),
+    "transformers": functools.cache(_transformers),
     "roberta": functools.partial(family, "roberta"),
     "bytes": functools.partial(family, "byte-level small"),
 }
 names = st.sampled_from(sorted(TOKENIZERS))
-ADDED = ["<mask>", " <mask>", "<s>", "</s>", "walk", "ing", "été ", "\n\n", "<|eot|>", "<|im_end|>", "U\u0308nder"]
+ADDED = [
+    "<|endoftext|>", "<|eot|>", "<|im_end|>", "<mask>", " <mask>", "<s>", "</s>", "walk", "ing", "été ", "\n\n",
+    "U\u0308nder",
+]  # fmt: skip
 added_texts = st.lists(pieces | st.sampled_from(ADDED), max_size=16).map("".join) | texts
 
 
@@ -169,7 +187,7 @@ def test_words_of_real_text(name: str, file: str) -> None:
     assert words_of(told, lines) == words_of(asked, lines)
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama 3", "Qwen 2", "GPT-4o", "Mistral", "roberta", "bytes"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama 3", "Qwen 2", "Qwen 3.5", "GPT-4o", "Mistral", "roberta", "bytes"])
 def test_plain_text_is_encoded_once_without_offsets(name: str) -> None:
     told, _ = both_ways(name)
     told.needs_offsets = False

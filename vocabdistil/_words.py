@@ -11,31 +11,31 @@ from ._native import module as _native_module
 
 __all__ = ["PATTERNS", "char_classes", "word_pattern"]
 
-_GPT2, _CL100K, _O200K = range(3)  # the styles of csrc/remap/words.h
-_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_SPACES = r"\s+(?!\S)|\s+"
+_GPT2, _CL100K, _QWEN35, _O200K = range(4)  # the styles of csrc/remap/words.h
 # That of GPT-2 and its followers, which the library has built in.
-_BUILT_IN = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
-
-
-def _patterns() -> dict[str | None, tuple[int, bool, int]]:
-    patterns: dict[str | None, tuple[int, bool, int]] = {_BUILT_IN: (_GPT2, True, 0)}
-    prefix, any_case = r"[^\r\n\p{L}\p{N}]?", f"(?i:{_CONTRACTIONS})"
-    head, tail = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-    cased = f"{prefix}{head}*{tail}+%s|{prefix}{head}+{tail}*%s"
-    for style, contractions, letters, ends in (
-        (_CL100K, True, rf"{any_case}|{prefix}\p{{L}}+", r"\r\n"),  # GPT-4, Llama 3, Qwen
-        (_O200K, True, cased % (f"{any_case}?", f"{any_case}?"), r"\r\n/"),  # GPT-4o, gpt-oss, Llama 4
-        (_O200K, False, cased % ("", ""), r"\r\n/"),  # Mistral
-    ):
-        for most, digits in ((3, r"\p{N}{1,3}"), (1, r"\p{N}")):
-            others = rf" ?[^\s\p{{L}}\p{{N}}]+[{ends}]*|\s*[\r\n]+|{_SPACES}"
-            patterns[f"{letters}|{digits}|{others}"] = style, contractions, most
-    return patterns
-
-
+_BUILT_IN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_PREFIX, _SPACES = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_HEAD, _TAIL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # Regular expression -> style, whether contractions are apart, most digits in a word.
-PATTERNS = _patterns()
+PATTERNS: dict[str | None, tuple[int, bool, int]] = {
+    _BUILT_IN: (_GPT2, True, 0),
+    # GPT-4, Llama 3
+    rf"{_CONTRACTIONS}|{_PREFIX}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}": (_CL100K, True, 3),
+    # Qwen 2 and 3
+    rf"{_CONTRACTIONS}|{_PREFIX}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}": (_CL100K, True, 1),
+    # Qwen 3.5
+    rf"{_CONTRACTIONS}|{_PREFIX}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}": (
+        _QWEN35, True, 1
+    ),
+    # GPT-4o, gpt-oss, Llama 4
+    rf"{_PREFIX}{_HEAD}*{_TAIL}+{_CONTRACTIONS}?|{_PREFIX}{_HEAD}+{_TAIL}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}": (_O200K, True, 3),
+    # Mistral
+    rf"{_PREFIX}{_HEAD}*{_TAIL}+|{_PREFIX}{_HEAD}+{_TAIL}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}": (
+        _O200K, False, 1
+    ),
+}  # fmt: skip
 
 
 def word_pattern(steps: list[Any]) -> Any:

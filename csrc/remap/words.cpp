@@ -74,10 +74,14 @@ struct Matcher {
     return at;
   }
 
-  // [^\r\n\p{L}\p{N}]?\p{L}+
+  // [^\r\n\p{L}\p{N}]?\p{L}+, of kQwen35 [^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+
   int64_t letters(int64_t at) const {
-    const int64_t from = is(at, kPrefix) ? next(at) : at;
-    return is(from, kLetter) ? run(from, kLetter) : at;
+    const int classes = style == WordPattern::kQwen35 ? kLetter | WordPattern::kMark : kLetter;
+    const int64_t after = is(at, kPrefix) ? next(at) : at;
+    for (const int64_t from : {after, at}) {
+      if (is(from, classes)) return run(from, classes);
+    }
+    return at;
   }
 
   // [kHead]*[kTail]+
@@ -135,9 +139,10 @@ struct Matcher {
       if (const int64_t end = letters(at); end > at) return end;
     }
     if (const int64_t end = digits(at); end > at) return end;
+    const int ink = style == WordPattern::kQwen35 ? int{WordPattern::kOther} : kInk;
     const int64_t from = at + (byte(at) == ' ');
-    if (!is(from, kInk)) return blank(at);
-    int64_t end = run(from, kInk);
+    if (!is(from, ink)) return blank(at);
+    int64_t end = run(from, ink);
     while (is(end, WordPattern::kNewline) || (style == WordPattern::kO200k && byte(end) == '/')) ++end;
     return end;
   }

@@ -14,7 +14,7 @@ namespace vocabdistil {
 // for contractions and for digits only; vocabdistil/_surfaces.py has them all.
 class WordPattern {
  public:
-  enum Style : uint8_t { kGpt2, kCl100k, kO200k };
+  enum Style : uint8_t { kGpt2, kCl100k, kQwen35, kO200k };
   // Bits of a character's class, one of which is set; none for characters whose class is not known.
   enum Class : uint8_t {
     kUpper = 1,     // Lu, Lt

@@ -247,7 +247,7 @@ std::string some_classes() {
 void fuzz_words() {
   static std::vector<std::string> tables;  // they are large
   if (tables.size() < 50) tables.push_back(some_classes());
-  const WordPattern pattern(static_cast<WordPattern::Style>(pick(0, 2)), pick(0, 1) == 1, pick(-1, 3),
+  const WordPattern pattern(static_cast<WordPattern::Style>(pick(0, 3)), pick(0, 1) == 1, pick(-1, 3),
                             tables[static_cast<size_t>(pick(0, static_cast<int64_t>(tables.size()) - 1))]);
   for (int round = 0; round < 20; ++round) {
     const std::string text = some_text(12, pick(0, 2) > 0);

@@ -200,6 +200,14 @@ def test_plain_text_is_encoded_once_without_offsets(name: str) -> None:
     assert side.read(lines, range(len(lines)), encodings, False, False, 1) == []
 
 
+def test_words_are_the_same_for_any_number_of_threads(monkeypatch) -> None:
+    told, asked = both_ways("Llama 3")
+    want = words_of(asked, HARD * 3)
+    for threads in (1, 4):
+        monkeypatch.setattr(module, "thread_count", lambda size, threads=threads: threads)
+        assert words_of(told, HARD * 3) == want
+
+
 def test_added_tokens_in_words() -> None:
     told, _ = both_ways("GPT-2")
     piece = next(token for token in ("ing", "er", "st", "ed") if token in told.info.added)

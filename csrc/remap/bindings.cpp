@@ -199,9 +199,9 @@ class Side {
         pattern_(std::move(pattern)),
         rows_(static_cast<size_t>(rows)) {}
 
-  // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of words;
-  // with `offsets`, where the tokens do not spell a text, what it says of positions. Returns the rows that the tokens do
-  // not spell; without offsets these have not been read.
+  // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of
+  // words; with `offsets`, where the tokens do not spell a text or tell its words, what it says of both. Returns the
+  // rows where they do not; without offsets these have not been read.
   std::vector<int64_t> read(const py::list& texts, const std::vector<int64_t>& rows, const py::list& encodings,
                             bool words, bool offsets, int threads) {
     if (encodings.size() != rows.size()) throw py::index_error("encodings: expected one per row");
@@ -306,7 +306,8 @@ class Side {
   }
 
  private:
-  // Locates readings[r] for each of `which`; returns those that were not found. tell: the words are what the tokens tell.
+  // Locates readings[r] for each of `which`; returns those that were not found. tell: the words are what the tokens
+  // tell, and a text where they do not is not found.
   std::vector<size_t> locate_rows(const std::vector<int64_t>& rows, const std::vector<size_t>& which,
                                   std::vector<Reading>& readings, int threads, bool tell) {
     std::vector<uint8_t> found(which.size());

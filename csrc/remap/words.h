@@ -27,8 +27,8 @@ class WordPattern {
     kOther = 128,
   };
 
-  // contractions: 's, 're and the like are words, or the ends of words; of kGpt2 only in lower case. digits: most digits
-  // in a word; of kGpt2 any number. classes: that of each character, the first of them.
+  // contractions: 's, 're and the like are words, or the ends of words; of kGpt2 only in lower case. digits: most
+  // digits in a word; of kGpt2 any number. classes: one for each of the first characters of Unicode.
   WordPattern(Style style, bool contractions, int64_t digits, std::string_view classes)
       : style_(style), contractions_(contractions), digits_(digits), classes_(classes) {}
 

@@ -226,7 +226,7 @@ void fuzz_locate() {
 
 // Classes of characters as they are, at random, or of a few characters only.
 std::string some_classes() {
-  std::string classes(static_cast<size_t>(pick(0, 3) ? 0x20000 : pick(0, 0x200)), static_cast<char>(WordPattern::kOther));
+  std::string classes(static_cast<size_t>(pick(0, 3) ? 0x20000 : pick(0, 0x200)), '\0');
   const bool any = pick(0, 3) == 0;
   for (size_t c = 0; c < classes.size(); ++c) {
     const bool upper = c >= 'A' && c <= 'Z', lower = c >= 'a' && c <= 'z', digit = c >= '0' && c <= '9';

@@ -35,6 +35,20 @@ SCRIPTS = [
     "def f(x):\n\treturn  x + 1",
 ]
 
+# How they cut texts into words before the byte-level alphabet.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MISTRAL = GPT4O.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", "")
+
 
 _lines: list[str] | None = None
 
@@ -62,13 +76,10 @@ def byte_level(size: int = 500, **options: object) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = options.get("normalizer")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(options.get("prefix")))
-    if options.get("split"):  # as Llama 3 and Qwen
-        pattern = Regex(
-            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
+    if pattern := options.get("split"):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(pattern, "isolated"),
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -146,7 +157,7 @@ FAMILIES = {
     "byte-level lower": lambda size=420: byte_level(
         size, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
     ),
-    "byte-level split": lambda size=400: byte_level(size, split=True),
+    "byte-level split": lambda size=400: byte_level(size, split=LLAMA3),
     "roberta": lambda size=480: byte_level(size, prefix=True, roberta=True),
     "llama": lambda size=700: sentencepiece_bpe(size, prepend=True),
     "sentencepiece BPE": lambda size=500: sentencepiece_bpe(size, fallback=False),

@@ -25,7 +25,7 @@ TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "reference": (("test_reference", "test_loyalty"), True),
     "C++ on CPU": (
         ("test_span_", "test_matched_", "test_linear_", "test_contrastive", "test_remap", "test_align", "test_boundary",
-         "test_fuzz", "test_charsmap"),
+         "test_fuzz", "test_charsmap", "test_words"),
         True,
     ),  # fmt: skip
     "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),

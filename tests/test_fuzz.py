@@ -32,7 +32,7 @@ def test_random_input_under_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"{compiler} has no working address and undefined behaviour sanitizers")
     flags = [*FLAGS, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
     sources = [ROOT / "tests/native/fuzz_remap.cpp"]
-    sources += [ROOT / f"csrc/remap/{name}.cpp" for name in ("remap", "match", "boundary", "locate")]
+    sources += [ROOT / f"csrc/remap/{name}.cpp" for name in ("remap", "match", "boundary", "locate", "words")]
     objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
     compiling = [
         subprocess.Popen([compiler, *flags, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)

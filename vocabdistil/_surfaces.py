@@ -15,11 +15,12 @@ import tokenizers
 
 from ._native import module as _native_module
 from ._tokenizers import ROLES, TokenizerInfo, backend_of, read_tokenizer
+from ._words import word_pattern
 
 __all__ = ["Known", "Surfaces", "known", "read_surfaces"]
 
 UNKNOWN, TEXT, BYTES = 0, 1, 2  # the kinds of csrc/remap/boundary.h
-BEGINS, CONTINUES, ALONE, UNTOLD = 0, 1, 2, 3  # the places of csrc/remap/bindings.cpp
+BEGINS, CONTINUES, ALONE, UNTOLD, SPELLS = range(5)  # the places of csrc/remap/words.h
 _MARK = "▁"
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -313,15 +314,30 @@ class Known:
         return read_surfaces(self.info)
 
     @functools.cached_property
+    def word_pattern(self) -> Any:
+        """What cuts the text that byte-level tokens spell into words, for the native code; None if the tokenizer is of
+        another kind, or cuts in a way that the native code does not know."""
+        info = self.info
+        names = "continuing_subword_prefix", "end_of_word_suffix"
+        marked = any(getattr(info.backend.model, name, None) for name in names)
+        # With a token for every byte, what the tokens between two added ones spell is what was cut.
+        if info.kind != "BPE" or marked or not BYTE_OF.keys() <= {*info.pieces}:
+            return None
+        return word_pattern(_steps(_state(info.backend.pre_tokenizer)))
+
+    @functools.cached_property
     def word_places(self) -> bytes:
-        """For each id BEGINS a word, CONTINUES the one before it, ALONE if it is one by itself (an added token), UNTOLD
-        if it does not tell; empty where token strings do not tell words. They do in WordPiece after BERT's
-        pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, and where the pre-tokenizer
-        puts a mark before every word, and nowhere else, that the model has a token for. There an unknown token is a
-        part of a word; or the token of that name in a text, unless that is spelled with characters of the vocabulary:
-        an unknown token whose place is found without the tokenizer's offsets stands for none of these."""
+        """For each id BEGINS a word, CONTINUES the one before it, ALONE if it is one by itself (an added token), SPELLS
+        if ``word_pattern`` tells, UNTOLD if nothing does; empty where token strings do not tell words. They do in
+        WordPiece after BERT's pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, where
+        the pre-tokenizer puts a mark before every word, and nowhere else, that the model has a token for, and where
+        there is a ``word_pattern``. There an unknown token is a part of a word; or the token of that name in a text,
+        unless that is spelled with characters of the vocabulary: an unknown token whose place is found without the
+        tokenizer's offsets stands for none of these."""
         info = self.info
         state = _state(info.backend.pre_tokenizer)
+        if self.word_pattern is not None:
+            return self._spelling_places()
         if info.kind == "WordPiece" and info.prefix == "##" and _type(state) == "BertPreTokenizer":
             inside = [token is not None and len(token) > 2 and token.startswith("##") for token in info.tokens]
             unknown = BEGINS
@@ -340,15 +356,30 @@ class Known:
             places[info.unk_id] = unknown
         return bytes(places)
 
+    def _spelling_places(self) -> bytes:
+        info, surfaces = self.info, self.surfaces
+        places = bytearray(SPELLS if kind == BYTES else UNTOLD for kind in surfaces.kinds)
+        model = info.backend.model
+        for i in info.backend.get_added_tokens_decoder():
+            piece = info.pieces[i] if i < len(info.pieces) else None
+            # A token that merges make in a text they also make of its own string: nothing around it takes part.
+            made = piece is not None and (model.dropout or [token.id for token in model.tokenize(piece)] == [i])
+            places[i] = UNTOLD if made else ALONE
+        return bytes(places)
+
 
 def _type(state: Any) -> str:
     return state.get("type", "") if isinstance(state, dict) else ""
 
 
+def _steps(state: Any) -> list[Any]:
+    return state.get("pretokenizers", []) if _type(state) == "Sequence" else [state]
+
+
 def _word_mark(state: Any, pieces: list[str | None]) -> str | None:
     """What stands at the beginning of every word but the first, and nowhere else, after this pre-tokenizer; None if
     there is no such mark, or no piece of the model for it."""
-    steps = state.get("pretokenizers", []) if _type(state) == "Sequence" else [state]
+    steps = _steps(state)
     last = steps[-1] if steps else None
     if _type(last) != "Metaspace" or not last.get("split", True) or last["replacement"] not in pieces:
         return None
@@ -364,8 +395,11 @@ _lock = threading.Lock()
 # What would take longer to look at than a text takes to align is not looked at: thousands of added tokens, and a
 # normalizer with a map of all characters. Of these only the number and the type count.
 _FEW_ADDED, _SHORT_NORMALIZER = 512, 1 << 14
+# Tokens of a vocabulary that are looked at in each call: two that were made from other texts do not agree on these.
+_SAMPLES = 16
 _MODEL_SETTINGS = (
     "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word", "byte_fallback",
+    "dropout", "ignore_merges",
 )  # fmt: skip
 
 
@@ -383,7 +417,7 @@ def _signs(tokenizer: Any, of: Known) -> tuple:
     size, model, normalizer = backend.get_vocab_size(), backend.model, backend.normalizer
     return (
         size,
-        tuple(backend.id_to_token(i) for i in range(0, size, size // 64 + 1)),
+        tuple(backend.id_to_token(i) for i in range(0, size, size // _SAMPLES + 1)),
         tuple(str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES),
         type(model),
         tuple(getattr(model, name, None) for name in _MODEL_SETTINGS),

@@ -415,8 +415,9 @@ def locate(
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
                 side = _native_module().Side(
-                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, places
-                )
+                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, places,
+                    source.word_pattern if places else None,
+                )  # fmt: skip
             missing = side.read(texts, range(first, last), encodings, numbered, whole, threads)
             if missing and not whole:
                 encodings = backend.encode_batch([texts[b] for b in missing])

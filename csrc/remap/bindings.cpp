@@ -12,6 +12,7 @@
 #include "../block.h"
 #include "boundary.h"
 #include "remap.h"
+#include "words.h"
 
 namespace py = pybind11;
 
@@ -186,29 +187,27 @@ int64_t bad_text(const py::list& texts) {
   return -1;
 }
 
-// What a token tells of words: it begins one, continues the one before it, is one by itself, does not tell.
-enum Place : char { kBegins, kContinues, kAlone, kUntold };
-
 // One side of a batch: what a tokenizer made of each text, located in it.
 class Side {
  public:
   Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
        std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces,
-       const py::bytes& places)
+       const py::bytes& places, std::shared_ptr<const WordPattern> pattern)
       : surfaces_(std::move(surfaces)),
         rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
         places_(places),
+        pattern_(std::move(pattern)),
         rows_(static_cast<size_t>(rows)) {}
 
-  // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of words;
-  // with `offsets`, where the tokens do not spell a text, what it says of positions. Returns the rows that the tokens do
-  // not spell; without offsets these have not been read.
+  // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of
+  // words; with `offsets`, where the tokens do not spell a text or tell its words, what it says of both. Returns the
+  // rows where they do not; without offsets these have not been read.
   std::vector<int64_t> read(const py::list& texts, const std::vector<int64_t>& rows, const py::list& encodings,
                             bool words, bool offsets, int threads) {
     if (encodings.size() != rows.size()) throw py::index_error("encodings: expected one per row");
     const py::str ids_name = interned("ids"), words_name = interned("word_ids"), offsets_name = interned("offsets");
     std::vector<Reading> readings(rows.size());
-    std::vector<size_t> told, left;
+    std::vector<size_t> all(rows.size());
     for (size_t r = 0; r < rows.size(); ++r) {
       if (static_cast<size_t>(rows[r]) >= std::min(rows_.size(), texts.size())) {
         throw py::index_error("rows: outside the batch");
@@ -218,9 +217,9 @@ class Side {
       reading.text = utf8(PyList_GET_ITEM(texts.ptr(), rows[r]));
       reading.ids = to_ints(list_of(encoding, ids_name));
       if (words) reading.words = to_ints(list_of(encoding, words_name));
-      (places_.empty() || number_words(reading) ? told : left).push_back(r);
+      all[r] = r;
     }
-    for (const size_t r : locate_rows(rows, told, readings, threads)) left.push_back(r);
+    const std::vector<size_t> left = locate_rows(rows, all, readings, threads, !places_.empty());
     std::vector<int64_t> missing;
     for (const size_t r : left) missing.push_back(rows[r]);
     if (!offsets || left.empty()) return missing;
@@ -237,7 +236,7 @@ class Side {
         readings[r].end[k] = to_int(PyTuple_GET_ITEM(pair, 1));
       }
     }
-    locate_rows(rows, left, readings, threads);
+    locate_rows(rows, left, readings, threads, false);
     return missing;
   }
 
@@ -307,14 +306,17 @@ class Side {
   }
 
  private:
-  // Locates readings[r] for each of `which`; returns those that were not found.
+  // Locates readings[r] for each of `which`; returns those that were not found. tell: the words are what the tokens
+  // tell, and a text where they do not is not found.
   std::vector<size_t> locate_rows(const std::vector<int64_t>& rows, const std::vector<size_t>& which,
-                                  std::vector<Reading>& readings, int threads) {
+                                  std::vector<Reading>& readings, int threads, bool tell) {
     std::vector<uint8_t> found(which.size());
     py::gil_scoped_release nogil;
     parallel_for(static_cast<int64_t>(which.size()), threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        found[i] = locate(*surfaces_, rules_, readings[which[i]], rows_[rows[which[i]]]);
+        Reading& reading = readings[which[i]];
+        found[i] = (!tell || number_words(*surfaces_, places_, pattern_.get(), rules_, reading.ids, reading.words)) &&
+                   locate(*surfaces_, rules_, reading, rows_[rows[which[i]]]);
       }
     });
     std::vector<size_t> left;
@@ -324,24 +326,10 @@ class Side {
     return left;
   }
 
-  // False if some token does not tell.
-  bool number_words(Reading& reading) const {
-    int32_t word = 0;
-    bool alone = false;
-    reading.words.reserve(reading.ids.size());
-    for (const int32_t id : reading.ids) {
-      const char place = static_cast<size_t>(id) < places_.size() ? places_[static_cast<size_t>(id)] : kBegins;
-      if (place == kUntold) return false;
-      word += alone || place != kContinues;
-      alone = place == kAlone;
-      reading.words.push_back(word);
-    }
-    return true;
-  }
-
   std::shared_ptr<const Surfaces> surfaces_;
   Rules rules_;
   std::string places_;  // of each id in words; empty: words are not asked for in this way
+  std::shared_ptr<const WordPattern> pattern_;
   std::vector<LocatedRow> rows_;
 };
 
@@ -421,9 +409,19 @@ void bind_remap(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 
   py::class_<Surfaces, std::shared_ptr<Surfaces>>(module, "Surfaces").def(py::init(&surfaces));
+  py::class_<WordPattern, std::shared_ptr<WordPattern>>(module, "WordPattern")
+      .def(py::init([](int style, bool contractions, int64_t digits, const py::bytes& classes) {
+        return std::make_shared<WordPattern>(static_cast<WordPattern::Style>(style), contractions, digits, classes);
+      }))
+      .def("cut", [](const WordPattern& self, const std::string& text) -> py::object {
+        std::vector<int64_t> ends;
+        if (!self.cut(text, ends)) return py::none();
+        return py::cast(ends);
+      });
   py::class_<Side>(module, "Side")
       .def(py::init<std::shared_ptr<const Surfaces>, int64_t, const std::tuple<int64_t, int64_t>&,
-                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, const py::bytes&>())
+                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, const py::bytes&,
+                    std::shared_ptr<const WordPattern>>())
       .def("read", &Side::read)
       .def("length", &Side::length)
       .def("write", &Side::write)

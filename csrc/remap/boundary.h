@@ -105,14 +105,15 @@ class Surfaces {
   // white space belongs to the token before it.
   void refine(std::string_view text, const int32_t* ids, int64_t size, int32_t* start, int32_t* end) const;
 
- private:
-  std::string_view surface(int32_t id) const {
-    return {bytes_.data() + bounds_[id], static_cast<size_t>(bounds_[id + 1] - bounds_[id])};
-  }
   bool known(int32_t id) const {
     return static_cast<uint32_t>(id) < kinds_.size() && kinds_[static_cast<uint32_t>(id)] != kUnknown;
   }
+  // Of a known token.
+  std::string_view surface(int32_t id) const {
+    return {bytes_.data() + bounds_[id], static_cast<size_t>(bounds_[id + 1] - bounds_[id])};
+  }
 
+ private:
   // Whether the space that byte-level token k begins with is not in the text at `at`, where the added token before it
   // ends: some tokenizers put one before every text between added tokens.
   bool puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const;

@@ -6,22 +6,6 @@
 namespace vocabdistil {
 namespace {
 
-struct Char {
-  uint32_t code;
-  int64_t size;  // bytes
-};
-
-// The character at text[at], at < text.size(). Bytes that are no UTF-8 are characters of their own.
-Char char_at(std::string_view text, int64_t at) {
-  const auto* s = reinterpret_cast<const unsigned char*>(text.data()) + at;
-  const int64_t left = static_cast<int64_t>(text.size()) - at;
-  if (s[0] < 0x80) return {s[0], 1};
-  if (s[0] < 0xE0 && left >= 2) return {(s[0] & 0x1Fu) << 6 | (s[1] & 0x3Fu), 2};
-  if (s[0] < 0xF0 && left >= 3) return {(s[0] & 0x0Fu) << 12 | (s[1] & 0x3Fu) << 6 | (s[2] & 0x3Fu), 3};
-  if (left >= 4) return {(s[0] & 0x07u) << 18 | (s[1] & 0x3Fu) << 12 | (s[2] & 0x3Fu) << 6 | (s[3] & 0x3Fu), 4};
-  return {s[0], 1};
-}
-
 // Unicode's White_Space.
 bool is_space(uint32_t c) {
   return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
@@ -36,13 +20,6 @@ bool spaces_are_plain(std::string_view text) {
     if (text[static_cast<size_t>(at)] != ' ' && space_at(text, at)) return false;
   }
   return true;
-}
-
-// Where the last character of text[0, to) begins, to > 0.
-int64_t start_of_last(std::string_view text, int64_t to) {
-  do --to;
-  while (to > 0 && !is_char_start(text[static_cast<size_t>(to)]));
-  return to;
 }
 
 // Whether the bytes are whole characters.

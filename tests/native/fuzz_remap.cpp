@@ -10,6 +10,7 @@
 
 #include "remap/boundary.h"
 #include "remap/remap.h"
+#include "remap/words.h"
 
 using namespace vocabdistil;
 
@@ -38,7 +39,8 @@ int64_t some_id(int64_t size) {
 
 std::string some_text(int64_t longest, bool valid) {
   static const std::vector<std::string> chars = {"a", "b", "B", " ", "  ", "\n", "é", "e\xCC\x81", "語", "😀", "▁",
-                                                 "#", "\xE2\x80\x8D", "ﬁ", "\xC2\xA0", "İ", std::string(1, '\0')};
+                                                 "#", "\xE2\x80\x8D", "ﬁ", "\xC2\xA0", "İ", std::string(1, '\0'),
+                                                 "'", "S", "ſ", "e", "L", "7", "/", "\r"};
   std::string text;
   for (int64_t n = pick(0, longest); n > 0; --n) {
     if (!valid && pick(0, 9) == 0) {
@@ -222,6 +224,63 @@ void fuzz_locate() {
   }
 }
 
+// Classes of characters as they are, at random, or of a few characters only.
+std::string some_classes() {
+  std::string classes(static_cast<size_t>(pick(0, 3) ? 0x20000 : pick(0, 0x200)), '\0');
+  const bool any = pick(0, 3) == 0;
+  for (size_t c = 0; c < classes.size(); ++c) {
+    const bool upper = c >= 'A' && c <= 'Z', lower = c >= 'a' && c <= 'z', digit = c >= '0' && c <= '9';
+    const int kind = any                      ? (pick(0, 30) ? 1 << pick(0, 7) : static_cast<int>(pick(0, 255)))
+                     : upper || c == 0x130    ? WordPattern::kUpper
+                     : lower || c == 0xE9     ? WordPattern::kLower
+                     : digit                  ? WordPattern::kNumber
+                     : c == 0x8A9E            ? WordPattern::kCaseless
+                     : c == 0x301             ? WordPattern::kMark
+                     : c == 10 || c == 13     ? WordPattern::kNewline
+                     : c == 0x20 || c == 0xA0 ? WordPattern::kSpace
+                                              : WordPattern::kOther;
+    classes[c] = static_cast<char>(kind);
+  }
+  return classes;
+}
+
+void fuzz_words() {
+  static std::vector<std::string> tables;  // they are large
+  if (tables.size() < 50) tables.push_back(some_classes());
+  const WordPattern pattern(static_cast<WordPattern::Style>(pick(0, 3)), pick(0, 1) == 1, pick(-1, 3),
+                            tables[static_cast<size_t>(pick(0, static_cast<int64_t>(tables.size()) - 1))]);
+  for (int round = 0; round < 20; ++round) {
+    const std::string text = some_text(12, pick(0, 2) > 0);
+    std::vector<int64_t> ends;
+    if (pattern.cut(text, ends)) {
+      require(text.empty() ? ends.empty() : ends.back() == static_cast<int64_t>(text.size()), "words are the text");
+      for (size_t k = 0; k < ends.size(); ++k) require(ends[k] > (k ? ends[k - 1] : 0), "no word is empty");
+    }
+
+    std::vector<std::string> tokens;
+    std::vector<uint8_t> kinds;
+    std::string places;
+    for (int64_t n = pick(1, 12); n > 0; --n) {
+      tokens.push_back(some_text(3, pick(0, 2) > 0));
+      kinds.push_back(static_cast<uint8_t>(pick(0, 5) ? 2 : pick(0, 2)));
+      if (pick(0, 40)) places.push_back(static_cast<char>(pick(0, 3) ? int64_t{kSpells} : pick(-1, 5)));
+    }
+    const Surfaces surfaces(std::vector<std::string_view>(tokens.begin(), tokens.end()), kinds, false, Folds());
+    std::vector<int32_t> ids, words;
+    for (int64_t n = pick(0, 12); n > 0; --n) {
+      ids.push_back(static_cast<int32_t>(some_id(static_cast<int64_t>(tokens.size()))));
+    }
+    const Rules rules{pick(-1, 3), pick(-1, 3), {}, -1, false};
+    if (!number_words(surfaces, places, pick(0, 9) ? &pattern : nullptr, rules, ids, words)) continue;
+    require(words.size() == ids.size(), "one word per token");
+    int32_t before = 0;
+    for (const int32_t word : words) {
+      require(word == -1 || (word >= before && word <= before + 1), "words ascend");
+      before = std::max(before, word);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -235,6 +294,7 @@ int main(int argc, char** argv) {
     fuzz_match();
     fuzz_boundaries();
     fuzz_locate();
+    fuzz_words();
     ++rounds;
   } while (std::chrono::steady_clock::now() < stop);
   std::printf("%ld rounds\n", rounds);

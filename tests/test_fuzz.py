@@ -1,4 +1,4 @@
-"""The native alignment code under sanitizers, with random input of every kind."""
+"""Native code that follows ids and offsets, under sanitizers, with random input of every kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from vocabdistil import _native
 
 ROOT = Path(__file__).parent.parent
 SECONDS = float(os.environ.get("VOCABDISTIL_FUZZ_SECONDS", "5"))
@@ -19,7 +21,16 @@ def _compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def test_random_input_under_sanitizers(tmp_path: Path) -> None:
+# The flags that CMakeLists.txt gives each instruction set.
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def run_under_sanitizers(tmp_path: Path, sources: list[str], options: list[str]) -> None:
+    """Compiles the sources, runs them for SECONDS: many cases, no complaint."""
     compiler = _compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -30,12 +41,10 @@ def test_random_input_under_sanitizers(tmp_path: Path) -> None:
     )
     if built.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip(f"{compiler} has no working address and undefined behaviour sanitizers")
-    flags = [*FLAGS, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
-    sources = [ROOT / "tests/native/fuzz_remap.cpp"]
-    sources += [ROOT / f"csrc/remap/{name}.cpp" for name in ("remap", "match", "boundary", "locate", "words")]
-    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
+    flags = [*FLAGS, *options, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
+    objects = [str(tmp_path / f"{Path(source).stem}{i}.o") for i, source in enumerate(sources)]
     compiling = [
-        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([compiler, *flags, "-c", str(ROOT / source), "-o", out], stderr=subprocess.PIPE, text=True)
         for source, out in zip(sources, objects, strict=True)
     ]
     for process in compiling:
@@ -49,3 +58,14 @@ def test_random_input_under_sanitizers(tmp_path: Path) -> None:
     run = subprocess.run([str(program), str(SECONDS)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(run.stdout.split()[0]) > 100
+
+
+def test_alignments(tmp_path: Path) -> None:
+    names = ("remap", "match", "boundary", "locate", "words")
+    run_under_sanitizers(tmp_path, ["tests/native/fuzz_remap.cpp", *(f"csrc/remap/{n}.cpp" for n in names)], [])
+
+
+def test_linear_matched_kl(tmp_path: Path) -> None:
+    isa = _native.module().active_isa()
+    sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp"]
+    run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])

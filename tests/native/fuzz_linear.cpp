@@ -1,0 +1,173 @@
+// Runs csrc/cpu/linear_matched_kl.cpp on random shapes, dtypes, ids (valid and not) and wishes for the given seconds,
+// every array of exactly its size; meant to be built with the address and undefined behaviour sanitizers, for the
+// instruction set that VD_ISA names. Checks the loss and the gradients against plain sums in double.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/numeric.h"
+
+namespace vocabdistil {
+namespace VD_ISA {
+void linear_matched_kl(const LinearMatchedKlArgs&);
+}
+}  // namespace vocabdistil
+
+using namespace vocabdistil;
+using namespace vocabdistil::VD_ISA;
+
+namespace {
+
+std::mt19937_64 rng;
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "violated: %s\n", what);
+  std::abort();
+}
+
+// [rows, columns] of a dtype, rows a stride apart; the values as they were rounded, and the memory.
+struct Matrix {
+  Rows rows;
+  std::vector<double> values;
+  std::unique_ptr<char[]> memory;
+
+  Matrix(DType dtype, int64_t count, int64_t columns, double size) {
+    const int64_t stride = columns + pick(0, 3), item = static_cast<int64_t>(item_size(dtype));
+    memory = std::make_unique<char[]>(static_cast<size_t>(count ? ((count - 1) * stride + columns) * item : 0));
+    rows = {dtype, memory.get(), stride, count, columns};
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+          const double value = size * std::normal_distribution<double>()(rng);
+          const T stored = store<T>(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(value));
+          reinterpret_cast<T*>(memory.get())[r * stride + c] = stored;
+          values.push_back(static_cast<double>(load(stored)));
+        }
+      }
+    });
+  }
+  double at(int64_t r, int64_t c) const { return values[static_cast<size_t>(r * rows.columns + c)]; }
+};
+
+template <class Acc>
+struct Side {
+  Matrix hidden, weight;
+  std::vector<Acc> bias, lengths;
+  std::vector<int32_t> ids;
+
+  Side(DType dtype, DType weight_dtype, int64_t rows, int64_t vocabulary, int64_t dim, int64_t matched)
+      : hidden(dtype, rows, dim, 1), weight(weight_dtype, vocabulary, dim, 0.5) {
+    std::vector<int32_t> all(static_cast<size_t>(vocabulary));
+    std::iota(all.begin(), all.end(), 0);
+    std::shuffle(all.begin(), all.end(), rng);
+    ids.assign(all.begin(), all.begin() + matched);
+    if (pick(0, 1)) bias.resize(static_cast<size_t>(vocabulary));
+    for (auto& b : bias) b = pick(0, 20) ? static_cast<Acc>(pick(-9, 9)) / 4 : -std::numeric_limits<Acc>::infinity();
+    if (pick(0, 1)) lengths.resize(static_cast<size_t>(rows));
+    for (auto& n : lengths) n = static_cast<Acc>(pick(1, 3));
+  }
+  LinearSide args() const {
+    return {hidden.rows, weight.rows, bias.empty() ? nullptr : bias.data(), lengths.empty() ? nullptr : lengths.data(),
+            ids.data()};
+  }
+  double logit(int64_t r, int64_t v) const {
+    double z = 0;
+    for (int64_t k = 0; k < hidden.rows.columns; ++k) z += hidden.at(r, k) * weight.at(v, k);
+    if (!bias.empty())
+      z += static_cast<double>(bias[static_cast<size_t>(v)]) *
+           (lengths.empty() ? 1 : static_cast<double>(lengths[static_cast<size_t>(r)]));
+    return z;
+  }
+};
+
+template <class Acc>
+bool one_case(DType dtype) {
+  const int64_t rows = pick(0, 120), v_s = pick(1, 260), v_t = pick(1, 260), ds = pick(1, 70), dt = pick(1, 70);
+  const int64_t matched = pick(1, std::min(v_s, v_t));
+  const DType weights = dtype == DType::bf16 || dtype == DType::f16 ? (pick(0, 1) ? dtype : DType::f32) : dtype;
+  Side<Acc> s(dtype, weights, rows, v_s, ds, matched), t(dtype, weights, rows, v_t, dt, matched);
+  const auto unmatched = static_cast<Unmatched>(pick(0, 2));
+  bool bad = false;
+  if (pick(0, 9) == 0) {
+    auto& ids = pick(0, 1) ? s.ids : t.ids;
+    ids[static_cast<size_t>(pick(0, matched - 1))] = pick(0, 1) ? -1 : 1 << 30;
+    bad = true;
+  }
+  std::vector<Acc> scale(static_cast<size_t>(rows)), loss(scale.size()), total(1);
+  for (auto& x : scale) x = static_cast<Acc>(pick(0, 4)) / 4;
+  const Acc nan = std::numeric_limits<Acc>::quiet_NaN();
+  std::vector<Acc> g_hidden(static_cast<size_t>(pick(0, 1) * rows * ds), nan);
+  std::vector<Acc> g_weight(static_cast<size_t>(pick(0, 1) * v_s * ds), nan);
+  std::vector<Acc> g_bias(static_cast<size_t>(pick(0, 1) * v_s), nan);
+  auto address = [](std::vector<Acc>& x) { return x.empty() ? nullptr : x.data(); };
+  const double temperature = 1 + static_cast<double>(pick(0, 2));
+  try {
+    VD_ISA::linear_matched_kl({s.args(), t.args(), matched, unmatched, temperature, pick(0, 1) << pick(0, 20), scale.data(),
+                       loss.data(), total.data(), address(g_hidden), address(g_weight), address(g_bias),
+                       static_cast<int>(pick(1, 3))});
+  } catch (const std::invalid_argument&) {
+    require(bad, "good input is accepted");
+    return false;
+  }
+  require(!bad, "ids out of range are refused");
+  for (const auto* g : {&g_hidden, &g_weight, &g_bias})
+    for (size_t i = 0; rows == 0 && i < g->size(); ++i) require((*g)[i] == 0, "no rows, no gradient");
+
+  // One row again, in double: its loss over softmaxes of the matched columns, and its part of the gradient.
+  if (rows == 0 || unmatched != Unmatched::renormalize) return true;
+  const double tolerance = dtype == DType::f64 ? 1e-9 : 2e-4;
+  const int64_t r = pick(0, rows - 1);
+  auto log_softmax = [&](const Side<Acc>& side) {
+    std::vector<double> z;
+    for (int32_t id : side.ids) z.push_back(side.logit(r, id) / temperature);
+    double sum = 0;
+    for (double x : z) sum += std::exp(x);
+    for (double& x : z) x -= std::log(sum);
+    return z;
+  };
+  const auto log_s = log_softmax(s), log_t = log_softmax(t);
+  double want = 0;
+  std::vector<double> wanted(static_cast<size_t>(ds));
+  const double weight = static_cast<double>(scale[static_cast<size_t>(r)]);
+  for (size_t i = 0; i < log_s.size(); ++i) {
+    if (std::exp(log_t[i]) > 0) want += std::exp(log_t[i]) * (log_t[i] - log_s[i]);
+    const double d = temperature * weight * (std::exp(log_s[i]) - std::exp(log_t[i]));
+    for (int64_t k = 0; k < ds; ++k) wanted[static_cast<size_t>(k)] += d * s.weight.at(s.ids[i], k);
+  }
+  if (!std::isfinite(want)) return true;  // a class with mass for the teacher alone
+  want *= weight == 0 ? 0 : temperature * temperature;
+  require(std::abs(static_cast<double>(loss[static_cast<size_t>(r)]) - want) <= tolerance * (1 + std::abs(want)),
+          "the loss is that of plain sums");
+  for (int64_t k = 0; k < ds && !g_hidden.empty(); ++k) {
+    const double got = static_cast<double>(g_hidden[static_cast<size_t>(r * ds + k)]);
+    require(std::abs(got - wanted[static_cast<size_t>(k)]) <= 10 * tolerance, "so is the gradient");
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 1;
+  rng.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  const auto begin = std::chrono::steady_clock::now();
+  int64_t cases = 0, refused = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+    const auto dtype = static_cast<DType>(pick(0, 3));
+    const bool done = dtype == DType::f64 ? one_case<double>(dtype) : one_case<float>(dtype);
+    ++cases;
+    refused += !done;
+  }
+  std::printf("%lld cases, %lld refused\n", static_cast<long long>(cases), static_cast<long long>(refused));
+}

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken together, while they lie in the cache
 constexpr int64_t kGroup = 8;                     // panels of a task
+constexpr int64_t kTerms = 128;                    // products summed up before they are added: a long sum rounds more
 constexpr int64_t kDepth = 256;                   // columns of a panel's gradient that stay in the cache for all dims
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -119,9 +120,8 @@ struct Class {
   double weight(double block_top, double inv_temperature) const {
     return block_top == -std::numeric_limits<double>::infinity() ? 0 : std::exp((block_top - top) * inv_temperature);
   }
-  template <class Acc>
-  Rest<Acc> rest(double inv_temperature) const {
-    return {shift_of(top) * inv_temperature + std::log(sum), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};
+  Rest<double> rest(double inv_temperature) const {
+    return {shift_of(top) * inv_temperature + std::log(sum), sum == 0 ? 0 : 1 / sum};
   }
 };
 
@@ -265,7 +265,7 @@ class Sweep {
   template <class To>
   void product(const LinearSide& side, const int32_t* ids, int64_t count, const Acc* packed, int64_t first,
                int64_t last, To&& to) const {
-    const int64_t dim = side.hidden.columns;
+    const int64_t dim = side.hidden.columns, parts = ceil_div(dim, kTerms);
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
     find_rows(side.weight, ids, count, 0, dim, rows, scratch);
@@ -275,9 +275,15 @@ class Sweep {
         const Acc* row[m];
         std::copy_n(rows + i, int{m}, row);
         with_vectors(vectors(panel), [&](auto n) {
-          tile<Acc, m, n>(
-              1, dim, [&](int r, int64_t, int64_t k) { return row[r][k]; }, packed + panel * dim * kW, kW,
-              [&](int r, int v, Vector<Acc> z) { store_vector(out + r * kW + v * kLanes<Acc>, z); });
+          for (int64_t part = 0; part < parts; ++part) {
+            const int64_t begin = dim * part / parts, end = dim * (part + 1) / parts;
+            tile<Acc, m, n>(
+                1, end - begin, [&](int r, int64_t, int64_t k) { return row[r][begin + k]; },
+                packed + (panel * dim + begin) * kW, kW, [&](int r, int v, Vector<Acc> z) {
+                  Acc* to = out + r * kW + v * kLanes<Acc>;
+                  store_vector(to, part ? load_vector(to) + z : z);
+                });
+          }
           for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
         });
       }
@@ -355,18 +361,18 @@ class Sweep {
         }
       }
       const Sums z{s[0].sum, t[0].sum, dot};
-      const Outcome<Acc> out =
-          whole_ ? with_unmatched<Acc>(z, shift_of(s[0].top) * inv_temperature, shift_of(t[0].top) * inv_temperature,
-                                       s[1].template rest<Acc>(inv_temperature),
-                                       t[1].template rest<Acc>(inv_temperature).log_sum,
-                                       a_.unmatched == Unmatched::drop)
-                 : renormalised<Acc>(z);
-      const Acc factor = static_cast<Acc>(a_.temperature) * scale[r];
+      const double top_s = shift_of(s[0].top) * inv_temperature, top_t = shift_of(t[0].top) * inv_temperature;
+      const Outcome<double> out =
+          whole_ ? with_unmatched<double>(z, top_s, top_t, s[1].rest(inv_temperature),
+                                          t[1].rest(inv_temperature).log_sum, a_.unmatched == Unmatched::drop)
+                 : renormalised<double>(z);
       loss[r] = scale[r] == 0 ? Acc{0} : static_cast<Acc>(out.loss * a_.temperature * a_.temperature);
+      // Rounded once: what is wrong with a factor is wrong with all of its columns.
+      const double factor = a_.temperature * static_cast<double>(scale[r]);
       for (int64_t b = 0; b < blocks; ++b) {
         Partial<Acc>& p = partial(b, panel);
-        p.s[r] = factor * (blocks_[b].teacher ? out.student : out.rest) * static_cast<Acc>(weights[2 * b]);
-        p.t[r] = factor * out.teacher * static_cast<Acc>(weights[2 * b + 1]);
+        p.s[r] = static_cast<Acc>(factor * (blocks_[b].teacher ? out.student : out.rest) * weights[2 * b]);
+        p.t[r] = static_cast<Acc>(factor * out.teacher * weights[2 * b + 1]);
       }
     }
   }

@@ -12,9 +12,9 @@ namespace VD_ISA {
 namespace {
 
 constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken together, while they lie in the cache
-constexpr int64_t kGroup = 8;                     // panels of a task
+constexpr int64_t kGroup = 8;                      // panels of a task
 constexpr int64_t kTerms = 128;                    // products summed up before they are added: a long sum rounds more
-constexpr int64_t kDepth = 256;                   // columns of a panel's gradient that stay in the cache for all dims
+constexpr int64_t kDepth = 256;                    // columns of a panel's gradient that stay in the cache for all dims
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

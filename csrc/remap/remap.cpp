@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -22,7 +23,11 @@ namespace {
 constexpr int kInline = 3;                 // ids inside a packed entry
 constexpr int kIdBits = 20;                // vocabularies up to 1,048,576 tokens
 constexpr uint64_t kLong = 15;             // count of an entry whose ids are in the CSR rows only
-constexpr int64_t kCache = 1 << 23;        // bytes of results from which on they are stored around the cache
+#if defined(__SSE2__)
+constexpr int64_t kCache = 1 << 23;  // bytes of results from which on they are stored around the cache
+#else
+constexpr int64_t kCache = std::numeric_limits<int64_t>::max();
+#endif
 constexpr uint64_t kIdMask = (uint64_t{1} << kIdBits) - 1;
 constexpr int64_t kMaxPieces = std::numeric_limits<uint16_t>::max();
 
@@ -100,34 +105,18 @@ int64_t put_short_rows(const Id* ids, int64_t i, int64_t end, const uint64_t* pa
   return i;
 }
 
-// to[k] = first + k * step. `past` stores whole lines around the cache: results larger than it would only push out the
-// ids, which are read twice.
+// Copies whole lines around the cache: results larger than it would only push out the ids, which are read twice.
 template <class T>
-void fill(T* to, int64_t count, int64_t first, int64_t step, bool past) {
+void copy_past(T* to, const T* from, int64_t count) {
   int64_t k = 0;
-  auto fill_to = [&](int64_t end) {
-    for (; k < end; ++k) to[k] = static_cast<T>(first + k * step);
-  };
 #if defined(__SSE2__)
   constexpr int64_t lanes = 16 / sizeof(T), line = 64 / sizeof(T);
-  if (past && count >= 2 * line) {
-    fill_to(static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T)));
-    T start[lanes], stride[lanes];
-    for (int64_t i = 0; i < lanes; ++i) {
-      start[i] = static_cast<T>(first + (k + i) * step);
-      stride[i] = static_cast<T>(lanes * step);
-    }
-    __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(start));
-    const __m128i more = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stride));
-    for (const int64_t end = k + (count - k) / line * line; k < end; k += lanes) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), value);
-      value = sizeof(T) == 8 ? _mm_add_epi64(value, more) : _mm_add_epi32(value, more);
-    }
-  }
-#else
-  static_cast<void>(past);
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+  for (; k < std::min(count, head); ++k) to[k] = from[k];
+  for (const int64_t end = k + (count - k) / line * line; k < end; k += lanes)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
 #endif
-  fill_to(count);
+  std::copy(from + k, from + count, to + k);
 }
 
 // A value whose sign bit tells whether the mask is not 0.
@@ -325,7 +314,7 @@ BatchPlan RemapIndex::plan(const BatchView& ids, const BatchView& mask, int64_t 
 template <class Id, class Mask>
 void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan, int64_t width, int64_t student_base,
                            int64_t teacher_base, int64_t pad_id, int64_t* out, int64_t* attention,
-                           int32_t* const* pairs, bool past) const {
+                           int32_t* const* pairs) const {
   const uint64_t* packed = packed_.data();
   int32_t* starts = pairs[0];
   int32_t* ends = pairs[1];
@@ -340,8 +329,8 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
       starts[i] = base + static_cast<int32_t>(at);
       at += put_row(ids[i++], out + at);
     }
-    fill(pairs[2], plan.kept, teacher_base, 1, past);
-    fill(pairs[3], plan.kept, teacher_base + 1, 1, past);
+    std::iota(pairs[2], pairs[2] + plan.kept, static_cast<int32_t>(teacher_base));
+    std::iota(pairs[3], pairs[3] + plan.kept, static_cast<int32_t>(teacher_base + 1));
   } else {
     for (; i < plan.used; ++i) {
       if (mask[i] == 0) continue;
@@ -358,8 +347,8 @@ void RemapIndex::write_row(const Id* ids, const Mask* mask, const RowPlan& plan,
     ends[plan.kept - 1] = base + static_cast<int32_t>(at);
   }
   std::fill(out + at, out + width, pad_id);
-  fill(attention, at, 1, 0, past);
-  fill(attention + at, width - at, 0, 0, past);
+  std::fill(attention, attention + at, 1);
+  std::fill(attention + at, attention + width, 0);
 }
 
 int64_t RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t batch, int64_t length,
@@ -369,15 +358,28 @@ int64_t RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t b
   for (int64_t b = 0; b < batch; ++b) first[b + 1] = first[b] + plan[b].kept;
   const int64_t total = first[batch];
   std::atomic<int64_t> nonempty{total};
-  const bool past = 16 * (batch * student_length + total) > kCache;
+  const int64_t row_bytes = 16 * (student_length + length);  // made in the cache and copied from there
+  const bool past = 16 * (batch * student_length + total) > kCache && row_bytes < kCache / 32;
   visit(ids, mask, [&](auto* id, auto* m) {
     parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> row(past ? static_cast<size_t>(row_bytes / 8) : 0);
       for (int64_t b = begin; b < end; ++b) {
-        int32_t* row_pairs[4];
-        for (int k = 0; k < 4; ++k) row_pairs[k] = pairs + k * total + first[b];
+        int64_t* const to[2] = {input_ids + b * student_length, attention_mask + b * student_length};
+        int32_t *spans[4], *row_pairs[4];
+        for (int k = 0; k < 4; ++k) spans[k] = row_pairs[k] = pairs + k * total + first[b];
+        if (past) {
+          for (int k = 0; k < 4; ++k)
+            row_pairs[k] = reinterpret_cast<int32_t*>(row.data() + 2 * student_length) + k * length;
+        }
+        int64_t* const ids_row = past ? row.data() : to[0];
+        int64_t* const mask_row = past ? row.data() + student_length : to[1];
         write_row(id + b * ids.row_stride, m ? m + b * mask.row_stride : m, plan[b], student_length,
-                  b * student_length, b * length, pad_id, input_ids + b * student_length,
-                  attention_mask + b * student_length, row_pairs, past);
+                  b * student_length, b * length, pad_id, ids_row, mask_row, row_pairs);
+        if (past) {
+          copy_past(to[0], ids_row, student_length);
+          copy_past(to[1], mask_row, student_length);
+          for (int k = 0; k < 4; ++k) copy_past(spans[k], row_pairs[k], plan[b].kept);
+        }
         if (!has_empty_rows_) continue;
         int64_t empty = 0;
         for (int64_t k = 0; k < plan[b].kept; ++k) empty += row_pairs[0][k] == row_pairs[1][k];

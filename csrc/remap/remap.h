@@ -73,8 +73,8 @@ class RemapIndex {
   bool plan_row(const Id* ids, const Mask* mask, int64_t length, int64_t max_length, RowPlan& plan) const;
   template <class Id, class Mask>
   void write_row(const Id* ids, const Mask* mask, const RowPlan& plan, int64_t width, int64_t student_base,
-                 int64_t teacher_base, int64_t pad_id, int64_t* out, int64_t* attention, int32_t* const* pairs,
-                 bool past) const;
+                 int64_t teacher_base, int64_t pad_id, int64_t* out, int64_t* attention,
+                 int32_t* const* pairs) const;
   int64_t put_row(int64_t teacher_id, int64_t* out) const;
 
   Csr csr_;

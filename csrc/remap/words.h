@@ -11,7 +11,7 @@
 namespace vocabdistil {
 
 // A regular expression that byte-level tokenizers cut texts into words with. Those of one style differ in their parts
-// for contractions and for digits only; vocabdistil/_surfaces.py has them all.
+// for contractions and for digits only; vocabdistil/_words.py has them all.
 class WordPattern {
  public:
   enum Style : uint8_t { kGpt2, kCl100k, kQwen35, kO200k };

@@ -246,3 +246,16 @@ def test_bad_input_is_named(change, error, name):
     options = {"student": torch.randn(6, 4), "teacher": torch.randn(3, 4), "pairs": pairs, **change}
     with pytest.raises(error, match=f"^{name}"):
         vd.contrastive(**options)
+
+
+@pytest.mark.parametrize("variable", ["torch", "cpu", "reference"])
+def test_the_variable_leaves_alone_what_has_no_such_backend(variable, monkeypatch):
+    """Nothing but the reference serves both on a CPU."""
+    pairs = vd.SpanPairs([0, 2, 3], [2, 3, 6], [0, 1, 2], [1, 2, 3])
+    student, teacher = randn(6, 4, seed=1), randn(3, 4, seed=2)
+    want = vd.contrastive(student, teacher, pairs), vd.span_kl(student, teacher, pairs)
+    monkeypatch.setenv("VOCABDISTIL_BACKEND", variable)
+    torch.testing.assert_close((vd.contrastive(student, teacher, pairs), vd.span_kl(student, teacher, pairs)), want)
+    monkeypatch.setenv("VOCABDISTIL_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="^VOCABDISTIL_BACKEND: expected one of"):
+        vd.span_kl(student, teacher, pairs)

@@ -286,7 +286,7 @@ ZS, ZT = torch.zeros(7, 6), torch.zeros(7, 7)
             "teacher_logits: expected dtype float32 as student_logits, got float16",
         ),
         (ZS[:3], ZT, IDS, {}, ValueError, r"student_logits: expected as many rows as teacher_logits \(7\)"),
-        (ZS, ZT, None, {}, TypeError, "matched: expected an object with student_ids"),
+        (ZS, ZT, None, {}, TypeError, r"matched: expected a MatchedVocab \(an object with student_ids\)"),
         (ZS, ZT, matched([6], [0]), {}, ValueError, "matched.student_ids: expected ids from 0 to 5, got 6"),
         (ZS, ZT, matched([0], [-1]), {}, ValueError, "matched.teacher_ids: expected ids from 0 to 6, got -1"),
         (ZS, ZT, matched([0, 1], [0]), {}, ValueError, "matched.student_ids: expected as many"),

@@ -122,7 +122,7 @@ def test_teacher_gets_no_gradient():
     [
         ((rows(3, 5), rows(3, 4), TABLE), {}, ValueError, "table: expected at most 4 rows"),
         ((rows(3, 4), rows(3, 5), TABLE), {}, ValueError, "table.ids: expected ids from 0 to 3, got 4"),
-        ((rows(3, 5), rows(3, 5), {}), {}, TypeError, "table: expected an object with indptr, got dict"),
+        ((rows(3, 5), rows(3, 5), {}), {}, TypeError, r"table: expected a RemapTable \(an object with indptr\)"),
         ((rows(3, 5), rows(2, 5), TABLE), {}, ValueError, "student_logits: expected as many rows"),
         ((rows(3, 5), rows(3, 5), TABLE), {"combine": "max"}, ValueError, "combine: expected one of 'sum'"),
         ((rows(3, 5), rows(3, 5), TABLE), {"temperature": math.inf}, ValueError, "temperature: expected"),

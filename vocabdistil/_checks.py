@@ -316,7 +316,7 @@ def check_matched(matched: Matched, student_columns: int, teacher_columns: int) 
     for side, columns in (("student", student_columns), ("teacher", teacher_columns)):
         ids = getattr(matched, f"{side}_ids", None)
         if ids is None:
-            raise TypeError(f"matched: expected an object with {side}_ids, got {_kind(matched)}")
+            raise TypeError(f"matched: expected a MatchedVocab (an object with {side}_ids), got {_kind(matched)}")
         _check_index(ids, f"matched.{side}_ids")
         check_index_range(ids, f"matched.{side}_ids", columns)
     if matched.student_ids.shape != matched.teacher_ids.shape:
@@ -332,7 +332,7 @@ def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) ->
     """A CSR table with a row per teacher column; further columns (padding of an output layer) are allowed."""
     for field in ("indptr", "ids"):
         if not hasattr(table, field):
-            raise TypeError(f"table: expected an object with {field}, got {_kind(table)}")
+            raise TypeError(f"table: expected a RemapTable (an object with {field}), got {_kind(table)}")
         _check_index(getattr(table, field), f"table.{field}")
     rows = table.indptr.numel() - 1
     if not 0 <= rows <= teacher_columns:

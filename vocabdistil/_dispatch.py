@@ -1,7 +1,8 @@
 """Which implementation serves which operation on which device: one table, one override.
 
 ``backend=`` of a call, or the environment variable ``VOCABDISTIL_BACKEND``, overrides the table. An explicit choice
-that cannot run raises and says why; an automatic fallback to the reference warns once.
+that cannot run raises and says why; the variable holds for the operations that have such an implementation. An
+automatic fallback to the reference warns once.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ def _warn_fallback(op: str, device: str, reasons: str) -> None:
     )
 
 
+def _has(op: str, device: str, backend: str) -> bool:
+    """Whether there is such an implementation; Triton's interpreter runs kernels for a GPU on the CPU."""
+    interpreted = backend == "triton" and device == "cpu" and "triton" in TABLE[op].get("cuda", ())
+    return backend == "reference" or backend in TABLE[op].get(device, ()) or interpreted
+
+
 @functools.cache
 def _resolve(
     op: str, device: str, backend: str | None, source: str, limits: tuple[tuple[str, str], ...]
@@ -77,8 +84,7 @@ def _resolve(
         return "reference", told or f"there is no native {op} for this device"
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    interpreted = backend == "triton" and device == "cpu" and "triton" in TABLE[op].get("cuda", ())
-    if backend != "reference" and backend not in choices and not interpreted:
+    if not _has(op, device, backend):
         raise ValueError(
             f"{source}: {backend!r} has no {op} for {device} tensors; available: "
             f"{', '.join((*choices, 'reference'))}"
@@ -94,6 +100,8 @@ def _choose(op: str, device: str, backend: str | None, limits: tuple[tuple[str, 
     source = "backend"
     if backend is None and (backend := os.environ.get("VOCABDISTIL_BACKEND") or None):
         source = "VOCABDISTIL_BACKEND"
+        if backend in BACKENDS and not _has(op, device, backend):
+            backend = None
     choice, reasons = _resolve(op, device, backend, source, limits)
     if reasons:
         _warn_fallback(op, device, reasons)

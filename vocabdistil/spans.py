@@ -88,7 +88,8 @@ class SpanPairs:
         num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``): an int, or an
             int64 tensor ``[]`` where it was counted on a device and the host has not waited for it
             (:meth:`RemapTable.remap` there). The losses take either; ``int(pairs.num_nonempty)`` waits.
-        student_tokens, teacher_tokens: the least number of tokens that a side must have (its largest end).
+        student_tokens, teacher_tokens: the least number of tokens that a side must have: its largest end,
+            or, of pairs that :func:`align` or a remap table made, all tokens of the batch, as it was padded there.
 
     Raises:
         TypeError: a field is not of an integer dtype.

@@ -43,8 +43,8 @@ void find_rows(const Rows& weight, const int32_t* ids, int64_t count, int64_t fr
 template <class Acc>
 struct Partial {
   static constexpr int64_t kRows = kTileColumns<Acc>;
-  // The largest logit; sum exp((x - top) / T), in whose place the factors of these exponentials in the gradient come
-  // later; sum exp(t) (t - s) of the shifted, divided logits.
+  // top: the largest logit. s, t: first sum exp((x - top) / T), then the factors of these exponentials in the gradient.
+  // dot: sum exp(t) (t - s) of the shifted, divided logits.
   Acc top_s[kRows], top_t[kRows], s[kRows], t[kRows], dot[kRows];
 };
 
@@ -150,8 +150,9 @@ class Sweep {
     zero_unlisted();
     if (rows == 0) return;
     threads_ = useful_threads(a_.threads, rows * (width_ * (ds + kDepth) + a_.matched * dt) / 16);
-    const int64_t row_bytes = sizeof(Acc) * (width_ + a_.matched);
-    const int64_t weight_bytes = sizeof(Acc) * a_.matched * (ds + dt);
+    const int64_t row_bytes = sizeof(Acc) * (width_ + a_.matched + 2 * ds + dt);
+    const int64_t weight_bytes = a_.matched * (ds * static_cast<int64_t>(item_size(a_.student.weight.dtype)) +
+                                               dt * static_cast<int64_t>(item_size(a_.teacher.weight.dtype)));
     const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 4) / row_bytes / kW * kW);
     const int64_t step = ceil_div(ceil_div(rows, ceil_div(rows, most)), kW) * kW;  // as many chunks, of one size
     panels_ = step / kW;
@@ -220,11 +221,13 @@ class Sweep {
     std::vector<uint8_t> listed(rows);
     if (a_.student.hidden.rows > 0)
       for (int32_t id : s_ids_) listed[id] = 1;
-    for (int64_t v = 0; v < rows; ++v) {
-      if (listed[v]) continue;
-      if (a_.grad_weight) std::fill_n(static_cast<Acc*>(a_.grad_weight) + v * dim, dim, Acc{0});
-      if (a_.grad_bias) static_cast<Acc*>(a_.grad_bias)[v] = 0;
-    }
+    parallel_for(rows, useful_threads(a_.threads, rows * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        if (listed[v]) continue;
+        if (a_.grad_weight) std::fill_n(static_cast<Acc*>(a_.grad_weight) + v * dim, dim, Acc{0});
+        if (a_.grad_bias) static_cast<Acc*>(a_.grad_bias)[v] = 0;
+      }
+    });
   }
 
   int64_t in_panel(int64_t panel) const { return std::max<int64_t>(0, std::min(kW, count_ - panel * kW)); }
@@ -265,7 +268,7 @@ class Sweep {
   template <class To>
   void product(const LinearSide& side, const int32_t* ids, int64_t count, const Acc* packed, int64_t first,
                int64_t last, To&& to) const {
-    const int64_t dim = side.hidden.columns, parts = ceil_div(dim, kTerms);
+    const int64_t dim = side.hidden.columns, parts = std::max<int64_t>(1, ceil_div(dim, kTerms));
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
     find_rows(side.weight, ids, count, 0, dim, rows, scratch);
@@ -280,8 +283,8 @@ class Sweep {
             tile<Acc, m, n>(
                 1, end - begin, [&](int r, int64_t, int64_t k) { return row[r][begin + k]; },
                 packed + (panel * dim + begin) * kW, kW, [&](int r, int v, Vector<Acc> z) {
-                  Acc* to = out + r * kW + v * kLanes<Acc>;
-                  store_vector(to, part ? load_vector(to) + z : z);
+                  Acc* lanes = out + r * kW + v * kLanes<Acc>;
+                  store_vector(lanes, part ? load_vector(lanes) + z : z);
                 });
           }
           for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
@@ -346,12 +349,14 @@ class Sweep {
         const Partial<Acc>& p = partial(b, panel);
         const bool rest = !(blocks_[b].student && blocks_[b].teacher);
         double &ws = weights[2 * b], &wt = weights[2 * b + 1];
-        const double top_s = static_cast<double>(p.top_s[r]), top_t = static_cast<double>(p.top_t[r]);
+        double top_s = 0, top_t = 0;
         if (blocks_[b].student) {
+          top_s = static_cast<double>(p.top_s[r]);
           ws = s[rest].weight(top_s, inv_temperature);
           s[rest].sum += ws * static_cast<double>(p.s[r]);
         }
         if (blocks_[b].teacher) {
+          top_t = static_cast<double>(p.top_t[r]);
           wt = t[rest].weight(top_t, inv_temperature);
           t[rest].sum += wt * static_cast<double>(p.t[r]);
         }
@@ -389,6 +394,8 @@ class Sweep {
         } else {
           VD_SIMD for (int64_t r = 0; r < kW; ++r) s[i + r] *= p.s[r];
         }
+        // Exactly 0 where there is no row, even if a weight is infinite: the weight's gradient sums over all lanes.
+        for (int64_t r = in_panel(panel); r < kW; ++r) s[i + r] = 0;
       }
     }
   }

@@ -362,15 +362,13 @@ int64_t RemapIndex::write(const BatchView& ids, const BatchView& mask, int64_t b
   const bool past = 16 * (batch * student_length + total) > kCache && row_bytes < kCache / 32;
   visit(ids, mask, [&](auto* id, auto* m) {
     parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> row(past ? static_cast<size_t>(row_bytes / 8) : 0);
+      std::vector<int64_t> row(past ? static_cast<size_t>(2 * student_length) : 0);
+      std::vector<int32_t> row_spans(past ? static_cast<size_t>(4 * length) : 0);
       for (int64_t b = begin; b < end; ++b) {
         int64_t* const to[2] = {input_ids + b * student_length, attention_mask + b * student_length};
         int32_t *spans[4], *row_pairs[4];
         for (int k = 0; k < 4; ++k) spans[k] = row_pairs[k] = pairs + k * total + first[b];
-        if (past) {
-          for (int k = 0; k < 4; ++k)
-            row_pairs[k] = reinterpret_cast<int32_t*>(row.data() + 2 * student_length) + k * length;
-        }
+        for (int k = 0; past && k < 4; ++k) row_pairs[k] = row_spans.data() + k * length;
         int64_t* const ids_row = past ? row.data() : to[0];
         int64_t* const mask_row = past ? row.data() + student_length : to[1];
         write_row(id + b * ids.row_stride, m ? m + b * mask.row_stride : m, plan[b], student_length,

@@ -1,6 +1,7 @@
 // Runs csrc/cpu/linear_matched_kl.cpp on random shapes, dtypes, ids (valid and not) and wishes for the given seconds,
 // every array of exactly its size; meant to be built with the address and undefined behaviour sanitizers, for the
-// instruction set that VD_ISA names. Checks the loss and the gradients against plain sums in double.
+// instruction set that VD_ISA names. Checks that all of the gradients is written, and one row's loss and gradient
+// against plain sums in double.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -93,7 +94,7 @@ struct Side {
 
 template <class Acc>
 bool one_case(DType dtype) {
-  const int64_t rows = pick(0, 120), v_s = pick(1, 260), v_t = pick(1, 260), ds = pick(1, 70), dt = pick(1, 70);
+  const int64_t rows = pick(0, 120), v_s = pick(1, 260), v_t = pick(1, 260), ds = pick(0, 150), dt = pick(0, 70);
   const int64_t matched = pick(1, std::min(v_s, v_t));
   const DType weights = dtype == DType::bf16 || dtype == DType::f16 ? (pick(0, 1) ? dtype : DType::f32) : dtype;
   Side<Acc> s(dtype, weights, rows, v_s, ds, matched), t(dtype, weights, rows, v_t, dt, matched);
@@ -124,6 +125,12 @@ bool one_case(DType dtype) {
   for (const auto* g : {&g_hidden, &g_weight, &g_bias})
     for (size_t i = 0; rows == 0 && i < g->size(); ++i) require((*g)[i] == 0, "no rows, no gradient");
 
+  // NaN is what was there before; -inf in a bias may make others.
+  const bool finite = std::none_of(s.bias.begin(), s.bias.end(), [](Acc b) { return std::isinf(b); }) &&
+                      std::none_of(t.bias.begin(), t.bias.end(), [](Acc b) { return std::isinf(b); });
+  for (const auto* g : {&g_hidden, &g_weight, &g_bias})
+    for (const Acc x : *g) require(!finite || std::isfinite(x), "every gradient is written");
+
   // One row again, in double: its loss over softmaxes of the matched columns, and its part of the gradient.
   if (rows == 0 || unmatched != Unmatched::renormalize) return true;
   const double tolerance = dtype == DType::f64 ? 1e-9 : 2e-4;
@@ -145,7 +152,9 @@ bool one_case(DType dtype) {
     const double d = temperature * weight * (std::exp(log_s[i]) - std::exp(log_t[i]));
     for (int64_t k = 0; k < ds; ++k) wanted[static_cast<size_t>(k)] += d * s.weight.at(s.ids[i], k);
   }
-  if (!std::isfinite(want)) return true;  // a class with mass for the teacher alone
+  // A column with mass for the teacher alone, or a teacher without any.
+  if (!std::isfinite(want) || std::any_of(log_t.begin(), log_t.end(), [](double x) { return std::isnan(x); }))
+    return true;
   want *= weight == 0 ? 0 : temperature * temperature;
   require(std::abs(static_cast<double>(loss[static_cast<size_t>(r)]) - want) <= tolerance * (1 + std::abs(want)),
           "the loss is that of plain sums");

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -49,6 +50,7 @@ class RowLoss(torch.autograd.Function):
         return total if reduce else loss * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         op, again, options, early = ctx.static
         student, teacher, a, b, scale, *spans = ctx.saved_tensors

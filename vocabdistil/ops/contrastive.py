@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .._dispatch import resolve
@@ -164,6 +165,7 @@ class _Contrastive(torch.autograd.Function):
         return total if reduce else loss * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         options, reduce, needed = ctx.static
         anchor, other, valid, negatives, scale, *grads = ctx.saved_tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _checks as checks
 from .. import _native
@@ -105,6 +106,7 @@ class _LinearMatchedKL(torch.autograd.Function):
         return total if reduce else loss * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         options, reduce, needed = ctx.static
         student, weight, bias, scale, *rest = ctx.saved_tensors

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _checks as checks
 from .. import _native
@@ -122,6 +123,7 @@ class _SpanLoss(torch.autograd.Function):
         return loss * base if weights is None else loss * (weights * base)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         base, options, needs_student, needs_teacher, count, early, n = ctx.static
         weights, loss, student_coef, teacher_coef, *rest = ctx.saved_tensors

@@ -95,7 +95,7 @@ def test_a_count_that_is_a_tensor_gives_the_same_losses(module, reduction, monke
     p, _, _ = make_pairs(25, seed=0, gaps=True, empty=True)
     want = losses_of(module, p, reduction)
     fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
-    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens)
+    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
     moved = pickle.loads(pickle.dumps(counted.to("cpu")))
     assert 0 < moved.num_nonempty < 25 and moved.to("meta").num_nonempty.device.type == "meta"
     for got, expected in zip(losses_of(module, moved, reduction), want, strict=True):
@@ -107,7 +107,7 @@ def test_drawn_negatives_are_pairs_that_count(negatives, monkeypatch):
     p, n_s, n_t = make_pairs(25, seed=0, gaps=True, empty=True)
     student, teacher = randn(n_s, 12), randn(n_t, 12, seed=1)
     fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
-    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens)
+    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
     for sparse in (0, 64):
         monkeypatch.setattr(contrastive, "_SPARSE", sparse)
         results = []
@@ -117,3 +117,20 @@ def test_drawn_negatives_are_pairs_that_count(negatives, monkeypatch):
             loss = vd.contrastive(leaf, teacher, pairs, negatives=negatives, generator=generator)
             results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
         torch.testing.assert_close(*results)
+
+
+def test_pairs_of_a_batch_take_its_rows_as_they_were_padded():
+    """With more padding their positions would be those of other tokens."""
+    table = vd.RemapTable(torch.tensor([0, 1, 3]), torch.tensor([4, 5, 6]), student_vocab_size=9, unk_id=7, pad_id=8)
+    out = table.remap(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    student, teacher = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    for pairs in (out.pairs, out.pairs.to("cpu"), pickle.loads(pickle.dumps(out.pairs))):
+        assert pairs.padded and torch.isfinite(vd.span_kl(student, teacher, pairs))
+        longer = torch.nn.functional.pad(student, (0, 0, 0, 1))
+        with pytest.raises(ValueError, match="^pairs: expected the student rows of the batch .* 10 .* got 12"):
+            vd.span_kl(longer, teacher, pairs)
+        with pytest.raises(ValueError, match="^pairs: expected the teacher rows of the batch .* 6 .* got 12"):
+            vd.matched_kl(student, longer, vd.MatchedVocab([0, 1], [1, 2]), pairs=pairs)
+    spans = (out.pairs.student_start, out.pairs.student_end, out.pairs.teacher_start, out.pairs.teacher_end)
+    free = vd.SpanPairs(*spans)
+    assert not free.padded and torch.isfinite(vd.span_kl(longer, teacher, free))

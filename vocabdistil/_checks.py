@@ -220,16 +220,15 @@ def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
         raise TypeError(f"pairs: expected SpanPairs, got {_kind(pairs)}")
     if pairs.device != student.device:
         raise ValueError(f"pairs: expected device {student.device}, got {pairs.device}")
-    if pairs.student_tokens > student.shape[0]:
-        raise ValueError(
-            f"pairs: expected student positions up to {student.shape[0]}, got a span that ends at "
-            f"{pairs.student_tokens}"
-        )
-    if pairs.teacher_tokens > teacher.shape[0]:
-        raise ValueError(
-            f"pairs: expected teacher positions up to {teacher.shape[0]}, got a span that ends at "
-            f"{pairs.teacher_tokens}"
-        )
+    for side, rows, tokens in (
+        ("student", student.shape[0], pairs.student_tokens), ("teacher", teacher.shape[0], pairs.teacher_tokens),
+    ):  # fmt: skip
+        if tokens > rows:
+            raise ValueError(f"pairs: expected {side} positions up to {rows}, got a span that ends at {tokens}")
+        if pairs.padded and tokens != rows:  # positions of the same tokens are others in a batch of another length
+            raise ValueError(
+                f"pairs: expected the {side} rows of the batch that was aligned, {tokens} with its padding, got {rows}"
+            )
 
 
 def check_span_loss(

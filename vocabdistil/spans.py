@@ -89,7 +89,9 @@ class SpanPairs:
             int64 tensor ``[]`` where it was counted on a device and the host has not waited for it
             (:meth:`RemapTable.remap` there). The losses take either; ``int(pairs.num_nonempty)`` waits.
         student_tokens, teacher_tokens: the least number of tokens that a side must have: its largest end,
-            or, of pairs that :func:`align` or a remap table made, all tokens of the batch, as it was padded there.
+            or, if ``padded``, all tokens of the batch.
+        padded: whether a side must have exactly so many: of pairs that :func:`align`, a collator or a remap table made,
+            whose positions are those of the batch as it was padded there.
 
     Raises:
         TypeError: a field is not of an integer dtype.
@@ -97,7 +99,7 @@ class SpanPairs:
             or descend, a tensor that is sparse, nested or on the meta device.
     """
 
-    __slots__ = (*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens", "__weakref__")
+    __slots__ = (*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens", "padded", "__weakref__")
 
     student_start: Tensor
     student_end: Tensor
@@ -106,6 +108,7 @@ class SpanPairs:
     num_nonempty: int | Tensor
     student_tokens: int
     teacher_tokens: int
+    padded: bool
 
     def __init__(
         self, student_start: Tensor, student_end: Tensor, teacher_start: Tensor, teacher_end: Tensor
@@ -126,6 +129,7 @@ class SpanPairs:
         self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher_")
         both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
         self.num_nonempty = int(both.sum())
+        self.padded = False
         self._mark()
 
     @classmethod
@@ -138,13 +142,14 @@ class SpanPairs:
         num_nonempty: int | Tensor,
         student_tokens: int,
         teacher_tokens: int,
+        padded: bool = True,
     ) -> SpanPairs:
         """Wraps int32 vectors that are right by construction (native alignments), without checking them again."""
         self = cls.__new__(cls)
         self.student_start, self.student_end = student_start, student_end
         self.teacher_start, self.teacher_end = teacher_start, teacher_end
         self.num_nonempty = num_nonempty
-        self.student_tokens, self.teacher_tokens = student_tokens, teacher_tokens
+        self.student_tokens, self.teacher_tokens, self.padded = student_tokens, teacher_tokens, padded
         self._mark()
         return self
 
@@ -170,15 +175,15 @@ class SpanPairs:
         count = self.num_nonempty
         if isinstance(count, Tensor):
             count = count.to(device, non_blocking=non_blocking)
-        return self._trusted(*moved, count, self.student_tokens, self.teacher_tokens)
+        return self._trusted(*moved, count, self.student_tokens, self.teacher_tokens, self.padded)
 
     def pin_memory(self) -> SpanPairs:
         pinned = [getattr(self, name).pin_memory() for name in _FIELDS]
-        return self._trusted(*pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens)
+        return self._trusted(*pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens, self.padded)
 
     def __getstate__(self) -> tuple:
-        return (*(getattr(self, name) for name in _FIELDS), self.num_nonempty, self.student_tokens, self.teacher_tokens)
+        return tuple(getattr(self, name) for name in self.__slots__[:-1])
 
     def __setstate__(self, state: tuple) -> None:
-        for name, value in zip((*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens"), state, strict=True):
+        for name, value in zip(self.__slots__[:-1], state, strict=True):
             setattr(self, name, value)

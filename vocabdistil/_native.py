@@ -127,7 +127,7 @@ def matched_kl(
     module().matched_kl(
         _rows(student), _rows(teacher), *_addresses(spans), student_ids.data_ptr(), teacher_ids.data_ptr(),
         student_ids.numel(), scale.numel(), unmatched, mean, temperature, scale.data_ptr(), loss.data_ptr(),
-        total.data_ptr(), 0 if grad is None else grad.data_ptr(), torch.get_num_threads(),
+        total.data_ptr(), _address(grad), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def remapped_kl(
     module().remapped_kl(
         _rows(student), _rows(teacher), *_addresses(spans), rows.data_ptr(), rows.numel(), shapes.data_ptr(),
         shapes.shape[0], ids.data_ptr(), indptr.data_ptr(), pieces_of.data_ptr(), scale.numel(), logsumexp,
-        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), 0 if grad is None else grad.data_ptr(),
+        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), _address(grad),
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -328,12 +328,13 @@ class Known:
     @functools.cached_property
     def word_places(self) -> bytes:
         """For each id BEGINS a word, CONTINUES the one before it, ALONE if it is one by itself (an added token), SPELLS
-        if ``word_pattern`` tells, UNTOLD if nothing does; empty where token strings do not tell words. They do in
-        WordPiece after BERT's pre-tokenizer, which leaves no ``##`` in a word for a first piece to begin with, where
-        the pre-tokenizer puts a mark before every word, and nowhere else, that the model has a token for, and where
-        there is a ``word_pattern``. There an unknown token is a part of a word; or the token of that name in a text,
-        unless that is spelled with characters of the vocabulary: an unknown token whose place is found without the
-        tokenizer's offsets stands for none of these."""
+        if ``word_pattern`` tells, UNTOLD if nothing does; empty where token strings do not tell words.
+
+        They do where there is a ``word_pattern``; in WordPiece after BERT's pre-tokenizer, which leaves no ``##`` in a
+        word for a first piece to begin with; and where the pre-tokenizer puts a mark before every word, and nowhere
+        else, that the model has a token for. In the last two an unknown token is a part of a word; or the token of that
+        name in a text, unless that is spelled with characters of the vocabulary: an unknown token whose place is found
+        without the tokenizer's offsets stands for none of these."""
         info = self.info
         state = _state(info.backend.pre_tokenizer)
         if self.word_pattern is not None:

@@ -52,7 +52,7 @@ template <class Acc>
 void add_bias(Acc* __restrict z, int64_t count, const int32_t* ids, const Acc* bias, const Acc* __restrict lengths) {
   for (int64_t i = 0; bias && i < count; ++i) {
     const Acc b = bias[ids[i]];
-    VD_SIMD for (int64_t r = 0; r < kTileColumns<Acc>; ++r)  // none where there is no row, even if it is infinite
+    VD_SIMD for (int64_t r = 0; r < kTileColumns<Acc>; ++r)  // of a sum of no rows none, even if it is infinite
       z[i * kTileColumns<Acc> + r] += lengths[r] == 0 ? Acc{0} : b * lengths[r];
   }
 }
@@ -205,6 +205,8 @@ class Sweep {
   struct Columns {
     int64_t begin, end;
     bool student, teacher;
+
+    bool matched() const { return student && teacher; }
   };
 
   // The matched columns of a side and, where the unmatched ones count, those.
@@ -316,7 +318,7 @@ class Sweep {
         add_bias(t_at(panel), count, t_ids, static_cast<const Acc*>(a_.teacher.bias), lengths(panel, false));
         tops(t_at(panel), count, out.top_t);
       }
-      if (c.student && c.teacher) {
+      if (c.matched()) {
         exp_two(s_at(panel), t_at(panel), count, inv_temperature, out);
       } else if (c.student) {
         exp_one(s_at(panel), count, out.top_s, inv_temperature, out.s);
@@ -333,21 +335,17 @@ class Sweep {
     Acc* loss = static_cast<Acc*>(a_.loss) + begin_ + panel * kW;
     const int64_t blocks = static_cast<int64_t>(blocks_.size());
     std::vector<double> weights(2 * blocks);
-    for (int64_t r = 0; r < kW; ++r) {
-      if (r >= in_panel(panel)) {
-        for (int64_t b = 0; b < blocks; ++b) partial(b, panel).s[r] = partial(b, panel).t[r] = 0;
-        continue;
-      }
+    for (int64_t r = 0; r < in_panel(panel); ++r) {
       Class s[2], t[2];  // matched, unmatched
       double dot = 0;
       for (int64_t b = 0; b < blocks; ++b) {
-        const bool rest = !(blocks_[b].student && blocks_[b].teacher);
+        const bool rest = !blocks_[b].matched();
         if (blocks_[b].student) s[rest].meet(static_cast<double>(partial(b, panel).top_s[r]));
         if (blocks_[b].teacher) t[rest].meet(static_cast<double>(partial(b, panel).top_t[r]));
       }
       for (int64_t b = 0; b < blocks; ++b) {
         const Partial<Acc>& p = partial(b, panel);
-        const bool rest = !(blocks_[b].student && blocks_[b].teacher);
+        const bool rest = !blocks_[b].matched();
         double &ws = weights[2 * b], &wt = weights[2 * b + 1];
         double top_s = 0, top_t = 0;
         if (blocks_[b].student) {
@@ -376,7 +374,7 @@ class Sweep {
       const double factor = a_.temperature * static_cast<double>(scale[r]);
       for (int64_t b = 0; b < blocks; ++b) {
         Partial<Acc>& p = partial(b, panel);
-        p.s[r] = static_cast<Acc>(factor * (blocks_[b].teacher ? out.student : out.rest) * weights[2 * b]);
+        p.s[r] = static_cast<Acc>(factor * (blocks_[b].matched() ? out.student : out.rest) * weights[2 * b]);
         p.t[r] = static_cast<Acc>(factor * out.teacher * weights[2 * b + 1]);
       }
     }

@@ -34,29 +34,12 @@ inline std::vector<int32_t> other_ids(const char* side, const int32_t* ids, int6
   return others;
 }
 
-// The unmatched logits of one side: turned into exp((x - top) / T); log of their sum (with top / T added back).
+// Of the unmatched logits of one side: log sum exp(x / T), and 1 / sum exp((x - top) / T).
 template <class Acc>
 struct Rest {
   double log_sum;
   Acc inv_sum;
 };
-
-template <class Acc>
-inline Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature) {
-  const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    Acc z = 0;
-#pragma omp simd reduction(+ : z)
-    for (int64_t i = begin; i < end; ++i) {
-      x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
-      z += x[i];
-    }
-    total += static_cast<double>(z);
-  }
-  return {static_cast<double>(shift) / temperature + std::log(total), static_cast<Acc>(total == 0 ? 0 : 1 / total)};
-}
 
 // log of the matched and of the unmatched share of a row: a and b minus log(exp a + exp b).
 struct Shares {

@@ -6,6 +6,24 @@ namespace vocabdistil {
 namespace VD_ISA {
 namespace {
 
+// Turns the unmatched logits of one side into exp((x - top) / T).
+template <class Acc>
+Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature) {
+  const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(count, begin + kBlock);
+    Acc z = 0;
+#pragma omp simd reduction(+ : z)
+    for (int64_t i = begin; i < end; ++i) {
+      x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
+      z += x[i];
+    }
+    total += static_cast<double>(z);
+  }
+  return {static_cast<double>(shift) / temperature + std::log(total), static_cast<Acc>(total == 0 ? 0 : 1 / total)};
+}
+
 template <class Acc>
 void run(const MatchedKlArgs& a) {
   check_spans("student", a.student_spans, a.pairs, a.student.rows);

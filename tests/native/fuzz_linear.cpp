@@ -5,15 +5,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "cpu/numeric.h"
+#include "fuzz.h"
 
 namespace vocabdistil {
 namespace VD_ISA {
@@ -25,16 +23,6 @@ using namespace vocabdistil;
 using namespace vocabdistil::VD_ISA;
 
 namespace {
-
-std::mt19937_64 rng;
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 // [rows, columns] of a dtype, rows a stride apart; the values as they were rounded, and the memory.
 struct Matrix {

@@ -1,13 +1,11 @@
 // Feeds csrc/remap with random tables, ids, masks, offsets, vocabularies and texts, valid and not, for the given
 // seconds; meant to be built with the address and undefined behaviour sanitizers. Checks what must hold of the results.
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "fuzz.h"
 #include "remap/boundary.h"
 #include "remap/remap.h"
 #include "remap/words.h"
@@ -15,16 +13,6 @@
 using namespace vocabdistil;
 
 namespace {
-
-std::mt19937_64 rng;
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 // Mostly within [0, size), sometimes far outside.
 int64_t some_id(int64_t size) {

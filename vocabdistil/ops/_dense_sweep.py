@@ -1,4 +1,5 @@
-"""The sweep of `linear_matched_kl` on a GPU: matched columns first, large products, one kernel for the rows.
+"""The sweep of `linear_matched_kl` on a GPU, and in PyTorch on any device: matched columns first, large products, one
+kernel for the rows.
 
 The rows of both weights that are needed are gathered once, the matched ones first and in one order, so that the row
 kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits; the row kernel turns
@@ -18,7 +19,7 @@ from torch import Tensor
 from .. import _native
 from .._dispatch import implementation
 from ._products import native_products, product
-from ._torch_rows import torch_rows
+from ._torch_rows import dense_rows
 
 # Bytes for all that is held meanwhile, or, where the gathered rows and their gradient are large, this many times them:
 # every chunk reads and writes them all.
@@ -87,23 +88,6 @@ def _log_sum_exp(
     return total
 
 
-def _dense_torch_rows(
-    student: Tensor, teacher: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
-    student_lengths: Tensor | None, teacher_lengths: Tensor | None, teacher_rest: Tensor | None, scale: Tensor,
-    unmatched: int, temperature: float, loss: Tensor, grad: Tensor | None,
-) -> None:  # fmt: skip
-    """``triton_kernels.matched_kl.dense_rows`` in PyTorch, for installations without Triton; overwrites the logits."""
-    for z, bias, lengths in ((student, student_bias, student_lengths), (teacher, teacher_bias, teacher_lengths)):
-        if bias is not None:
-            part = bias[: z.shape[1]]
-            z.add_(part if lengths is None else lengths[:, None] * part)
-    columns = torch.arange(teacher.shape[1], device=student.device)
-    torch_rows(student, teacher, columns, unmatched, temperature, teacher_rest, scale, loss)
-    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
-    if grad is not None:
-        grad.copy_(student)
-
-
 def dense_sweep(
     student: Tensor, student_weight: Tensor, student_bias: Tensor | None, student_lengths: Tensor | None,
     teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_lengths: Tensor | None,
@@ -130,7 +114,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The same for these columns of the student, the matched ones first, with the gradients of these rows of its weight
     and bias alone; whatever else it holds is given back when it returns."""
-    rows, add_rest, total_of, resident = _dense_torch_rows, _add_rest, _torch_total, None
+    rows, add_rest, total_of, resident = dense_rows, _add_rest, _torch_total, None
     if backend == "triton":
         rows, add_rest, total_of, resident = (
             implementation("matched_kl", backend, name)

@@ -1,4 +1,4 @@
-"""The row kernel of `matched_kl` in PyTorch."""
+"""The row kernel of `linear_matched_kl` in PyTorch, for devices and installations that have none."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from torch import Tensor
 from .. import _native
 
 
-def torch_rows(
-    student: Tensor, teacher: Tensor, student_ids: Tensor, unmatched: int, temperature: float,
-    teacher_rest: Tensor | None, scale: Tensor, loss: Tensor,
+def dense_rows(
+    student: Tensor, teacher: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
+    student_lengths: Tensor | None, teacher_lengths: Tensor | None, teacher_rest: Tensor | None, scale: Tensor,
+    unmatched: int, temperature: float, loss: Tensor, grad: Tensor | None,
 ) -> None:  # fmt: skip
-    """The row kernel in PyTorch, for devices that have none: student [R, V], teacher [R, V_m] logits in, loss [R] out;
-    the student's logits are overwritten with scale * d loss / d logit."""
+    """``triton_kernels.matched_kl.dense_rows``: logits of the student ``[R, V]``, the matched columns first, and of the
+    teacher ``[R, V_m]`` in, loss ``[R]`` out; overwrites the logits, the student's with their gradient."""
+    for z, bias, lengths in ((student, student_bias, student_lengths), (teacher, teacher_bias, teacher_lengths)):
+        if bias is not None:
+            part = bias[: z.shape[1]]
+            z.add_(part if lengths is None else lengths[:, None] * part)
     student.mul_(1 / temperature)
-    matched_s, matched_t = student[:, student_ids], teacher / temperature
+    matched_s, matched_t = student[:, : teacher.shape[1]], teacher / temperature
     if teacher_rest is None:
         log_r, log_q = matched_s.log_softmax(-1), matched_t.log_softmax(-1)
         r = log_r.exp()
@@ -27,10 +32,8 @@ def torch_rows(
     q = log_q.exp()
     torch.sum(q * torch.where(q > 0, log_q - log_r, 0.0), -1, out=loss)
     factor = temperature * scale[:, None]
-    if teacher_rest is None:
-        student.zero_()
-    else:
-        student.index_fill_(1, student_ids, float("-inf"))
+    if teacher_rest is not None:
+        matched_s.fill_(float("-inf"))
         rest_r, rest_q = student.logsumexp(-1) - log_s[:, 0], teacher_rest - log_t[:, 0]
         student.sub_(log_s + rest_r.nan_to_num(neginf=0.0)[:, None]).exp_()  # shares of the unmatched mass
         if unmatched == _native.UNMATCHED_CODES["drop"]:
@@ -40,5 +43,8 @@ def torch_rows(
         else:
             loss += rest_q.exp() * torch.where(rest_q > float("-inf"), rest_q - rest_r, 0.0)
             student.mul_(factor * (rest_r.exp() - rest_q.exp())[:, None])
-    student.index_copy_(1, student_ids, factor * (r - q))
+    matched_s.copy_(factor * (r - q))
     loss.mul_(temperature**2)
+    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
+    if grad is not None:
+        grad.copy_(student)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .models.architectures import ARCHITECTURES, Architecture, first_position
+from .models.bodies import choose_layers
 from .remap import RemapTable
+from .teachers import Teacher
 
-__all__ = ["PRESETS", "Preset", "build_student", "copied_layers", "initialise_from_teacher", "principal_axes"]
+__all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes", "remap_rows"]
 
 
 @dataclass(frozen=True)
@@ -99,109 +102,134 @@ def _row_means(table: RemapTable, embedding: Tensor, vocab_size: int) -> tuple[T
     return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
 
 
-def copied_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """Which teacher layer each student layer copies: evenly spaced from the first to the last.
+def remap_rows(
+    table: RemapTable, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, seed: int = 0
+) -> Callable[[Tensor], Tensor]:
+    """Rows for the student's tokens: for each the mean over the teacher tokens whose row of the table holds it.
 
-    For 12 -> 6 that is 0, 2, 4, 7, 9, 11, the choice of DistilBERT (arXiv 1910.01108).
+    A special token takes the row of the teacher's token of the same role. A token that is in no row takes the mean
+    of all rows plus noise of a tenth of their standard deviation.
+
+    Returns:
+        ``[V_t, D]`` -> ``[V_s, D]``, float32.
     """
-    if student_layers == 1:
-        return [teacher_layers - 1]
-    return [round(j * (teacher_layers - 1) / (student_layers - 1)) for j in range(student_layers)]
+
+    def rows(matrix: Tensor) -> Tensor:
+        source = matrix.detach().float().cpu()
+        made, counts = _row_means(table, source, len(student))
+        covered = counts > 0
+        for role in ("pad", "unk", "cls", "sep", "mask"):
+            from_id, to_id = (getattr(side, f"{role}_token_id") for side in (teacher, student))
+            if from_id is not None and to_id is not None:
+                made[to_id] = source[from_id]
+                covered[to_id] = True
+        if not bool(covered.all()):
+            noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed))
+            known = made[covered]
+            made[~covered] = (known.mean(0) + 0.1 * known.std(0) * noise)[~covered]
+        return made
+
+    return rows
 
 
-_BERT_TO_DISTILBERT = {
-    "attention.self.query": "attention.q_lin",
-    "attention.self.key": "attention.k_lin",
-    "attention.self.value": "attention.v_lin",
-    "attention.output.dense": "attention.out_lin",
-    "attention.output.LayerNorm": "sa_layer_norm",
-    "intermediate.dense": "ffn.lin1",
-    "output.dense": "ffn.lin2",
-    "output.LayerNorm": "output_layer_norm",
-}
+def _widened(row: Architecture | None, body: PreTrainedModel, x: Tensor, bias: bool = False) -> Tensor:
+    """Rows as wide as the teacher's embeddings, in its hidden width."""
+    widen = row.widening(body) if row else None
+    if widen is None:
+        return x
+    made = x @ widen.weight.detach().float().cpu().T
+    return made + widen.bias.detach().float().cpu() if bias else made
 
 
-def _teacher_blocks(teacher: PreTrainedModel) -> tuple[Sequence[nn.Module], dict[str, str]]:
-    """The teacher's transformer layers, and how their parts are called in DistilBERT; empty if it is neither."""
-    if hasattr(teacher, "encoder") and hasattr(teacher.encoder, "layer"):
-        blocks, names = teacher.encoder.layer, _BERT_TO_DISTILBERT
-    elif hasattr(teacher, "transformer") and hasattr(teacher.transformer, "layer"):
-        blocks, names = teacher.transformer.layer, {name: name for name in _BERT_TO_DISTILBERT.values()}
-    else:
-        return [], {}
-    present = dict(blocks[0].named_modules())
-    return (blocks, names) if all(name in present for name in names) else ([], {})
+def _known_positions(row: Architecture | None, body: PreTrainedModel) -> Tensor | None:
+    """The teacher's positions ``[P, D]`` from the first that a token takes, with token type 0; None without a table."""
+    table = row.part_of_embeddings(body, "positions") if row else None
+    if not isinstance(table, nn.Embedding):
+        return None
+    known = table.weight.detach().float().cpu()[first_position(body) :]
+    types = row.part_of_embeddings(body, "types")
+    if types is not None:
+        known = known + types.weight.detach().float().cpu()[0]
+    return _widened(row, body, known, bias=True)
+
+
+def _copy_modules(source: nn.Module, target: nn.Module, names: dict[str, str]) -> None:
+    for theirs, ours in names.items():
+        target.get_submodule(ours).load_state_dict(source.get_submodule(theirs).state_dict())
+
+
+def _copy_layers(student: DistilBertForMaskedLM, teacher: Teacher, row: Architecture) -> list[int]:
+    """Copies the teacher's layers if they are of DistilBERT's kind and shape; returns which, in the student's order."""
+    fields, config = row.fields, teacher.model.config
+    theirs = [getattr(config, name) for name in (fields.dim, fields.heads, fields.ffn)]
+    if row.parts is None or theirs != [student.config.dim, student.config.n_heads, student.config.hidden_dim]:
+        return []
+    chosen = choose_layers(teacher.num_layers, min(student.config.n_layers, teacher.num_layers))
+    names = dict(zip(row.parts, ARCHITECTURES["distilbert"].parts, strict=True))
+    layers = teacher.model.get_submodule(row.layers)
+    for block, index in zip(student.distilbert.transformer.layer, chosen, strict=False):
+        source = layers[index * len(layers) // teacher.num_layers if row.shared else index]
+        _copy_modules(source, block, names)
+    return chosen
 
 
 @torch.no_grad()
 def initialise_from_teacher(
-    student: DistilBertForMaskedLM,
-    teacher: PreTrainedModel,
-    table: RemapTable,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    student_tokenizer: PreTrainedTokenizerBase,
-    seed: int = 0,
+    student: DistilBertForMaskedLM, teacher: Teacher, rows: Callable[[Tensor], Tensor]
 ) -> dict[str, object]:
     """Gives the student what the teacher knows and the student has room for.
 
-    * Token embedding: the mean over the teacher tokens whose row of the remap table holds the student token, then
-      projected on the leading principal axes of the teacher's embedding if the widths differ. A special token takes
-      the embedding of the teacher's token of the same role. A token that is in no row takes the mean of all rows
-      plus noise of a tenth of their standard deviation.
-    * Positions: the teacher's, with its embedding of token type 0 added (DistilBERT has no types), projected alike.
-    * Embedding LayerNorm and layers: copied if widths, heads and feed-forward widths are equal, layer by layer as
-      :func:`copied_layers` says; otherwise they keep their fresh weights.
+    * Token embedding: ``rows`` of the teacher's, through the teacher's own map to its hidden width where its
+      embedding is narrower (ALBERT, ELECTRA), then projected on its own leading principal axes if the student's
+      width is another.
+    * Positions: the teacher's, with its embedding of token type 0 added (DistilBERT has no types), likewise.
+    * Layers, the embeddings' LayerNorm and the MLM head: copied if they are of the same kind and widths, heads and
+      feed-forward widths are equal, layer by layer as :func:`choose_layers` says; otherwise they keep their fresh
+      weights.
+
+    Args:
+        rows: ``[V_t, D]`` -> ``[V_s, D]``: rows for the student's tokens out of rows for the teacher's.
 
     Returns:
-        What was done: ``embedding`` (``"copied"`` or ``"projected"``), ``uncovered_tokens``, ``copied_layers``.
+        What was done: ``embedding`` (``"copied"`` or ``"projected"``), ``positions`` (how many), ``copied_layers``,
+        ``head`` (whether it was copied).
     """
-    width = student.config.dim
-    source = teacher.get_input_embeddings().weight.detach().float().cpu()
+    width, row, body = student.config.dim, teacher.architecture, teacher.model
+    source = _widened(row, body, body.get_input_embeddings().weight.detach().float().cpu())
     axes = None if source.shape[1] == width else principal_axes(source, width)
 
     def fit(x: Tensor) -> Tensor:
         return x if axes is None else x @ axes
 
     target = student.distilbert.embeddings
-    rows, counts = _row_means(table, source, len(student_tokenizer))
-    covered = counts > 0
-    for role in ("pad", "unk", "cls", "sep", "mask"):
-        from_id = getattr(teacher_tokenizer, f"{role}_token_id")
-        to_id = getattr(student_tokenizer, f"{role}_token_id")
-        if from_id is not None and to_id is not None:
-            rows[to_id] = source[from_id]
-            covered[to_id] = True
-    rows = fit(rows)
-    if not bool(covered.all()):
-        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
-        known = rows[covered]
-        rows[~covered] = (known.mean(0) + 0.1 * known.std(0) * noise)[~covered]
-    target.word_embeddings.weight.copy_(rows)
-
-    embeddings = getattr(teacher, "embeddings", None)
-    positions = getattr(embeddings, "position_embeddings", None)
-    if isinstance(positions, nn.Embedding):
-        # RoBERTa counts its positions from padding_idx + 1.
-        offset = positions.padding_idx + 1 if positions.padding_idx is not None else 0
-        types = getattr(embeddings, "token_type_embeddings", None)
-        known = positions.weight.detach().float().cpu()[offset:]
-        known = known + types.weight.detach().float().cpu()[0] if types is not None else known
-        count = min(len(known), target.position_embeddings.num_embeddings)
+    target.word_embeddings.weight.copy_(fit(rows(source)))
+    known = _known_positions(row, body)
+    count = 0 if known is None else min(len(known), target.position_embeddings.num_embeddings)
+    if known is not None:
         target.position_embeddings.weight[:count] = fit(known[:count])
 
-    copied: list[int] = []
-    blocks, names = _teacher_blocks(teacher)
-    config = teacher.config
-    heads = getattr(config, "num_attention_heads", None)
-    ffn = blocks[0].get_submodule(next(n for n, d in names.items() if d == "ffn.lin1")).out_features if blocks else None
-    if axes is None and (heads, ffn) == (student.config.n_heads, student.config.hidden_dim):
-        target.LayerNorm.load_state_dict(embeddings.LayerNorm.state_dict())
-        copied = copied_layers(len(blocks), student.config.n_layers)
-        for block, index in zip(student.distilbert.transformer.layer, copied, strict=True):
-            for theirs, ours in names.items():
-                block.get_submodule(ours).load_state_dict(blocks[index].get_submodule(theirs).state_dict())
+    copied = _copy_layers(student, teacher, row) if row and axes is None else []
+    norm = row.part_of_embeddings(body, "norm") if row and copied else None
+    if norm is not None and norm.weight.shape == target.LayerNorm.weight.shape:
+        target.LayerNorm.load_state_dict(norm.state_dict())
     return {
         "embedding": "copied" if axes is None else "projected",
-        "uncovered_tokens": int((~covered).sum()),
+        "positions": count,
         "copied_layers": copied,
+        "head": bool(copied) and _copy_head(student, teacher, rows),
     }
+
+
+def _copy_head(student: DistilBertForMaskedLM, teacher: Teacher, rows: Callable[[Tensor], Tensor]) -> bool:
+    """Copies the MLM head if there is one as wide as the body; returns whether it did."""
+    row = teacher.architecture
+    if teacher.masked_lm is None or row is None or row.head is None:
+        return False
+    dense, norm = row.head
+    if teacher.masked_lm.get_submodule(dense).weight.shape != student.vocab_transform.weight.shape:
+        return False
+    _copy_modules(teacher.masked_lm, student, {dense: "vocab_transform", norm: "vocab_layer_norm"})
+    _, bias = teacher.output_layer
+    if bias is not None:
+        student.vocab_projector.bias.copy_(rows(bias.detach().float().cpu()[:, None])[:, 0])
+    return True

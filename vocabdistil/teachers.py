@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -21,10 +24,13 @@ from transformers import (
 )
 
 from .errors import VocabdistilError
+from .models.architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
 __all__ = ["Reading", "Teacher", "load_teacher", "load_tokenizer"]
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
+# Tokenizers of models without a limit say a number like 1e30.
+_NO_LIMIT = 10**6
 
 
 class Reading(NamedTuple):
@@ -46,9 +52,10 @@ class Teacher:
     Attributes:
         name: the folder or name that it was loaded from.
         model: the body, in evaluation mode, without gradients.
-        tokenizer: a fast WordPiece tokenizer.
+        tokenizer: a fast tokenizer.
         masked_lm: the body with its MLM head, or None.
         headless: why there is no head; empty if there is one.
+        prompt: what the model expects before every text; whoever encodes texts puts it there.
     """
 
     name: str
@@ -56,6 +63,12 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     masked_lm: PreTrainedModel | None = None
     headless: str = ""
+    prompt: str = ""
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """Where the model keeps its parts; None for custom code."""
+        return architecture_of(self.model.config)
 
     @property
     def whole(self) -> PreTrainedModel:
@@ -72,11 +85,13 @@ class Teacher:
 
     @property
     def max_positions(self) -> int:
-        """Tokens that the model can read."""
-        positions = getattr(self.model.config, "max_position_embeddings", 512)
-        # RoBERTa's table has rows for the padding and before it.
-        roberta = "roberta" in self.model.config.model_type
-        return positions - (self.tokenizer.pad_token_id + 1 if roberta else 0)
+        """Tokens that the model can read, or that it has learned to if nothing ends at a number."""
+        row = self.architecture
+        table = row.part_of_embeddings(self.model, "positions") if row else None
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - first_position(self.model)
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        return next((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), 512)
 
     @property
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
@@ -98,8 +113,7 @@ class Teacher:
         Raises:
             VocabdistilError: a token's hidden state is NaN or infinite.
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {"output_hidden_states": all_layers, "return_dict": True}
+        inputs = _inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
         if head:
             out, before_output = _run_to_output_layer(self.whole, inputs)
         else:
@@ -107,6 +121,15 @@ class Teacher:
         if not bool((out.last_hidden_state.isfinite().all(-1) | (attention_mask == 0)).all()):
             raise VocabdistilError(f"--teacher: {self.name} gives NaN or infinite hidden states")
         return Reading(list(out.hidden_states) if all_layers else [out.last_hidden_state], before_output)
+
+
+def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What a forward pass takes: with types 0 where the model tells types of tokens apart."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    if types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(input_ids)
+    return inputs
 
 
 def _run_to_output_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -155,11 +178,21 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def load_tokenizer(source: str | os.PathLike, argument: str = "--teacher") -> PreTrainedTokenizerBase:
+def _cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
+    """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
+    if "trust_remote_code" in str(error):
+        return VocabdistilError(f"{argument}: {name} needs code of its own to load {what}; --trust-remote-code runs it")
+    return VocabdistilError(f"{argument}: cannot load {what} from {name}: {_first_line(error)}")
+
+
+def load_tokenizer(
+    source: str | os.PathLike, argument: str = "--teacher", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a folder or of a model's name.
 
     Raises:
-        VocabdistilError: no such folder, no tokenizer in it, or a slow one.
+        VocabdistilError: no such folder, no tokenizer in it, a slow one, or one with code of its own that
+            ``trust_remote_code`` does not allow to run.
     """
     source = _check_source(source, argument)
     if Path(source).is_dir():
@@ -167,15 +200,20 @@ def load_tokenizer(source: str | os.PathLike, argument: str = "--teacher") -> Pr
         if not any((Path(source) / name).exists() for name in files):
             raise VocabdistilError(f"{argument}: no tokenizer in {source}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise VocabdistilError(f"{argument}: cannot load a tokenizer from {source}: {_first_line(error)}") from None
+        # False rather than the default: that asks a question at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("a tokenizer", source, argument, error) from None
     if not tokenizer.is_fast:
         raise VocabdistilError(
             f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
             "a fast one (tokenizer.json) is needed"
         )
     return tokenizer
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
 
 
 @contextlib.contextmanager
@@ -189,20 +227,36 @@ def _quiet_loading() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _load_masked_lm(source: str) -> tuple[PreTrainedModel | None, str]:
-    """The model with its MLM head, or why it has none of its own."""
+def _load_masked_lm(source: str, trust_remote_code: bool) -> tuple[PreTrainedModel | None, list[str], str]:
+    """The model with its MLM head and the body's tensors that the checkpoint lacks, or why it has no head."""
     try:
         with _quiet_loading():
-            model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                source, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except _LOADING_ERRORS as error:
         if "configuration class" in str(error):
-            return None, "its architecture has none"
-        return None, _first_line(error)
+            return None, [], "its architecture has none"
+        return None, [], _first_line(error)
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(body))
     if missing:
-        return None, f"the checkpoint has no {missing[0]}"
-    return model.float().eval().requires_grad_(False), ""
+        return None, [], f"the checkpoint has no {missing[0]}"
+    return model, sorted(info["missing_keys"]), ""
+
+
+def _load_body(source: str, class_name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The model without a head, without its pooler if the checkpoint has none, and what else the checkpoint lacks."""
+    auto = getattr(transformers, class_name) if class_name else AutoModel
+    # Only the Auto classes know the argument.
+    options = {} if class_name else {"trust_remote_code": trust_remote_code}
+    with _quiet_loading():
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    without_pooler = [key for key in missing if not key.startswith("pooler.")]
+    if len(without_pooler) < len(missing):
+        model.pooler = None
+    return model, without_pooler
 
 
 @torch.no_grad()
@@ -213,10 +267,10 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         return "it has no output layer of its own"
     if tokenizer.mask_token_id is None:
         return "its tokenizer has no mask_token"
-    if len(layer.weight) < len(tokenizer):
-        return f"its output layer has {len(layer.weight)} rows for {len(tokenizer)} tokens"
-    ids = torch.arange(4)[None] % len(tokenizer)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict": True}
+    if len(layer.weight) <= _largest_id(tokenizer):
+        return f"its output layer has {len(layer.weight)} rows for ids up to {_largest_id(tokenizer)}"
+    ids = torch.arange(4)[None] % len(layer.weight)
+    inputs = _inputs(model.base_model, ids, torch.ones_like(ids))
     try:
         _, head = _run_to_output_layer(model, inputs)
         ours, theirs = nn.functional.linear(head, layer.weight, getattr(layer, "bias", None)), model(**inputs).logits
@@ -227,7 +281,31 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ""
 
 
-def load_teacher(source: str | os.PathLike, argument: str = "--teacher", head: bool = True) -> Teacher:
+def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
+    """The configuration of an encoder of the table, or of custom code if that may run.
+
+    Raises:
+        VocabdistilError: there is none, or it is of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("a model", source, argument, error) from None
+    custom = bool(getattr(config, "auto_map", None))
+    if architecture_of(config) is None and not (custom and trust_remote_code):
+        raise VocabdistilError(
+            f"{argument}: {source} has model_type {config.model_type!r}; expected an encoder: {', '.join(ARCHITECTURES)}"
+        )
+    return config
+
+
+def load_teacher(
+    source: str | os.PathLike,
+    argument: str = "--teacher",
+    head: bool = True,
+    prompt: str = "",
+    trust_remote_code: bool = False,
+) -> Teacher:
     """Loads a teacher in float32, frozen, for evaluation.
 
     An MLM head counts only if all its weights are in the checkpoint (``transformers`` would draw them at random)
@@ -237,31 +315,37 @@ def load_teacher(source: str | os.PathLike, argument: str = "--teacher", head: b
         source: a folder or a model's name on the Hugging Face Hub.
         argument: what an error names.
         head: look for an MLM head; else load the body alone.
+        prompt: what the model expects before every text.
+        trust_remote_code: run code that comes with the model, and take models that only such code can read.
 
     Raises:
-        VocabdistilError: no such folder, no model or no fast WordPiece tokenizer in it, or vocabularies of the two
-            that do not fit.
+        VocabdistilError: no such folder, no encoder of a known architecture or no fast tokenizer in it, weights of
+            the body that are not there, a tokenizer with ids beyond the model's embeddings, or code of its own that
+            ``trust_remote_code`` does not allow to run.
     """
     name = os.fspath(source)
-    tokenizer = load_tokenizer(source, argument)
-    kind = type(tokenizer.backend_tokenizer.model).__name__
-    if kind != "WordPiece":
-        raise VocabdistilError(f"{argument}: {name} has a {kind} tokenizer; WordPiece is needed")
+    tokenizer = load_tokenizer(source, argument, trust_remote_code)
     path = _check_source(source, argument)
-    masked_lm, headless = _load_masked_lm(path) if head else (None, "it was not loaded")
-    if masked_lm is not None and (headless := _head_problem(masked_lm, tokenizer)):
+    row = architecture_of(_load_config(path, argument, trust_remote_code))
+    masked_lm, missing, headless = None, [], "it was not loaded"
+    if head:
+        masked_lm, missing, headless = _load_masked_lm(path, trust_remote_code)
+    if masked_lm is not None and (headless := _head_problem(masked_lm.float().eval(), tokenizer)):
         masked_lm = None
     if masked_lm is not None:
         model = masked_lm.base_model
     else:
         try:
-            model = AutoModel.from_pretrained(path)
+            model, missing = _load_body(path, row.body if row else "", trust_remote_code)
         except _LOADING_ERRORS as error:
-            raise VocabdistilError(f"{argument}: cannot load a model from {name}: {_first_line(error)}") from None
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+            raise _cannot_load("a model", name, argument, error) from None
+    if missing:
+        raise VocabdistilError(f"{argument}: cannot load a model from {name}: its checkpoint has no {missing[0]}")
+    rows = len(model.get_input_embeddings().weight)
+    if _largest_id(tokenizer) >= rows:
         raise VocabdistilError(
-            f"{argument}: the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
+            f"{argument}: the tokenizer of {name} has ids up to {_largest_id(tokenizer)}, its model {rows} embeddings"
         )
-    model.float().eval().requires_grad_(False)
-    return Teacher(name, model, tokenizer, masked_lm, headless)
+    teacher = Teacher(name, model, tokenizer, masked_lm, headless, prompt)
+    teacher.whole.float().eval().requires_grad_(False)
+    return teacher

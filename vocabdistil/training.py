@@ -44,7 +44,7 @@ from .runs import (
     training_arguments,
     write_json,
 )
-from .students import PRESETS, Preset, build_student, initialise_from_teacher
+from .students import PRESETS, Preset, build_student, initialise_from_teacher, remap_rows
 from .teachers import Teacher, load_teacher
 from .trainer import LOGITS, DistillModel, DistillTrainer, LossWeights, Objective, calibrate, evaluate, to_device
 from .vocab import MatchedVocab
@@ -290,7 +290,8 @@ def _run(
         say.coverage((teacher.name, config.out), (teacher.tokenizer, tokenizer), coverage_report)
 
     student = build_student(preset, tokenizer, seed=config.seed)
-    start = initialise_from_teacher(student, first.model, tables[0], first.tokenizer, tokenizer, config.seed)
+    rows = remap_rows(tables[0], first.tokenizer, tokenizer, config.seed)
+    start = initialise_from_teacher(student, first, rows)
     try:
         assignments = [layer_map(config.layer_map, preset.layers, teacher.num_layers) for teacher in teachers]
     except ValueError as error:

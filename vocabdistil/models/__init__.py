@@ -1,0 +1,1 @@
+"""Teachers, students, and what goes from one to the other."""

@@ -1,0 +1,305 @@
+"""The student's body out of its teacher's: which layers stay, with another vocabulary, in the same class."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import VocabdistilError, need
+from .architectures import Architecture, architecture_of, layer_kinds
+
+if TYPE_CHECKING:
+    from ..teachers import Teacher
+
+__all__ = ["build_body", "check_body", "choose_layers", "keep_layers", "parse_keep_layers"]
+
+_ROLES = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+
+
+def choose_layers(teacher_layers: int, layers: int, kinds: Sequence[str] | None = None) -> list[int]:
+    """Which layers stay if so many are to: evenly spaced from the first to the last, or the last alone.
+
+    For 12 -> 6 that is 0, 2, 4, 7, 9, 11, the choice of DistilBERT (arXiv 1910.01108).
+
+    Args:
+        kinds: what each layer of the teacher attends to, if they differ (ModernBERT): then the kinds of the chosen
+            layers repeat as a configuration can say it, and the layers are as near to even spacing as that allows.
+
+    Raises:
+        VocabdistilError: the teacher has fewer layers, or no such choice keeps the last one.
+    """
+    need(1 <= layers <= teacher_layers, "layers", f"a number from 1 to {teacher_layers}, the teacher's layers", layers)
+    if layers == 1:
+        even = [float(teacher_layers - 1)]
+    else:
+        even = [j * (teacher_layers - 1) / (layers - 1) for j in range(layers)]
+    chosen = [round(place) for place in even]
+    if kinds is None or layers == teacher_layers or attention_period([kinds[i] for i in chosen]):
+        return chosen
+    found = [_nearest(even, kinds, period) for period in range(1, layers + 1)]
+    found = [choice for choice in found if choice]
+    need(bool(found), "layers", f"a number of layers among which the last of {teacher_layers} can stay", layers)
+    return min(found, key=lambda choice: sum((i - place) ** 2 for i, place in zip(choice, even, strict=True)))
+
+
+def _nearest(even: Sequence[float], kinds: Sequence[str], period: int) -> list[int] | None:
+    """Ascending layers of which every ``period``-th attends globally, the last one the teacher's, nearest to ``even``.
+
+    By dynamic programming over the places: the least sum of squared distances for each layer a place may take.
+    """
+    cost: list[dict[int, tuple[float, list[int]]]] = [{-1: (0.0, [])}]
+    for j, place in enumerate(even):
+        wanted = "sliding_attention" if j % period else "full_attention"
+        row: dict[int, tuple[float, list[int]]] = {}
+        for i, kind in enumerate(kinds):
+            before = [entry for last, entry in cost[-1].items() if last < i]
+            if kind == wanted and before:
+                least, path = min(before)
+                row[i] = (least + (i - place) ** 2, [*path, i])
+        cost.append(row)
+    last = cost[-1].get(len(kinds) - 1)
+    return last[1] if last else None
+
+
+def attention_period(kinds: Sequence[str]) -> int | None:
+    """The ``n`` for which layers 0, n, 2n, ... attend to all tokens and no other does; None if there is no such."""
+    return next(
+        (
+            n
+            for n in range(1, len(kinds) + 1)
+            if all((kind == "sliding_attention") == bool(i % n) for i, kind in enumerate(kinds))
+        ),
+        None,
+    )
+
+
+def parse_keep_layers(text: str, teacher_layers: int) -> list[int]:
+    """The layers that ``"0,2,5"`` names.
+
+    Raises:
+        VocabdistilError: it is no list of numbers, they do not ascend, or the teacher has no such layer.
+    """
+    expected = f"ascending layers from 0 to {teacher_layers - 1}, as 0,{teacher_layers - 1}"
+    need(bool(re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text)), "keep_layers", expected, repr(text))
+    layers = [int(number) for number in text.split(",")]
+    ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
+    need(ascending and layers[-1] < teacher_layers, "keep_layers", expected, text)
+    return layers
+
+
+def keep_layers(teacher: Teacher, layers: int | None = None, named: str | None = None) -> list[int]:
+    """The teacher's layers that stay: so many of them, those named, or all.
+
+    Raises:
+        VocabdistilError: both are given, the teacher has no such layers, or no configuration can express the choice.
+    """
+    count = teacher.num_layers
+    if named is not None:
+        need(layers is None, "keep_layers", "no --layers besides it", f"both, --layers {layers}")
+        return parse_keep_layers(named, count)
+    return choose_layers(count, count if layers is None else layers, layer_kinds(teacher.model.config))
+
+
+def _row_of(teacher: Teacher) -> Architecture:
+    row = architecture_of(teacher.model.config)
+    if row is None:
+        kind = teacher.model.config.model_type
+        raise VocabdistilError(f"--teacher: a body cannot be cut out of custom code (model_type {kind!r}); use --preset")
+    return row
+
+
+def check_body(
+    teacher: Teacher,
+    keep: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dim: int | None = None,
+    heads: int | None = None,
+    ffn: int | None = None,
+) -> None:
+    """Finds out, before any work, whether :func:`build_body` can do what is asked.
+
+    Args:
+        tokenizer: the student's, if there is one yet.
+
+    Raises:
+        VocabdistilError: one line that names the option that is at fault.
+    """
+    row, config = _row_of(teacher), teacher.model.config
+    count = teacher.num_layers
+    ascending = all(a < b for a, b in zip(keep, keep[1:], strict=False))
+    known = bool(keep) and ascending and keep[0] >= 0 and keep[-1] < count
+    need(known, "keep_layers", f"ascending layers from 0 to {count - 1}", ",".join(map(str, keep)) or "none")
+    if (kinds := layer_kinds(config)) is not None:
+        period = attention_period([kinds[i] for i in keep])
+        expected = "layers of which the first and then every n-th attend to all tokens (" + ", ".join(
+            str(i) for i, kind in enumerate(kinds) if kind == "full_attention"
+        )
+        need(period is not None, "keep_layers", f"{expected} do)", ",".join(map(str, keep)))
+    groups = getattr(config, "num_hidden_groups", 1)
+    need(
+        not row.shared or groups == 1 or len(keep) == count,
+        "layers",
+        f"all {count} layers of a model whose layers share {groups} sets of weights",
+        len(keep),
+    )
+    _check_padding(row, tokenizer)
+
+
+def _check_padding(row: Architecture, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is None or not row.after_padding:
+        return
+    pad = tokenizer.pad_token_id
+    need(pad is not None, "vocabulary", "a padding token, from whose id this architecture counts positions", "none")
+    fixed = row.pad_id is None or row.pad_id == pad
+    need(fixed, "vocabulary", f"padding at id {row.pad_id}, where this architecture looks for it", pad)
+
+
+def _follow_tokens(config: Any, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Ids of tokens in the configuration become those of the student's tokens of the same role, or None."""
+    for key, value in list(vars(config).items()):
+        if not key.endswith("_token_id") or value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        roles = [key.removesuffix("_token_id"), *(r for r in _ROLES if getattr(teacher, f"{r}_token_id", None) in ids)]
+        found = (getattr(student, f"{role}_token_id", None) for role in roles)
+        setattr(config, key, next((i for i in found if i is not None), None))
+
+
+def _tell_attention(config: Any, kinds: Sequence[str]) -> None:
+    """Says which layers attend to what, as transformers 4 reads it and as 5 does."""
+    config.global_attn_every_n_layers = attention_period(kinds)
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(kinds)
+    for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
+        theta = (getattr(config, "rope_parameters", None) or {}).get(kind, {}).get("rope_theta")
+        if theta is not None:
+            setattr(config, name, theta)
+
+
+def _config(teacher: Teacher, tokenizer: PreTrainedTokenizerBase, vocab_size: int, keep: Sequence[int]) -> Any:
+    """The teacher's configuration with the student's tokens and layers."""
+    row, model = _row_of(teacher), teacher.whole
+    config = copy.deepcopy(model.config)
+    config.vocab_size = vocab_size
+    _follow_tokens(config, teacher.tokenizer, tokenizer)
+    setattr(config, row.fields.layers, len(keep))
+    if (kinds := layer_kinds(model.config)) is not None:
+        _tell_attention(config, [kinds[i] for i in keep])
+    output = model.get_output_embeddings() if teacher.masked_lm is not None else None
+    if output is not None:
+        config.tie_word_embeddings = output.weight is model.get_input_embeddings().weight
+    if row.after_padding:
+        table = row.part_of_embeddings(teacher.model, "positions")
+        config.max_position_embeddings = table.num_embeddings + tokenizer.pad_token_id - table.padding_idx
+    return config
+
+
+def _base_prefix(model: PreTrainedModel) -> str:
+    """How names of the body's tensors begin in the whole model."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def _vocabulary_rows(teacher: Teacher, rows: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The teacher's tensors that have a row for each token, tied ones once, and what the student has instead."""
+    inputs = teacher.whole.get_input_embeddings().weight
+    made = [(inputs, rows(inputs.detach()))]
+    if teacher.masked_lm is None:
+        return made
+    weight, bias = teacher.output_layer
+    if weight is not inputs:
+        made.append((weight, rows(weight.detach())))
+    if bias is not None:
+        made.append((bias, rows(bias.detach()[:, None])[:, 0]))
+    return made
+
+
+def _shifted_positions(teacher: Teacher, pad_id: int) -> Tensor:
+    """The table of positions of a teacher that counts from its padding's id, for another id."""
+    table = _row_of(teacher).part_of_embeddings(teacher.model, "positions")
+    used = table.weight.detach()[table.padding_idx :]
+    return torch.cat([used.new_zeros(pad_id, used.shape[1]), used])
+
+
+def _state(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    made: Sequence[tuple[Tensor, Tensor]],
+    keep: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Tensor]:
+    """The student's tensors by name, taken from the teacher's."""
+    row, base = _row_of(teacher), _base_prefix(teacher.whole)
+    source = teacher.whole.state_dict(keep_vars=True)
+    stem = f"{base}{row.layers}."
+
+    def of_teacher(key: str) -> Tensor:
+        if not key.startswith(stem) or row.shared:
+            return source[key]
+        index, part = key[len(stem) :].split(".", 1)
+        same = source.get(f"{stem}{keep[int(index)]}.{part}")
+        # What only the first layer holds, for all of them: T5's relative bias.
+        return source[f"{stem}0.{part}"] if same is None else same
+
+    state = {}
+    for key in student.state_dict():
+        value = of_teacher(key)
+        state[key] = next((new for old, new in made if old is value), value).detach()
+    if row.after_padding:
+        state[f"{base}{row.embeddings}.{row.positions}.weight"] = _shifted_positions(teacher, tokenizer.pad_token_id)
+    if row.first_norm and keep[0] != 0:
+        # The first layer reads the embeddings, already normalised, without a norm of its own: its scale goes into
+        # the product that reads them.
+        norm, linear = row.first_norm
+        scale = source[f"{stem}{keep[0]}.{norm}.weight"].detach()
+        state[f"{stem}0.{linear}.weight"] = state[f"{stem}0.{linear}.weight"] * scale
+    return state
+
+
+@torch.no_grad()
+def build_body(
+    teacher: Teacher,
+    rows: Callable[[Tensor], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    keep: Sequence[int],
+    dim: int | None = None,
+    heads: int | None = None,
+    ffn: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A student of the teacher's class: some of its layers, with rows for another vocabulary.
+
+    Everything that does not depend on the vocabulary is copied: positions (moved where they count from the padding's
+    id, so that the first token keeps its row), token types, norms, maps of narrower embeddings, relative positions,
+    the layers kept, and the MLM head if the teacher has one that works. Tied tensors stay tied. With all layers and
+    the same vocabulary the student computes exactly what the teacher does.
+
+    Args:
+        rows: ``[V_t, D]`` -> ``[V_s, D]``: rows for the student's tokens out of rows for the teacher's; also used
+            for output weights and, as ``[V_t, 1]``, for the output bias.
+        tokenizer: the student's: gives the ids of special tokens.
+        keep: the teacher's layers that stay, ascending; of a model whose layers share their weights (ALBERT) only
+            their number counts.
+
+    Returns:
+        A float32 model on the CPU in evaluation mode: with the MLM head if the teacher has one, else the body.
+
+    Raises:
+        VocabdistilError: the architecture cannot have such a body, or not with this vocabulary.
+    """
+    check_body(teacher, keep, tokenizer, dim, heads, ffn)
+    made = _vocabulary_rows(teacher, rows)
+    config = _config(teacher, tokenizer, len(made[0][1]), keep)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = type(teacher.whole)(config)
+    if isinstance(teacher.model, nn.Module) and getattr(teacher.model, "pooler", None) is None:
+        if getattr(student.base_model, "pooler", None) is not None:
+            student.base_model.pooler = None
+    student.load_state_dict(_state(teacher, student, made, keep, tokenizer))
+    return student.float().eval()

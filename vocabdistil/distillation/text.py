@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["TextFiles", "TextSplit", "read_text", "split_text"]
+__all__ = ["GivenTexts", "Sample", "TextFiles", "TextSource", "TextSplit", "open_text", "read_text", "split_text"]
+
+# What a user may give as text: files, or texts themselves as strings or rows with a column "text".
+TextSource = str | os.PathLike | Iterable[Any]
 
 
 class TextFiles:
@@ -79,6 +84,95 @@ class TextFiles:
             ) from None
         except OSError as error:
             raise VocabdistilError(f"--text: cannot read {path}: {error.strerror}") from None
+
+
+class GivenTexts:
+    """Texts that are at hand: a list, a data set or another iterable of strings, or of rows with a column ``"text"``.
+
+    Examples are stripped, blank ones left out. An iterator, which can be read once only, is read into a list.
+
+    Raises:
+        VocabdistilError: something else among them (when it is reached), or nothing but white space.
+    """
+
+    def __init__(self, texts: Iterable[Any]) -> None:
+        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+
+    def __iter__(self) -> Iterator[str]:
+        found = False
+        for i, item in enumerate(self.texts):
+            text = item.get("text") if isinstance(item, Mapping) else item
+            if not isinstance(text, str):
+                raise VocabdistilError(
+                    f"--text: expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
+                )
+            if text := text.strip():
+                found = True
+                yield text
+        if not found:
+            raise VocabdistilError("--text: expected at least one text, got none")
+
+
+def _is_path(item: Any) -> bool:
+    """Whether an item of a list means a file: a path does, and a string without white space that looks like one."""
+    if isinstance(item, os.PathLike):
+        return True
+    if not isinstance(item, str) or not item or len(item) > 4096 or "\n" in item or "\0" in item:
+        return False
+    return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or bool(Path(item).suffix[1:].isalnum())))
+
+
+def open_text(text: TextSource, unit: str = "line") -> TextFiles | GivenTexts:
+    """Text to read as often as one likes.
+
+    Args:
+        text: a file or a list of files; or texts: a list, a data set or another iterable of strings, or of rows with a
+            column ``"text"``. Strings that all name files are files.
+        unit: what one example of a file is, see :class:`TextFiles`.
+
+    Raises:
+        VocabdistilError: see :class:`TextFiles` and :class:`GivenTexts`.
+    """
+    if isinstance(text, (str, os.PathLike)):
+        return TextFiles([text], unit)
+    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+        raise VocabdistilError(f"--text: expected files or a list of texts, got {type(text).__name__}")
+    if isinstance(text, (list, tuple)) and all(map(_is_path, text)):
+        return TextFiles(text, unit)
+    return GivenTexts(text)
+
+
+class Sample:
+    """Hands texts on and keeps some of them: each is kept with the same probability (Vitter, 1985, algorithm R).
+
+    Args:
+        texts: read when this is iterated over.
+        count: how many to keep at most.
+        seed: of the draw.
+
+    Attributes:
+        kept: the texts kept so far, distinct.
+        seen: how many were handed on.
+        digest: identifies them.
+    """
+
+    def __init__(self, texts: Iterable[str], count: int, seed: int) -> None:
+        self.texts, self.count = texts, count
+        self.kept: list[str] = []
+        self.seen, self._draw, self._hash = 0, random.Random(seed), hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.seen += 1
+            self._hash.update(text.encode() + b"\n")
+            place = self.seen - 1 if len(self.kept) < self.count else self._draw.randrange(self.seen)
+            if place < self.count and text not in self.kept:
+                self.kept[place : place + 1] = [text]
+            yield text
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
 
 def read_text(paths: Sequence[str | os.PathLike], unit: str = "line") -> list[str]:

@@ -113,12 +113,12 @@ def own_providers(operation: str, device: torch.device) -> tuple[dict[str, str |
     """Our providers: name -> ``backend=`` for those that can run here, and name -> reason for the others."""
     if device.type == "cpu":
         return {"ours": None}, {}
-    choices = vd._dispatch.TABLE[operation]["cuda"]
+    choices = vd.core.dispatch.TABLE[operation]["cuda"]
     if choices == ("torch",):
         return {"ours": None}, {}
     here, missing = {}, {}
     for backend in ("cuda", "triton", "torch"):
-        why = vd._dispatch.unavailable(backend)
+        why = vd.core.dispatch.unavailable(backend)
         if backend not in choices:
             why = f"{operation} has no {backend} implementation"
         if not why:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vocabdistil.remap import RemapOutput, RemapTable
+from vocabdistil.alignment.remap import RemapOutput, RemapTable
 
 from .harness import Case, Problem, Provider
 

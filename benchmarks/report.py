@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vocabdistil as vd
-from vocabdistil.files import whole_file
+from vocabdistil.core.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

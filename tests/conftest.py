@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vocabdistil import _native
+from vocabdistil.core import native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
@@ -20,25 +20,22 @@ HAS_PYBIND = importlib.util.find_spec("pybind11") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Before 3.3 the compiler took its arguments in another form.
 HAS_TRITON_COMPILER = HAS_TRITON and tuple(map(int, version("triton").split(".")[:2])) >= (3, 3)
-# tier -> (file name prefixes, whether it can run here)
+# tier -> (what the path below tests/ begins with, whether it can run here)
 TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "reference": (("test_reference", "test_loyalty"), True),
-    "C++ on CPU": (
-        ("test_span_", "test_matched_", "test_linear_", "test_contrastive", "test_remap", "test_align", "test_boundary",
-         "test_fuzz", "test_charsmap", "test_words"),
-        True,
-    ),  # fmt: skip
-    "Triton, interpreted": (("test_triton.py", "check_"), HAS_TRITON),
+    "reference": (("reference/",), True),
+    "C++ on CPU": (("ops/", "alignment/", "test_fuzz"), True),
+    "Triton, interpreted": (("test_triton.py", "triton_interpreted/"), HAS_TRITON),
     "Triton, compiled": (("test_triton_compile",), HAS_TRITON_COMPILER),
     "CUDA, on the host": (("test_cuda_host",), HAS_PYBIND and shutil.which("c++") is not None),
-    "CUDA, compiled": (("test_cuda_build",), bool(shutil.which("nvcc") and _native.module().cuda_compiler)),
+    "CUDA, compiled": (("test_cuda_build",), bool(shutil.which("nvcc") and native.module().cuda_compiler)),
     "GPU": (("test_gpu",), torch.cuda.is_available()),
-    "package": (("test_",), True),
+    "package": (("",), True),
 }
 
 
 def tier_of(path: Path) -> str:
-    return next(tier for tier, (prefixes, _) in TIERS.items() if path.name.startswith(prefixes))
+    place = path.relative_to(Path(__file__).parent).as_posix()
+    return next(tier for tier, (prefixes, _) in TIERS.items() if place.startswith(prefixes))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,7 +85,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def demo_lines() -> list[str]:
-    from vocabdistil.demo import demo_text
+    from vocabdistil.distillation.demo import demo_text
 
     return demo_text(1200)
 

@@ -10,8 +10,8 @@ import torch
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.ops.test_linear_matched_kl import make, run, test_only_what_is_wanted_is_computed  # noqa: F401
 from tests.spans import make_pairs
-from tests.test_linear_matched_kl import make, run, test_only_what_is_wanted_is_computed  # noqa: F401
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched, randn
 

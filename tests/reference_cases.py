@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from vocabdistil.spans import SpanPairs
+from vocabdistil.alignment.spans import SpanPairs
 
 F64 = torch.float64
 

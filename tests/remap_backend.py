@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vocabdistil.remap import RemapOutput, RemapTable
+from vocabdistil.alignment.remap import RemapOutput, RemapTable
 
 FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vocabdistil.runs import SeededTrainer
-from vocabdistil.students import Preset
+from vocabdistil.distillation.runs import SeededTrainer
+from vocabdistil.models.students import Preset
 
 PRESET = Preset(layers=2, dim=24, heads=4, ffn=48, vocab_size=150)
 

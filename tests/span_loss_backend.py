@@ -10,9 +10,9 @@ import vocabdistil as vd
 from tests.compiling import assert_compiles
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
-from vocabdistil import _dispatch, _native
+from vocabdistil.core import dispatch, native
 
-DIVERGENCES = list(_native.DIVERGENCE_CODES)
+DIVERGENCES = list(native.DIVERGENCE_CODES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -152,7 +152,7 @@ def call(backend, student, teacher, spans, grads, **changes):
         "weights": None, "base": 1.0, "student_coef": None, "teacher_coef": None, "divergence": 0, "mean": True,
         "temperature": 1.0, "beta": 0.5, "loss": loss, "total": total, "grads": grads, "upstream": None,
     }  # fmt: skip
-    kernel = _dispatch.implementation("span_loss", backend, "span_loss")
+    kernel = dispatch.implementation("span_loss", backend, "span_loss")
     kernel([student], [teacher], spans, **{**arguments, **changes})
     return loss, total
 

@@ -9,7 +9,7 @@ import torch
 import vocabdistil as vd
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
-from vocabdistil import _dispatch
+from vocabdistil.core import dispatch
 from vocabdistil.ops.span_mean import pooled_rows
 
 
@@ -70,7 +70,7 @@ def test_half_rows_are_not_rounded_where_the_caller_accumulates(dim, dtype, back
 
 def forward(backend, x, start, end):
     out = x.new_full((len(start), x.shape[1]), float("nan"))
-    _dispatch.implementation("span_mean", backend, "span_mean_fwd")([x], start, end, None, True, out)
+    dispatch.implementation("span_mean", backend, "span_mean_fwd")([x], start, end, None, True, out)
     return out
 
 
@@ -82,7 +82,7 @@ def test_span_mean_writes_every_row_and_none_outside(last, dim, backend, device)
     torch.testing.assert_close(forward(backend, x, start, end), torch.stack([x[1], x[4:last].mean(0)]))
     grad = torch.full((8, dim), float("nan"), device=device)
     upstream = torch.ones(2, dim, device=device)
-    _dispatch.implementation("span_mean", backend, "span_mean_bwd")(upstream, start, end, None, False, [grad[1:7]])
+    dispatch.implementation("span_mean", backend, "span_mean_bwd")(upstream, start, end, None, False, [grad[1:7]])
     assert grad[1:7, -1].tolist() == [0, 1, 0, 0, 1, last > 5] and grad[[0, 7]].isnan().all()
 
 
@@ -92,6 +92,6 @@ def test_span_mean_strides_and_zero_pairs(backend, device):
     torch.testing.assert_close(forward(backend, x, start, start + 2)[0], x[:2].mean(0))
     grad = torch.full((5, 3), float("nan"), device=device)
     upstream = torch.ones(0, 3, device=device)
-    backward = _dispatch.implementation("span_mean", backend, "span_mean_bwd")
+    backward = dispatch.implementation("span_mean", backend, "span_mean_bwd")
     backward(upstream, start[:0], start[:0], None, True, [grad])
     assert torch.count_nonzero(grad) == 0

@@ -248,7 +248,7 @@ def test_align_of_texts_is_timed_against_two_calls_of_the_tokenizer(method):
 
 
 def test_remap_of_a_fixed_width_is_that_of_the_cpu(monkeypatch):
-    monkeypatch.setitem(vd._dispatch.TABLE["remap"], "cpu", ("cpu", "torch"))
+    monkeypatch.setitem(vd.core.dispatch.TABLE["remap"], "cpu", ("cpu", "torch"))
     table = vd.RemapTable.from_tokenizers(remap.wordpiece(900), remap.wordpiece(90))
     problem = remap.fixed_problem(table, remap.zipf_ids(5, 20, len(table)), CPU)
     plain = problem.providers["reference"]

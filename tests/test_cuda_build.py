@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import vocabdistil as vd
-from vocabdistil import _native
+from vocabdistil.core import native
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
-    pytest.mark.skipif(not _native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
+    pytest.mark.skipif(not native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
 ]
 
 
@@ -35,25 +35,25 @@ def test_kernels_are_in_the_module():
     cuobjdump = shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
-    run = subprocess.run([cuobjdump, "-elf", _native.module().__file__], capture_output=True, text=True, check=True)
+    run = subprocess.run([cuobjdump, "-elf", native.module().__file__], capture_output=True, text=True, check=True)
     for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "total_kernel"):
         assert kernel in run.stdout, kernel
 
 
 def test_as_many_layers_are_allowed_as_the_kernels_take():
     rows = Path(__file__).parent.parent / "csrc/ops.h"
-    assert f"kMaxLayers = {_native.CUDA_MAX_LAYERS};" in rows.read_text(encoding="utf-8")
+    assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in rows.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_call_without_a_driver_says_so(monkeypatch):
-    monkeypatch.setattr(_native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
     span, x = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4)
     options = (0, True, 1.0, 0.5, torch.zeros(1), torch.zeros(()), [x], None)
     for call in (
-        lambda: _native.cuda_span_mean_fwd([x], span, span, None, True, x),
-        lambda: _native.cuda_span_mean_bwd(x, span, span, None, True, [x]),
-        lambda: _native.cuda_span_loss([x], [x], [span] * 4, None, 1.0, None, None, *options),
+        lambda: native.cuda_span_mean_fwd([x], span, span, None, True, x),
+        lambda: native.cuda_span_mean_bwd(x, span, span, None, True, [x]),
+        lambda: native.cuda_span_loss([x], [x], [span] * 4, None, 1.0, None, None, *options),
     ):
         with pytest.raises(RuntimeError, match="CUDA driver"):
             call()

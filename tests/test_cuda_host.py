@@ -15,7 +15,7 @@ import pytest
 
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_mean_backend import *  # noqa: F403
-from vocabdistil import _dispatch, _native
+from vocabdistil.core import dispatch, native
 
 pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
 COMPILER = os.environ.get("CXX") or shutil.which("c++")
@@ -45,9 +45,9 @@ def on_host(module, monkeypatch):
             raise ValueError(f"backend: {dict(limits)[backend]}")
         return backend or "cpu"
 
-    monkeypatch.setattr(_dispatch, "_choose", choose)
-    monkeypatch.setattr(_native, "_module", module)
-    monkeypatch.setattr(_native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(dispatch, "_choose", choose)
+    monkeypatch.setattr(native, "_module", module)
+    monkeypatch.setattr(native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vocabdistil import _native
+from vocabdistil.core import native
 
 ROOT = Path(__file__).parent.parent
 SECONDS = float(os.environ.get("VOCABDISTIL_FUZZ_SECONDS", "5"))
@@ -66,6 +66,6 @@ def test_alignments(tmp_path: Path) -> None:
 
 
 def test_linear_matched_kl(tmp_path: Path) -> None:
-    isa = _native.module().active_isa()
+    isa = native.module().active_isa()
     sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp"]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])

@@ -12,7 +12,7 @@ from tests.span_loss_backend import DIVERGENCES, DTYPES, run
 from tests.span_mean_backend import *  # noqa: F403
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
-from vocabdistil import _dispatch
+from vocabdistil.core import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -192,7 +192,7 @@ def test_without_a_backend_the_kernels_run_and_float64_falls_back():
     student, teacher, pairs = inputs(64)
     explicit = vd.span_loss(student, teacher, pairs, backend="cuda")
     assert torch.equal(vd.span_loss(student, teacher, pairs), explicit)
-    _dispatch._warn_fallback.cache_clear()
+    dispatch._warn_fallback.cache_clear()
     with pytest.warns(UserWarning, match="float64"):
         wide = vd.span_loss(student.double(), teacher.double(), pairs)
     torch.testing.assert_close(wide, vd.reference.span_loss(student.double(), teacher.double(), pairs))

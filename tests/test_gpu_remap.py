@@ -10,7 +10,7 @@ from tests.remap_backend import *  # noqa: F403
 from tests.remap_backend import make_batch, make_table
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched
-from vocabdistil.remap import RemapTable
+from vocabdistil.alignment.remap import RemapTable
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from vocabdistil.triton_kernels import rows, span_loss, span_mean  # noqa: E402
 
-from vocabdistil import _native  # noqa: E402
+from vocabdistil.core import native  # noqa: E402
 
 CAPABILITIES = [80, 90, 100]
 SPANS = {"start": "*i32", "end": "*i32"}
@@ -93,7 +93,7 @@ def compile_span_loss(divergence, dtypes, dim, capability, layered=False):
     [("kl", 80), ("kl", 90), ("kl", 100), ("reverse_kl", 90), ("jsd", 90), ("mse", 90), ("cosine", 90)],
 )
 def test_span_loss(divergence, capability):
-    compile_span_loss(_native.DIVERGENCE_CODES[divergence], ("bf16", "bf16"), 768, capability)
+    compile_span_loss(native.DIVERGENCE_CODES[divergence], ("bf16", "bf16"), 768, capability)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_span_loss(divergence, capability):
     [(1, ("fp32", "fp32")), (264, ("fp16", "fp16")), (4096, ("fp16", "fp32")), (16384, ("fp32", "fp32"))],
 )
 def test_span_loss_of_other_sizes_dtypes_and_of_layer_lists(dtypes, dim):
-    compile_span_loss(_native.DIVERGENCE_CODES["kl"], dtypes, dim, 90, layered=True)
+    compile_span_loss(native.DIVERGENCE_CODES["kl"], dtypes, dim, 90, layered=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

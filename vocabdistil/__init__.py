@@ -3,44 +3,47 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import loyalty, reference
-from ._backends import backends
-from .align import AlignedBatch, Coverage, align, boundary_pairs, match_pairs
-from .coverage import CoverageReport, coverage
+from . import reference
+from .alignment.align import AlignedBatch, align
+from .alignment.coverage import Coverage, CoverageReport, coverage
+from .alignment.methods import boundary_pairs, match_pairs
+from .alignment.remap import RemapOutput, RemapTable
+from .alignment.spans import SpanPairs
+from .alignment.vocab import MatchedVocab
+from .core.backends import backends
+from .evaluation import loyalty
 from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
-from .remap import RemapOutput, RemapTable
-from .spans import SpanPairs
-from .vocab import MatchedVocab
 
 if TYPE_CHECKING:
-    from .cache import AlignedDataset, cache_aligned
-    from .collator import AlignmentBatch, AlignmentCollator
-    from .data import DistillCollator
-    from .picture import AlignmentPicture, show_alignment
-    from .pretraining import TeacherConfig, train_teacher
-    from .trainer import DistillModel, DistillTrainer, LossWeights, Objective
-    from .training import DistillConfig, DistillResult, distill
+    from .alignment.cache import AlignedDataset, cache_aligned
+    from .alignment.collator import AlignmentBatch, AlignmentCollator
+    from .alignment.picture import AlignmentPicture, show_alignment
+    from .distillation.batches import DistillCollator
+    from .distillation.job import DistillConfig, DistillResult, distill
+    from .distillation.objective import DistillModel, LossWeights, Objective
+    from .distillation.pretraining import TeacherConfig, train_teacher
+    from .distillation.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 
 # Loaded on first use: transformers' trainer takes seconds to import, and the losses do not need it.
 _LAZY = {
-    "AlignedDataset": "cache",
-    "AlignmentBatch": "collator",
-    "AlignmentCollator": "collator",
-    "AlignmentPicture": "picture",
-    "DistillCollator": "data",
-    "DistillConfig": "training",
-    "DistillModel": "trainer",
-    "DistillResult": "training",
-    "DistillTrainer": "trainer",
-    "LossWeights": "trainer",
-    "Objective": "trainer",
-    "TeacherConfig": "pretraining",
-    "cache_aligned": "cache",
-    "distill": "training",
-    "show_alignment": "picture",
-    "train_teacher": "pretraining",
+    "AlignedDataset": "alignment.cache",
+    "AlignmentBatch": "alignment.collator",
+    "AlignmentCollator": "alignment.collator",
+    "AlignmentPicture": "alignment.picture",
+    "DistillCollator": "distillation.batches",
+    "DistillConfig": "distillation.job",
+    "DistillModel": "distillation.objective",
+    "DistillResult": "distillation.job",
+    "DistillTrainer": "distillation.trainer",
+    "LossWeights": "distillation.objective",
+    "Objective": "distillation.objective",
+    "TeacherConfig": "distillation.pretraining",
+    "cache_aligned": "alignment.cache",
+    "distill": "distillation.job",
+    "show_alignment": "alignment.picture",
+    "train_teacher": "distillation.pretraining",
 }
 
 

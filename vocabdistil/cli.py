@@ -83,7 +83,7 @@ def _add_distill(p: argparse.ArgumentParser) -> None:
 
 
 def _distill(args: argparse.Namespace) -> None:
-    from .training import DistillConfig, distill
+    from .distillation.job import DistillConfig, distill
 
     distill(_config(DistillConfig, args))
 
@@ -99,7 +99,7 @@ def _add_teacher(p: argparse.ArgumentParser) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> None:
-    from .pretraining import TeacherConfig, train_teacher
+    from .distillation.pretraining import TeacherConfig, train_teacher
 
     train_teacher(_config(TeacherConfig, args))
 
@@ -111,7 +111,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .demo import demo
+    from .distillation.demo import demo
 
     demo(args.out, args.seed, args.overwrite)
 
@@ -132,14 +132,16 @@ def _add_coverage(p: argparse.ArgumentParser) -> None:
 def _coverage(args: argparse.Namespace) -> None:
     from itertools import islice
 
-    from .align import METHODS
-    from .coverage import coverage
-    from .data import TextFiles, wordpiece_like
-    from .errors import VocabdistilError, need
-    from .files import whole_file
-    from .picture import html_page, show_alignment
-    from .report import Reporter
-    from .teachers import load_tokenizer
+    from .alignment.coverage import coverage
+    from .alignment.methods import METHODS
+    from .alignment.picture import html_page, show_alignment
+    from .core.console import Reporter
+    from .core.errors import VocabdistilError, need
+    from .core.files import whole_file
+    from .distillation.text import TextFiles
+    from .evaluation.report import coverage_tables
+    from .models.teachers import load_tokenizer
+    from .models.vocabularies import wordpiece_like
 
     methods = tuple(dict.fromkeys(args.method or METHODS))
     for method in methods:
@@ -158,7 +160,7 @@ def _coverage(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(found.as_dict(), indent=2))
         else:
-            say.coverage((args.teacher, name), (teacher, student), found)
+            say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
     shown = args.show or (list(islice(texts, 20)) if args.html else [])
     # One picture of each text is enough, unless several were asked for.
     drawn = methods if args.method else methods[:1]
@@ -188,11 +190,13 @@ def _add_loyalty(p: argparse.ArgumentParser) -> None:
 def _loyalty(args: argparse.Namespace) -> None:
     import random
 
-    from .data import read_text
-    from .errors import need
-    from .predictions import compare_predictions
-    from .report import Reporter, embedding_loyalty
-    from .teachers import load_teacher
+    from .core.console import Reporter
+    from .core.errors import need
+    from .distillation.text import read_text
+    from .evaluation.predictions import compare_predictions
+    from .evaluation.report import loyalty_table
+    from .evaluation.student import embedding_loyalty
+    from .models.teachers import load_teacher
 
     for name in ("texts", "max_length"):
         need(getattr(args, name) > 2, name, "a number above 2", getattr(args, name))
@@ -208,7 +212,7 @@ def _loyalty(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        Reporter().loyalty(found, len(texts))
+        Reporter().print(loyalty_table(found, len(texts)))
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:
@@ -223,10 +227,12 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import torch
 
-    from .data import read_text
-    from .errors import need
-    from .report import Reporter, bench_models
-    from .teachers import load_teacher
+    from .core.console import Reporter
+    from .core.errors import need
+    from .distillation.text import read_text
+    from .evaluation.report import bench_table
+    from .evaluation.timing import bench_models
+    from .models.teachers import load_teacher
 
     need(args.batch > 0, "batch", "a number above 0", args.batch)
     need(args.length > 2, "length", "a number above 2", args.length)
@@ -239,7 +245,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        Reporter().bench(rows, args.batch, args.length)
+        Reporter().print(bench_table(rows, args.batch, args.length))
 
 
 def _add_env(p: argparse.ArgumentParser) -> None:
@@ -247,7 +253,7 @@ def _add_env(p: argparse.ArgumentParser) -> None:
 
 
 def _env(args: argparse.Namespace) -> None:
-    from ._backends import backends
+    from .core.backends import backends
 
     print(json.dumps(backends(), indent=2))
 
@@ -290,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # usage errors and --help
         return int(stop.code or 0)
-    from .errors import VocabdistilError
+    from .core.errors import VocabdistilError
 
     try:
         _quiet_libraries()

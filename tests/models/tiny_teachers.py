@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -111,7 +110,8 @@ def camembert_unigram() -> PreTrainedTokenizerFast:
 
 def albert_unigram() -> PreTrainedTokenizerFast:
     tokenizer = _unigram(["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"], "<unk>")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
     _template(tokenizer, "[CLS]", "[SEP]")
     return _wrapped(tokenizer, {**BERT_ROLES, "pad": "<pad>", "unk": "<unk>"})
 
@@ -137,9 +137,6 @@ def gemma_bpe() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[*specials, *BYTES], limit_alphabet=60, show_progress=False
-    )
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, limit_alphabet=60, show_progress=False)
     tokenizer.train_from_iterator(many_scripts(), trainer)
     state = json.loads(tokenizer.to_str())
@@ -215,10 +212,13 @@ KINDS = {
     "electra": Kind(bert_wordpiece, "Electra", lambda t: {"embedding_size": 8, **_bert(t)}),
     "mpnet": Kind(mpnet_wordpiece, "MPNet", _mpnet),
     "albert": Kind(
-        albert_unigram, "Albert", lambda t: {"embedding_size": 8, **_bert(t), **_ids(t, "pad"), "bos_token_id": 2,
-                                             "eos_token_id": 3}
-    ),  # fmt: skip
-    "deberta-v2": Kind(deberta_unigram, "DebertaV2", lambda t: {"conv_kernel_size": 3, "conv_act": "gelu", **_deberta(t)}),
+        albert_unigram,
+        "Albert",
+        lambda t: {"embedding_size": 8, **_bert(t), "bos_token_id": 2, "eos_token_id": 3},
+    ),
+    "deberta-v2": Kind(
+        deberta_unigram, "DebertaV2", lambda t: {"conv_kernel_size": 3, "conv_act": "gelu", **_deberta(t)}
+    ),
     "deberta-v3": Kind(deberta_unigram, "DebertaV2", _deberta),
     "modernbert": Kind(modernbert_bytes, "ModernBert", _modernbert, {**SHAPE, "num_hidden_layers": 7}),
     "mmbert": Kind(
@@ -282,6 +282,3 @@ def tiny_teacher(name: str, head: bool = True) -> Path:
 def texts() -> list[str]:
     """A few texts of several lengths, in many scripts."""
     return many_scripts()[-12:] + plain_text()[:12]
-
-
-__all__ = ["KINDS", "LAYERS", "POSITIONS", "WITH_HEAD", "texts", "tiny_teacher", "tokenizers"]

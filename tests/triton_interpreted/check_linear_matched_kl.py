@@ -9,8 +9,8 @@ from vocabdistil.triton_kernels import matched_kl as kernels
 import vocabdistil as vd
 from tests.dense_sweep_backend import *  # noqa: F403
 from tests.dense_sweep_backend import UNMATCHED, compare
+from tests.ops.test_linear_matched_kl import make, run
 from tests.spans import make_pairs
-from tests.test_linear_matched_kl import make, run
 from tests.vocabularies import make_matched
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")

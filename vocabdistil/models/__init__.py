@@ -1,1 +1,1 @@
-"""Teachers, students, and what goes from one to the other."""
+"""Teachers, students and their vocabularies."""

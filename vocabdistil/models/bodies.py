@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import VocabdistilError, need
+from ..core.errors import VocabdistilError, need
 from .architectures import Architecture, architecture_of, layer_kinds
-
-if TYPE_CHECKING:
-    from ..teachers import Teacher
+from .teachers import Teacher
 
 __all__ = ["build_body", "check_body", "choose_layers", "keep_layers", "parse_keep_layers"]
 
@@ -29,10 +27,12 @@ def choose_layers(teacher_layers: int, layers: int, kinds: Sequence[str] | None 
 
     Args:
         kinds: what each layer of the teacher attends to, if they differ (ModernBERT): then the kinds of the chosen
-            layers repeat as a configuration can say it, and the layers are as near to even spacing as that allows.
+            layers repeat as a configuration can say it. Of such choices the first that there is of: with the last
+            layer, and no smaller a share of layers that attend to all tokens; with the last layer; any (18 of 22
+            layers). Of its kind it is the nearest to even spacing.
 
     Raises:
-        VocabdistilError: the teacher has fewer layers, or no such choice keeps the last one.
+        VocabdistilError: the teacher has fewer layers.
     """
     need(1 <= layers <= teacher_layers, "layers", f"a number from 1 to {teacher_layers}, the teacher's layers", layers)
     if layers == 1:
@@ -42,29 +42,31 @@ def choose_layers(teacher_layers: int, layers: int, kinds: Sequence[str] | None 
     chosen = [round(place) for place in even]
     if kinds is None or layers == teacher_layers or attention_period([kinds[i] for i in chosen]):
         return chosen
-    found = [_nearest(even, kinds, period) for period in range(1, layers + 1)]
-    found = [choice for choice in found if choice]
-    need(bool(found), "layers", f"a number of layers among which the last of {teacher_layers} can stay", layers)
-    return min(found, key=lambda choice: sum((i - place) ** 2 for i, place in zip(choice, even, strict=True)))
+    found = [
+        (chosen[-1] != teacher_layers - 1, period > (attention_period(kinds) or 1), distance, chosen)
+        for period in range(1, layers + 1)
+        for distance, chosen in _nearest(even, kinds, period)
+    ]
+    return min(found)[-1]
 
 
-def _nearest(even: Sequence[float], kinds: Sequence[str], period: int) -> list[int] | None:
-    """Ascending layers of which every ``period``-th attends globally, the last one the teacher's, nearest to ``even``.
+def _nearest(even: Sequence[float], kinds: Sequence[str], period: int) -> list[tuple[float, list[int]]]:
+    """For each layer that may come last, the ascending layers up to it that are nearest to ``even``, every
+    ``period``-th from the first attending to all tokens and no other; each after its sum of squared distances.
 
-    By dynamic programming over the places: the least sum of squared distances for each layer a place may take.
+    By dynamic programming: the best choice for the first places, for each layer that the last of them may take.
     """
-    cost: list[dict[int, tuple[float, list[int]]]] = [{-1: (0.0, [])}]
+    best: dict[int, tuple[float, list[int]]] = {-1: (0.0, [])}
     for j, place in enumerate(even):
         wanted = "sliding_attention" if j % period else "full_attention"
-        row: dict[int, tuple[float, list[int]]] = {}
-        for i, kind in enumerate(kinds):
-            before = [entry for last, entry in cost[-1].items() if last < i]
-            if kind == wanted and before:
-                least, path = min(before)
-                row[i] = (least + (i - place) ** 2, [*path, i])
-        cost.append(row)
-    last = cost[-1].get(len(kinds) - 1)
-    return last[1] if last else None
+        longer = {}
+        for i in (i for i, kind in enumerate(kinds) if kind == wanted):
+            before = [choice for last, choice in best.items() if last < i]
+            if before:
+                distance, chosen = min(before)
+                longer[i] = (distance + (i - place) ** 2, [*chosen, i])
+        best = longer
+    return list(best.values())
 
 
 def attention_period(kinds: Sequence[str]) -> int | None:
@@ -110,7 +112,7 @@ def _row_of(teacher: Teacher) -> Architecture:
     row = architecture_of(teacher.model.config)
     if row is None:
         kind = teacher.model.config.model_type
-        raise VocabdistilError(f"--teacher: a body cannot be cut out of custom code (model_type {kind!r}); use --preset")
+        raise VocabdistilError(f"--teacher: no rule for layers of model_type {kind!r}; --preset makes a student for it")
     return row
 
 
@@ -298,8 +300,7 @@ def build_body(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(teacher.whole)(config)
-    if isinstance(teacher.model, nn.Module) and getattr(teacher.model, "pooler", None) is None:
-        if getattr(student.base_model, "pooler", None) is not None:
-            student.base_model.pooler = None
+    if getattr(teacher.model, "pooler", None) is None and hasattr(student.base_model, "pooler"):
+        student.base_model.pooler = None
     student.load_state_dict(_state(teacher, student, made, keep, tokenizer))
     return student.float().eval()

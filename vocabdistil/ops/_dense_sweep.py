@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import implementation
+from ..core import native
+from ..core.dispatch import implementation
 from ._products import native_products, product
 from ._torch_rows import dense_rows
 
@@ -95,7 +95,7 @@ def dense_sweep(
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
-    renormalized = unmatched == _native.UNMATCHED_CODES["renormalize"]
+    renormalized = unmatched == native.UNMATCHED_CODES["renormalize"]
     columns = student_ids if renormalized else _unmatched_last(student_ids, student_weight.shape[0])
     total, loss, grad_hidden, d_weight, d_bias = _sweep(
         student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
@@ -121,7 +121,7 @@ def _sweep(
             for name in ("dense_rows", "add_rest", "weighted_total", "resident")
         )
     dtype, narrow, count = scale.dtype, student.dtype, scale.numel()
-    whole = unmatched != _native.UNMATCHED_CODES["renormalize"]
+    whole = unmatched != native.UNMATCHED_CODES["renormalize"]
     num_matched, width, wanted = teacher_ids.numel(), columns.numel(), hidden_grad or weight_grad or bias_grad
     w_s = student_weight.index_select(0, columns).to(narrow)
     w_t = teacher_weight.index_select(0, teacher_ids).to(narrow)

@@ -3,6 +3,9 @@
 A product of float32 matrices runs at a tenth of a GPU's speed unless TF32 is allowed, which keeps 11 significant bits
 of each factor. Rows averaged from float16 (11 bits) or bfloat16 (8) lose nothing that their gradient could show. So
 those products use TF32 whatever the setting of the process; those of float32 hidden states follow that setting.
+
+On a CPU the gradient of the weight is a sum over many rows into a small matrix. Some libraries share such a sum out
+among threads, and its bits then depend on their number: it is taken a few hundred rows at a time, too few to share.
 """
 
 from __future__ import annotations
@@ -25,6 +28,42 @@ def _fake(a, b, bias):
 
 
 _op = define("tf32_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", _impl, _fake)
+
+
+_ROWS = 512
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T b`` of ``[P, n]`` and ``[P, m]``: the same bits for any number of threads."""
+    with torch.autocast(a.device.type, enabled=False):
+        out = a.new_zeros(a.shape[1], b.shape[1])
+        for start in range(0, len(a), _ROWS):
+            out.addmm_(a[start : start + _ROWS].t(), b[start : start + _ROWS])
+        return out
+
+
+_transposed = define(
+    "transposed_product(Tensor a, Tensor b) -> Tensor",
+    _transposed_product,
+    lambda a, b: a.new_empty(a.shape[1], b.shape[1]),
+)
+
+
+class _CpuLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            grad @ weight if needs_rows else None,
+            _transposed(grad, rows) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
 
 
 class _Tf32Linear(torch.autograd.Function):
@@ -54,4 +93,4 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor | None, half: bool) -> Te
     if half and rows.device.type == "cuda":
         return _Tf32Linear.apply(rows, weight, bias)
     with torch.autocast(rows.device.type, enabled=False):
-        return F.linear(rows, weight, bias)
+        return _CpuLinear.apply(rows, weight, bias) if rows.device.type == "cpu" else F.linear(rows, weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..core import native
 
 
 def dense_rows(
@@ -36,7 +36,7 @@ def dense_rows(
         matched_s.fill_(float("-inf"))
         rest_r, rest_q = student.logsumexp(-1) - log_s[:, 0], teacher_rest - log_t[:, 0]
         student.sub_(log_s + rest_r.nan_to_num(neginf=0.0)[:, None]).exp_()  # shares of the unmatched mass
-        if unmatched == _native.UNMATCHED_CODES["drop"]:
+        if unmatched == native.UNMATCHED_CODES["drop"]:
             mass = q.sum(-1, keepdim=True)
             r = mass * r
             student.mul_(factor * mass * rest_r.exp()[:, None])

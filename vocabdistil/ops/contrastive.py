@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _native
-from .._dispatch import resolve
+from ..alignment.spans import SpanPairs
+from ..core import native
+from ..core.dispatch import resolve
 from ..reference._common import valid_pairs
 from ..reference.contrastive import check_contrastive_arguments, normalise
 from ..reference.contrastive import contrastive as reference_contrastive
-from ..spans import SpanPairs
 from ._gradient import HALF, hand_out
 from ._library import define
 from ._products import split, sum_product
@@ -252,7 +252,7 @@ def contrastive(
             student, teacher, pairs, temperature=temperature, negatives=negatives, side=side, weight=weight,
             bias=bias, generator=generator, reduction=reduction,
         )  # fmt: skip
-    dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     valid = valid_pairs(pairs)
     s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
     t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _checks as checks
-from .. import _native
-from .._checks import Matched
-from .._dispatch import resolve
+from ..alignment.spans import SpanPairs, check_row_pairs
+from ..core import checks, native
+from ..core.checks import Matched
+from ..core.dispatch import resolve
 from ..reference._common import span_pool, valid_pairs
 from ..reference.linear_matched_kl import check_output_layer
 from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_matched_kl
 from ..reference.matched_kl import check_matched_arguments
-from ..spans import SpanPairs
 from ._dense_sweep import dense_sweep
 from ._gradient import hand_out
 from ._library import define
@@ -52,10 +51,10 @@ def _impl(
 
     total, loss = scale.new_empty(()), torch.empty_like(scale)
     grads = [
-        _native.empty(scale, *x.shape) if wanted and x is not None else None
+        native.empty(scale, *x.shape) if wanted and x is not None else None
         for x, wanted in ((student, hidden_grad), (student_weight, weight_grad), (student_bias, bias_grad))
     ]
-    _native.linear_matched_kl(
+    native.linear_matched_kl(
         side(student, student_weight, student_bias, student_lengths, student_ids),
         side(teacher, teacher_weight, teacher_bias, teacher_lengths, teacher_ids),
         unmatched, temperature, BUDGET, scale, loss, total, grads,
@@ -178,7 +177,7 @@ def linear_matched_kl(
     check_output_layer(student_hidden, student_weight, student_bias, "student")
     check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
     student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
-    checks.check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
+    check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )
@@ -189,7 +188,7 @@ def linear_matched_kl(
             teacher_bias=teacher_bias, pairs=pairs, temperature=temperature, unmatched=unmatched, pooling=pooling,
             reduction=reduction,
         )  # fmt: skip
-    dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     scale = row_scale(pairs, student, reduction, dtype)
     student_lengths = teacher_lengths = None
     if pairs is not None:
@@ -212,7 +211,7 @@ def linear_matched_kl(
     teacher_ids = matched.teacher_ids.to(student.device, torch.int64)
     return _LinearMatchedKL.apply(
         student, student_weight, student_bias,
-        (_native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, scale,
+        (native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, scale,
         student_lengths, teacher, teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(),
         teacher_lengths, student_ids, teacher_ids,
     )  # fmt: skip
@@ -222,7 +221,7 @@ def pool_rows(x: Tensor, start: Tensor, end: Tensor, pooling: str, valid: Tensor
     """[P, D] in the accumulation dtype; 0 for a pair with an empty side, whatever stands on its other one."""
     choice = resolve("span_mean", x.device, None)
     if choice == "reference":
-        rows = span_pool(x.to(_native.accumulation_dtype(x.dtype)), start, end, pooling)
+        rows = span_pool(x.to(native.accumulation_dtype(x.dtype)), start, end, pooling)
     else:
         rows = pooled_rows([native_rows(x)], start, end, None, pooling == "mean", True, choice)
     return rows if valid is None else torch.where(valid[:, None], rows, 0.0)

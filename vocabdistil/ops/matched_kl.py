@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from .. import _native
-from .._checks import Matched
-from .._dispatch import implementation, resolve
+from ..alignment.spans import SpanPairs, at_least_one, check_row_pairs
+from ..core import checks, native
+from ..core.checks import Matched
+from ..core.dispatch import implementation, resolve
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
-from ..spans import SpanPairs, at_least_one
 from ._gradient import RowLoss
 from ._library import define
 from .span_mean import native_rows
@@ -34,7 +33,7 @@ def _impl(
             student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, given
         )
     else:
-        _native.matched_kl(
+        native.matched_kl(
             student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, scale, loss, total,
             given,
         )  # fmt: skip
@@ -109,7 +108,7 @@ def matched_kl(
     checks.check_columns(teacher_logits, "teacher_logits")
     checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )
@@ -119,9 +118,9 @@ def matched_kl(
             student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
             pooling=pooling, reduction=reduction,
         )  # fmt: skip
-    dtype = _native.accumulation_dtype(student.dtype, teacher.dtype)
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
-    options = (_native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
+    options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
     options += (not torch.compiler.is_compiling(),)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
     ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernel takes both: one launch less per side

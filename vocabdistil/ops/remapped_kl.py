@@ -10,13 +10,12 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from .. import _native
-from .._checks import RemapLike
-from .._dispatch import implementation, resolve
+from ..alignment.spans import SpanPairs, check_row_pairs
+from ..core import checks, native
+from ..core.checks import RemapLike
+from ..core.dispatch import implementation, resolve
 from ..reference.remapped_kl import COMBINES
 from ..reference.remapped_kl import remapped_kl as reference_remapped_kl
-from ..spans import SpanPairs
 from ._gradient import RowLoss
 from ._library import define
 from .matched_kl import row_scale, span_vectors
@@ -138,7 +137,7 @@ def _impl(
         total = _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, given)
     else:
         plan = _plans.get(indptr, ids, student.shape[1])
-        _native.remapped_kl(student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, given)
+        native.remapped_kl(student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, given)
     return total, loss, grad
 
 
@@ -207,7 +206,7 @@ def remapped_kl(
     checks.check_columns(teacher_logits, "teacher_logits")
     checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)
@@ -218,7 +217,7 @@ def remapped_kl(
             student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
             reduction=reduction,
         )  # fmt: skip
-    scale = row_scale(pairs, student, reduction, _native.accumulation_dtype(student.dtype, teacher.dtype))
+    scale = row_scale(pairs, student, reduction, native.accumulation_dtype(student.dtype, teacher.dtype))
     return RowLoss.apply(
         _op, _again if choice == "triton" else None, native_rows(student), native_rows(teacher), table.indptr,
         table.ids, scale, (combine == "logsumexp", float(temperature), choice), reduction != "none",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _checks as checks
-from .. import _native
-from .._checks import Layers, LayerWeights
-from .._dispatch import implementation, resolve
+from ..alignment.spans import SpanPairs, at_least_one
+from ..core import native
+from ..core.checks import Layers, LayerWeights
+from ..core.dispatch import implementation, resolve
+from ..reference.span_loss import check_span_loss
 from ..reference.span_loss import span_loss as reference_span_loss
-from ..spans import SpanPairs, at_least_one
 from ._gradient import HALF
 from ._library import define
 from ._projection import project
@@ -32,7 +32,7 @@ def _run(
 ) -> None:  # fmt: skip
     if backend == "cpu":
         scale = loss.new_full(loss.shape, base) if weights is None else weights * base
-        _native.span_loss(
+        native.span_loss(
             student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, loss,
             total, student_grads, teacher_grads,
         )  # fmt: skip
@@ -50,7 +50,7 @@ def _run(
         )  # fmt: skip
 
 
-_CODES = _native.DIVERGENCE_CODES
+_CODES = native.DIVERGENCE_CODES
 _MIRROR = {code: code for code in _CODES.values()} | {
     _CODES["kl"]: _CODES["reverse_kl"],
     _CODES["reverse_kl"]: _CODES["kl"],
@@ -66,7 +66,7 @@ def _impl(
         student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
         backend,
     )  # fmt: skip
-    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad, _native.empty)
+    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad, native.empty)
     _run(*arguments, loss, total, *grads)
     return total, loss, *grads
 
@@ -75,7 +75,7 @@ def _fake(
     student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta, backend,
     student_grad, teacher_grad, empty=Tensor.new_empty,
 ):  # fmt: skip
-    dtype = _native.accumulation_dtype(student[0].dtype, teacher[0].dtype)
+    dtype = native.accumulation_dtype(student[0].dtype, teacher[0].dtype)
     loss = student[0].new_empty(spans[0].shape[0], dtype=dtype)
     grads = _empty_grads(student, student_grad, empty), _empty_grads(teacher, teacher_grad, empty)
     return loss.new_empty(()), loss, *grads
@@ -180,8 +180,8 @@ def _limits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[tuple
         return tuple((backend, "float64 goes through the reference") for backend in ("cuda", "triton"))
     if (dim := teacher[0].shape[1]) > _GPU_WIDEST:
         return tuple((backend, f"hidden size {dim} > {_GPU_WIDEST}") for backend in ("cuda", "triton"))
-    if (layers := max(len(student), len(teacher))) > _native.CUDA_MAX_LAYERS:
-        return (("cuda", f"{layers} layers > {_native.CUDA_MAX_LAYERS}"),)
+    if (layers := max(len(student), len(teacher))) > native.CUDA_MAX_LAYERS:
+        return (("cuda", f"{layers} layers > {native.CUDA_MAX_LAYERS}"),)
     return ()
 
 
@@ -228,7 +228,7 @@ def span_loss(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
     """
-    students, teachers = checks.check_span_loss(
+    students, teachers = check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
         student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
@@ -249,7 +249,7 @@ def span_loss(
     spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
     learns_student = student_coef is not None and student_coef.requires_grad and grad
     learns_teacher = teacher_coef is not None and teacher_coef.requires_grad and grad
-    dtype = _native.accumulation_dtype(students[0].dtype, teachers[0].dtype)
+    dtype = native.accumulation_dtype(students[0].dtype, teachers[0].dtype)
     # Averaged rows are written to memory only where something outside the kernel needs them: a projection
     # (a linear map commutes with the mean, so it sees one row per pair) or the gradient of layer weights.
     if weight is not None or bias is not None or learns_student:

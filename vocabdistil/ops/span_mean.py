@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from .. import _native
-from .._dispatch import implementation, resolve
+from ..alignment.spans import check_span_vectors
+from ..core import checks, native
+from ..core.dispatch import implementation, resolve
 from ..reference.span_mean import span_mean as reference_span_mean
 from ._library import define
 
@@ -23,7 +23,7 @@ def _impl(
 
 
 def _fake(x, start, end, coef, mean, accumulate, backend):
-    dtype = _native.accumulation_dtype(x[0].dtype) if accumulate else x[0].dtype
+    dtype = native.accumulation_dtype(x[0].dtype) if accumulate else x[0].dtype
     return x[0].new_empty(start.shape[0], x[0].shape[1], dtype=dtype)
 
 
@@ -113,7 +113,7 @@ def span_mean(
     checks.check_float(x, "x", dims=(2, 3))
     checks.check_choice(pooling, "pooling", checks.POOLINGS)
     rows = native_rows(x.flatten(0, -2))
-    checks.check_span_vectors(start, end, rows.shape[0], rows.device)
+    check_span_vectors(start, end, rows.shape[0], rows.device)
     choice = resolve("span_mean", x.device, backend)
     if choice == "reference":
         return reference_span_mean(rows, start, end, pooling=pooling)

@@ -6,13 +6,14 @@ Every loss takes float32, float64, bfloat16 or float16; half types are computed 
 
 from __future__ import annotations
 
+from vocabdistil.alignment.masking import MaskedTokens, mask_tokens, masking_probabilities
 from vocabdistil.reference.attention import attention_mse
 from vocabdistil.reference.contrastive import contrastive
 from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
 from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
 from vocabdistil.reference.linear_matched_kl import linear_matched_kl
 from vocabdistil.reference.matched_kl import matched_kl
-from vocabdistil.reference.mlm import MaskedTokens, mask_tokens, masking_probabilities, mlm_loss
+from vocabdistil.reference.mlm import mlm_loss
 from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
 from vocabdistil.reference.remapped_kl import remapped_kl
 from vocabdistil.reference.span_loss import span_kl, span_loss

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocabdistil._checks import LayerWeights, compute_dtype
-from vocabdistil.spans import SpanPairs, at_least_one
+from vocabdistil.alignment.spans import SpanPairs, at_least_one
+from vocabdistil.core.checks import LayerWeights, compute_dtype
 
 COSINE_EPS = 1e-8
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import Layers
+from vocabdistil.core import checks
+from vocabdistil.core.checks import Layers
 from vocabdistil.reference._common import upcast
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil import _checks as checks
+from vocabdistil.alignment.spans import SpanPairs, check_pairs
+from vocabdistil.core import checks
 from vocabdistil.reference._common import COSINE_EPS, linear, pool_pairs, reduce_pairs, upcast
-from vocabdistil.spans import SpanPairs
 
 
 def contrastive(
@@ -95,7 +95,7 @@ def check_contrastive_arguments(
     checks.check_float(teacher, "teacher", dims=(2, 3))
     checks.check_same_kind(student, "student", teacher, "teacher")
     student_rows, teacher_rows = student.flatten(0, -2), teacher.detach().flatten(0, -2)
-    checks.check_pairs(pairs, student_rows, teacher_rows)
+    check_pairs(pairs, student_rows, teacher_rows)
     checks.check_projection(weight, bias, student, teacher)
     checks.check_temperature(temperature)
     checks.check_choice(side, "side", ("student", "teacher"))

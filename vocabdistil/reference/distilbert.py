@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vocabdistil import _checks as checks
+from vocabdistil.core import checks
 from vocabdistil.reference._common import cosine_rows, kl_rows, log_softmax, upcast
 from vocabdistil.reference.mlm import mlm_loss
 

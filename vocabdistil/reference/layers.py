@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import LayerWeights
+from vocabdistil.core import checks
+from vocabdistil.core.checks import LayerWeights
 from vocabdistil.reference._common import weighted_mean
 
 LAYER_MAPS = ("last", "skip", "average", "average_all", "weighted")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import Matched
+from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.core import checks
+from vocabdistil.core.checks import Matched
 from vocabdistil.reference._common import linear, pool_pairs, reduce_pairs, upcast
 from vocabdistil.reference.matched_kl import check_matched_arguments, matched_ids, matched_rows
-from vocabdistil.spans import SpanPairs
 
 
 def linear_matched_kl(
@@ -58,7 +58,7 @@ def linear_matched_kl(
     check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
     student = upcast(student_hidden.flatten(0, -2))
     teacher = upcast(teacher_hidden.detach().flatten(0, -2))
-    checks.check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
+    check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import Matched
+from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.core import checks
+from vocabdistil.core.checks import Matched
 from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
-from vocabdistil.spans import SpanPairs
 
 
 def matched_kl(
@@ -72,7 +72,7 @@ def matched_kl(
     checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )

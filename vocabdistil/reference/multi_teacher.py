@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vocabdistil import _checks as checks
+from vocabdistil.core import checks
 from vocabdistil.reference._common import upcast
 
 

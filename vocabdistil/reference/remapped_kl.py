@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import RemapLike
+from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.core import checks
+from vocabdistil.core.checks import RemapLike
 from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
-from vocabdistil.spans import SpanPairs
 
 COMBINES = ("sum", "logsumexp")
 
@@ -65,7 +65,7 @@ def remapped_kl(
     checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    checks.check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)

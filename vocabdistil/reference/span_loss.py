@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vocabdistil import _checks as checks
-from vocabdistil._checks import Layers, LayerWeights
+from vocabdistil.alignment.spans import SpanPairs, check_pair_weights, check_pairs
+from vocabdistil.core import checks
+from vocabdistil.core.checks import (
+    DIVERGENCES,
+    POOLINGS,
+    REDUCTIONS,
+    Layers,
+    LayerWeights,
+    check_beta,
+    check_choice,
+    check_layer_weights,
+    check_layers,
+    check_projection,
+    check_same_kind,
+    check_temperature,
+)
 from vocabdistil.reference._common import divergence_rows, linear, pool_pairs, reduce_pairs, weighted_mean
-from vocabdistil.spans import SpanPairs
 
 
 def span_loss(
@@ -77,7 +90,7 @@ def span_loss(
         ValueError: wrong shapes, names, devices, temperature, beta, or pairs past the end of a side.
     """
     checks.check_reference_backend(backend)
-    students, teachers = checks.check_span_loss(
+    students, teachers = check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
         student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
@@ -122,3 +135,35 @@ def span_kl(
         teacher_layer_weights=teacher_layer_weights,
         backend=backend,
     )
+
+
+def check_span_loss(
+    student: Layers,
+    teacher: Layers,
+    pairs: SpanPairs,
+    *,
+    divergence: str,
+    temperature: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pair_weights: Tensor | None,
+    beta: float,
+    pooling: str,
+    reduction: str,
+    student_layer_weights: LayerWeights | None,
+    teacher_layer_weights: LayerWeights | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """All that span_loss checks, for every implementation; returns both sides as layers ``[N, D]``."""
+    students, teachers = check_layers(student, "student"), check_layers(teacher, "teacher")
+    check_same_kind(students[0], "student", teachers[0], "teacher")
+    check_layer_weights(student_layer_weights, students, "student_layer_weights")
+    check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
+    check_pairs(pairs, students[0], teachers[0])
+    check_projection(weight, bias, students[0], teachers[0])
+    check_pair_weights(pair_weights, pairs, students[0])
+    check_choice(divergence, "divergence", DIVERGENCES)
+    check_choice(pooling, "pooling", POOLINGS)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_temperature(temperature)
+    check_beta(beta)
+    return students, teachers

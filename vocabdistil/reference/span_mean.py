@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vocabdistil import _checks as checks
+from vocabdistil.alignment.spans import check_span_vectors
+from vocabdistil.core import checks
 from vocabdistil.reference._common import span_pool, upcast
 
 
@@ -39,5 +40,5 @@ def span_mean(
     checks.check_float(x, "x", dims=(2, 3))
     checks.check_choice(pooling, "pooling", checks.POOLINGS)
     rows = x.flatten(0, -2)
-    checks.check_span_vectors(start, end, rows.shape[0], rows.device)
+    check_span_vectors(start, end, rows.shape[0], rows.device)
     return span_pool(upcast(rows), start, end, pooling).to(x.dtype)

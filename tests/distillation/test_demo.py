@@ -1,0 +1,34 @@
+"""The text of the demonstration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation import demo
+from vocabdistil.distillation.demo import demo_text
+
+
+def test_the_text_depends_on_the_seed_alone():
+    code = "from vocabdistil.distillation.demo import demo_text; print('\\n'.join(demo_text(50, 3)))"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                       env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert runs[0] == runs[1] and runs[0].splitlines() == demo_text(50, 3) != demo_text(50, 4)
+
+
+def test_the_text_supports_both_vocabularies():
+    words = {word.strip(".,").lower() for line in demo_text() for word in line.split()}
+    assert len(words) > 800
+
+
+def test_an_earlier_demo_is_not_overwritten(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(VocabdistilError, match="--out: .*teacher exists"):
+        demo.demo(tmp_path, quiet=True)

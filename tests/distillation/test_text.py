@@ -1,0 +1,131 @@
+"""Reading text, training the student's vocabulary, batches."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import vocabdistil as vd
+from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation.batches import DistillCollator
+from vocabdistil.distillation.text import TextFiles, read_text, split_text
+from vocabdistil.models.vocabularies import save_tokenizer, wordpiece_like
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    return AutoTokenizer.from_pretrained(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, demo_lines):
+    return wordpiece_like(teacher, demo_lines, 150, 64)
+
+
+def test_lines_and_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n  two \n\n \nthree\n".encode())
+    assert read_text([path]) == ["one", "two", "three"]
+    assert read_text([path], "paragraph") == ["one two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b" \n\n", "is empty"), (b"", "is empty"), (b"good\nbad \xff\n", "0xff at offset 9"),
+     (b"\xef\xbb\xbfab\xff", "0xff at offset 5")],
+)
+def test_bad_text(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VocabdistilError, match=message) as caught:
+        read_text([path])
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab \n\r\x0b\x1c\x85\u2028é", max_size=40), st.booleans())
+def test_lines_are_those_of_the_whole_text(tmp_path_factory, text, marked):
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    path.write_bytes(("\ufeff" * marked + text).encode())
+    lines = [line.strip() for line in text.splitlines()]
+    paragraphs = [" ".join(group) for blank, group in itertools.groupby(lines, lambda line: not line) if not blank]
+    for unit, want in (("line", [line for line in lines if line]), ("paragraph", paragraphs)):
+        if want:
+            texts = TextFiles([path], unit)
+            assert list(texts) == list(texts) == want
+        else:
+            with pytest.raises(VocabdistilError, match="is empty"):
+                read_text([path], unit)
+
+
+def test_split_is_reproducible_and_keeps_held_out_text_unseen():
+    texts = [f"text {i % 60}" for i in range(100)] + [f"once {i}" for i in range(300)]
+    a, b, other = split_text(texts, 0.2, 3), split_text(texts, 0.2, 3), split_text(texts, 0.2, 4)
+    assert a == b and a.held_out != other.held_out
+    assert not set(a.held_out) & set(a.train)
+    with pytest.raises(VocabdistilError, match="too little text"):
+        split_text(texts[:10], 0.2, 3)
+
+
+def test_the_student_s_tokenizer_treats_text_as_the_teacher_s_does(teacher, student, demo_lines):
+    assert len(student) == 150 and sorted(student.all_special_ids) == list(range(5))
+    ours, theirs = student.backend_tokenizer, teacher.backend_tokenizer
+    for text in (*demo_lines[:20], "  Ünï — CÔDE\t123 "):
+        assert ours.normalizer.normalize_str(text) == theirs.normalizer.normalize_str(text)
+        assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
+    ids = student("The net.")["input_ids"]
+    assert ids[0] == student.cls_token_id and ids[-1] == student.sep_token_id
+
+
+def test_vocabulary_does_not_depend_on_the_hash_seed(teacher_folder, text_file):
+    code = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "from vocabdistil.distillation.text import read_text\n"
+        "from vocabdistil.models.vocabularies import wordpiece_like\n"
+        f"t = AutoTokenizer.from_pretrained({str(teacher_folder)!r})\n"
+        f"v = wordpiece_like(t, read_text([{str(text_file)!r}]), 180, 64).get_vocab()\n"
+        "print(sorted(v.items(), key=lambda x: x[1]))\n"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == second and "##" in first
+
+
+def test_a_saved_tokenizer_comes_back(student, tmp_path):
+    save_tokenizer(student, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Olga repaired the hot claynail."
+    assert again(text)["input_ids"] == student(text)["input_ids"]
+    assert again.mask_token_id == student.mask_token_id and "token_type_ids" not in again(text)
+
+
+def test_batches_align(teacher, student, demo_lines):
+    tables = [vd.RemapTable.from_tokenizers(teacher, student)]
+    matched = [vd.MatchedVocab.from_tokenizers(teacher, student)]
+    collator = DistillCollator([teacher], student, tables, matched, 16, 24)
+    batch = collator([{"text": text} for text in demo_lines[:6]])
+    size, width = 6, batch["student_ids"].shape[1]
+    assert batch["student_ids"].shape == (2 * size, width) and width <= 24
+    reduced, own = batch["student_ids"][:size].flatten(), batch["student_ids"][size:].flatten()
+    ids = batch["teacher_ids"][0].flatten()
+    pairs = batch["reduce_pairs"][0]
+    for s, e, t in zip(pairs.student_start, pairs.student_end, pairs.teacher_start, strict=True):
+        a, b = tables[0].indptr[ids[t]], tables[0].indptr[ids[t] + 1]
+        assert reduced[s:e].tolist() == tables[0].ids[a:b].tolist()
+    pairs = batch["own_pairs"][0]
+    assert len(pairs) > 0 and bool((pairs.student_end - pairs.student_start == 1).all())
+    ours = student.convert_ids_to_tokens(own[pairs.student_start.long()].tolist())
+    theirs = teacher.convert_ids_to_tokens(ids[pairs.teacher_start.long()].tolist())
+    assert ours == theirs
+    # A position of one text never pairs with one of another.
+    assert torch.equal(pairs.student_start // width, pairs.teacher_start // batch["teacher_ids"][0].shape[1])

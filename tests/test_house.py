@@ -1,0 +1,42 @@
+"""The wings of the package: imports run one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vocabdistil
+
+ROOT = Path(vocabdistil.__file__).parent
+# Each may import itself and what stands before it; models and reference do not know each other.
+ORDER = ("core", "alignment", "reference", "models", "ops", "evaluation", "distillation")
+
+
+def wings_of(node: ast.AST, file: Path) -> list[str]:
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    parts = (node.module or "").split(".")
+    if node.level:
+        inside = file.relative_to(ROOT).parts[: -node.level]
+        parts = [*inside, *filter(None, parts)]
+    elif parts[0] == "vocabdistil":
+        parts = parts[1:]
+    else:
+        return []
+    return parts[:1] or [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("wing", ORDER)
+def test_imports_run_one_way(wing):
+    allowed = {*ORDER[: ORDER.index(wing) + 1], "_C"} - ({"reference"} if wing == "models" else set())
+    files = sorted((ROOT / wing).glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert set(wings_of(node, file)) <= allowed, f"{file}:{node.lineno}"
+
+
+def test_no_module_stands_beside_the_wings():
+    assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", "__main__", "cli"}

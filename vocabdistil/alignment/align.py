@@ -1,0 +1,81 @@
+"""Texts as two tokenizers read them, aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .coverage import Coverage
+from .methods import Tokens, align_texts
+from .remap import RemapTable
+from .spans import SpanPairs
+from .surfaces import known
+from .vocab import MatchedVocab
+
+__all__ = ["AlignedBatch", "align"]
+
+
+@dataclass(frozen=True)
+class AlignedBatch:
+    """Texts as both sides read them, aligned.
+
+    Attributes:
+        teacher, student: ``input_ids`` and ``attention_mask``, int64 ``[B, L_t]`` and ``[B, L_s]``.
+        pairs: span pairs over positions ``b * L + i`` of each side.
+        coverage: how much of the batch the pairs cover.
+    """
+
+    teacher: Tokens
+    student: Tokens
+    pairs: SpanPairs
+    coverage: Coverage
+
+    def to(self, device: torch.device | str) -> AlignedBatch:
+        return AlignedBatch(
+            self.teacher.to(device), self.student.to(device), self.pairs.to(device), self.coverage
+        )
+
+
+def align(
+    texts: Sequence[str],
+    teacher: Any,
+    student: Any,
+    method: str = "boundary",
+    max_length: int | Sequence[int | None] | None = None,
+    *,
+    table: RemapTable | None = None,
+    matched: MatchedVocab | None = None,
+) -> AlignedBatch:
+    """Tokenizes texts for both sides and aligns them.
+
+    Args:
+        texts: the texts.
+        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
+        method: ``"boundary"``: the student reads its own tokenization, and both are cut at every byte of the
+            text where both have a token boundary; the tokens between two cuts are a pair (M:N). White space
+            that a side drops belongs to no token; other text that it drops (accents, control characters)
+            belongs to the token before it. Special tokens pair by role: CLS or BOS with CLS or BOS, SEP or
+            EOS with SEP or EOS. ``"word"``: the same for pre-tokenized words, merged where they differ; where
+            a tokenizer has no pre-tokenizer, words are what white space separates.
+            ``"match"``: the student reads its own tokenization, pairs are equal tokens in order;
+            ``"reduce"``: the student reads the teacher's tokens through the remap table, pairs are each
+            teacher token and its pieces (both arXiv 2205.02340).
+        max_length: tokens of each side at most, special tokens included; or two numbers: those of the teacher
+            and those of the student.
+        table: the remap table of the two tokenizers, if there is one already (``reduce``).
+        matched: their matched vocabulary, if there is one already (``match``).
+
+    Returns:
+        Both sides padded to their longest sequence, the span pairs and their coverage, on the CPU.
+
+    Raises:
+        TypeError: texts that are not strings, a tokenizer that is not fast, a table or a matched vocabulary that is
+            none.
+        ValueError: an unknown method, ``max_length < 1`` or without room for the special tokens.
+    """
+    sources = known(teacher, "teacher"), known(student, "student")
+    left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched, sources)
+    return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))

@@ -1,0 +1,253 @@
+"""Aligned span pairs: which student tokens cover the same text as which teacher tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_float, check_index, check_weight_dtype, dtype_name, kind_of
+from ..core.values import check_int32, int_vector
+
+__all__ = ["SpanPairs"]
+
+_FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
+
+
+def _as_positions(value: Any, name: str) -> Tensor:
+    positions = int_vector(value, name)
+    # What is left unseen here, check_spans finds without one more wait for a device.
+    if positions.dtype != torch.int32:
+        check_int32(positions, name)
+    return positions.to(torch.int32).contiguous()
+
+
+def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
+    """Raises unless the spans are non-negative, ascending and disjoint; returns the largest end (0 if none).
+
+    Costs one host synchronisation for spans on a device: done once, when spans are built.
+    """
+    if start.shape != end.shape:
+        raise ValueError(
+            f"{prefix}start and {prefix}end: expected equal lengths, got {start.numel()} and {end.numel()}"
+        )
+    if start.device != end.device:
+        raise ValueError(
+            f"{prefix}start and {prefix}end: expected one device, got {start.device} and {end.device}"
+        )
+    if not start.numel():
+        return 0
+    negative = start < 0
+    reversed_ = end < start
+    overlap = start[1:] < end[:-1]
+    flags = torch.stack([negative.any(), reversed_.any(), overlap.any()]).tolist()
+    if flags[0]:
+        p = int(negative.nonzero()[0])
+        raise ValueError(f"{prefix}start: expected positions >= 0, got {int(start[p])} for pair {p}")
+    if flags[1]:
+        p = int(reversed_.nonzero()[0])
+        raise ValueError(
+            f"{prefix}end: expected end >= start, got span [{int(start[p])}, {int(end[p])}) for pair {p}"
+        )
+    if flags[2]:
+        p = int(overlap.nonzero()[0])
+        raise ValueError(
+            f"{prefix}start: expected ascending spans that do not overlap, got [{int(start[p])}, {int(end[p])}) "
+            f"and then [{int(start[p + 1])}, {int(end[p + 1])}) (pairs {p} and {p + 1})"
+        )
+    return int(end[-1])
+
+
+def known_end(start: Tensor, end: Tensor) -> int | None:
+    """The positions that these spans need, if they were found right before and have not been written to since."""
+    known = getattr(start, "_vocabdistil_checked", None)
+    return known[1] if known is not None and known[0] == (id(end), start._version, end._version) else None
+
+
+def mark_checked(start: Tensor, end: Tensor, tokens: int) -> None:
+    """Notes on the vectors that their spans are right and need ``tokens`` positions: looking again would cost a
+    synchronisation."""
+    start._vocabdistil_checked = ((id(end), start._version, end._version), tokens)  # type: ignore[attr-defined]
+
+
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """``max(count, 1)``, on the device where the count lives there: nothing waits for it."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+class SpanPairs:
+    """Pairs of aligned spans over flattened positions ``b * L + i``, half-open.
+
+    Args:
+        student_start, student_end, teacher_start, teacher_end: ``[P]`` integers. The spans of each side are
+            ascending and disjoint; a span may be empty (``start == end``): its mean is 0 and its pair counts
+            for nothing.
+
+    Attributes:
+        student_start, student_end, teacher_start, teacher_end: int32 ``[P]``.
+        num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``): an int, or an
+            int64 tensor ``[]`` where it was counted on a device and the host has not waited for it
+            (:meth:`RemapTable.remap` there). The losses take either; ``int(pairs.num_nonempty)`` waits.
+        student_tokens, teacher_tokens: the least number of tokens that a side must have: its largest end,
+            or, if ``padded``, all tokens of the batch.
+        padded: whether a side must have exactly so many: of pairs that :func:`align`, a collator or a remap table made,
+            whose positions are those of the batch as it was padded there.
+
+    Raises:
+        TypeError: a field is not of an integer dtype.
+        ValueError: unequal lengths or devices, a position that is negative or does not fit 32 bits, spans that overlap
+            or descend, a tensor that is sparse, nested or on the meta device.
+    """
+
+    __slots__ = (*_FIELDS, "num_nonempty", "student_tokens", "teacher_tokens", "padded", "__weakref__")
+
+    student_start: Tensor
+    student_end: Tensor
+    teacher_start: Tensor
+    teacher_end: Tensor
+    num_nonempty: int | Tensor
+    student_tokens: int
+    teacher_tokens: int
+    padded: bool
+
+    def __init__(
+        self, student_start: Tensor, student_end: Tensor, teacher_start: Tensor, teacher_end: Tensor
+    ) -> None:
+        values = (student_start, student_end, teacher_start, teacher_end)
+        for name, value in zip(_FIELDS, values, strict=True):
+            setattr(self, name, _as_positions(value, name))
+        if self.student_start.shape != self.teacher_start.shape:
+            raise ValueError(
+                f"teacher_start: expected one span per student span ({self.student_start.numel()}), "
+                f"got {self.teacher_start.numel()}"
+            )
+        if self.student_start.device != self.teacher_start.device:
+            raise ValueError(
+                f"teacher_start: expected device {self.student_start.device}, got {self.teacher_start.device}"
+            )
+        self.student_tokens = check_spans(self.student_start, self.student_end, "student_")
+        self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher_")
+        both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
+        self.num_nonempty = int(both.sum())
+        self.padded = False
+        self._mark()
+
+    @classmethod
+    def _trusted(
+        cls,
+        student_start: Tensor,
+        student_end: Tensor,
+        teacher_start: Tensor,
+        teacher_end: Tensor,
+        num_nonempty: int | Tensor,
+        student_tokens: int,
+        teacher_tokens: int,
+        padded: bool = True,
+    ) -> SpanPairs:
+        """Wraps int32 vectors that are right by construction (native alignments), without checking them again."""
+        self = cls.__new__(cls)
+        self.student_start, self.student_end = student_start, student_end
+        self.teacher_start, self.teacher_end = teacher_start, teacher_end
+        self.num_nonempty = num_nonempty
+        self.student_tokens, self.teacher_tokens, self.padded = student_tokens, teacher_tokens, padded
+        self._mark()
+        return self
+
+    def _mark(self) -> None:
+        """So that :func:`span_mean` need not look at these vectors again."""
+        if not torch.compiler.is_compiling():
+            mark_checked(self.student_start, self.student_end, self.student_tokens)
+            mark_checked(self.teacher_start, self.teacher_end, self.teacher_tokens)
+
+    def __len__(self) -> int:
+        return self.student_start.numel()
+
+    def __repr__(self) -> str:
+        return f"SpanPairs({len(self)} pairs, device={self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.student_start.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanPairs:
+        """The same pairs on another device (nothing is checked again)."""
+        moved = [getattr(self, name).to(device, non_blocking=non_blocking) for name in _FIELDS]
+        count = self.num_nonempty
+        if isinstance(count, Tensor):
+            count = count.to(device, non_blocking=non_blocking)
+        return self._trusted(*moved, count, self.student_tokens, self.teacher_tokens, self.padded)
+
+    def pin_memory(self) -> SpanPairs:
+        pinned = [getattr(self, name).pin_memory() for name in _FIELDS]
+        return self._trusted(*pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens, self.padded)
+
+    def __getstate__(self) -> tuple:
+        return tuple(getattr(self, name) for name in self.__slots__[:-1])
+
+    def __setstate__(self, state: tuple) -> None:
+        for name, value in zip(self.__slots__[:-1], state, strict=True):
+            setattr(self, name, value)
+
+
+def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:
+    """Span pairs on the device of the rows ``student [N_s, .]``, ``teacher [N_t, .]``, none past an end."""
+    if not isinstance(pairs, SpanPairs):
+        raise TypeError(f"pairs: expected SpanPairs, got {kind_of(pairs)}")
+    if pairs.device != student.device:
+        raise ValueError(f"pairs: expected device {student.device}, got {pairs.device}")
+    for side, rows, tokens in (
+        ("student", student.shape[0], pairs.student_tokens), ("teacher", teacher.shape[0], pairs.teacher_tokens),
+    ):  # fmt: skip
+        if tokens > rows:
+            raise ValueError(f"pairs: expected {side} positions up to {rows}, got a span that ends at {tokens}")
+        if pairs.padded and tokens != rows:  # positions of the same tokens are others in a batch of another length
+            raise ValueError(
+                f"pairs: expected the {side} rows of the batch that was aligned, {tokens} with its padding, got {rows}"
+            )
+
+
+def check_row_pairs(
+    pairs: SpanPairs | None, student: Tensor, teacher: Tensor, student_name: str, teacher_name: str
+) -> None:
+    """Span pairs, or None for row i of the student with row i of the teacher."""
+    if pairs is not None:
+        check_pairs(pairs, student, teacher)
+    elif student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{student_name}: expected as many rows as {teacher_name} ({teacher.shape[0]}) as there are no "
+            f"pairs, got {student.shape[0]}"
+        )
+
+
+def check_pair_weights(pair_weights: Tensor | None, pairs: SpanPairs, student: Tensor) -> None:
+    if pair_weights is None:
+        return
+    check_float(pair_weights, "pair_weights")
+    check_weight_dtype(pair_weights, "pair_weights", student)
+    if pair_weights.shape != (len(pairs),):
+        raise ValueError(f"pair_weights: expected shape ({len(pairs)},), got {tuple(pair_weights.shape)}")
+
+
+def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Two int32 or int64 vectors of equal length on ``device``: ascending, disjoint, within the tokens.
+
+    The values are looked at outside compilation, the first time that a pair of vectors is seen: on a device that
+    costs one synchronisation.
+    """
+    for name, value in (("start", start), ("end", end)):
+        check_index(value, name)
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    if start.dtype != end.dtype:
+        raise TypeError(f"end: expected dtype {dtype_name(start.dtype)} as start, got {dtype_name(end.dtype)}")
+    if start.shape != end.shape:
+        raise ValueError(f"end: expected as many positions as start ({start.numel()}), got {end.numel()}")
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return
+    tokens = known_end(start, end)
+    if tokens is None:
+        tokens = check_spans(start, end)
+        mark_checked(start, end, tokens)
+    if tokens > num_tokens:
+        raise ValueError(f"end: expected positions up to {num_tokens}, got {tokens}")

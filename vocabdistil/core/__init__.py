@@ -1,0 +1,1 @@
+"""Ground: native code, dispatch, checks, files, what is printed."""

@@ -1,0 +1,265 @@
+"""Argument checks shared by every implementation of a loss.
+
+They look at types, shapes, dtypes and devices only: no check reads a device tensor, so none waits for a
+device, and ``torch.compile`` traces through all of them. Index vectors that lie in host memory are also
+checked for their range, outside compilation.
+
+A wrong type or dtype raises ``TypeError``, everything else ``ValueError``; each message is one line that
+names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DIVERGENCES",
+    "Layers",
+    "LayerWeights",
+    "POOLINGS",
+    "REDUCTIONS",
+    "UNMATCHED",
+    "Matched",
+    "RemapLike",
+    "check_beta",
+    "check_choice",
+    "check_columns",
+    "check_float",
+    "check_index_range",
+    "check_layer_weights",
+    "check_layers",
+    "check_matched",
+    "check_projection",
+    "check_reference_backend",
+    "check_remap",
+    "check_same_kind",
+    "check_temperature",
+    "check_tensor",
+    "check_weight_dtype",
+    "compute_dtype",
+]
+
+Layers = Tensor | Sequence[Tensor]
+LayerWeights = Tensor | Sequence[float]
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "mse", "cosine")
+POOLINGS = ("mean", "sum")
+REDUCTIONS = ("batchmean", "sum", "none")
+UNMATCHED = ("renormalize", "rest", "drop")
+
+
+class Matched(Protocol):
+    """The vocabulary that both sides share: column ``teacher_ids[i]`` means what ``student_ids[i]`` means."""
+
+    teacher_ids: Tensor
+    student_ids: Tensor
+
+
+class RemapLike(Protocol):
+    """Teacher id -> student ids, as CSR: row ``v`` is ``ids[indptr[v]:indptr[v + 1]]``."""
+
+    indptr: Tensor
+    ids: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for float32 and the half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kind_of(value: object) -> str:
+    return type(value).__name__
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(value)}")
+
+
+def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -> None:
+    """A floating tensor, with one of ``dims`` dimensions if given."""
+    check_tensor(value, name)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}")
+    if dims is not None and value.dim() not in dims:
+        wanted = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{name}: expected {wanted} dimensions, got shape {tuple(value.shape)}")
+
+
+def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
+    """One device and one dtype (any floating ones under autocast, which leaves both sides as they come)."""
+    if a.device != b.device:
+        raise ValueError(f"{b_name}: expected device {a.device} as {a_name}, got {b.device}")
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise TypeError(f"{b_name}: expected dtype {dtype_name(a.dtype)} as {a_name}, got {dtype_name(b.dtype)}")
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_real(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
+
+
+def check_temperature(temperature: float) -> None:
+    _check_real(temperature, "temperature")
+    # Beyond these float32 has neither T^2 nor 1 / T. Traceable where the compiler makes the number a symbol.
+    if not 1e-18 < temperature < 1e18:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature} (not from 1e-18 to 1e18)")
+
+
+def check_beta(beta: float) -> None:
+    _check_real(beta, "beta")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta: expected a number between 0 and 1 (both excluded), got {beta}")
+
+
+def check_reference_backend(backend: str | None) -> None:
+    check_choice(backend, "backend", (None, "reference"))
+
+
+def check_layers(value: object, name: str) -> tuple[Tensor, ...]:
+    """One tensor, or a list of tensors of one shape, dtype and device -> a tuple of ``[N, D]`` tensors."""
+    layers = (value,) if isinstance(value, Tensor) else value
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {kind_of(value)}")
+    if not layers:
+        raise ValueError(f"{name}: expected at least one layer, got an empty list")
+    several = len(layers) > 1
+    for i, layer in enumerate(layers):
+        check_float(layer, f"{name}[{i}]" if several else name, dims=(2, 3))
+        if not layer.shape[-1]:
+            raise ValueError(f"{name}: expected a hidden size of at least 1, got shape {tuple(layer.shape)}")
+        if i:
+            check_same_kind(layers[0], f"{name}[0]", layer, f"{name}[{i}]")
+            if layer.shape != layers[0].shape:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {tuple(layers[0].shape)} as {name}[0], "
+                    f"got {tuple(layer.shape)}"
+                )
+    return tuple(layer.flatten(0, -2) for layer in layers)
+
+
+def check_layer_weights(weights: LayerWeights | None, layers: Sequence[Tensor], name: str) -> None:
+    """None, or one weight per layer: a floating tensor ``[n]`` or a list of n numbers whose sum is not 0."""
+    if weights is None:
+        return
+    if isinstance(weights, Tensor):
+        check_float(weights, name, dims=(1,))
+        check_weight_dtype(weights, name, layers[0])
+        count = weights.shape[0]
+    elif isinstance(weights, (list, tuple)):
+        for i, weight in enumerate(weights):
+            _check_real(weight, f"{name}[{i}]")
+        count = len(weights)
+        total = sum(weights)
+        if count and not (math.isfinite(total) and total != 0):
+            raise ValueError(f"{name}: expected weights with a finite sum that is not 0, got {total}")
+    else:
+        raise TypeError(f"{name}: expected a tensor or a list of numbers, got {kind_of(weights)}")
+    if count != len(layers):
+        raise ValueError(f"{name}: expected one weight per layer ({len(layers)}), got {count}")
+
+
+def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
+    """A parameter on the device of ``x``, in its dtype or in the dtype that it is computed in."""
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {value.device}")
+    if value.dtype not in (x.dtype, compute_dtype(x.dtype)) and not torch.is_autocast_enabled(x.device.type):
+        wanted = dict.fromkeys((dtype_name(x.dtype), dtype_name(compute_dtype(x.dtype))))
+        raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(value.dtype)}")
+
+
+def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
+    """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide."""
+    width_s, width_t = student.shape[-1], teacher.shape[-1]
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias: expected None as there is no weight, got a tensor")
+        if width_s != width_t:
+            raise ValueError(
+                f"weight: expected a projection of shape ({width_t}, {width_s}) as student and teacher "
+                f"differ in width, got None"
+            )
+        return
+    check_float(weight, "weight")
+    check_weight_dtype(weight, "weight", student)
+    if weight.shape != (width_t, width_s):
+        raise ValueError(f"weight: expected shape ({width_t}, {width_s}), got {tuple(weight.shape)}")
+    if bias is not None:
+        check_float(bias, "bias")
+        check_weight_dtype(bias, "bias", student)
+        if bias.shape != (width_t,):
+            raise ValueError(f"bias: expected shape ({width_t},), got {tuple(bias.shape)}")
+
+
+def check_columns(logits: object, name: str) -> None:
+    """Logits ``[..., V]`` with at least one row dimension."""
+    check_float(logits, name)
+    if logits.dim() < 2:
+        raise ValueError(
+            f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}"
+        )
+
+
+def check_index(value: object, name: str) -> None:
+    check_tensor(value, name)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32 or int64, got {dtype_name(value.dtype)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(value.shape)}")
+
+
+def check_index_range(index: Tensor, name: str, size: int) -> None:
+    """Every index in ``[0, size)``; looked at only in host memory and outside compilation."""
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or not index.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+
+
+def check_matched(matched: Matched, student_columns: int, teacher_columns: int) -> None:
+    for side, columns in (("student", student_columns), ("teacher", teacher_columns)):
+        ids = getattr(matched, f"{side}_ids", None)
+        if ids is None:
+            raise TypeError(f"matched: expected a MatchedVocab (an object with {side}_ids), got {kind_of(matched)}")
+        check_index(ids, f"matched.{side}_ids")
+        check_index_range(ids, f"matched.{side}_ids", columns)
+    if matched.student_ids.shape != matched.teacher_ids.shape:
+        raise ValueError(
+            f"matched.student_ids: expected as many as matched.teacher_ids ({matched.teacher_ids.numel()}), "
+            f"got {matched.student_ids.numel()}"
+        )
+    if not matched.student_ids.numel():
+        raise ValueError("matched: expected at least one token in both vocabularies, got none")
+
+
+def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) -> None:
+    """A CSR table with a row per teacher column; further columns (padding of an output layer) are allowed."""
+    for field in ("indptr", "ids"):
+        if not hasattr(table, field):
+            raise TypeError(f"table: expected a RemapTable (an object with {field}), got {kind_of(table)}")
+        check_index(getattr(table, field), f"table.{field}")
+    rows = table.indptr.numel() - 1
+    if not 0 <= rows <= teacher_columns:
+        raise ValueError(
+            f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}"
+        )
+    check_index_range(table.ids, "table.ids", student_columns)
+
+

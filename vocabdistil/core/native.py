@@ -1,0 +1,214 @@
+"""Tensors to addresses: the one place that calls the compiled module.
+
+Callers have checked shapes, dtypes and devices; here tensors become (address, stride, dtype code), the current
+stream and the thread count are passed along, and a missing module gives an error that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _C as _module
+except ImportError as error:  # kept, to be told by whoever needs the module
+    _module = None
+    _load_error: str | None = str(error)
+else:
+    _load_error = None
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
+DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
+UNMATCHED_CODES = {"renormalize": 0, "rest": 1, "drop": 2}
+
+
+def load_error() -> str | None:
+    """Why the compiled module cannot be used, or None."""
+    return _load_error
+
+
+def module() -> ModuleType:
+    if _module is None:
+        raise ImportError(
+            f"vocabdistil._C could not be loaded ({_load_error}); build it with `pip install -e .` in the "
+            "source folder, which needs a C++17 compiler"
+        )
+    return _module
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+# Bytes of a result from which on fresh memory costs more than what fills it, and up to which blocks are kept.
+_POOLED = range(1 << 20, 1 << 26)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty``, but a large result on the CPU comes from a pool of blocks that earlier results have given
+    back (csrc/block.h): the first touch of fresh pages costs as much as a whole kernel."""
+    dtype = like.dtype if dtype is None else dtype
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if like.device.type != "cpu" or size not in _POOLED or _module is None:
+        return like.new_empty(shape, dtype=dtype)
+    storage = torch.frombuffer(_module.Block(size), dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def _layers(layers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return [x.data_ptr() for x in layers], [x.stride(0) for x in layers]
+
+
+def _coef(coef: Tensor | None, count: int) -> list[float]:
+    return [1.0 / count] * count if coef is None else coef.tolist()
+
+
+def span_mean_fwd(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
+) -> None:
+    """x: layers [N, D], unit column stride; start, end: int32 [P]; coef: [n] or None (1/n each); out: [P, D]."""
+    module().span_mean_fwd(
+        DTYPE_CODES[x[0].dtype], *_layers(x), _coef(coef, len(x)), start.data_ptr(), end.data_ptr(),
+        start.numel(), x[0].shape[1], mean, DTYPE_CODES[out.dtype], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def span_mean_bwd(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
+) -> None:
+    """grad: [P, D], unit column stride; out: contiguous layers [N, D], every row written."""
+    module().span_mean_bwd(
+        DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(), start.numel(),
+        grad.shape[1], mean, DTYPE_CODES[out[0].dtype], [x.data_ptr() for x in out], _coef(coef, len(out)),
+        out[0].shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def span_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], scale: Tensor,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, loss: Tensor, total: Tensor, student_grads: Sequence[Tensor], teacher_grads: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Layers [N, D], unit column stride; spans: the four int32 [P] of SpanPairs; scale, loss: [P]; total: []."""
+    module().span_loss(
+        DTYPE_CODES[student[0].dtype], *_layers(student), _coef(student_coef, len(student)),
+        [g.data_ptr() for g in student_grads], student[0].shape[0],
+        DTYPE_CODES[teacher[0].dtype], *_layers(teacher), _coef(teacher_coef, len(teacher)),
+        [g.data_ptr() for g in teacher_grads], teacher[0].shape[0],
+        *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
+        scale.data_ptr(), loss.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    return DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], x.shape[1]
+
+
+def _addresses(spans: Sequence[Tensor]) -> list[int]:
+    """The four vectors of SpanPairs, or none: row p with row p."""
+    return [s.data_ptr() for s in spans] or [0] * 4
+
+
+def matched_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
+    unmatched: int, mean: bool, temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """Logits [N, V], unit column stride; spans: none or four int32 [P]; ids: int32 [V_m]; scale, loss: [P]; total: [].
+
+    grad: contiguous, like the student. Raises ValueError for bad ids, spans.
+    """
+    module().matched_kl(
+        _rows(student), _rows(teacher), *_addresses(spans), student_ids.data_ptr(), teacher_ids.data_ptr(),
+        student_ids.numel(), scale.numel(), unmatched, mean, temperature, scale.data_ptr(), loss.data_ptr(),
+        total.data_ptr(), _address(grad), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear_matched_kl(
+    student: Sequence[Tensor | None], teacher: Sequence[Tensor | None], unmatched: int, temperature: float,
+    budget: int, scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Each side: hidden [R, D] and weight [V, D] with unit column stride, bias [V] or None, lengths [R] or None (1
+    each), ids int32 [V_m]; scale, loss: [R]; total: []; grads of hidden, weight and bias, contiguous, or None: all but
+    the weights and the hidden states in the accumulation dtype. Raises ValueError for bad ids.
+    """
+
+    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, ids: Tensor) -> tuple:
+        return _rows(hidden), _rows(weight), _address(bias), _address(lengths), ids.data_ptr()
+
+    module().linear_matched_kl(
+        side(*student), side(*teacher), student[4].numel(), unmatched, temperature, budget, scale.data_ptr(),
+        loss.data_ptr(), total.data_ptr(), *(_address(g) for g in grads), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def remapped_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor], logsumexp: bool,
+    temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """As matched_kl; plan: rows [M], shapes [B, 2], ids [nnz], indptr [V_s + 1], pieces_of [nnz], int32 (RemapPlan)."""
+    rows, shapes, ids, indptr, pieces_of = plan
+    module().remapped_kl(
+        _rows(student), _rows(teacher), *_addresses(spans), rows.data_ptr(), rows.numel(), shapes.data_ptr(),
+        shapes.shape[0], ids.data_ptr(), indptr.data_ptr(), pieces_of.data_ptr(), scale.numel(), logsumexp,
+        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), _address(grad),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _cuda_rows(layers: Sequence[Tensor], coef: Tensor | None) -> tuple:
+    return DTYPE_CODES[layers[0].dtype], *_layers(layers), layers[0].shape[0], _address(coef)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@contextlib.contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[int]:
+    """Makes the device current, as launches go there; gives its current stream."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def cuda_span_mean_fwd(
+    x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
+) -> None:
+    """As :func:`span_mean_fwd`; coef: float64 [n] on the device, or None (1/n each)."""
+    with _cuda_stream(out.device) as stream:
+        module().cuda_span_mean_fwd(
+            *_cuda_rows(x, coef), start.data_ptr(), end.data_ptr(), *out.shape, mean, DTYPE_CODES[out.dtype],
+            out.data_ptr(), stream,
+        )  # fmt: skip
+
+
+def cuda_span_mean_bwd(
+    grad: Tensor, start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Sequence[Tensor]
+) -> None:
+    """As :func:`span_mean_bwd`; coef: float64 [n] on the device, or None (1/n each)."""
+    with _cuda_stream(grad.device) as stream:
+        module().cuda_span_mean_bwd(
+            DTYPE_CODES[grad.dtype], grad.data_ptr(), grad.stride(0), start.data_ptr(), end.data_ptr(), *grad.shape,
+            mean, *_cuda_rows(out, coef), stream,
+        )  # fmt: skip
+
+
+def cuda_span_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
+    student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
+    beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+) -> None:  # fmt: skip
+    """The arguments of ``triton_kernels.span_loss.span_loss``; one dtype, at most CUDA_MAX_LAYERS layers a side."""
+    with _cuda_stream(student[0].device) as stream:
+        module().cuda_span_loss(
+            *_cuda_rows(student, student_coef), [g.data_ptr() for g in grads], *_cuda_rows(teacher, teacher_coef),
+            *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
+            base, _address(weights), _address(upstream), _address(loss), _address(total), stream,
+        )  # fmt: skip

@@ -1,0 +1,114 @@
+"""The student on held-out text: its losses, and how it agrees with its teachers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.seeds import mix_seed
+from ..evaluation.loyalty import mean_over_tokens, pairwise_cosine, regression
+from ..evaluation.predictions import agreement, pseudo_perplexity
+from ..models.teachers import Teacher
+from .batches import DistillCollator, to_device
+from .objective import DistillModel, Objective
+
+__all__ = ["evaluate"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistillModel,
+    objective: Objective,
+    collator: DistillCollator,
+    texts: Sequence[str],
+    excerpts: Sequence[str],
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Losses and loyalty on held-out texts; dropout off, masks the same on every call with the same seed.
+
+    Args:
+        excerpts: what pseudo-perplexity is measured on, see :func:`vocabdistil.evaluation.predictions.choose_excerpts`.
+
+    Returns:
+        ``kl_reduce``, ``kl_own`` (nothing masked); ``mlm``, ``masked_accuracy`` (of the student's own masked tokens);
+        of the embeddings pooled over tokens (the student's from its own tokenization) ``cosine`` (mean cosine between
+        student, projected, and first teacher) and ``pearson``, ``spearman`` (regression loyalty of the cosine
+        similarities of all pairs of texts; no projection takes part in these); ``pseudo_perplexity`` per character,
+        unless there are no excerpts; and of :func:`vocabdistil.evaluation.predictions.agreement`, a mean over teachers
+        with an MLM head if there is one, ``logits_kl``, ``label`` and ``probability``.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+
+    def add(name: str, value: Tensor, count: int) -> None:
+        sums[name] = sums.get(name, 0.0) + float(value) * count
+        counts[name] = counts.get(name, 0) + count
+
+    ours, theirs = [], []
+    for b, start in enumerate(range(0, len(texts), batch_size)):
+        batch = to_device(collator(texts[start : start + batch_size]), device)
+        size = batch["teacher_ids"][0].shape[0]
+        taught = objective.teach(model, batch)
+        hidden, _ = model(batch["student_ids"], batch["student_mask"])
+        reduce, own = objective.compare(model, hidden, taught, batch, "kl")
+        add("kl_reduce", reduce, sum(p.num_nonempty for p in batch["reduce_pairs"]))
+        add("kl_own", own, sum(p.num_nonempty for p in batch["own_pairs"]))
+        masked = objective.mask(batch, mix_seed(seed, b))
+        labels = masked["labels"][-size:]
+        guesses, _ = model(masked["student_ids"][-size:], batch["student_mask"][-size:])
+        logits = model.logits(guesses[-1][labels != -100]).float()
+        labels = labels[labels != -100]
+        if len(labels):
+            add("mlm", F.cross_entropy(logits, labels), len(labels))
+            add("masked_accuracy", (logits.argmax(-1) == labels).float().mean(), len(labels))
+        ours.append(mean_over_tokens(hidden[-1][-size:], batch["student_mask"][-size:]).float().cpu())
+        theirs.append(mean_over_tokens(taught[0].layers[-1], batch["teacher_mask"][0]).float().cpu())
+    student, teacher = torch.cat(ours), torch.cat(theirs)
+    projection = model.projection(0)
+    projected = student if projection is None else student @ projection.detach().float().cpu().T
+    pearson, spearman = regression(pairwise_cosine(student), pairwise_cosine(teacher))
+    found = {
+        **{name: value / max(counts[name], 1) for name, value in sums.items()},
+        "cosine": float(F.cosine_similarity(projected, teacher).mean()),
+        "pearson": float(pearson),
+        "spearman": float(spearman),
+    }
+    # A student that diverged has nothing to be read.
+    if all(map(math.isfinite, found.values())):
+        reader = model.as_teacher(collator.student)
+        if excerpts:
+            found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts)
+        found |= _mean_agreement(objective, reader, collator, texts, batch_size, seed)
+    model.train(training)
+    return found
+
+
+def _mean_agreement(
+    objective: Objective, student: Teacher, collator: DistillCollator, texts: Sequence[str], batch_size: int, seed: int
+) -> dict[str, float]:
+    """:func:`agreement` with every teacher that has an MLM head, averaged by the teachers' weights."""
+    lengths = (collator.max_length, collator.student_max_length)
+    found, shares = [], []
+    for t, teacher in enumerate(objective.teachers):
+        if teacher.masked_lm is not None:
+            found.append(
+                agreement(
+                    teacher, student, collator.matched[t], texts, lengths, batch_size, seed, objective.temperature
+                )
+            )
+            shares.append(objective.teacher_weights[t])
+    names = set.intersection(*map(set, found)) if found else set()
+    return {
+        name: sum(share * row[name] for share, row in zip(shares, found, strict=True)) / sum(shares)
+        for name in ("logits_kl", "label", "probability")
+        if name in names
+    }

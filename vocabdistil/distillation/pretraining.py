@@ -1,0 +1,240 @@
+"""A small BERT teacher trained on a text, for when there is no teacher to start from."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from ..alignment.collator import pad
+from ..alignment.families import encode
+from ..alignment.masking import mask_tokens, masking_probabilities
+from ..core.console import Reporter
+from ..core.errors import VocabdistilError, need
+from ..core.files import write_json
+from ..core.seeds import mix_seed
+from ..models.vocabularies import save_tokenizer, token_counts, train_wordpiece
+from ..reference.mlm import mlm_loss
+from .runs import (
+    RUN_FILE,
+    Interrupted,
+    SeededTrainer,
+    TrainingOrder,
+    fit,
+    keep_inputs,
+    last_checkpoint,
+    move_into_place,
+    need_run_options,
+    open_partial,
+    training_arguments,
+)
+from .text import TextSplit, read_text, split_text
+
+__all__ = ["TeacherConfig", "train_teacher"]
+
+_SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+
+
+@dataclass
+class TeacherConfig:
+    """Everything that :func:`train_teacher` needs to know.
+
+    Attributes:
+        text: UTF-8 files.
+        out: the folder to write; ``out + ".partial"`` holds the run while it lasts.
+        vocab_size, layers, dim, heads: of the model; its feed-forward layer has ``4 * dim``.
+        cased: keep upper case and accents.
+        steps, batch_size, max_length (tokens of a text), lr: of the training.
+        held_out, unit, seed, save_every, log_every, threads, resume, overwrite, quiet: as in
+            :class:`vocabdistil.DistillConfig`.
+    """
+
+    text: str | os.PathLike | Sequence[str | os.PathLike]
+    out: str | os.PathLike
+    vocab_size: int = 30000
+    layers: int = 4
+    dim: int = 256
+    heads: int = 4
+    cased: bool = False
+    steps: int = 1000
+    batch_size: int = 32
+    max_length: int = 128
+    lr: float = 5e-4
+    held_out: float = 0.05
+    unit: str = "line"
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 50
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        text = self.text
+        self.text = [os.fspath(path) for path in ([text] if isinstance(text, (str, os.PathLike)) else text)]
+        self.out = os.fspath(self.out)
+        need_run_options(self)
+        for name in ("vocab_size", "layers", "dim", "heads"):
+            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its continuation."""
+        free = ("out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every")
+        return {k: v for k, v in asdict(self).items() if k not in free}
+
+
+def bert_tokenizer(texts: Sequence[str], vocab_size: int, cased: bool, max_length: int) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer trained on ``texts`` that treats text as BERT's does."""
+    base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    base.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+    base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    vocab = train_wordpiece(texts, vocab_size, base, list(_SPECIALS.values()), "[UNK]")
+    base.model = models.WordPiece(vocab, unk_token="[UNK]")
+    base.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=base, model_max_length=max_length, **_SPECIALS)
+
+
+class _MlmCollator:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, features: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+        rows = encode(self.tokenizer, [f["text"] for f in features], "teacher", self.max_length)
+        ids, mask = pad(rows, self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+class _MlmTrainer(SeededTrainer):
+    def __init__(self, *args: Any, probabilities: torch.Tensor, mask_id: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.probabilities, self.mask_id = probabilities, mask_id
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        loss = _mlm(model, inputs, self.probabilities, self.mask_id, self.step_seed)
+        self.note({"mlm": loss})
+        return (loss, {}) if return_outputs else loss
+
+
+def _mlm(
+    model: nn.Module, batch: dict[str, torch.Tensor], probabilities: torch.Tensor, mask_id: int, seed: int
+) -> torch.Tensor:
+    generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
+    masked = mask_tokens(
+        batch["input_ids"], probabilities, mask_id, attention_mask=batch["attention_mask"], generator=generator
+    )
+    hidden = model.bert(input_ids=masked.input_ids, attention_mask=batch["attention_mask"]).last_hidden_state
+    return mlm_loss(hidden, masked.labels, model.cls)
+
+
+def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
+    """Trains a WordPiece vocabulary and a BERT with masked language modelling, and writes them to a folder.
+
+    Args:
+        config: everything; or give the fields of :class:`TeacherConfig` by name.
+
+    Returns:
+        The folder; ``metrics.json`` in it holds the held-out MLM loss (nats per masked token) before and after.
+
+    Raises:
+        VocabdistilError: bad input; nothing is left half-written.
+        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+    """
+    if config is None:
+        config = TeacherConfig(**options)
+    elif options:
+        raise TypeError("train_teacher: give a config or options, not both")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
+    keep_inputs(Path(config.out), config.text)
+    identity = {**config.identity(), "text": split.digest}
+    partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
+    try:
+        return _run(config, split, partial, record)
+    except BaseException as error:
+        if not isinstance(error, Interrupted) and last_checkpoint(partial) is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[str, Any]) -> Path:
+    say = Reporter(config.quiet)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say.status("Training the teacher's vocabulary")
+    tokenizer = bert_tokenizer(split.train, config.vocab_size, config.cased, config.max_length)
+    torch.manual_seed(config.seed)
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.dim,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.dim,
+            max_position_embeddings=config.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).to(device)
+    probabilities = masking_probabilities(token_counts(tokenizer, split.train), tokenizer.all_special_ids).to(device)
+    collator = _MlmCollator(tokenizer, config.max_length)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        model.eval()
+        losses = []
+        for start in range(0, len(split.held_out), config.batch_size):
+            batch = collator([{"text": text} for text in split.held_out[start : start + config.batch_size]])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            losses.append(_mlm(model, batch, probabilities, tokenizer.mask_token_id, mix_seed(config.seed, start)))
+        return float(torch.stack(losses).mean())
+
+    if "before" not in record:
+        record["before"] = held_out_loss()
+        write_json(partial / RUN_FILE, record)
+    trainer = _MlmTrainer(
+        model=model,
+        args=training_arguments(
+            partial,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            seed=config.seed,
+            save_every=config.save_every,
+            log_every=config.log_every,
+            device=device,
+        ),
+        train_dataset=TrainingOrder(split.train, config.batch_size, config.steps, config.seed),
+        data_collator=collator,
+        probabilities=probabilities,
+        mask_id=tokenizer.mask_token_id,
+        sequential=True,
+    )
+    seconds = fit(trainer, say, last_checkpoint(partial) if config.resume else None, "Training")
+    after = held_out_loss()
+    if not math.isfinite(after):
+        raise VocabdistilError("--lr: the training diverged, the held-out loss is not finite; try a smaller one")
+    final = partial / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    model.to("cpu").save_pretrained(final)
+    save_tokenizer(tokenizer, final)
+    metrics = {"held_out_mlm": {"before": record["before"], "after": after}, "train_seconds": round(seconds, 1)}
+    write_json(final / "metrics.json", metrics)
+    move_into_place(final, Path(config.out))
+    shutil.rmtree(partial)
+    say.print(f"Held-out MLM loss {record['before']:.3f} -> {after:.3f}. The teacher is in {config.out}")
+    return Path(config.out)

@@ -1,0 +1,349 @@
+"""Long runs: everything random follows from (seed, step), a signal saves a checkpoint, a folder appears when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..core.console import Reporter
+from ..core.errors import VocabdistilError, need
+from ..core.seeds import mix_seed
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "Interrupted",
+    "SeededTrainer",
+    "TrainingOrder",
+    "fit",
+    "keep_inputs",
+    "last_checkpoint",
+    "move_into_place",
+    "open_partial",
+    "training_arguments",
+]
+
+RUN_FILE = "run.json"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on a signal after it saved a checkpoint; the text says how to go on."""
+
+
+class TrainingOrder(Dataset):
+    """A whole run's texts in the order in which they are read: one item per text and epoch.
+
+    Every epoch is a fresh permutation. Texts of similar length share a batch, drawn from windows of 32 batches, so
+    that little padding is computed. As the order of the run is one sequence, continuing it means skipping items.
+    """
+
+    def __init__(self, texts: Sequence[str], batch_size: int, steps: int, seed: int) -> None:
+        self.texts = texts
+        lengths = torch.tensor([len(text) for text in texts])
+        generator = torch.Generator().manual_seed(seed)
+        order: list[Tensor] = []
+        while sum(map(len, order)) < steps * batch_size:
+            order.append(torch.randperm(len(texts), generator=generator))
+        indices = torch.cat(order)[: steps * batch_size]
+        window = 32 * batch_size
+        batches: list[Tensor] = []
+        for start in range(0, len(indices), window):
+            part = indices[start : start + window]
+            part = part[lengths[part].argsort(stable=True)].view(-1, batch_size)
+            batches.append(part[torch.randperm(len(part), generator=generator)].flatten())
+        self.indices = torch.cat(batches).tolist()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict[str, str]:
+        return {"text": self.texts[self.indices[i]]}
+
+
+class SeededTrainer(Trainer):
+    """``transformers.Trainer`` that draws everything random in a step from the seed and the step's number.
+
+    Subclasses compute the loss with ``self.step_seed`` and report its parts with :meth:`note`.
+
+    Args:
+        sequential: the data set is in the order in which to read it (as :class:`TrainingOrder` is).
+    """
+
+    step_seed: int
+
+    def __init__(self, *args: Any, sequential: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sequential = sequential
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._micro = (-1, 0)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any):
+        if self._sequential:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        step, micro = self._micro
+        self._micro = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
+        number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro[1]
+        self.step_seed = mix_seed(self.args.seed, number)
+        torch.manual_seed(self.step_seed)
+        return super().training_step(model, *args, **kwargs)
+
+    def note(self, terms: dict[str, Tensor]) -> None:
+        """Adds the losses of one batch to the means that the next log entry shows."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._count += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._count and "loss" in logs:
+            logs.update({name: round(float(value) / self._count, 5) for name, value in self._sums.items()})
+            self._sums, self._count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The base class cannot save tied weights of a module that is no PreTrainedModel.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        plain = self.accelerator.unwrap_model(model or self.model)
+        load_model(plain, str(Path(resume_from_checkpoint) / "model.safetensors"))
+
+
+class _StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    warmup: float = 0.05,
+    weight_decay: float = 0.01,
+    save_every: int = 500,
+    log_every: int = 50,
+    bf16: bool = False,
+    device: torch.device | None = None,
+) -> TrainingArguments:
+    """AdamW with a linear warm-up and decay; checkpoints in ``folder``."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        warmup_steps=round(warmup * steps),
+        lr_scheduler_type="linear",
+        bf16=bf16,
+        seed=seed,
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=device is None or device.type == "cpu",
+    )
+
+
+def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: str = "Distilling") -> float:
+    """Trains to the end or to a signal, with a progress bar; returns the seconds that it took.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+    """
+    steps, stop = trainer.args.max_steps, _StopOnSignal()
+    # What the trainer prints of itself would break the progress bar.
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    with _ProgressCallback(say.console, steps, label) as progress, stop.installed():
+        trainer.add_callback(stop)
+        trainer.add_callback(progress)
+        done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < steps:
+        raise Interrupted(
+            f"interrupted at step {trainer.state.global_step} of {steps}; the same command with --resume continues"
+        )
+    return done.metrics.get("train_runtime", 0.0)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the trainer's state is what it writes last)."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
+    """Raises if ``out``, which ``--overwrite`` would replace, is or holds a file or folder that the run reads."""
+    for name in inputs:
+        path = Path(name).resolve()
+        if out.resolve() in (path, *path.parents):
+            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
+
+
+def open_partial(
+    out: Path, identity: dict[str, Any], resume: bool, overwrite: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Makes ``out.partial`` or, to resume, checks that it belongs to the same run; returns it and its record.
+
+    Args:
+        identity: what must not change between an interrupted run and its continuation, by the name of its option.
+
+    Raises:
+        VocabdistilError: ``out`` exists and is not to be replaced, or there is an interrupted run that was neither
+            to be resumed nor overwritten, or the run to resume is another one.
+    """
+    if not out.name:
+        raise VocabdistilError(f"--out: expected the name of a folder, got {out}")
+    if out.exists() and not overwrite:
+        raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
+    if out.exists() and not out.is_dir():
+        raise VocabdistilError(f"--out: {out} is not a folder")
+    partial = out.with_name(out.name + ".partial")
+    identity = json.loads(json.dumps(identity))
+    if partial.exists():
+        if resume:
+            try:
+                record = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise VocabdistilError(f"--resume: {partial} holds no run to continue") from None
+            for name, value in identity.items():
+                before = record.get("identity", {}).get(name)
+                if before != value:
+                    option = "--" + name.replace("_", "-")
+                    what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
+                    raise VocabdistilError(f"{option}: {what} the run that --resume would continue")
+            return partial, record
+        if not overwrite:
+            raise VocabdistilError(
+                f"--out: {partial} holds an interrupted run; --resume continues it, --overwrite starts anew"
+            )
+        shutil.rmtree(partial)
+    elif resume:
+        raise VocabdistilError(f"--resume: no interrupted run at {partial}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise VocabdistilError(f"--out: cannot make {partial}: {error.strerror}") from None
+    return partial, {"identity": identity}
+
+
+def move_into_place(final: Path, out: Path) -> None:
+    """Renames; an old folder steps aside first and is removed last."""
+    old = out.with_name(out.name + ".old.partial")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(out, old)
+    os.rename(final, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def need_run_options(config: object) -> None:
+    """What every training run asks of its options."""
+    for name in ("batch_size", "save_every", "log_every"):
+        need(getattr(config, name) > 0, name, "a number above 0", getattr(config, name))
+    # Two special tokens and one that can be masked.
+    need(config.max_length > 2, "max_length", "a number above 2", config.max_length)
+    for name in ("steps", "threads"):
+        value = getattr(config, name)
+        need(value is None or value > 0, name, "a number above 0", value)
+    need(0 < config.lr < float("inf"), "lr", "a number above 0", config.lr)
+    need(0 < config.held_out < 1, "held_out", "a share between 0 and 1", config.held_out)
+    need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
+    need(0 <= config.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", config.seed)
+
+
+_LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "logits_kl", "mlm")
+
+
+class _ProgressCallback(TrainerCallback):
+    """A bar with the losses on a terminal; elsewhere a line now and then; nothing if quiet."""
+
+    def __init__(self, console: Console | None, steps: int, label: str) -> None:
+        self.console, self.steps, self.label = console, steps, label
+        self.bar: Progress | None = None
+        self.every = max(1, steps // 20)
+        self.last = 0
+
+    def __enter__(self) -> _ProgressCallback:
+        if self.console is not None and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn(self.label),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=self.steps, losses="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _LOSSES if name in (logs or {}))
+        if not losses or self.console is None:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, losses=losses)
+        elif state.global_step - self.last >= self.every or state.global_step == self.steps:
+            self.last = state.global_step
+            self.console.print(f"step {state.global_step}/{self.steps}  {losses}", highlight=False)

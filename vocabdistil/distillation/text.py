@@ -1,0 +1,214 @@
+"""Text: reading it, and holding some of it out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import VocabdistilError
+
+__all__ = ["GivenTexts", "Sample", "TextFiles", "TextSource", "TextSplit", "open_text", "read_text", "split_text"]
+
+# What a user may give as text: files, or texts themselves as strings or rows with a column "text".
+TextSource = str | os.PathLike | Iterable[Any]
+
+
+class TextFiles:
+    """The training examples of UTF-8 files, in order: read anew, a line at a time, whenever they are iterated over.
+
+    Args:
+        paths: text files.
+        unit: ``"line"``: every non-blank line is one example; ``"paragraph"``: lines are joined by a space until
+            a blank line. Examples are stripped, never empty.
+
+    Raises:
+        VocabdistilError: a file is missing or not a file; while reading: undecodable (with the offset of the first
+            bad byte), or holds nothing but white space.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike], unit: str = "line") -> None:
+        if unit not in ("line", "paragraph"):
+            raise VocabdistilError(f"--unit: expected 'line' or 'paragraph', got {unit!r}")
+        if not paths:
+            raise VocabdistilError("--text: expected at least one file")
+        self.paths, self.unit = [Path(path) for path in paths], unit
+        for path in self.paths:
+            if not path.exists():
+                raise VocabdistilError(f"--text: no such file: {path}")
+            if not path.is_file():
+                raise VocabdistilError(f"--text: not a file: {path}")
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            found = False
+            for example in self._examples(path):
+                found = True
+                yield example
+            if not found:
+                raise VocabdistilError(f"--text: {path} is empty")
+
+    def _examples(self, path: Path) -> Iterator[str]:
+        if self.unit == "line":
+            yield from filter(None, self._lines(path))
+            return
+        paragraph: list[str] = []
+        for line in chain(self._lines(path), [""]):
+            if line:
+                paragraph.append(line)
+            elif paragraph:
+                yield " ".join(paragraph)
+                paragraph = []
+
+    def _lines(self, path: Path) -> Iterator[str]:
+        offset = 0
+        try:
+            with open(path, "rb") as file:
+                for data in file:
+                    text = data.decode() if offset else data.decode().removeprefix("\ufeff")
+                    offset += len(data)
+                    # A line feed ends a line in any case; str knows other ends of lines too.
+                    for line in text.splitlines():
+                        yield line.strip()
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise VocabdistilError(
+                f"--text: {path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}"
+            ) from None
+        except OSError as error:
+            raise VocabdistilError(f"--text: cannot read {path}: {error.strerror}") from None
+
+
+class GivenTexts:
+    """Texts that are at hand: a list, a data set or another iterable of strings, or of rows with a column ``"text"``.
+
+    Examples are stripped, blank ones left out. An iterator, which can be read once only, is read into a list.
+
+    Raises:
+        VocabdistilError: something else among them (when it is reached), or nothing but white space.
+    """
+
+    def __init__(self, texts: Iterable[Any]) -> None:
+        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+
+    def __iter__(self) -> Iterator[str]:
+        found = False
+        for i, item in enumerate(self.texts):
+            text = item.get("text") if isinstance(item, Mapping) else item
+            if not isinstance(text, str):
+                raise VocabdistilError(
+                    f"--text: expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
+                )
+            if text := text.strip():
+                found = True
+                yield text
+        if not found:
+            raise VocabdistilError("--text: expected at least one text, got none")
+
+
+def _is_path(item: Any) -> bool:
+    """Whether an item of a list means a file: a path does, and a string without white space that looks like one."""
+    if isinstance(item, os.PathLike):
+        return True
+    if not isinstance(item, str) or not item or len(item) > 4096 or "\n" in item or "\0" in item:
+        return False
+    return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or bool(Path(item).suffix[1:].isalnum())))
+
+
+def open_text(text: TextSource, unit: str = "line") -> TextFiles | GivenTexts:
+    """Text to read as often as one likes.
+
+    Args:
+        text: a file or a list of files; or texts: a list, a data set or another iterable of strings, or of rows with a
+            column ``"text"``. Strings that all name files are files.
+        unit: what one example of a file is, see :class:`TextFiles`.
+
+    Raises:
+        VocabdistilError: see :class:`TextFiles` and :class:`GivenTexts`.
+    """
+    if isinstance(text, (str, os.PathLike)):
+        return TextFiles([text], unit)
+    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+        raise VocabdistilError(f"--text: expected files or a list of texts, got {type(text).__name__}")
+    if isinstance(text, (list, tuple)) and all(map(_is_path, text)):
+        return TextFiles(text, unit)
+    return GivenTexts(text)
+
+
+class Sample:
+    """Hands texts on and keeps some of them: each is kept with the same probability (Vitter, 1985, algorithm R).
+
+    Args:
+        texts: read when this is iterated over.
+        count: how many to keep at most.
+        seed: of the draw.
+
+    Attributes:
+        kept: the texts kept so far, distinct.
+        seen: how many were handed on.
+        digest: identifies them.
+    """
+
+    def __init__(self, texts: Iterable[str], count: int, seed: int) -> None:
+        self.texts, self.count = texts, count
+        self.kept: list[str] = []
+        self.seen, self._draw, self._hash = 0, random.Random(seed), hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.seen += 1
+            self._hash.update(text.encode() + b"\n")
+            place = self.seen - 1 if len(self.kept) < self.count else self._draw.randrange(self.seen)
+            if place < self.count and text not in self.kept:
+                self.kept[place : place + 1] = [text]
+            yield text
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def read_text(paths: Sequence[str | os.PathLike], unit: str = "line") -> list[str]:
+    """All of :class:`TextFiles` at once."""
+    return list(TextFiles(paths, unit))
+
+
+@dataclass
+class TextSplit:
+    """Training and held-out examples; ``digest`` identifies the text that they came from."""
+
+    train: list[str]
+    held_out: list[str]
+    digest: str
+
+
+def split_text(examples: Sequence[str], fraction: float, seed: int, minimum: int = 8) -> TextSplit:
+    """Draws the held-out examples without replacement; the same arguments give the same split.
+
+    An example whose text also occurs on the other side is taken out of the held-out side, so that repeated lines
+    ("First Citizen:") are not scored as unseen text.
+
+    Raises:
+        VocabdistilError: too little text to hold out ``minimum`` distinct examples and train on the rest.
+    """
+    if not 0 < fraction < 1:
+        raise VocabdistilError(f"--held-out: expected a fraction between 0 and 1, got {fraction}")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[: round(len(examples) * fraction)])
+    train = [text for i, text in enumerate(examples) if i not in chosen]
+    seen = set(train)
+    held_out = list(dict.fromkeys(text for i, text in enumerate(examples) if i in chosen and text not in seen))
+    if len(held_out) < minimum or len(train) < minimum:
+        raise VocabdistilError(
+            f"--text: too little text: {len(examples)} examples leave {len(train)} for training and "
+            f"{len(held_out)} distinct held-out ones; at least {minimum} of each are needed"
+        )
+    digest = hashlib.sha256("\n".join(examples).encode()).hexdigest()
+    return TextSplit(train, held_out, digest)

@@ -1,0 +1,222 @@
+"""What people see: progress, tables, CPU times, the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from ..alignment.families import backend_of
+from ..alignment.picture import readable
+
+if TYPE_CHECKING:
+    from ..alignment.coverage import Coverage, CoverageReport
+
+__all__ = [
+    "coverage_tables",
+    "model_card",
+]
+
+_HELD_OUT = (
+    ("kl_reduce", "span KL, reduce input", "lower"),
+    ("kl_own", "span KL, own tokenization", "lower"),
+    ("mlm", "MLM loss", "lower"),
+    ("masked_accuracy", "masked-token accuracy", "higher"),
+    ("pseudo_perplexity", "pseudo-perplexity per character", "lower"),
+    ("logits_kl", "logits KL, same words masked", "lower"),
+    ("label", "label loyalty, same words masked", "higher"),
+    ("probability", "probability loyalty, same words masked", "higher"),
+    ("cosine", "cosine of pooled embeddings", "higher"),
+    ("pearson", "regression loyalty, Pearson", "higher"),
+    ("spearman", "regression loyalty, Spearman", "higher"),
+)
+
+
+def _held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Label, before, after and which is better, of what was measured."""
+    rows = []
+    for key, label, better in _HELD_OUT:
+        if key in metrics["after"]:
+            known = [v for v in metrics["teacher_pseudo_perplexity"] if v is not None]
+            if key == "pseudo_perplexity" and known:
+                label += f" (teacher {', '.join(map(_number, known))})"
+            rows.append((label, _number(metrics["before"][key]), _number(metrics["after"][key]), better))
+    return rows
+
+
+# ---------------------------------------------------------------- sizes and times
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _share(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> list[Table]:
+    """The vocabularies and their text, and a column for every alignment; names and tokenizers of both sides."""
+    title = f"{Path(names[0]).name} and {Path(names[1]).name} ({report.texts:,} texts)"
+    vocabularies = Table(title=escape(title), title_justify="left")
+    for column in ("", "teacher", "student"):
+        vocabularies.add_column(column, justify="right" if column else "left")
+    for label, *values in (
+        ("vocabulary", f"{report.teacher_vocab:,}", f"{report.student_vocab:,}"),
+        (
+            "in both",
+            *(f"{report.matched_vocab:,} ({report.matched_vocab / max(size, 1):.1%})"
+              for size in (report.teacher_vocab, report.student_vocab)),
+        ),
+        ("tokens of the text", f"{report.teacher_tokens:,}", f"{report.student_tokens:,}"),
+        (
+            "of them in both vocabularies",
+            _share(report.matched_tokens),
+            _share(report.student_matched / max(report.student_tokens, 1)),
+        ),
+        ("of them unknown", _share(report.unk_rate_teacher, 3), _share(report.unk_rate_own, 3)),
+    ):  # fmt: skip
+        vocabularies.add_row(label, *values)
+    alignments = Table(title="Alignments", title_justify="left")
+    for column in ("", *report.methods):
+        alignments.add_column(column, justify="right" if column else "left")
+    rows: tuple[tuple[str, Callable[[Coverage], str]], ...] = (
+        ("span pairs", lambda c: f"{c.pairs:,}"),
+        ("of them 1:1", lambda c: _share(c.one_to_one)),
+        ("teacher tokens in pairs", lambda c: _share(c.teacher_covered)),
+        ("teacher tokens in 1:1 pairs", lambda c: _share(c.teacher_one_to_one)),
+        ("student tokens in pairs", lambda c: _share(c.student_covered)),
+        ("student tokens in 1:1 pairs", lambda c: _share(c.student_one_to_one)),
+        ("teacher tokens in a pair", lambda c: f"{c.teacher_span:.3f}"),
+        ("student tokens in a pair", lambda c: f"{c.student_span:.3f}"),
+        ("text in pairs, bytes", lambda c: _share(c.covered_text)),
+        ("student tokens unknown", lambda c: _share(c.student_unknown_rate, 3)),
+        ("teacher tokens left out", lambda c: _examples(c.teacher_examples, tokenizers[0])),
+        ("student tokens left out", lambda c: _examples(c.student_examples, tokenizers[1])),
+    )
+    for label, show in rows:
+        alignments.add_row(label, *(show(found) for found in report.methods.values()))
+    if report.reduce_equals_own is not None:
+        alignments.caption = f"reduce segments {report.reduce_equals_own:.1%} of the texts as the student does"
+        if _lowers(tokenizers[1], "student") and not _lowers(tokenizers[0], "teacher"):
+            alignments.caption += ", and keeps the teacher's upper case, which the student's tokenizer lowers"
+    return [vocabularies, alignments]
+
+
+def _lowers(tokenizer: Any, name: str) -> bool:
+    """Whether a tokenizer makes upper case lower."""
+    normalizer = backend_of(tokenizer, name).normalizer
+    return normalizer is not None and "A" not in normalizer.normalize_str("A")
+
+
+def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:
+    return "\n".join(f"{escape(readable(tokenizer, token))} {count:,}" for token, count in examples[:5])
+
+
+def loyalty_table(found: dict[str, dict[str, float]], texts: int) -> Table:
+    """A row for every student: how far it agrees with the teacher."""
+    table = Table(title=f"Loyalty ({texts} texts)", title_justify="left")
+    columns = {
+        "pearson": "embeddings: Pearson", "spearman": "Spearman", "label": "masked words: label",
+        "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
+    }  # fmt: skip
+    table.add_column("student")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for name, row in found.items():
+        cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
+        if "teacher_pseudo_perplexity" in row:
+            cells[-1] += f" ({row['teacher_pseudo_perplexity']:.4f})"
+        table.add_row(Path(name).name, *cells)
+    return table
+
+
+def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
+    """A row for every model; the first is the yardstick."""
+    title = f"CPU, batch {batch}, <= {length} tokens, {torch.get_num_threads()} threads"
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "parameters, M", "vocabulary", "MB", "tokens", "s", "faster"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(
+            Path(row["model"]).name,
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['vocab']:,}",
+            f"{row['mb']:.1f}",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.4f}",
+            f"{rows[0]['seconds'] / row['seconds']:.1f}x",
+        )
+    return table
+
+
+def result_tables(metrics: dict[str, Any]) -> list[Table]:
+    """Sizes of teacher and student, and the student on held-out text before and after training."""
+    models = metrics["models"]
+    sizes = Table(title="Teacher and student", title_justify="left")
+    for column in ("", "teacher", "student", "ratio"):
+        sizes.add_column(column, justify="left" if not column else "right")
+    teacher, student = models["teacher"], models["student"]
+    for label, key, form in (
+        ("parameters, M", "parameters", lambda v: f"{v / 1e6:.2f}"),
+        ("vocabulary, tokens", "vocab", lambda v: f"{v:,}"),
+        ("size, MB", "mb", lambda v: f"{v:.1f}"),
+        (
+            f"CPU s, batch {models['time_batch']}, <= {models['time_length']} tokens, {models['threads']} threads",
+            "seconds",
+            lambda v: f"{v:.3f}",
+        ),
+    ):
+        sizes.add_row(label, form(teacher[key]), form(student[key]), f"{teacher[key] / student[key]:.1f}x")
+    changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
+    for column in ("", "untrained", "trained", "better is"):
+        changes.add_column(column, justify="left" if column in ("", "better is") else "right")
+    for row in _held_out_rows(metrics):
+        changes.add_row(*row)
+    return [sizes, changes]
+
+
+def model_card(name: str, metrics: dict[str, Any]) -> str:
+    """``README.md`` of the student's folder, which is called ``name``."""
+    teacher, student = metrics["models"]["teacher"], metrics["models"]["student"]
+    names = ", ".join(f"`{Path(name).name}`" for name in metrics["teacher"])
+    rows = "\n".join(f"| {' | '.join(row[:3])} |" for row in _held_out_rows(metrics))
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [distillation, vocabdistil]
+---
+
+# {name}
+
+A DistilBERT ({metrics["architecture"]["layers"]} layers, width {metrics["architecture"]["dim"]}) with \
+{student["vocab"]:,} tokens, distilled by vocabdistil from {names} ({teacher["vocab"]:,} tokens).
+
+| | parameters, M | vocabulary | MB | CPU s (batch {metrics["models"]["time_batch"]}, \
+up to {metrics["models"]["time_length"]} tokens) |
+| --- | --- | --- | --- | --- |
+| teacher | {teacher["parameters"] / 1e6:.2f} | {teacher["vocab"]:,} | {teacher["mb"]:.1f} | {teacher["seconds"]:.3f} |
+| student | {student["parameters"] / 1e6:.2f} | {student["vocab"]:,} | {student["mb"]:.1f} | {student["seconds"]:.3f} |
+
+Held-out text ({metrics["held_out_texts"]} texts):
+
+| | untrained | trained |
+| --- | --- | --- |
+{rows}
+
+```python
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}")
+```
+
+`projection.safetensors`, if there, maps the student's hidden states to the teacher's width (`[D_t, D_s]`);
+`remap.vdrt` maps the teacher's tokens to the student's; `metrics.json` and `training_log.jsonl` have all figures.
+"""

@@ -1,0 +1,110 @@
+"""Sizes of models, and how long they take on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..alignment.families import encode
+from ..core.errors import VocabdistilError
+
+if TYPE_CHECKING:
+    from ..models.teachers import Teacher
+
+__all__ = ["bench_models", "compare_models", "cpu_time", "describe_model", "timing_texts"]
+
+
+def describe_model(model: nn.Module, vocab_size: int) -> dict[str, int | float]:
+    """``parameters`` (tied ones once), ``vocab`` (tokens), ``mb`` (10^6 bytes of the weights)."""
+    parameters = {p.data_ptr(): p for p in model.parameters()}.values()
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "vocab": vocab_size,
+        "mb": round(sum(p.numel() * p.element_size() for p in parameters) / 1e6, 2),
+    }
+
+
+def timing_texts(texts: Sequence[str], tokenizers: Sequence[Any], batch: int, length: int) -> list[str]:
+    """``batch`` texts that every tokenizer reads in at most ``length`` tokens, as long as they can be.
+
+    Texts are joined by spaces, from the first on and around again if there are too few, then cut at a word.
+    """
+    made, position = [], 0
+    for _ in range(batch):
+        words: list[str] = []
+        # A word is a token at least, so this many are enough.
+        while len(words) < length:
+            words += texts[position % len(texts)].split()
+            position += 1
+        low, high = 1, min(len(words), length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            text = " ".join(words[:middle])
+            fits = all(len(encode(tokenizer, [text], "tokenizer")[0]) <= length for tokenizer in tokenizers)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        made.append(" ".join(words[:low]))
+    return made
+
+
+@torch.no_grad()
+def cpu_time(model: nn.Module, tokenizer: Any, texts: Sequence[str], repeats: int = 3) -> dict[str, float | int]:
+    """Seconds of one forward pass over ``texts`` as one batch, tokenizing left out: median, and the token count."""
+    rows = encode(tokenizer, list(texts), "tokenizer")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+        mask[b, : len(row)] = 1
+    device = next(model.parameters()).device
+    model.to("cpu").eval()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        model(input_ids=ids, attention_mask=mask)
+        seconds.append(time.perf_counter() - start)
+    model.to(device)
+    return {"seconds": round(statistics.median(seconds[1:]), 4), "tokens": int(mask.sum())}
+
+
+def compare_models(
+    teacher: Teacher, student: nn.Module, tokenizer: Any, texts: Sequence[str], batch: int, length: int
+) -> dict[str, Any]:
+    """Sizes of teacher and student, and the CPU time of their bodies on the same text, each with its own tokenizer."""
+    length = min(length, teacher.max_positions, student.config.max_position_embeddings)
+    texts = timing_texts(texts, [teacher.tokenizer, tokenizer], batch, length)
+    rows = {
+        "teacher": describe_model(teacher.whole, len(teacher.tokenizer))
+        | cpu_time(teacher.model, teacher.tokenizer, texts),
+        "student": describe_model(student, len(tokenizer)) | cpu_time(student.distilbert, tokenizer, texts),
+    }
+    return {
+        **rows,
+        "time_batch": batch,
+        "time_length": length,
+        "threads": torch.get_num_threads(),
+        "compression": round(rows["teacher"]["mb"] / rows["student"]["mb"], 2),
+        "speedup": round(rows["teacher"]["seconds"] / rows["student"]["seconds"], 2),
+    }
+
+
+def bench_models(models: Sequence[Teacher], texts: Sequence[str], batch: int, length: int) -> list[dict[str, Any]]:
+    """One row per model: name, ``describe_model``, ``cpu_time`` on the same texts with its own tokenizer.
+
+    Raises:
+        VocabdistilError: a model cannot read ``length`` tokens.
+    """
+    for model in models:
+        if model.max_positions < length:
+            raise VocabdistilError(f"--length: {model.name} reads at most {model.max_positions} tokens, got {length}")
+    texts = timing_texts(texts, [model.tokenizer for model in models], batch, length)
+    return [
+        {"model": model.name, **describe_model(model.model, len(model.tokenizer))}
+        | cpu_time(model.model, model.tokenizer, texts)
+        for model in models
+    ]

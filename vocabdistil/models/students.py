@@ -1,0 +1,235 @@
+"""Students: DistilBERT architectures by name, and their initialisation from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..alignment.remap import RemapTable
+from .architectures import ARCHITECTURES, Architecture, first_position
+from .bodies import choose_layers
+from .teachers import Teacher
+
+__all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes", "remap_rows"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A student architecture.
+
+    Attributes:
+        layers, dim, heads, ffn: transformer layers, hidden width, attention heads, width of the feed-forward layer.
+        vocab_size: tokens, if the user does not say.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    ffn: int
+    vocab_size: int
+
+
+# The architectures of distilrubert-{base,small,tiny-v1,tiny-5k} (model cards, arXiv 2205.02340).
+PRESETS = {
+    "base": Preset(6, 768, 12, 3072, 31000),
+    "small": Preset(2, 768, 12, 3072, 31000),
+    "tiny": Preset(3, 264, 12, 792, 31000),
+    "tiny-5k": Preset(3, 264, 12, 792, 5000),
+}
+
+
+def build_student(
+    preset: Preset, tokenizer: PreTrainedTokenizerBase, max_positions: int = 512, seed: int = 0
+) -> DistilBertForMaskedLM:
+    """A student with fresh weights: input and output embeddings tied, the same weights for the same seed.
+
+    Args:
+        tokenizer: gives the vocabulary size and the id of the padding.
+    """
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max_positions,
+        n_layers=preset.layers,
+        n_heads=preset.heads,
+        dim=preset.dim,
+        hidden_dim=preset.ffn,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DistilBertForMaskedLM(config)
+
+
+def principal_axes(embedding: Tensor, dim: int) -> Tensor:
+    """The ``dim`` leading right singular vectors of an embedding.
+
+    Computed in float64 from ``E^T E``, and each turned so that its largest component is positive: the same on every
+    run. A width above ``D`` is filled with zero columns.
+
+    Args:
+        embedding: ``[V, D]``.
+
+    Returns:
+        ``[D, dim]`` float32, orthonormal columns.
+    """
+    e = embedding.detach().to("cpu", torch.float64)
+    axes = torch.linalg.eigh(e.T @ e).eigenvectors.flip(1)[:, :dim]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    axes = axes * torch.where(largest < 0, -1.0, 1.0)
+    return nn.functional.pad(axes, (0, dim - axes.shape[1])).float()
+
+
+def _row_means(table: RemapTable, embedding: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """For each student token the mean embedding of the teacher tokens whose row holds it, and how many there are.
+
+    UNK and padding rows are holes in the table rather than segmentations; special tokens are set by role afterwards.
+    """
+    length = (table.indptr[1:] - table.indptr[:-1]).long()
+    teacher = torch.repeat_interleave(torch.arange(len(table)), length)
+    student = table.ids.long()
+    # A piece that a token holds twice still counts once: the mean is over tokens.
+    pairs = torch.unique(student * len(table) + teacher)
+    student, teacher = pairs // len(table), pairs % len(table)
+    inside = teacher < embedding.shape[0]
+    student, teacher = student[inside], teacher[inside]
+    sums = torch.zeros(vocab_size, embedding.shape[1], dtype=torch.float64)
+    sums.index_add_(0, student, embedding.double()[teacher])
+    counts = torch.bincount(student, minlength=vocab_size)
+    return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
+
+
+def remap_rows(
+    table: RemapTable, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, seed: int = 0
+) -> Callable[[Tensor], Tensor]:
+    """Rows for the student's tokens: for each the mean over the teacher tokens whose row of the table holds it.
+
+    A special token takes the row of the teacher's token of the same role. A token that is in no row takes the mean
+    of all rows plus noise of a tenth of their standard deviation.
+
+    Returns:
+        ``[V_t, D]`` -> ``[V_s, D]``, float32.
+    """
+
+    def rows(matrix: Tensor) -> Tensor:
+        source = matrix.detach().float().cpu()
+        made, counts = _row_means(table, source, len(student))
+        covered = counts > 0
+        for role in ("pad", "unk", "cls", "sep", "mask"):
+            from_id, to_id = (getattr(side, f"{role}_token_id") for side in (teacher, student))
+            if from_id is not None and to_id is not None:
+                made[to_id] = source[from_id]
+                covered[to_id] = True
+        if not bool(covered.all()):
+            noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed))
+            known = made[covered]
+            made[~covered] = (known.mean(0) + 0.1 * known.std(0) * noise)[~covered]
+        return made
+
+    return rows
+
+
+def _widened(row: Architecture | None, body: PreTrainedModel, x: Tensor, bias: bool = False) -> Tensor:
+    """Rows as wide as the teacher's embeddings, in its hidden width."""
+    widen = row.widening(body) if row else None
+    if widen is None:
+        return x
+    made = x @ widen.weight.detach().float().cpu().T
+    return made + widen.bias.detach().float().cpu() if bias else made
+
+
+def _known_positions(row: Architecture | None, body: PreTrainedModel) -> Tensor | None:
+    """The teacher's positions ``[P, D]`` from the first that a token takes, with token type 0; None without a table."""
+    table = row.part_of_embeddings(body, "positions") if row else None
+    if not isinstance(table, nn.Embedding):
+        return None
+    known = table.weight.detach().float().cpu()[first_position(body) :]
+    types = row.part_of_embeddings(body, "types")
+    if types is not None:
+        known = known + types.weight.detach().float().cpu()[0]
+    return _widened(row, body, known, bias=True)
+
+
+def _copy_modules(source: nn.Module, target: nn.Module, names: dict[str, str]) -> None:
+    for theirs, ours in names.items():
+        target.get_submodule(ours).load_state_dict(source.get_submodule(theirs).state_dict())
+
+
+def _copy_layers(student: DistilBertForMaskedLM, teacher: Teacher, row: Architecture) -> list[int]:
+    """Copies the teacher's layers if they are of DistilBERT's kind and shape; returns which, in the student's order."""
+    fields, config = row.fields, teacher.model.config
+    theirs = [getattr(config, name) for name in (fields.dim, fields.heads, fields.ffn)]
+    if row.parts is None or theirs != [student.config.dim, student.config.n_heads, student.config.hidden_dim]:
+        return []
+    chosen = choose_layers(teacher.num_layers, min(student.config.n_layers, teacher.num_layers))
+    names = dict(zip(row.parts, ARCHITECTURES["distilbert"].parts, strict=True))
+    layers = teacher.model.get_submodule(row.layers)
+    for block, index in zip(student.distilbert.transformer.layer, chosen, strict=False):
+        source = layers[index * len(layers) // teacher.num_layers if row.shared else index]
+        _copy_modules(source, block, names)
+    return chosen
+
+
+@torch.no_grad()
+def initialise_from_teacher(
+    student: DistilBertForMaskedLM, teacher: Teacher, rows: Callable[[Tensor], Tensor]
+) -> dict[str, object]:
+    """Gives the student what the teacher knows and the student has room for.
+
+    * Token embedding: ``rows`` of the teacher's, through the teacher's own map to its hidden width where its
+      embedding is narrower (ALBERT, ELECTRA), then projected on its own leading principal axes if the student's
+      width is another.
+    * Positions: the teacher's, with its embedding of token type 0 added (DistilBERT has no types), likewise.
+    * Layers, the embeddings' LayerNorm and the MLM head: copied if they are of the same kind and widths, heads and
+      feed-forward widths are equal, layer by layer as :func:`choose_layers` says; otherwise they keep their fresh
+      weights.
+
+    Args:
+        rows: ``[V_t, D]`` -> ``[V_s, D]``: rows for the student's tokens out of rows for the teacher's.
+
+    Returns:
+        What was done: ``embedding`` (``"copied"`` or ``"projected"``), ``positions`` (how many), ``copied_layers``,
+        ``head`` (whether it was copied).
+    """
+    width, row, body = student.config.dim, teacher.architecture, teacher.model
+    source = _widened(row, body, body.get_input_embeddings().weight.detach().float().cpu())
+    axes = None if source.shape[1] == width else principal_axes(source, width)
+
+    def fit(x: Tensor) -> Tensor:
+        return x if axes is None else x @ axes
+
+    target = student.distilbert.embeddings
+    target.word_embeddings.weight.copy_(fit(rows(source)))
+    known = _known_positions(row, body)
+    count = 0 if known is None else min(len(known), target.position_embeddings.num_embeddings)
+    if known is not None:
+        target.position_embeddings.weight[:count] = fit(known[:count])
+
+    copied = _copy_layers(student, teacher, row) if row and axes is None else []
+    norm = row.part_of_embeddings(body, "norm") if row and copied else None
+    if norm is not None and norm.weight.shape == target.LayerNorm.weight.shape:
+        target.LayerNorm.load_state_dict(norm.state_dict())
+    return {
+        "embedding": "copied" if axes is None else "projected",
+        "positions": count,
+        "copied_layers": copied,
+        "head": bool(copied) and _copy_head(student, teacher, rows),
+    }
+
+
+def _copy_head(student: DistilBertForMaskedLM, teacher: Teacher, rows: Callable[[Tensor], Tensor]) -> bool:
+    """Copies the MLM head if there is one as wide as the body; returns whether it did."""
+    row = teacher.architecture
+    if teacher.masked_lm is None or row is None or row.head is None:
+        return False
+    dense, norm = row.head
+    if teacher.masked_lm.get_submodule(dense).weight.shape != student.vocab_transform.weight.shape:
+        return False
+    _copy_modules(teacher.masked_lm, student, {dense: "vocab_transform", norm: "vocab_layer_norm"})
+    _, bias = teacher.output_layer
+    if bias is not None:
+        student.vocab_projector.bias.copy_(rows(bias.detach().float().cpu()[:, None])[:, 0])
+    return True

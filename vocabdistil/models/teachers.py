@@ -1,0 +1,350 @@
+"""Teachers: loading one with its tokenizer and, where it has one, its MLM head; reading what it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+)
+
+from ..core.errors import VocabdistilError
+from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
+
+__all__ = ["Reading", "Teacher", "load_teacher", "load_tokenizer"]
+
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
+# Tokenizers of models without a limit say a number like 1e30.
+_NO_LIMIT = 10**6
+
+
+class Reading(NamedTuple):
+    """What a model computed of a batch.
+
+    Attributes:
+        layers: hidden states ``[B, L, D]``: the last layer's alone, or of the embedding and every layer.
+        head: ``[B, L, E]``, what the model's output layer would be given; None if it was not asked for.
+    """
+
+    layers: list[Tensor]
+    head: Tensor | None = None
+
+
+@dataclass
+class Teacher:
+    """A frozen model, and its tokenizer.
+
+    Attributes:
+        name: the folder or name that it was loaded from.
+        model: the body, in evaluation mode, without gradients.
+        tokenizer: a fast tokenizer.
+        masked_lm: the body with its MLM head, or None.
+        headless: why there is no head; empty if there is one.
+        prompt: what the model expects before every text; whoever encodes texts puts it there.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    masked_lm: PreTrainedModel | None = None
+    headless: str = ""
+    prompt: str = ""
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """Where the model keeps its parts; None for custom code."""
+        return architecture_of(self.model.config)
+
+    @property
+    def whole(self) -> PreTrainedModel:
+        """The model with its head, if it has one."""
+        return self.model if self.masked_lm is None else self.masked_lm
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the model can read, or that it has learned to if nothing ends at a number."""
+        row = self.architecture
+        table = row.part_of_embeddings(self.model, "positions") if row else None
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - first_position(self.model)
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        return next((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), 512)
+
+    @property
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V, E]`` and bias ``[V]`` or None: ``logits = head weight^T + bias``."""
+        layer = self.whole.get_output_embeddings()
+        return layer.weight, getattr(layer, "bias", None)
+
+    @torch.no_grad()
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False, head: bool = False
+    ) -> Reading:
+        """Runs the model once; see :class:`Reading`.
+
+        Args:
+            input_ids, attention_mask: ``[B, L]`` on the model's device.
+            all_layers: every layer's hidden states.
+            head: what the output layer would be given, too; no logits are computed.
+
+        Raises:
+            VocabdistilError: a token's hidden state is NaN or infinite.
+        """
+        inputs = _inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
+        if head:
+            out, before_output = _run_to_output_layer(self.whole, inputs)
+        else:
+            out, before_output = self.model(**inputs), None
+        if not bool((out.last_hidden_state.isfinite().all(-1) | (attention_mask == 0)).all()):
+            raise VocabdistilError(f"--teacher: {self.name} gives NaN or infinite hidden states")
+        return Reading(list(out.hidden_states) if all_layers else [out.last_hidden_state], before_output)
+
+
+def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What a forward pass takes: with types 0 where the model tells types of tokens apart."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    if types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(input_ids)
+    return inputs
+
+
+def _run_to_output_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """The body's output, and what the head gives to the output layer, whichever way the architecture builds it.
+
+    A single position goes on through the output layer: the product with the whole vocabulary is what costs.
+    """
+    body: list[Any] = []
+    head: list[Tensor] = []
+
+    def keep_body(module: nn.Module, args: Any, out: Any) -> None:
+        body.append(out)
+
+    def keep_head(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        head.append(args[0])
+        return (args[0][(slice(1),) * (args[0].dim() - 1)], *args[1:])
+
+    hooks = (
+        model.base_model.register_forward_hook(keep_body),
+        model.get_output_embeddings().register_forward_pre_hook(keep_head),
+    )
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not (body and head):
+        raise LookupError("it does not go through its output layer")
+    return body[0], head[0]
+
+
+def _check_source(source: str | os.PathLike, argument: str) -> str:
+    """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise VocabdistilError(f"{argument}: expected a model folder, got the file {name}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise VocabdistilError(f"{argument}: no such folder: {name}")
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
+    """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
+    if "trust_remote_code" in str(error):
+        return VocabdistilError(f"{argument}: {name} needs code of its own to load {what}; --trust-remote-code runs it")
+    return VocabdistilError(f"{argument}: cannot load {what} from {name}: {_first_line(error)}")
+
+
+def load_tokenizer(
+    source: str | os.PathLike, argument: str = "--teacher", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder or of a model's name.
+
+    Raises:
+        VocabdistilError: no such folder, no tokenizer in it, a slow one, or one with code of its own that
+            ``trust_remote_code`` does not allow to run.
+    """
+    source = _check_source(source, argument)
+    if Path(source).is_dir():
+        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
+        if not any((Path(source) / name).exists() for name in files):
+            raise VocabdistilError(f"{argument}: no tokenizer in {source}")
+    try:
+        # False rather than the default: that asks a question at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("a tokenizer", source, argument, error) from None
+    if not tokenizer.is_fast:
+        raise VocabdistilError(
+            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
+            "a fast one (tokenizer.json) is needed"
+        )
+    return tokenizer
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without the advice to train the weights that a checkpoint lacks."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _load_masked_lm(source: str, trust_remote_code: bool) -> tuple[PreTrainedModel | None, list[str], str]:
+    """The model with its MLM head and the body's tensors that the checkpoint lacks, or why it has no head."""
+    try:
+        with _quiet_loading():
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                source, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+    except _LOADING_ERRORS as error:
+        if "configuration class" in str(error):
+            return None, [], "its architecture has none"
+        return None, [], _first_line(error)
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(body))
+    if missing:
+        return None, [], f"the checkpoint has no {missing[0]}"
+    return model, sorted(info["missing_keys"]), ""
+
+
+def _load_body(source: str, class_name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The model without a head, without its pooler if the checkpoint has none, and what else the checkpoint lacks."""
+    auto = getattr(transformers, class_name) if class_name else AutoModel
+    # Only the Auto classes know the argument.
+    options = {} if class_name else {"trust_remote_code": trust_remote_code}
+    with _quiet_loading():
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    without_pooler = [key for key in missing if not key.startswith("pooler.")]
+    if len(without_pooler) < len(missing):
+        model.pooler = None
+    return model, without_pooler
+
+
+@torch.no_grad()
+def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why the head cannot be used, found by a trial on four tokens; empty if it can."""
+    layer = model.get_output_embeddings()
+    if model.base_model is model or layer is None:
+        return "it has no output layer of its own"
+    if tokenizer.mask_token_id is None:
+        return "its tokenizer has no mask_token"
+    if len(layer.weight) <= _largest_id(tokenizer):
+        return f"its output layer has {len(layer.weight)} rows for ids up to {_largest_id(tokenizer)}"
+    ids = torch.arange(4)[None] % len(layer.weight)
+    inputs = _inputs(model.base_model, ids, torch.ones_like(ids))
+    try:
+        _, head = _run_to_output_layer(model, inputs)
+        ours, theirs = nn.functional.linear(head, layer.weight, getattr(layer, "bias", None)), model(**inputs).logits
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        return f"it cannot be read: {_first_line(error)}"
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+        return "its logits are not those of its output layer alone"
+    return ""
+
+
+def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
+    """The configuration of an encoder of the table, or of custom code if that may run.
+
+    Raises:
+        VocabdistilError: there is none, or it is of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("a model", source, argument, error) from None
+    custom = bool(getattr(config, "auto_map", None))
+    if architecture_of(config) is None and not (custom and trust_remote_code):
+        expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
+        raise VocabdistilError(f"{argument}: {source} has model_type {config.model_type!r}; {expected}")
+    return config
+
+
+def load_teacher(
+    source: str | os.PathLike,
+    argument: str = "--teacher",
+    head: bool = True,
+    prompt: str = "",
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Loads a teacher in float32, frozen, for evaluation.
+
+    An MLM head counts only if all its weights are in the checkpoint (``transformers`` would draw them at random)
+    and its logits are ``h W^T + b`` of the model's output embeddings.
+
+    Args:
+        source: a folder or a model's name on the Hugging Face Hub.
+        argument: what an error names.
+        head: look for an MLM head; else load the body alone.
+        prompt: what the model expects before every text.
+        trust_remote_code: run code that comes with the model, and take models that only such code can read.
+
+    Raises:
+        VocabdistilError: no such folder, no encoder of a known architecture or no fast tokenizer in it, weights of
+            the body that are not there, a tokenizer with ids beyond the model's embeddings, or code of its own that
+            ``trust_remote_code`` does not allow to run.
+    """
+    name = os.fspath(source)
+    tokenizer = load_tokenizer(source, argument, trust_remote_code)
+    path = _check_source(source, argument)
+    row = architecture_of(_load_config(path, argument, trust_remote_code))
+    masked_lm, missing, headless = None, [], "it was not loaded"
+    if head:
+        masked_lm, missing, headless = _load_masked_lm(path, trust_remote_code)
+    if masked_lm is not None and (headless := _head_problem(masked_lm.float().eval(), tokenizer)):
+        masked_lm = None
+    if masked_lm is not None:
+        model = masked_lm.base_model
+    else:
+        try:
+            model, missing = _load_body(path, row.body if row else "", trust_remote_code)
+        except _LOADING_ERRORS as error:
+            raise _cannot_load("a model", name, argument, error) from None
+    if missing:
+        raise VocabdistilError(f"{argument}: cannot load a model from {name}: its checkpoint has no {missing[0]}")
+    rows = len(model.get_input_embeddings().weight)
+    if _largest_id(tokenizer) >= rows:
+        raise VocabdistilError(
+            f"{argument}: the tokenizer of {name} has ids up to {_largest_id(tokenizer)}, its model {rows} embeddings"
+        )
+    teacher = Teacher(name, model, tokenizer, masked_lm, headless, prompt)
+    teacher.whole.float().eval().requires_grad_(False)
+    return teacher

@@ -141,7 +141,7 @@ def _coverage(args: argparse.Namespace) -> None:
     from .distillation.text import TextFiles
     from .evaluation.report import coverage_tables
     from .models.teachers import load_tokenizer
-    from .models.vocabularies import wordpiece_like
+    from .models.vocabularies import Vocabulary, vocabulary_from
 
     methods = tuple(dict.fromkeys(args.method or METHODS))
     for method in methods:
@@ -151,10 +151,13 @@ def _coverage(args: argparse.Namespace) -> None:
     texts = TextFiles(args.text, args.unit) if args.text else None
     teacher = load_tokenizer(args.teacher)
     if args.student is None:
-        student = wordpiece_like(teacher, texts, args.vocab_size, 512)
+        made = vocabulary_from("train", teacher, texts, args.vocab_size)
     else:
-        student = load_tokenizer(args.student, "--student")
-    say, name = Reporter(), args.student or f"a new vocabulary of {args.vocab_size}"
+        made = Vocabulary(load_tokenizer(args.student, "--student"), "given")
+    student = made.tokenizer
+    say, name = Reporter(), args.student or f"a new vocabulary of {len(made)}"
+    if not args.json:
+        say.print(*made.notes)
     if texts is not None or args.json:
         found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False)
         if args.json:

@@ -18,7 +18,7 @@ from tests.alignment.test_collator import METHODS, PAIRS, rows_of
 from vocabdistil.alignment.collator import SPANS
 from vocabdistil.cli import main
 from vocabdistil.evaluation.report import coverage_tables
-from vocabdistil.models.vocabularies import wordpiece_like
+from vocabdistil.models.vocabularies import train_vocabulary
 
 TEXTS = [*SCRIPTS, "", "quux ☃", *small_text(60)]
 
@@ -122,7 +122,7 @@ def test_sums(a: list[str], b: list[str], name: str, method: str) -> None:
 def test_the_report_of_a_run(teacher_folder, demo_lines) -> None:
     """The keys that metrics.json has had from the first, worked out with transformers."""
     teacher = AutoTokenizer.from_pretrained(teacher_folder)
-    student = wordpiece_like(teacher, demo_lines, 150, 64)
+    student = train_vocabulary(teacher, demo_lines, 150).tokenizer
     texts = [*demo_lines[:40], "quux ☃"]
     table = vd.RemapTable.from_tokenizers(teacher, student)
     found = vd.coverage(texts, teacher, student, ("match", "reduce"), table=table).as_dict()
@@ -198,10 +198,15 @@ def test_command_prints_a_table_and_json(folders, text_file, capsys) -> None:
     assert "--method: expected boundary or word or match or reduce, got 'words'\n" in capsys.readouterr().err
 
 
-def test_command_says_which_teachers_a_vocabulary_is_trained_for(folders, text_file, capsys) -> None:
-    assert main(["coverage", "--teacher", folders[1], "--text", str(text_file)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("vocabdistil: --teacher: ") and "(WordPiece)" in error and "--student" in error
+def test_command_trains_a_vocabulary_of_the_teacher_s_family(folders, text_file, capsys) -> None:
+    command = ["coverage", "--teacher", folders[1], "--text", str(text_file), "--vocab-size"]
+    assert main([*command, "400"]) == 0
+    out = capsys.readouterr().out
+    assert "a new vocabulary of 400" in out and "supports only" not in out and "Ġ" in out
+    assert main([*command, "40000"]) == 0
+    assert "supports only" in capsys.readouterr().out
+    assert main([*command, "40"]) == 2
+    assert capsys.readouterr().err.startswith("vocabdistil: --vocab-size: expected at least the 2")
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,7 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
         ({"weights": "kl=x"}, "--weights: kl: expected a number"),
         ({"teacher_weights": [1, 2]}, "--teacher-weights"),
         ({"layer_map": "first"}, "--layer-map"),
-        ({"vocab_size": 50_000}, "--vocab-size: 50000 is larger than this text supports"),
-        ({"vocab_size": 9}, "--vocab-size: 9 is too small"),
+        ({"vocab_size": 9}, "--vocab-size: expected at least .* special tokens and characters"),
         ({"resume": True}, "--resume: no interrupted run"),
     ],
 )

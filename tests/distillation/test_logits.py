@@ -20,7 +20,7 @@ from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.distillation.trainer import DistillTrainer
 from vocabdistil.models.students import build_student
 from vocabdistil.models.teachers import load_teacher
-from vocabdistil.models.vocabularies import token_counts, wordpiece_like
+from vocabdistil.models.vocabularies import count_tokens, train_vocabulary
 from vocabdistil.reference.layers import layer_map
 
 MODES = ("match", "reduce", "reduce-map")
@@ -39,7 +39,7 @@ def headless_folder(teacher_folder, tmp_path_factory):
 def setting(teacher_folder, headless_folder, demo_lines):
     """Two teachers, of which the second has no head, a student, and a batch."""
     teachers = [load_teacher(teacher_folder), load_teacher(headless_folder)]
-    tokenizer = wordpiece_like(teachers[0].tokenizer, demo_lines, PRESET.vocab_size, 64)
+    tokenizer = train_vocabulary(teachers[0].tokenizer, demo_lines, PRESET.vocab_size).tokenizer
     torch.manual_seed(0)
     student = build_student(PRESET, tokenizer)
     torch.nn.init.normal_(student.vocab_projector.bias)
@@ -48,7 +48,7 @@ def setting(teacher_folder, headless_folder, demo_lines):
     tables = [vd.RemapTable.from_tokenizers(t, tokenizer) for t in tokenizers]
     matched = [vd.MatchedVocab.from_tokenizers(t, tokenizer) for t in tokenizers]
     batch = DistillCollator(tokenizers, tokenizer, tables, matched, 32, 64)(demo_lines[:SIZE])
-    probabilities = masking_probabilities(token_counts(tokenizer, demo_lines), tokenizer.all_special_ids)
+    probabilities = masking_probabilities(count_tokens(tokenizer, demo_lines), tokenizer.all_special_ids)
 
     def objective(mode: str, **changes) -> Objective:
         arguments = [teachers, LossWeights(), [0.3, 0.7], [[1.0], [1.0]], 2.0, probabilities, tokenizer.mask_token_id]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import vocabdistil as vd
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation.batches import DistillCollator
 from vocabdistil.distillation.text import TextFiles, read_text, split_text
-from vocabdistil.models.vocabularies import save_tokenizer, wordpiece_like
+from vocabdistil.models.vocabularies import train_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def teacher(teacher_folder):
 
 @pytest.fixture(scope="module")
 def student(teacher, demo_lines):
-    return wordpiece_like(teacher, demo_lines, 150, 64)
+    return train_vocabulary(teacher, demo_lines, 150).tokenizer
 
 
 def test_lines_and_paragraphs(tmp_path):
@@ -73,40 +71,6 @@ def test_split_is_reproducible_and_keeps_held_out_text_unseen():
     assert not set(a.held_out) & set(a.train)
     with pytest.raises(VocabdistilError, match="too little text"):
         split_text(texts[:10], 0.2, 3)
-
-
-def test_the_student_s_tokenizer_treats_text_as_the_teacher_s_does(teacher, student, demo_lines):
-    assert len(student) == 150 and sorted(student.all_special_ids) == list(range(5))
-    ours, theirs = student.backend_tokenizer, teacher.backend_tokenizer
-    for text in (*demo_lines[:20], "  Ünï — CÔDE\t123 "):
-        assert ours.normalizer.normalize_str(text) == theirs.normalizer.normalize_str(text)
-        assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
-    ids = student("The net.")["input_ids"]
-    assert ids[0] == student.cls_token_id and ids[-1] == student.sep_token_id
-
-
-def test_vocabulary_does_not_depend_on_the_hash_seed(teacher_folder, text_file):
-    code = (
-        "import sys; from transformers import AutoTokenizer\n"
-        "from vocabdistil.distillation.text import read_text\n"
-        "from vocabdistil.models.vocabularies import wordpiece_like\n"
-        f"t = AutoTokenizer.from_pretrained({str(teacher_folder)!r})\n"
-        f"v = wordpiece_like(t, read_text([{str(text_file)!r}]), 180, 64).get_vocab()\n"
-        "print(sorted(v.items(), key=lambda x: x[1]))\n"
-    )
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    )
-    assert first == second and "##" in first
-
-
-def test_a_saved_tokenizer_comes_back(student, tmp_path):
-    save_tokenizer(student, tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Olga repaired the hot claynail."
-    assert again(text)["input_ids"] == student(text)["input_ids"]
-    assert again.mask_token_id == student.mask_token_id and "token_type_ids" not in again(text)
 
 
 def test_batches_align(teacher, student, demo_lines):

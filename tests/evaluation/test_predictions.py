@@ -12,7 +12,7 @@ from vocabdistil.evaluation import predictions
 from vocabdistil.evaluation.predictions import agreement, choose_excerpts, pseudo_perplexity
 from vocabdistil.models.students import Preset, build_student
 from vocabdistil.models.teachers import Teacher, load_teacher
-from vocabdistil.models.vocabularies import wordpiece_like
+from vocabdistil.models.vocabularies import train_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def teacher(teacher_folder):
 
 @pytest.fixture(scope="module")
 def student(teacher, demo_lines):
-    tokenizer = wordpiece_like(teacher.tokenizer, demo_lines, 150, 64)
+    tokenizer = train_vocabulary(teacher.tokenizer, demo_lines, 150).tokenizer
     model = build_student(Preset(2, 24, 4, 48, 150), tokenizer).eval().requires_grad_(False)
     torch.nn.init.normal_(model.vocab_projector.bias, generator=torch.Generator().manual_seed(0))
     return Teacher("student", model.distilbert, tokenizer, model)

@@ -18,7 +18,7 @@ from vocabdistil.models.students import (
     remap_rows,
 )
 from vocabdistil.models.teachers import load_teacher
-from vocabdistil.models.vocabularies import wordpiece_like
+from vocabdistil.models.vocabularies import train_vocabulary
 
 
 class _Vocabulary:
@@ -56,7 +56,7 @@ def test_principal_axes_span_the_best_subspace():
 @pytest.fixture(scope="module")
 def pair(teacher_folder, demo_lines):
     teacher = load_teacher(teacher_folder)
-    return teacher, teacher.tokenizer, wordpiece_like(teacher.tokenizer, demo_lines, 150, 64)
+    return teacher, teacher.tokenizer, train_vocabulary(teacher.tokenizer, demo_lines, 150).tokenizer
 
 
 def test_embeddings_are_means_over_the_teacher_tokens_that_hold_the_piece(pair):

@@ -28,7 +28,7 @@ from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.timing import compare_models
 from ..models.students import PRESETS, Preset, build_student, initialise_from_teacher, remap_rows
 from ..models.teachers import Teacher, load_teacher
-from ..models.vocabularies import save_tokenizer, token_counts, wordpiece_like
+from ..models.vocabularies import count_tokens, save_tokenizer, train_vocabulary
 from ..reference.layers import layer_map
 from .batches import DistillCollator, to_device
 from .held_out import evaluate
@@ -276,8 +276,13 @@ def _run(
     tokenizer_folder = partial / "tokenizer"
     if not (tokenizer_folder / "tokenizer_config.json").exists():
         say.status("Training the student's vocabulary")
-        trained = wordpiece_like(first.tokenizer, split.train, config.vocab_size or preset.vocab_size, 512)
-        save_tokenizer(trained, tokenizer_folder)
+        trained = train_vocabulary(first.tokenizer, split.train, config.vocab_size or preset.vocab_size)
+        for note in trained.notes:
+            say.print(note)
+        trained.tokenizer.model_max_length = 512
+        # DistilBERT has no token types; without this, plain transformers would pass it some.
+        trained.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        save_tokenizer(trained.tokenizer, tokenizer_folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tables = [RemapTable.from_tokenizers(teacher.tokenizer, tokenizer) for teacher in teachers]
     matched = [MatchedVocab.from_tokenizers(teacher.tokenizer, tokenizer) for teacher in teachers]
@@ -308,7 +313,7 @@ def _run(
         [share / sum(shares) for share in shares],
         record.get("scales", []),
         config.temperature,
-        masking_probabilities(token_counts(tokenizer, split.train), tokenizer.all_special_ids).to(device),
+        masking_probabilities(count_tokens(tokenizer, split.train), tokenizer.all_special_ids).to(device),
         tokenizer.mask_token_id,
         mode,
         tables,

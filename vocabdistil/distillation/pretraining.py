@@ -22,7 +22,7 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError, need
 from ..core.files import write_json
 from ..core.seeds import mix_seed
-from ..models.vocabularies import save_tokenizer, token_counts, train_wordpiece
+from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
 from .runs import (
     RUN_FILE,
@@ -189,7 +189,7 @@ def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[st
             pad_token_id=tokenizer.pad_token_id,
         )
     ).to(device)
-    probabilities = masking_probabilities(token_counts(tokenizer, split.train), tokenizer.all_special_ids).to(device)
+    probabilities = masking_probabilities(count_tokens(tokenizer, split.train), tokenizer.all_special_ids).to(device)
     collator = _MlmCollator(tokenizer, config.max_length)
 
     @torch.no_grad()

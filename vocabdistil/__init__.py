@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .distillation.objective import DistillModel, LossWeights, Objective
     from .distillation.pretraining import TeacherConfig, train_teacher
     from .distillation.trainer import DistillTrainer
+    from .distillation.trim import TrimConfig, trim
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,8 @@ _LAZY = {
     "distill": "distillation.job",
     "show_alignment": "alignment.picture",
     "train_teacher": "distillation.pretraining",
+    "TrimConfig": "distillation.trim",
+    "trim": "distillation.trim",
 }
 
 
@@ -77,6 +80,7 @@ __all__ = [
     "RemapTable",
     "SpanPairs",
     "TeacherConfig",
+    "TrimConfig",
     "align",
     "backends",
     "boundary_pairs",
@@ -95,4 +99,5 @@ __all__ = [
     "span_loss",
     "span_mean",
     "train_teacher",
+    "trim",
 ]

@@ -15,6 +15,11 @@ from typing import Any
 __all__ = ["build_parser", "main"]
 
 _INTERRUPTED = 130
+# Written out, as their module takes a second to import; a test compares it with vocabdistil.models.students.PRESETS.
+_PRESETS = (
+    "a DistilBERT instead of the teacher's own kind of body: base (6 layers x 768), small (2 x 768), tiny (3 x 264) "
+    "or tiny-5k (3 x 264, 5,000 tokens)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,40 +41,95 @@ def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) ->
     p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
 
 
-def _add_run_options(p: argparse.ArgumentParser, steps: int | None) -> None:
-    """What every training run has."""
+def _add_text_options(p: argparse.ArgumentParser) -> None:
+    """What every job that reads text and writes a folder has."""
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
     p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    _number(p, "--batch-size", 32, "texts per step")
     _number(p, "--max-length", 128, "teacher tokens")
-    _number(p, "--lr", 5e-4, "peak learning rate")
-    p.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default {steps or 'by --epochs'}")
-    _number(p, "--held-out", 0.05, "share to evaluate on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     _number(p, "--seed", 0, "of everything random")
-    _number(p, "--save-every", 500, "checkpoint every N steps")
-    _number(p, "--log-every", 50, "log every N steps")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run")
     p.add_argument("--overwrite", action="store_true", help="replace the output folder")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_training_options(p: argparse.ArgumentParser, steps: int | None, lr: float | None) -> None:
+    """What every training run has."""
+    _number(p, "--batch-size", 32, "texts per step")
+    rate = lr or "1e-4 where layers are copied, else 5e-4"
+    p.add_argument("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate (default {rate})")
+    p.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default {steps or 'by --epochs'}")
+    _number(p, "--held-out", 0.05, "share to evaluate on")
+    _number(p, "--save-every", 500, "checkpoint every N steps")
+    _number(p, "--log-every", 50, "log every N steps")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
+
+def _add_teachers(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--teacher", action="append", required=True, metavar="DIR_OR_NAME", help="repeat for several")
+    prompt = "what the teacher expects before every text, such as 'query: ' (default: what its folder says)"
+    p.add_argument("--prompt", metavar="TEXT", help=prompt)
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
+
+
+def _add_vocabulary(p: argparse.ArgumentParser, default: str, size: str) -> None:
+    vocabulary = (
+        "train: new tokens in the teacher's family; trim: the teacher's most frequent ones; or a tokenizer's folder "
+        f"(default {default})"
+    )
+    p.add_argument("--vocabulary", default=default, metavar="train|trim|DIR", help=vocabulary)
+    p.add_argument("--vocab-size", type=int, metavar="N", help=f"tokens of the student (default {size})")
+    p.add_argument("--family", metavar="NAME", help="of new tokens: wordpiece, bpe or unigram (default: the teacher's)")
+
+
+def _add_body(p: argparse.ArgumentParser, default: str) -> None:
+    layers = f"layers of the teacher to keep, evenly spaced, the last among them (default {default})"
+    p.add_argument("--layers", type=int, metavar="N", help=layers)
+    p.add_argument("--keep-layers", metavar="I,J,...", help="which ones instead, from 0")
+    p.add_argument("--dim", type=int, metavar="N", help="hidden width (default: the teacher's)")
+    p.add_argument("--heads", type=int, metavar="N", help="attention heads (default: the teacher's)")
+    p.add_argument("--ffn", type=int, metavar="N", help="width of the feed-forward layers (default: the teacher's)")
+
+
+def _add_card(p: argparse.ArgumentParser, batch: int, length: int) -> None:
+    p.add_argument("--language", metavar="CODE,...", help="for the model card, such as ru")
+    p.add_argument("--license", metavar="NAME", help="for the model card, such as mit")
+    _number(p, "--time-batch", batch, "texts of the CPU timing")
+    _number(p, "--time-length", length, "tokens of each")
 
 
 def _config(kind: type, args: argparse.Namespace) -> Any:
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
+def _add_trim(p: argparse.ArgumentParser) -> None:
+    _add_teachers(p)
+    _add_text_options(p)
+    _add_vocabulary(p, "trim", "8000")
+    _add_body(p, "all")
+    _add_card(p, 8, 128)
+
+
+def _trim(args: argparse.Namespace) -> None:
+    from .distillation.trim import TrimConfig, trim
+
+    trim(_config(TrimConfig, args))
+
+
 def _add_distill(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--teacher", action="append", required=True, metavar="DIR_OR_NAME", help="repeat for several")
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
-    p.add_argument("--preset", default="tiny-5k", help="base, small, tiny or tiny-5k (default %(default)s)")
-    p.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the student (default: the preset's)")
-    _add_run_options(p, None)
+    _add_teachers(p)
+    _add_text_options(p)
+    _add_vocabulary(p, "train", "the preset's, else 8000")
+    _add_body(p, "half")
+    p.add_argument("--preset", metavar="NAME", help=_PRESETS)
+    p.add_argument("--student", metavar="DIR", help="a checkpoint to go on from instead, with its own vocabulary")
+    _add_training_options(p, None, None)
     _number(p, "--epochs", 3.0, "passes over the text")
     p.add_argument("--student-max-length", type=int, metavar="N", help="student tokens (default: twice --max-length)")
     _number(p, "--warmup", 0.05, "share of the steps")
     _number(p, "--weight-decay", 0.01, "of AdamW")
     _number(p, "--temperature", 2.0, "of both kinds of KL")
-    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=0.5,mlm=0.5)"
+    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=0.5,mlm=0.5; logits and mlm need an MLM head)"
     p.add_argument("--weights", default="", metavar="NAME=X,...", help=weights)
     logits = "where output distributions are learned: match, reduce, reduce-map or none (default: match if possible)"
     p.add_argument("--logits", metavar="MODE", help=logits)
@@ -78,8 +138,7 @@ def _add_distill(p: argparse.ArgumentParser) -> None:
     p.add_argument("--train-projection", action="store_true", help="train the map to the teacher's width too")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     p.add_argument("--precision", default="fp32", help="fp32 or bf16 (default %(default)s)")
-    _number(p, "--time-batch", 16, "of the CPU timing")
-    _number(p, "--time-length", 512, "tokens per text")
+    _add_card(p, 16, 512)
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -89,13 +148,13 @@ def _distill(args: argparse.Namespace) -> None:
 
 
 def _add_teacher(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
+    _add_text_options(p)
     _number(p, "--vocab-size", 30000, "tokens")
     _number(p, "--layers", 4, "transformer layers")
     _number(p, "--dim", 256, "hidden width")
     _number(p, "--heads", 4, "attention heads")
     p.add_argument("--cased", action="store_true", help="keep upper case and accents")
-    _add_run_options(p, 1000)
+    _add_training_options(p, 1000, 5e-4)
 
 
 def _teacher(args: argparse.Namespace) -> None:
@@ -262,6 +321,7 @@ def _env(args: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
+    "trim": (_add_trim, _trim, "give a model a smaller vocabulary, and fewer layers, without training: in seconds"),
     "distill": (_add_distill, _distill, "distil a teacher into a student with a smaller vocabulary"),
     "demo": (_add_demo, _demo, "see it work: teacher, student and table in about a minute, nothing downloaded"),
     "teacher": (_add_teacher, _teacher, "train a small BERT on a text, to have a teacher"),

@@ -6,34 +6,42 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..alignment.collator import pad, restride, text_of, widen
 from ..alignment.families import encode
-from ..alignment.methods import match_pairs
+from ..alignment.methods import align_texts, match_pairs
 from ..alignment.remap import RemapTable
+from ..alignment.spans import SpanPairs
 from ..alignment.vocab import MatchedVocab
 
 __all__ = ["DistillCollator", "to_device"]
+
+# Ids and mask of the student and of each teacher, and the pairs with each teacher.
+_Sides = tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], list[SpanPairs]]
 
 
 class DistillCollator:
     """Texts -> one batch for the student and one for each teacher, with the spans that align them.
 
-    The student reads every text once per teacher as ``reduce`` gives it and once as its own tokenizer does.
+    The student reads every text as its own tokenizer does, and if there are remap tables, once more per teacher as
+    ``reduce`` gives it.
 
     Args:
         teachers: their tokenizers.
         student: the student's tokenizer.
-        tables, matched: one of each per teacher.
+        tables: the remap table of each teacher; empty: no ``reduce`` rows.
+        matched: the matched vocabulary of each teacher, to pair equal tokens of the own tokenization (``match``);
+            empty: it is paired by text (``boundary``).
         max_length: teacher tokens kept of a text.
         student_max_length: student tokens kept (``reduce`` cuts at a teacher token, never inside one).
 
     Returns (of a call on ``B`` texts, or mappings with the key ``"text"``):
         ``student_ids``, ``student_mask``: int64 ``[(T + 1) B, L_s]``: ``B`` rows for each of the ``T`` teachers'
-        ``reduce`` ids, then ``B`` rows of the student's own tokenization;
+        ``reduce`` ids, then ``B`` rows of the student's own tokenization; without tables these alone;
         ``teacher_ids``, ``teacher_mask``: lists of ``T`` int64 ``[B, L_t]``;
         ``reduce_pairs``, ``own_pairs``: lists of ``T`` :class:`SpanPairs`, positions counted within the block of
-        ``B`` student rows that they belong to, ``L_s`` apart.
+        ``B`` student rows that they belong to, ``L_s`` apart; the former is empty without tables.
     """
 
     def __init__(
@@ -51,35 +59,56 @@ class DistillCollator:
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         texts = [text_of(feature, "text", f"features[{i}]") for i, feature in enumerate(features)]
-        own_ids, own_mask = pad(
-            encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id
-        )
-        teacher_ids, teacher_mask = [], []
-        blocks = []
-        for tokenizer, table in zip(self.teachers, self.tables, strict=True):
-            ids, mask = pad(encode(tokenizer, texts, "teacher", self.max_length), tokenizer.pad_token_id)
-            teacher_ids.append(ids)
-            teacher_mask.append(mask)
-            blocks.append(table.remap(ids, mask, max_length=self.student_max_length))
-        width = max(own_ids.shape[1], *(block.input_ids.shape[1] for block in blocks))
+        sides = self._by_text(texts) if not self.matched else self._by_ids(texts)
+        (own_ids, own_mask), teachers, own_pairs = sides
+        blocks = [
+            table.remap(ids, mask, max_length=self.student_max_length)
+            for table, (ids, mask) in zip(self.tables, teachers, strict=bool(self.tables))
+        ]
+        own_width, lengths = own_ids.shape[1], [ids.shape[1] for ids, _ in teachers]
+        width = max(own_width, *(block.input_ids.shape[1] for block in blocks), 0)
         rows = [(block.input_ids, block.attention_mask) for block in blocks] + [(own_ids, own_mask)]
-        student_ids = torch.cat([widen(ids, width, self.student.pad_token_id) for ids, _ in rows])
-        student_mask = torch.cat([widen(mask.to(torch.int64), width, 0) for _, mask in rows])
-        own_ids, own_mask = student_ids[-len(texts) :], student_mask[-len(texts) :]
+        size = len(texts)
         return {
-            "student_ids": student_ids,
-            "student_mask": student_mask,
-            "teacher_ids": teacher_ids,
-            "teacher_mask": teacher_mask,
+            "student_ids": torch.cat([widen(ids, width, self.student.pad_token_id) for ids, _ in rows]),
+            "student_mask": torch.cat([widen(mask.to(torch.int64), width, 0) for _, mask in rows]),
+            "teacher_ids": [ids for ids, _ in teachers],
+            "teacher_mask": [mask for _, mask in teachers],
             "reduce_pairs": [
-                restride(block.pairs, len(texts), (block.input_ids.shape[1], width), (ids.shape[1],) * 2)
-                for block, ids in zip(blocks, teacher_ids, strict=True)
+                restride(block.pairs, size, (block.input_ids.shape[1], width), (length, length))
+                for block, length in zip(blocks, lengths, strict=bool(blocks))
             ],
             "own_pairs": [
-                match_pairs(ids, own_ids, matched, teacher_mask=mask, student_mask=own_mask)
-                for ids, mask, matched in zip(teacher_ids, teacher_mask, self.matched, strict=True)
+                restride(pairs, size, (own_width, width), (length, length))
+                for pairs, length in zip(own_pairs, lengths, strict=True)
             ],
         }
+
+    def _by_ids(self, texts: list[str]) -> _Sides:
+        """Both sides encoded, equal tokens paired."""
+        own = pad(encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id)
+        teachers = [
+            pad(encode(tokenizer, texts, "teacher", self.max_length), tokenizer.pad_token_id)
+            for tokenizer in self.teachers
+        ]
+        pairs = [
+            match_pairs(ids, own[0], matched, teacher_mask=mask, student_mask=own[1])
+            for (ids, mask), matched in zip(teachers, self.matched, strict=True)
+        ]
+        return own, teachers, pairs
+
+    def _by_text(self, texts: list[str]) -> _Sides:
+        """Both sides encoded and paired by the text that their tokens cover."""
+        lengths = self.max_length, self.student_max_length
+        found = [
+            align_texts(texts, tokenizer, self.student, "boundary", lengths, None, None) for tokenizer in self.teachers
+        ]
+        own = found[0][1]
+        return (
+            (own.input_ids, own.attention_mask),
+            [(teacher.input_ids, teacher.attention_mask) for teacher, _, _, _ in found],
+            [pairs for _, _, pairs, _ in found],
+        )
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

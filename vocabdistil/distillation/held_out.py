@@ -36,7 +36,8 @@ def evaluate(
         excerpts: what pseudo-perplexity is measured on, see :func:`vocabdistil.evaluation.predictions.choose_excerpts`.
 
     Returns:
-        ``kl_reduce``, ``kl_own`` (nothing masked); ``mlm``, ``masked_accuracy`` (of the student's own masked tokens);
+        ``kl_own`` and, with ``reduce`` rows, ``kl_reduce`` (nothing masked); with an MLM head ``mlm`` and
+        ``masked_accuracy`` (of the student's own masked tokens);
         of the embeddings pooled over tokens (the student's from its own tokenization) ``cosine`` (mean cosine between
         student, projected, and first teacher) and ``pearson``, ``spearman`` (regression loyalty of the cosine
         similarities of all pairs of texts; no projection takes part in these); ``pseudo_perplexity`` per character,
@@ -59,17 +60,17 @@ def evaluate(
         size = batch["teacher_ids"][0].shape[0]
         taught = objective.teach(model, batch)
         hidden, _ = model(batch["student_ids"], batch["student_mask"])
-        reduce, own = objective.compare(model, hidden, taught, batch, "kl")
-        add("kl_reduce", reduce, sum(p.num_nonempty for p in batch["reduce_pairs"]))
-        add("kl_own", own, sum(p.num_nonempty for p in batch["own_pairs"]))
+        for which, value in objective.compare(model, hidden, taught, batch, "kl").items():
+            add(f"kl_{which}", value, sum(p.num_nonempty for p in batch[f"{which}_pairs"]))
         masked = objective.mask(batch, mix_seed(seed, b))
-        labels = masked["labels"][-size:]
-        guesses, _ = model(masked["student_ids"][-size:], batch["student_mask"][-size:])
-        logits = model.logits(guesses[-1][labels != -100]).float()
-        labels = labels[labels != -100]
-        if len(labels):
-            add("mlm", F.cross_entropy(logits, labels), len(labels))
-            add("masked_accuracy", (logits.argmax(-1) == labels).float().mean(), len(labels))
+        if masked["labels"] is not None:
+            labels = masked["labels"][-size:]
+            guesses, _ = model(masked["student_ids"][-size:], batch["student_mask"][-size:])
+            logits = model.logits(guesses[-1][labels != -100]).float()
+            labels = labels[labels != -100]
+            if len(labels):
+                add("mlm", F.cross_entropy(logits, labels), len(labels))
+                add("masked_accuracy", (logits.argmax(-1) == labels).float().mean(), len(labels))
         ours.append(mean_over_tokens(hidden[-1][-size:], batch["student_mask"][-size:]).float().cpu())
         theirs.append(mean_over_tokens(taught[0].layers[-1], batch["teacher_mask"][0]).float().cpu())
     student, teacher = torch.cat(ours), torch.cat(theirs)
@@ -85,9 +86,10 @@ def evaluate(
     # A student that diverged has nothing to be read.
     if all(map(math.isfinite, found.values())):
         reader = model.as_teacher(collator.student)
-        if excerpts:
-            found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts)
-        found |= _mean_agreement(objective, reader, collator, texts, batch_size, seed)
+        if objective.mask_id is not None:
+            if excerpts:
+                found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts)
+            found |= _mean_agreement(objective, reader, collator, texts, batch_size, seed)
     model.train(training)
     return found
 

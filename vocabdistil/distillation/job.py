@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..alignment.coverage import coverage
@@ -26,13 +26,15 @@ from ..core.files import write_json
 from ..evaluation import report
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.timing import compare_models
-from ..models.students import PRESETS, Preset, build_student, initialise_from_teacher, remap_rows
-from ..models.teachers import Teacher, load_teacher
-from ..models.vocabularies import count_tokens, save_tokenizer, train_vocabulary
+from ..models.students import PRESETS, Preset
+from ..models.teachers import Teacher
+from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
 from ..reference.layers import layer_map
 from .batches import DistillCollator, to_device
+from .folder import write_student
 from .held_out import evaluate
 from .objective import LOGITS, DistillModel, LossWeights, Objective, calibrate
+from .options import StudentOptions, check_run_options
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -40,68 +42,58 @@ from .runs import (
     fit,
     keep_inputs,
     last_checkpoint,
-    move_into_place,
-    need_run_options,
     open_partial,
     training_arguments,
 )
-from .text import TextSplit, read_text, split_text
+from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
+from .text import TextSplit, open_text, split_text
 from .trainer import DistillTrainer
 
 __all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
 
 _MAX_EVAL_TEXTS = 512
 _CALIBRATION_TEXTS = 128
-
-
-# ---------------------------------------------------------------- configuration
+# Peak learning rates: of a body with copied layers, which must not be shaken out of what they know, and of a fresh one.
+_LR_COPIED, _LR_FRESH = 1e-4, 5e-4
 
 
 @dataclass
-class DistillConfig:
-    """Everything that :func:`distill` needs to know.
+class DistillConfig(StudentOptions):
+    """Everything that :func:`distill` needs to know: :class:`StudentOptions`, and of the training:
 
     Attributes:
-        teacher: a folder or a name, or a list of them: the student takes its tokenizer's rules and its first
-            weights from the first, and learns from all.
-        text: UTF-8 files.
-        out: the folder to write; ``out + ".partial"`` holds the run while it lasts.
-        preset: the student's architecture: ``base small tiny tiny-5k``, or a
+        layers: None: half of the teacher's.
+        vocab_size: None: the preset's, else 8,000.
+        preset: a DistilBERT instead of the teacher's own kind of body: ``base small tiny tiny-5k``, or a
             :class:`vocabdistil.models.students.Preset`.
-        vocab_size: tokens of the student; None: the preset's.
+        student: the folder of a checkpoint to go on from instead, with its own vocabulary.
         steps, epochs: how long; ``steps`` wins.
-        batch_size, max_length: texts per step, teacher tokens of each.
-        student_max_length: student tokens of each; None: twice ``max_length``, at most 512.
-        lr, warmup, weight_decay: AdamW's peak rate, the share of steps in which it rises, decay.
+        batch_size: texts per step.
+        student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read.
+        lr, warmup, weight_decay: AdamW's peak rate (None: 1e-4 where layers are copied, else 5e-4), the share of steps
+            in which it rises, decay.
         temperature: of the span KL and of the output distributions.
         weights: a :class:`LossWeights` or its text form.
         logits: where the student learns the output distributions of teachers with an MLM head: ``match reduce
-            reduce-map none``, see :meth:`vocabdistil.Objective.logits_loss`; None: ``match`` if a teacher has a head.
+            reduce-map none``, see :meth:`vocabdistil.Objective.logits_loss`; None: ``match`` if student and a teacher
+            have a head.
         teacher_weights: what each teacher counts; None: alike.
         layer_map: which teacher layers teach which student layers: ``last skip average average_all``.
         train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
             isometry that :func:`vocabdistil.distillation.objective.calibrate` fits.
         held_out: the share of texts kept for evaluation.
-        unit: ``"line"`` or ``"paragraph"``, see :func:`vocabdistil.distillation.text.read_text`.
-        seed: of the split, the weights, the order of texts, masks and dropout.
         device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
         save_every, log_every: steps between checkpoints and between progress lines.
-        threads: of torch on the CPU; None: leave it.
-        time_batch, time_length: the batch and the length in tokens at which CPU time is measured.
-        resume, overwrite, quiet: continue from ``out + ".partial"``; replace ``out``; print nothing.
+        resume: continue from ``out + ".partial"``, which holds the run while it lasts.
     """
 
-    teacher: str | os.PathLike | Sequence[str | os.PathLike]
-    text: str | os.PathLike | Sequence[str | os.PathLike]
-    out: str | os.PathLike
-    preset: str | Preset = "tiny-5k"
-    vocab_size: int | None = None
+    preset: str | Preset | None = None
+    student: str | None = None
     steps: int | None = None
     epochs: float = 3.0
     batch_size: int = 32
-    max_length: int = 128
     student_max_length: int | None = None
-    lr: float = 5e-4
+    lr: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     temperature: float = 2.0
@@ -111,38 +103,31 @@ class DistillConfig:
     layer_map: str = "last"
     train_projection: bool = False
     held_out: float = 0.05
-    unit: str = "line"
-    seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
     save_every: int = 500
     log_every: int = 50
-    threads: int | None = None
-    time_batch: int = 16
-    time_length: int = 512
     resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
 
     def __post_init__(self) -> None:
-        def paths(value: Any) -> list[str]:
-            return [os.fspath(value)] if isinstance(value, (str, os.PathLike)) else [os.fspath(v) for v in value]
-
-        self.teacher, self.text, self.out = paths(self.teacher), paths(self.text), os.fspath(self.out)
         if isinstance(self.weights, str):
             self.weights = LossWeights.parse(self.weights)
-        self._check()
+        super().__post_init__()
 
-    def _check(self) -> None:
-        need_run_options(self)
-        need(bool(self.teacher), "teacher", "at least one", "none")
-        known = isinstance(self.preset, Preset) or self.preset in PRESETS
+    def check(self) -> None:
+        super().check()
+        check_run_options(self)
+        known = self.preset is None or isinstance(self.preset, Preset) or self.preset in PRESETS
         need(known, "preset", " or ".join(PRESETS), repr(self.preset))
-        for name in ("time_batch", "time_length"):
-            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
-        for name in ("vocab_size", "student_max_length"):
+        ways = [name for name in ("preset", "student") if getattr(self, name) is not None]
+        need(len(ways) < 2, "student", "none with --preset", self.student)
+        for name in ("layers", "keep_layers", "dim", "heads", "ffn"):
             value = getattr(self, name)
-            need(value is None or value > 0, name, "a number above 0", value)
+            need(value is None or not ways, name, f"none with --{' or --'.join(ways)}", value)
+        trained = self.student is None or (self.vocabulary == "train" and self.vocab_size is None)
+        need(trained, "vocabulary", "none with --student, which has its own", self.vocabulary)
+        value = self.student_max_length
+        need(value is None or value > 2, "student_max_length", "a number above 2", value)
         for name in ("epochs", "temperature"):
             value = getattr(self, name)
             need(0 < value < float("inf"), name, "a number above 0", value)
@@ -150,12 +135,8 @@ class DistillConfig:
         need(0 <= self.weight_decay < float("inf"), "weight_decay", "a number of at least 0", self.weight_decay)
         need(self.precision in ("fp32", "bf16"), "precision", "fp32 or bf16", repr(self.precision))
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", repr(self.device))
-        need(
-            self.layer_map in ("last", "skip", "average", "average_all"),
-            "layer_map",
-            "last, skip, average or average_all",
-            repr(self.layer_map),
-        )
+        maps = ("last", "skip", "average", "average_all")
+        need(self.layer_map in maps, "layer_map", "last, skip, average or average_all", repr(self.layer_map))
         need(self.logits is None or self.logits in LOGITS, "logits", ", ".join(LOGITS), repr(self.logits))
         values = asdict(self.weights).values()
         need(
@@ -166,7 +147,8 @@ class DistillConfig:
         )
         if self.teacher_weights is not None:
             need(
-                len(self.teacher_weights) == len(self.teacher) and min(self.teacher_weights) > 0,
+                len(self.teacher_weights) == len(self.teacher)
+                and all(0 < weight < float("inf") for weight in self.teacher_weights),
                 "teacher_weights",
                 "one number above 0 per teacher",
                 list(self.teacher_weights),
@@ -175,26 +157,29 @@ class DistillConfig:
             raise VocabdistilError("--device: cuda was asked for, but torch sees no CUDA device")
 
     @property
-    def architecture(self) -> Preset:
-        return self.preset if isinstance(self.preset, Preset) else PRESETS[self.preset]
+    def shape(self) -> Preset | None:
+        """The preset, if there is one."""
+        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+
+    @property
+    def size(self) -> int | None:
+        """Tokens of the student's vocabulary, if something says how many."""
+        return self.vocab_size or (self.shape.vocab_size if self.shape and self.vocabulary == "train" else None)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
-        free = {"out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every", "time_batch"}
-        free |= {"time_length", "logits"}  # what ``logits`` means depends on the teachers
-        return {k: v for k, v in asdict(self).items() if k not in free}
+        free = {"out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every"}
+        free |= {"time_batch", "time_length", "language", "license"}
+        free |= {"logits", "prompt"}  # what these mean depends on the teachers
+        return {name: value for name, value in self.settings().items() if name not in free}
 
 
 @dataclass
 class DistillResult:
-    """What :func:`distill` did: the student's folder and the contents of its ``metrics.json``."""
+    """What a job made: the student's folder and the contents of its ``metrics.json``."""
 
     path: Path
     metrics: dict[str, Any]
-
-
-# ---------------------------------------------------------------- the main job
-
 
 
 def distill(config: DistillConfig | None = None, **options: Any) -> DistillResult:
@@ -222,184 +207,356 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         raise TypeError("distill: give a config or options, not both")
     if config.threads:
         torch.set_num_threads(config.threads)
-    split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
-    teachers = [load_teacher(source) for source in config.teacher]
-    mode = _logits_mode(config, teachers)
-    keep_inputs(Path(config.out), [*config.teacher, *config.text])
-    identity = {"logits": mode, **config.identity(), "text": split.digest}
-    partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
+    run = _Run.begin(config)
     try:
-        return _run(config, mode, split, teachers, partial, record)
+        return run.finish()
     except BaseException as error:
-        if not isinstance(error, Interrupted) and last_checkpoint(partial) is None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, Interrupted) and last_checkpoint(run.partial) is None:
+            shutil.rmtree(run.partial, ignore_errors=True)
         raise
 
 
-def _logits_mode(config: DistillConfig, teachers: Sequence[Teacher]) -> str:
+def _logits_mode(config: DistillConfig, teachers: Sequence[Teacher], head: bool) -> str:
     """``config.logits``, or what it is by default.
+
+    Args:
+        head: whether the student has an MLM head.
 
     Raises:
         VocabdistilError: it cannot be done, or leaves nothing to learn.
     """
     headless = [f"{teacher.name} ({teacher.headless})" for teacher in teachers if teacher.masked_lm is None]
-    mode = config.logits or ("none" if len(headless) == len(teachers) else "match")
+    mode = config.logits or ("match" if head and len(headless) < len(teachers) else "none")
     if mode != "none" and len(headless) == len(teachers):
         raise VocabdistilError(f"--logits: {mode} needs a teacher with an MLM head; without: {', '.join(headless)}")
-    values = asdict(config.weights)
-    if mode == "none" and not any(value for name, value in values.items() if name != "logits"):
-        raise VocabdistilError("--weights: expected one above 0 besides logits, which --logits none leaves out")
+    if mode != "none" and not head:
+        raise VocabdistilError(f"--logits: {mode} needs a student with an MLM head, such as a --preset")
+    learned = {"kl", "cosine", "mse"} | ({"mlm"} if head else set()) | ({"logits"} if mode != "none" else set())
+    if not any(value for name, value in asdict(config.weights).items() if name in learned):
+        raise VocabdistilError(
+            f"--weights: expected one above 0 of {', '.join(sorted(learned))}: nothing else is learned here"
+        )
     return mode
 
 
-def _run(
-    config: DistillConfig,
-    mode: str,
-    split: TextSplit,
-    teachers: list[Teacher],
-    partial: Path,
-    record: dict[str, Any],
-) -> DistillResult:
-    out = Path(config.out)
-    say = Reporter(config.quiet)
-    if config.logits != "none":
-        for teacher in teachers:
+@dataclass
+class _Run:
+    """A run and what its stages have found so far; each stage is a method that reads what stands above it.
+
+    Attributes:
+        texts, split: the text, every example with the prompt before it.
+        kept_layers: of the first teacher; none where the student is of another kind.
+        checkpoint: the student to go on from, if there is one.
+        mode: where output distributions are compared.
+        partial, record: the folder of the run, and what its stages stored there.
+    """
+
+    config: DistillConfig
+    texts: list[str]
+    split: TextSplit
+    sources: list[Source]
+    kept_layers: list[int]
+    checkpoint: Student | None
+    mode: str
+    partial: Path
+    record: dict[str, Any]
+    say: Reporter
+
+    @classmethod
+    def begin(cls, config: DistillConfig) -> _Run:
+        """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
+        texts = list(open_text(config.text, config.unit))
+        split = split_text(texts, config.held_out, config.seed)
+        sources = load_sources(config)
+        first = sources[0].teacher
+        kept: list[int] = []
+        if config.shape is None and config.student is None:
+            kept = config.kept_layers(first, max(1, first.num_layers // 2))
+        checkpoint = load_student(config.student, config) if config.student is not None else None
+        if checkpoint is not None:
+            head = checkpoint.has_head
+        else:
+            head = config.shape is not None or first.masked_lm is not None
+        mode = _logits_mode(config, [source.teacher for source in sources], head)
+        keep_inputs(Path(config.out), config.inputs())
+        identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
+        partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
+        texts = [first.prompt + text for text in texts]
+        train, held_out = ([first.prompt + text for text in part] for part in (split.train, split.held_out))
+        split = TextSplit(train, held_out, split.digest)
+        say = Reporter(config.quiet)
+        return cls(config, texts, split, sources, kept, checkpoint, mode, partial, record, say)
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        return [source.teacher for source in self.sources]
+
+    def finish(self) -> DistillResult:
+        student = self.student()
+        vocabularies = _Vocabularies.of(self.teachers, student)
+        covered = self.coverage(student, vocabularies)
+        training = self.training(student, vocabularies)
+        before = self.calibration(training)
+        trainer, seconds = self.fit(training)
+        after = self.evaluation(training)
+        return self.write(student, vocabularies, covered, training, trainer, seconds, before, after)
+
+    def student(self) -> Student:
+        """Vocabulary, body and start."""
+        config = self.config
+        if self.checkpoint is not None:
+            return self.checkpoint
+        for teacher in self.teachers if config.logits != "none" else ():
             if teacher.masked_lm is None:
-                say.print(f"{teacher.name}: no MLM head ({teacher.headless}); its output distributions are not learned")
-    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    device = torch.device(wanted)
-    preset = config.architecture
-    first = teachers[0]
-    max_length = min([config.max_length, *(teacher.max_positions for teacher in teachers)])
-    student_max_length = min(config.student_max_length or 2 * max_length, 512)
+                note = f"no MLM head ({teacher.headless}); its output distributions are not learned"
+                self.say.print(f"{teacher.name}: {note}")
+        vocabulary = self.vocabulary()
+        for note in vocabulary.notes:
+            self.say.print(note)
+        return make_student(config, self.sources[0], vocabulary, self.sample, self.kept_layers, config.shape)
 
-    tokenizer_folder = partial / "tokenizer"
-    if not (tokenizer_folder / "tokenizer_config.json").exists():
-        say.status("Training the student's vocabulary")
-        trained = train_vocabulary(first.tokenizer, split.train, config.vocab_size or preset.vocab_size)
-        for note in trained.notes:
-            say.print(note)
-        trained.tokenizer.model_max_length = 512
-        # DistilBERT has no token types; without this, plain transformers would pass it some.
-        trained.tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        save_tokenizer(trained.tokenizer, tokenizer_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tables = [RemapTable.from_tokenizers(teacher.tokenizer, tokenizer) for teacher in teachers]
-    matched = [MatchedVocab.from_tokenizers(teacher.tokenizer, tokenizer) for teacher in teachers]
+    def vocabulary(self) -> Vocabulary:
+        """The student's vocabulary; made once, and read again by a run that is resumed."""
+        folder, ids = self.partial / "tokenizer", self.partial / "kept.safetensors"
+        if "vocabulary" not in self.record:
+            self.say.status("Making the student's vocabulary")
+            config, source = self.config, self.sources[0]
+            made = make_vocabulary(
+                config.vocabulary, source.teacher.tokenizer, self.texts, config.size, config.family, source.prompts
+            )
+            save_tokenizer(made.tokenizer, folder)
+            if made.kept is not None:
+                save_file({"kept": made.kept}, ids)
+            self.store(vocabulary={"source": config.vocabulary, "notes": list(made.notes)})
+        found, kept = self.record["vocabulary"], load_file(ids)["kept"] if ids.exists() else None
+        return Vocabulary(AutoTokenizer.from_pretrained(folder), found["source"], kept, tuple(found["notes"]))
 
-    reports = [
-        coverage(split.held_out, teacher.tokenizer, tokenizer, ("match", "reduce"), table=table, matched=match)
-        for teacher, table, match in zip(teachers, tables, matched, strict=True)
-    ]
-    for teacher, coverage_report in zip(teachers, reports, strict=True):
-        names = (teacher.name, config.out)
-        say.print(*report.coverage_tables(names, (teacher.tokenizer, tokenizer), coverage_report))
+    def store(self, **found: Any) -> None:
+        """What a later stage, or a run that is resumed, needs of this one."""
+        self.record |= found
+        write_json(self.partial / RUN_FILE, self.record)
 
-    student = build_student(preset, tokenizer, seed=config.seed)
-    rows = remap_rows(tables[0], first.tokenizer, tokenizer, config.seed)
-    start = initialise_from_teacher(student, first, rows)
-    try:
-        assignments = [layer_map(config.layer_map, preset.layers, teacher.num_layers) for teacher in teachers]
-    except ValueError as error:
-        raise VocabdistilError(f"--layer-map: {error}") from None
-    widths = [teacher.width for teacher in teachers]
-    model = DistillModel(student, widths, assignments, config.seed, config.train_projection).to(device)
-    for teacher in teachers:
-        teacher.whole.to(device)
-    shares = config.teacher_weights or [1.0] * len(teachers)
-    objective = Objective(
-        teachers,
-        config.weights,
-        [share / sum(shares) for share in shares],
-        record.get("scales", []),
-        config.temperature,
-        masking_probabilities(count_tokens(tokenizer, split.train), tokenizer.all_special_ids).to(device),
-        tokenizer.mask_token_id,
-        mode,
-        tables,
-        [match.to(device) for match in matched],
-    )
-    collator = DistillCollator(
-        [teacher.tokenizer for teacher in teachers], tokenizer, tables, matched, max_length, student_max_length
-    )
-    held_out = split.held_out[:_MAX_EVAL_TEXTS]
-    tokenizers = [*(teacher.tokenizer for teacher in teachers), tokenizer]
-    excerpts = choose_excerpts(split.held_out, tokenizers, min(max_length, student_max_length), config.seed)
-    if "before" not in record:
-        say.status("Evaluating the untrained student")
-        sample = collator(random.Random(config.seed).sample(split.train, min(_CALIBRATION_TEXTS, len(split.train))))
-        record["scales"] = objective.scales = calibrate(model, objective, to_device(sample, device))
-        record["before"] = evaluate(model, objective, collator, held_out, excerpts, config.batch_size, config.seed)
-        record["teacher_pseudo_perplexity"] = [
-            pseudo_perplexity(teacher, excerpts) if teacher.masked_lm is not None and excerpts else None
-            for teacher in teachers
-        ]
-        write_json(partial / RUN_FILE, record)
+    @property
+    def held_out(self) -> list[str]:
+        return self.split.held_out[:_MAX_EVAL_TEXTS]
 
-    steps = config.steps or max(1, round(config.epochs * len(split.train) / config.batch_size))
-    trainer = DistillTrainer(
-        model=model,
-        args=training_arguments(
-            partial,
-            steps=steps,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            seed=config.seed,
-            warmup=config.warmup,
-            weight_decay=config.weight_decay,
-            save_every=config.save_every,
-            log_every=config.log_every,
-            bf16=config.precision == "bf16",
-            device=device,
-        ),
-        train_dataset=TrainingOrder(split.train, config.batch_size, steps, config.seed),
-        data_collator=collator,
-        objective=objective,
-        sequential=True,
-    )
-    seconds = fit(trainer, say, last_checkpoint(partial) if config.resume else None)
-    say.status("Evaluating the student")
-    model.eval()
-    after = evaluate(model, objective, collator, held_out, excerpts, config.batch_size, config.seed)
-    if not all(math.isfinite(value) for value in after.values()):
-        raise VocabdistilError("--lr: the training diverged, the student's losses are not finite; try a smaller one")
-    metrics = {
-        "teacher": [teacher.name for teacher in teachers],
-        "architecture": asdict(preset),
-        "steps": steps,
-        "train_texts": len(split.train),
-        "held_out_texts": len(held_out),
-        "max_length": max_length,
-        "seed": config.seed,
-        "initialisation": start,
-        "logits": mode,
-        "teacher_scales": objective.scales,
-        "coverage": [r.as_dict() for r in reports],
-        "before": record["before"],
-        "after": after,
-        "teacher_pseudo_perplexity": record["teacher_pseudo_perplexity"],
-        "train_seconds": round(seconds, 1),
-        "models": compare_models(
-            first, student, tokenizer, held_out, batch=config.time_batch, length=config.time_length
-        ),
-    }
-    final = partial / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    final.mkdir()
-    student.to("cpu").save_pretrained(final)
-    shutil.copytree(tokenizer_folder, final, dirs_exist_ok=True)
-    for t, table in enumerate(tables):
-        table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
-    if len(model.projections):
-        weights = {key: linear.weight.detach().cpu().contiguous() for key, linear in model.projections.items()}
-        save_file(weights, final / "projection.safetensors")
-    with open(final / "training_log.jsonl", "w", encoding="utf-8") as file:
-        for entry in trainer.state.log_history:
-            file.write(json.dumps(entry) + "\n")
-    write_json(final / "metrics.json", metrics)
-    (final / "README.md").write_text(report.model_card(out.name, metrics), encoding="utf-8")
-    move_into_place(final, out)
-    shutil.rmtree(partial)
-    say.print(*report.result_tables(metrics))
-    say.print(f"{steps} steps in {seconds:.0f} s. The student is in {out}")
-    return DistillResult(out, metrics)
+    @property
+    def sample(self) -> list[str]:
+        """Some of the texts to train on."""
+        texts = self.split.train
+        return random.Random(self.config.seed).sample(texts, min(_CALIBRATION_TEXTS, len(texts)))
+
+    def coverage(self, student: Student, vocabularies: _Vocabularies) -> list[dict[str, Any]]:
+        """How the vocabularies correspond on held-out text."""
+        reports = []
+        for teacher, table, matched in zip(self.teachers, vocabularies.tables, vocabularies.matched, strict=True):
+            tokenizers = (teacher.tokenizer, student.tokenizer)
+            found = coverage(self.held_out, *tokenizers, ("match", "reduce"), table=table, matched=matched)
+            self.say.print(*report.coverage_tables((teacher.name, self.config.out), tokenizers, found))
+            reports.append(found.as_dict())
+        return reports
+
+    def training(self, student: Student, vocabularies: _Vocabularies) -> _Training:
+        """The model to train, its objective and its batches.
+
+        With an MLM head: masked, ``reduce`` rows beside the own tokenization, equal tokens paired (arXiv 2205.02340).
+        Without: the student's own tokenization as it stands, paired by the text.
+        """
+        config, teachers, tokenizer = self.config, self.teachers, student.tokenizer
+        wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = torch.device(wanted)
+        reader = student.as_teacher()
+        try:
+            assignments = [layer_map(config.layer_map, reader.num_layers, teacher.num_layers) for teacher in teachers]
+        except ValueError as error:
+            raise VocabdistilError(f"--layer-map: {error}") from None
+        widths = [teacher.width for teacher in teachers]
+        model = DistillModel(student.model, widths, assignments, config.seed, config.train_projection).to(device)
+        for teacher in teachers:
+            teacher.whole.to(device)
+        shares = config.teacher_weights or [1.0] * len(teachers)
+        objective = Objective(
+            teachers,
+            config.weights,
+            [share / sum(shares) for share in shares],
+            self.record.get("scales", []),
+            config.temperature,
+            mode=self.mode,
+            tables=vocabularies.tables,
+            matched=[matched.to(device) for matched in vocabularies.matched],
+        )
+        if student.has_head:
+            counts = count_tokens(tokenizer, self.split.train)
+            objective.mask_probabilities = masking_probabilities(counts, tokenizer.all_special_ids).to(device)
+            objective.mask_id = tokenizer.mask_token_id
+        max_length = min([config.max_length, *(teacher.max_positions for teacher in teachers)])
+        student_max_length = min(config.student_max_length or 2 * max_length, reader.max_positions)
+        collator = DistillCollator(
+            [teacher.tokenizer for teacher in teachers],
+            tokenizer,
+            vocabularies.tables if student.has_head else [],
+            vocabularies.matched if student.has_head else [],
+            max_length,
+            student_max_length,
+        )
+        excerpts = []
+        if student.has_head:
+            tokenizers = [*(teacher.tokenizer for teacher in teachers), tokenizer]
+            excerpts = choose_excerpts(
+                self.split.held_out, tokenizers, min(max_length, student_max_length), config.seed
+            )
+        return _Training(model, objective, collator, excerpts, device)
+
+    def calibration(self, training: _Training) -> dict[str, Any]:
+        """Fits the projections and the scales of the losses, and evaluates the untrained student; all of it stored."""
+        model, objective = training.model, training.objective
+        fitted = self.partial / "projections.safetensors"
+        if "before" not in self.record:
+            self.say.status("Evaluating the untrained student")
+            batch = to_device(training.collator(self.sample), training.device)
+            objective.scales = calibrate(model, objective, batch)
+            if len(model.projections):
+                save_file(training.projections(), fitted)
+            before = self.evaluation(training, status=None)
+            perplexity = [
+                pseudo_perplexity(teacher, training.excerpts)
+                if teacher.masked_lm is not None and training.excerpts
+                else None
+                for teacher in self.teachers
+            ]
+            self.store(scales=objective.scales, before=before, teacher_pseudo_perplexity=perplexity)
+        elif fitted.exists():
+            for key, weight in load_file(fitted).items():
+                with torch.no_grad():
+                    model.projections[key].weight.copy_(weight)
+        return self.record["before"]
+
+    @property
+    def steps(self) -> int:
+        config = self.config
+        return config.steps or max(1, round(config.epochs * len(self.split.train) / config.batch_size))
+
+    def fit(self, training: _Training) -> tuple[DistillTrainer, float]:
+        """Trains; returns the trainer and how many seconds it took."""
+        config = self.config
+        lr = config.lr or (_LR_COPIED if self.kept_layers else _LR_FRESH)
+        trainer = DistillTrainer(
+            model=training.model,
+            args=training_arguments(
+                self.partial,
+                steps=self.steps,
+                batch_size=config.batch_size,
+                lr=lr,
+                seed=config.seed,
+                warmup=config.warmup,
+                weight_decay=config.weight_decay,
+                save_every=config.save_every,
+                log_every=config.log_every,
+                bf16=config.precision == "bf16",
+                device=training.device,
+            ),
+            train_dataset=TrainingOrder(self.split.train, config.batch_size, self.steps, config.seed),
+            data_collator=training.collator,
+            objective=training.objective,
+            sequential=True,
+        )
+        return trainer, fit(trainer, self.say, last_checkpoint(self.partial) if config.resume else None)
+
+    def evaluation(self, training: _Training, status: str | None = "Evaluating the student") -> dict[str, Any]:
+        """The student on held-out text.
+
+        Raises:
+            VocabdistilError: its figures are not finite.
+        """
+        if status:
+            self.say.status(status)
+        training.model.eval()
+        found = evaluate(
+            training.model, training.objective, training.collator, self.held_out, training.excerpts,
+            self.config.batch_size, self.config.seed,
+        )  # fmt: skip
+        if not all(math.isfinite(value) for value in found.values()):
+            raise VocabdistilError(
+                "--lr: the training diverged, the student's losses are not finite; try a smaller one"
+            )
+        return found
+
+    def write(
+        self,
+        student: Student,
+        vocabularies: _Vocabularies,
+        covered: list[dict[str, Any]],
+        training: _Training,
+        trainer: DistillTrainer,
+        seconds: float,
+        before: dict[str, Any],
+        after: dict[str, Any],
+    ) -> DistillResult:
+        """Figures, folder, and what is said at the end."""
+        config, first = self.config, self.teachers[0]
+        reader = student.as_teacher()
+        metrics = {
+            "teacher": [teacher.name for teacher in self.teachers],
+            "command": "distill",
+            "settings": config.settings(),
+            "architecture": student.architecture,
+            "vocabulary": self.record.get("vocabulary"),
+            "steps": self.steps,
+            "train_texts": len(self.split.train),
+            "held_out_texts": len(self.held_out),
+            "max_length": training.collator.max_length,
+            "seed": config.seed,
+            "initialisation": student.report,
+            "prompt": first.prompt,
+            "sentence_transformers": self.sources[0].sentence is not None,
+            "logits": training.objective.mode,
+            "teacher_scales": training.objective.scales,
+            "coverage": covered,
+            "before": before,
+            "after": after,
+            "teacher_pseudo_perplexity": self.record["teacher_pseudo_perplexity"],
+            "train_seconds": round(seconds, 1),
+            "models": compare_models(
+                first, reader, self.held_out, batch=config.time_batch, length=config.time_length
+            ),
+        }
+        with open(self.partial / "training_log.jsonl", "w", encoding="utf-8") as file:
+            for entry in trainer.state.log_history:
+                file.write(json.dumps(entry) + "\n")
+        projections = training.projections()
+        student.projection = projections.get("0_0")
+        out = write_student(
+            self.partial, config, self.sources[0], student, vocabularies.tables, metrics, projections
+        )
+        self.say.print(*report.result_tables(metrics))
+        self.say.print(f"{self.steps} steps in {seconds:.0f} s. The student is in {out}")
+        return DistillResult(out, metrics)
+
+
+@dataclass
+class _Vocabularies:
+    """How each teacher's vocabulary corresponds to the student's."""
+
+    tables: list[RemapTable]
+    matched: list[MatchedVocab]
+
+    @classmethod
+    def of(cls, teachers: Sequence[Teacher], student: Student) -> _Vocabularies:
+        return cls(
+            [RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer) for teacher in teachers],
+            [MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer) for teacher in teachers],
+        )
+
+
+@dataclass
+class _Training:
+    """What is trained, by what, on what."""
+
+    model: DistillModel
+    objective: Objective
+    collator: DistillCollator
+    excerpts: list[str]
+    device: torch.device
+
+    def projections(self) -> dict[str, Tensor]:
+        return {key: linear.weight.detach().cpu().contiguous() for key, linear in self.model.projections.items()}

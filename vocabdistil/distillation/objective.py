@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DistilBertForMaskedLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment.masking import mask_tokens
 from ..alignment.remap import RemapTable
 from ..alignment.spans import SpanPairs
 from ..alignment.vocab import MatchedVocab
 from ..core.errors import VocabdistilError
-from ..models.teachers import Reading, Teacher
+from ..models.teachers import Reading, Teacher, head_input, model_inputs
 from ..ops import linear_matched_kl, remapped_kl, span_loss, span_mean
 from ..reference.layers import LayerAssignment
 from ..reference.mlm import mlm_loss
@@ -75,7 +75,7 @@ class DistillModel(nn.Module):
     """The student, and a projection to the teacher's width for every teacher and layer assignment.
 
     Args:
-        student: the model that will be saved.
+        student: the model that will be saved, of any architecture, with or without an MLM head.
         teacher_widths: hidden widths of the teachers.
         assignments: for each teacher, which of its layers teach which of the student's.
         seed: of the projections, orthonormal until :func:`calibrate` fits them.
@@ -84,7 +84,7 @@ class DistillModel(nn.Module):
 
     def __init__(
         self,
-        student: DistilBertForMaskedLM,
+        student: PreTrainedModel,
         teacher_widths: Sequence[int],
         assignments: Sequence[Sequence[LayerAssignment]],
         seed: int = 0,
@@ -94,7 +94,7 @@ class DistillModel(nn.Module):
         self.student = student
         self.assignments = [list(group) for group in assignments]
         self.projections = nn.ModuleDict()
-        width = student.config.dim
+        width = student.config.hidden_size
         generator = torch.Generator().manual_seed(seed)
         for t, (teacher_width, group) in enumerate(zip(teacher_widths, self.assignments, strict=True)):
             if teacher_width == width:
@@ -110,36 +110,45 @@ class DistillModel(nn.Module):
         return self.projections[key].weight if key in self.projections else None
 
     @property
+    def num_layers(self) -> int:
+        return self.student.config.num_hidden_layers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an MLM head to train."""
+        return self.student.base_model is not self.student
+
+    @property
     def all_layers(self) -> bool:
-        last = self.student.config.n_layers
-        return any(a.student != (last,) for group in self.assignments for a in group)
+        return any(a.student != (self.num_layers,) for group in self.assignments for a in group)
+
+    @property
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V_s, E]`` and bias ``[V_s]`` or None."""
+        layer = self.student.get_output_embeddings()
+        return layer.weight, getattr(layer, "bias", None)
 
     def before_output(self, hidden: Tensor) -> Tensor:
-        """``[..., D_s]`` last hidden states -> ``[..., D_s]``, what the output layer reads."""
-        student = self.student
-        return student.vocab_layer_norm(student.activation(student.vocab_transform(hidden)))
+        """``[..., D_s]`` last hidden states -> ``[..., E]``, what the output layer reads."""
+        return head_input(self.student, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""
-        return self.student.vocab_projector(self.before_output(hidden))
+        return F.linear(self.before_output(hidden), *self.output_layer)
 
     def as_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher:
         """The student as whatever looks at finished models sees it."""
-        return Teacher("student", self.student.distilbert, tokenizer, self.student)
+        return Teacher("student", self.student.base_model, tokenizer, self.student if self.has_head else None)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states ``[B, L, D_s]`` by layer (0: the embedding) and the loss on ``labels`` (-100: no target)."""
-        out = self.student.distilbert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=self.all_layers,
-            return_dict=True,
-        )
+        inputs = model_inputs(self.student.base_model, input_ids, attention_mask)
+        out = self.student.base_model(**inputs, output_hidden_states=self.all_layers)
         last = out.last_hidden_state
         # Without the other layers, their places stay empty: assignments count layers from the embedding up.
-        layers = list(out.hidden_states) if self.all_layers else [None] * self.student.config.n_layers + [last]
+        layers = list(out.hidden_states) if self.all_layers else [None] * self.num_layers + [last]
         return layers, None if labels is None else mlm_loss(last, labels, self.logits)
 
 
@@ -154,8 +163,8 @@ class Objective:
         scales: for each teacher and assignment the standard deviation of the teacher's features, as
             :func:`calibrate` measured it. Temperatures are multiples of it and losses are divided by its square, as if
             the teacher's features had standard deviation 1: weights then mean the same for every teacher.
-        mask_probabilities: ``[V_s]``, by id.
-        mask_id: the student's MASK.
+        mask_probabilities: ``[V_s]``, by id; None: nothing is masked, as for a student without an MLM head.
+        mask_id: the student's MASK; None with ``mask_probabilities``.
         mode: where output distributions are compared, one of ``LOGITS``: see :meth:`logits_loss`.
         tables, matched: one of each per teacher, read unless ``mode`` is ``"none"``.
     """
@@ -165,8 +174,8 @@ class Objective:
     teacher_weights: list[float]
     scales: list[list[float]]
     temperature: float
-    mask_probabilities: Tensor
-    mask_id: int
+    mask_probabilities: Tensor | None = None
+    mask_id: int | None = None
     mode: str = "none"
     tables: Sequence[RemapTable] = ()
     matched: Sequence[MatchedVocab] = ()
@@ -189,7 +198,10 @@ class Objective:
             ``labels``: int64 ``[(T + 1) B, L_s]``, the masked tokens of the own rows, -100 elsewhere;
             ``hidden_pairs``: for each teacher the pairs of hidden tokens whose output distributions are compared, in
             the student's own rows for ``match`` and in the teacher's ``reduce`` rows else; or None.
+            Where nothing is masked, the batch with ``labels`` None and no hidden pairs.
         """
+        if self.mask_probabilities is None:
+            return {**batch, "labels": None, "hidden_pairs": [None] * len(self.teachers)}
         ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
         generator = torch.Generator(ids.device).manual_seed(seed)
         masked = mask_tokens(
@@ -295,22 +307,22 @@ class Objective:
 
     def _output_kl(self, t: int, model: DistillModel, ours: Tensor, theirs: Tensor) -> Tensor:
         """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> the KL, a sum over rows."""
-        layer, (weight, bias) = model.student.vocab_projector, self.teachers[t].output_layer
+        (student_weight, student_bias), (weight, bias) = model.output_layer, self.teachers[t].output_layer
         if self.mode != "reduce-map":
             return linear_matched_kl(
                 ours,
-                layer.weight,
+                student_weight,
                 theirs,
                 weight,
                 self.matched[t],
-                student_bias=layer.bias,
+                student_bias=student_bias,
                 teacher_bias=bias,
                 temperature=self.temperature,
                 reduction="sum",
             )
 
         def chunk_kl(ours: Tensor, theirs: Tensor) -> Tensor:
-            z_s, z_t = F.linear(ours, layer.weight, layer.bias), F.linear(theirs, weight, bias)
+            z_s, z_t = F.linear(ours, student_weight, student_bias), F.linear(theirs, weight, bias)
             return remapped_kl(z_s, z_t, self.tables[t], temperature=self.temperature, reduction="sum")
 
         step = max(1, _REMAP_BUDGET // len(weight))
@@ -326,23 +338,22 @@ class Objective:
         taught: list[Reading],
         batch: dict[str, Any],
         divergence: str,
-    ) -> tuple[Tensor, Tensor]:
-        """The divergence under ``reduce`` and on the own tokenization: means over assignments, then teachers."""
+    ) -> dict[str, Tensor]:
+        """The divergence on the own tokenization (``own``) and, where the batch has its rows, under ``reduce``: means
+        over assignments, then teachers."""
         size = batch["teacher_ids"][0].shape[0]
-        totals = [hidden[-1].new_zeros(()), hidden[-1].new_zeros(())]
+        totals: dict[str, Tensor] = {}
         for t, reading in enumerate(taught):
             group = model.assignments[t]
+            blocks = {"own": (slice(-size, None), batch["own_pairs"][t])}
+            if batch["reduce_pairs"]:
+                blocks["reduce"] = slice(t * size, (t + 1) * size), batch["reduce_pairs"][t]
             for i, assignment in enumerate(group):
                 teacher_side = _teacher_side(reading.layers, assignment)
                 scale = self.scales[t][i]
                 # The cosine has no scale of its own.
                 share = self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
-                for which, (rows, pairs) in enumerate(
-                    (
-                        (slice(t * size, (t + 1) * size), batch["reduce_pairs"][t]),
-                        (slice(len(taught) * size, None), batch["own_pairs"][t]),
-                    )
-                ):
+                for which, (rows, pairs) in blocks.items():
                     loss = span_loss(
                         [hidden[k][rows] for k in assignment.student],
                         teacher_side,
@@ -351,8 +362,8 @@ class Objective:
                         temperature=self.temperature * scale,
                         weight=model.projection(t, i),
                     )
-                    totals[which] = totals[which] + share * loss
-        return totals[0], totals[1]
+                    totals[which] = totals.get(which, 0) + share * loss
+        return totals
 
 
 def _choose(pairs: SpanPairs, chosen: Tensor) -> SpanPairs:
@@ -410,7 +421,10 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
 
     scales: list[list[float]] = []
     for t, reading in enumerate(taught):
-        pairs, rows = batch["reduce_pairs"][t], slice(t * size, (t + 1) * size)
+        if batch["reduce_pairs"]:
+            pairs, rows = batch["reduce_pairs"][t], slice(t * size, (t + 1) * size)
+        else:
+            pairs, rows = batch["own_pairs"][t], slice(-size, None)
         scales.append([])
         for i, assignment in enumerate(model.assignments[t]):
             teacher = means(_teacher_side(reading.layers, assignment), pairs.teacher_start, pairs.teacher_end)

@@ -24,6 +24,7 @@ from ..core.files import write_json
 from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
+from .options import check_run_options
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -33,7 +34,6 @@ from .runs import (
     keep_inputs,
     last_checkpoint,
     move_into_place,
-    need_run_options,
     open_partial,
     training_arguments,
 )
@@ -83,7 +83,7 @@ class TeacherConfig:
         text = self.text
         self.text = [os.fspath(path) for path in ([text] if isinstance(text, (str, os.PathLike)) else text)]
         self.out = os.fspath(self.out)
-        need_run_options(self)
+        check_run_options(self)
         for name in ("vocab_size", "layers", "dim", "heads"):
             need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
         need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need
+from ..core.errors import VocabdistilError
 from ..core.seeds import mix_seed
 
 if TYPE_CHECKING:
@@ -288,20 +288,6 @@ def move_into_place(final: Path, out: Path) -> None:
     os.rename(final, out)
     shutil.rmtree(old, ignore_errors=True)
 
-
-def need_run_options(config: object) -> None:
-    """What every training run asks of its options."""
-    for name in ("batch_size", "save_every", "log_every"):
-        need(getattr(config, name) > 0, name, "a number above 0", getattr(config, name))
-    # Two special tokens and one that can be masked.
-    need(config.max_length > 2, "max_length", "a number above 2", config.max_length)
-    for name in ("steps", "threads"):
-        value = getattr(config, name)
-        need(value is None or value > 0, name, "a number above 0", value)
-    need(0 < config.lr < float("inf"), "lr", "a number above 0", config.lr)
-    need(0 < config.held_out < 1, "held_out", "a share between 0 and 1", config.held_out)
-    need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
-    need(0 <= config.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", config.seed)
 
 
 _LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "logits_kl", "mlm")

@@ -119,7 +119,7 @@ def _is_path(item: Any) -> bool:
         return True
     if not isinstance(item, str) or not item or len(item) > 4096 or "\n" in item or "\0" in item:
         return False
-    return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or bool(Path(item).suffix[1:].isalnum())))
+    return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or Path(item).suffix[1:].isalnum()))
 
 
 def open_text(text: TextSource, unit: str = "line") -> TextFiles | GivenTexts:

@@ -17,7 +17,7 @@ class DistillTrainer(SeededTrainer):
     """Trains a :class:`DistillModel` on batches of a :class:`DistillCollator` by an :class:`Objective`.
 
     ``loss = sum_d weight_d * (d_reduce + d_own) / 2 + weight_logits * logits_KL + weight_mlm * MLM``, ``d`` the span
-    divergences with a weight.
+    divergences with a weight; without ``reduce`` rows ``d_own`` alone, without an MLM head no MLM.
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
@@ -37,9 +37,9 @@ class DistillTrainer(SeededTrainer):
         loss = hidden[-1].new_zeros(())
         for name in ("kl", "cosine", "mse"):
             if weight := getattr(weights, name):
-                reduce, own = objective.compare(plain, hidden, taught, inputs, name)
-                terms[f"{name}_reduce"], terms[f"{name}_own"] = reduce, own
-                loss = loss + weight * (reduce + own) / 2
+                found = objective.compare(plain, hidden, taught, inputs, name)
+                terms |= {f"{name}_{which}": value for which, value in found.items()}
+                loss = loss + weight * sum(found.values()) / len(found)
         if any(pairs is not None for pairs in inputs["hidden_pairs"]):
             terms["logits_kl"] = objective.logits_loss(plain, hidden, taught, inputs)
             loss = loss + weights.logits * terms["logits_kl"]

@@ -16,10 +16,7 @@ from ..alignment.picture import readable
 if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
 
-__all__ = [
-    "coverage_tables",
-    "model_card",
-]
+__all__ = ["bench_table", "coverage_tables", "held_out_rows", "loyalty_table", "result_tables", "size_table"]
 
 _HELD_OUT = (
     ("kl_reduce", "span KL, reduce input", "lower"),
@@ -36,11 +33,11 @@ _HELD_OUT = (
 )
 
 
-def _held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Label, before, after and which is better, of what was measured."""
     rows = []
     for key, label, better in _HELD_OUT:
-        if key in metrics["after"]:
+        if key in metrics["after"] and key in metrics["before"]:
             known = [v for v in metrics["teacher_pseudo_perplexity"] if v is not None]
             if key == "pseudo_perplexity" and known:
                 label += f" (teacher {', '.join(map(_number, known))})"
@@ -124,7 +121,7 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: int) -> Table:
     """A row for every student: how far it agrees with the teacher."""
     table = Table(title=f"Loyalty ({texts} texts)", title_justify="left")
     columns = {
-        "pearson": "embeddings: Pearson", "spearman": "Spearman", "label": "masked words: label",
+        "pearson": "embeddings: Pearson", "spearman": "Spearman", "cosine": "cosine", "label": "masked words: label",
         "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
     }  # fmt: skip
     table.add_column("student")
@@ -157,12 +154,11 @@ def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
     return table
 
 
-def result_tables(metrics: dict[str, Any]) -> list[Table]:
-    """Sizes of teacher and student, and the student on held-out text before and after training."""
-    models = metrics["models"]
-    sizes = Table(title="Teacher and student", title_justify="left")
+def size_table(models: dict[str, Any]) -> Table:
+    """Sizes and CPU time of teacher and student, as :func:`vocabdistil.evaluation.timing.compare_models` found them."""
+    table = Table(title="Teacher and student", title_justify="left")
     for column in ("", "teacher", "student", "ratio"):
-        sizes.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right")
     teacher, student = models["teacher"], models["student"]
     for label, key, form in (
         ("parameters, M", "parameters", lambda v: f"{v / 1e6:.2f}"),
@@ -174,49 +170,15 @@ def result_tables(metrics: dict[str, Any]) -> list[Table]:
             lambda v: f"{v:.3f}",
         ),
     ):
-        sizes.add_row(label, form(teacher[key]), form(student[key]), f"{teacher[key] / student[key]:.1f}x")
+        table.add_row(label, form(teacher[key]), form(student[key]), f"{teacher[key] / student[key]:.1f}x")
+    return table
+
+
+def result_tables(metrics: dict[str, Any]) -> list[Table]:
+    """Sizes of teacher and student, and the student on held-out text before and after training."""
     changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
     for column in ("", "untrained", "trained", "better is"):
         changes.add_column(column, justify="left" if column in ("", "better is") else "right")
-    for row in _held_out_rows(metrics):
+    for row in held_out_rows(metrics):
         changes.add_row(*row)
-    return [sizes, changes]
-
-
-def model_card(name: str, metrics: dict[str, Any]) -> str:
-    """``README.md`` of the student's folder, which is called ``name``."""
-    teacher, student = metrics["models"]["teacher"], metrics["models"]["student"]
-    names = ", ".join(f"`{Path(name).name}`" for name in metrics["teacher"])
-    rows = "\n".join(f"| {' | '.join(row[:3])} |" for row in _held_out_rows(metrics))
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [distillation, vocabdistil]
----
-
-# {name}
-
-A DistilBERT ({metrics["architecture"]["layers"]} layers, width {metrics["architecture"]["dim"]}) with \
-{student["vocab"]:,} tokens, distilled by vocabdistil from {names} ({teacher["vocab"]:,} tokens).
-
-| | parameters, M | vocabulary | MB | CPU s (batch {metrics["models"]["time_batch"]}, \
-up to {metrics["models"]["time_length"]} tokens) |
-| --- | --- | --- | --- | --- |
-| teacher | {teacher["parameters"] / 1e6:.2f} | {teacher["vocab"]:,} | {teacher["mb"]:.1f} | {teacher["seconds"]:.3f} |
-| student | {student["parameters"] / 1e6:.2f} | {student["vocab"]:,} | {student["mb"]:.1f} | {student["seconds"]:.3f} |
-
-Held-out text ({metrics["held_out_texts"]} texts):
-
-| | untrained | trained |
-| --- | --- | --- |
-{rows}
-
-```python
-from transformers import AutoModel, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
-```
-
-`projection.safetensors`, if there, maps the student's hidden states to the teacher's width (`[D_t, D_s]`);
-`remap.vdrt` maps the teacher's tokens to the student's; `metrics.json` and `training_log.jsonl` have all figures.
-"""
+    return [size_table(metrics["models"]), changes]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..alignment.families import encode
 from ..core.errors import VocabdistilError
-
-if TYPE_CHECKING:
-    from ..models.teachers import Teacher
+from ..models.teachers import Teacher, model_inputs
 
 __all__ = ["bench_models", "compare_models", "cpu_time", "describe_model", "timing_texts"]
 
@@ -63,25 +61,25 @@ def cpu_time(model: nn.Module, tokenizer: Any, texts: Sequence[str], repeats: in
         mask[b, : len(row)] = 1
     device = next(model.parameters()).device
     model.to("cpu").eval()
-    seconds = []
+    inputs, seconds = model_inputs(model, ids, mask), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        model(input_ids=ids, attention_mask=mask)
+        model(**inputs)
         seconds.append(time.perf_counter() - start)
     model.to(device)
     return {"seconds": round(statistics.median(seconds[1:]), 4), "tokens": int(mask.sum())}
 
 
 def compare_models(
-    teacher: Teacher, student: nn.Module, tokenizer: Any, texts: Sequence[str], batch: int, length: int
+    teacher: Teacher, student: Teacher, texts: Sequence[str], batch: int, length: int
 ) -> dict[str, Any]:
     """Sizes of teacher and student, and the CPU time of their bodies on the same text, each with its own tokenizer."""
-    length = min(length, teacher.max_positions, student.config.max_position_embeddings)
-    texts = timing_texts(texts, [teacher.tokenizer, tokenizer], batch, length)
+    length = min(length, teacher.max_positions, student.max_positions)
+    sides = {"teacher": teacher, "student": student}
+    texts = timing_texts(texts, [side.tokenizer for side in sides.values()], batch, length)
     rows = {
-        "teacher": describe_model(teacher.whole, len(teacher.tokenizer))
-        | cpu_time(teacher.model, teacher.tokenizer, texts),
-        "student": describe_model(student, len(tokenizer)) | cpu_time(student.distilbert, tokenizer, texts),
+        name: describe_model(side.whole, len(side.tokenizer)) | cpu_time(side.model, side.tokenizer, texts)
+        for name, side in sides.items()
     }
     return {
         **rows,

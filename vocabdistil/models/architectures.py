@@ -48,6 +48,7 @@ class Architecture:
         widen: the map from the width of the embeddings to the hidden width, used where they differ.
         parts: the modules of a layer, where it is a post-norm one of BERT's kind.
         head: dense layer and LayerNorm between body and output layer, paths in the model with its MLM head.
+        activation: what stands between these two: a field of the configuration that says it, or its name.
         shared: all layers are one set of weights, so that a layer more costs nothing.
         first_norm: a LayerNorm that the first layer lacks, and the product that reads it in the others.
         body: the class to load where AutoModel takes another.
@@ -64,6 +65,7 @@ class Architecture:
     widen: str = ""
     parts: LayerParts | None = None
     head: tuple[str, str] | None = None
+    activation: str = "hidden_act"
     shared: bool = False
     first_norm: tuple[str, str] | None = None
     body: str = ""
@@ -97,7 +99,7 @@ _BERT_PARTS = LayerParts(
 _BERT = Architecture(
     parts=_BERT_PARTS, head=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
 )
-_ROBERTA = replace(_BERT, after_padding=True, head=("lm_head.dense", "lm_head.layer_norm"))
+_ROBERTA = replace(_BERT, after_padding=True, head=("lm_head.dense", "lm_head.layer_norm"), activation="gelu")
 _T5 = Architecture(
     layers="encoder.block",
     fields=Fields("num_layers", "d_model", "num_heads", "d_ff"),
@@ -124,12 +126,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "output_layer_norm",
         ),
         head=("vocab_transform", "vocab_layer_norm"),
+        activation="activation",
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "electra": replace(
-        _BERT, widen="embeddings_project", head=("generator_predictions.dense", "generator_predictions.LayerNorm")
+        _BERT,
+        widen="embeddings_project",
+        head=("generator_predictions.dense", "generator_predictions.LayerNorm"),
+        activation="gelu",
     ),
     "mpnet": replace(
         _ROBERTA,
@@ -154,9 +160,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared=True,
     ),
     # Attention by relative positions: its layers are of no other architecture's kind.
-    "deberta-v2": Architecture(),
+    "deberta-v2": Architecture(head=_BERT.head),
     "modernbert": Architecture(
-        layers="layers", positions="", types="", norm="norm", first_norm=("attn_norm", "attn.Wqkv")
+        layers="layers",
+        positions="",
+        types="",
+        norm="norm",
+        head=("head.dense", "head.norm"),
+        activation="classifier_activation",
+        first_norm=("attn_norm", "attn.Wqkv"),
     ),
     "t5": _T5,
     "mt5": replace(_T5, body="MT5EncoderModel"),

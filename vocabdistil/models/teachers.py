@@ -22,11 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     logging,
 )
+from transformers.activations import ACT2FN
 
 from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
-__all__ = ["Reading", "Teacher", "load_teacher", "load_tokenizer"]
+__all__ = ["Reading", "Teacher", "head_input", "load_teacher", "load_tokenizer", "model_inputs"]
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
 # Tokenizers of models without a limit say a number like 1e30.
@@ -113,7 +114,7 @@ class Teacher:
         Raises:
             VocabdistilError: a token's hidden state is NaN or infinite.
         """
-        inputs = _inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
+        inputs = model_inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
         if head:
             out, before_output = _run_to_output_layer(self.whole, inputs)
         else:
@@ -123,13 +124,31 @@ class Teacher:
         return Reading(list(out.hidden_states) if all_layers else [out.last_hidden_state], before_output)
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """What a forward pass takes: with types 0 where the model tells types of tokens apart."""
+def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What a forward pass of a body takes: with types 0 where the model tells types of tokens apart."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
     types = getattr(model.config, "type_vocab_size", None) or 0
     if types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.zeros_like(input_ids)
     return inputs
+
+
+def head_input(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What the output layer of a model with an MLM head reads: ``[..., D]`` last hidden states of any positions ->
+    ``[..., E]``.
+
+    Raises:
+        LookupError: the head is of no kind that the table of architectures knows.
+    """
+    row = architecture_of(model.config)
+    if row is None or row.head is None:
+        raise LookupError("its head is of an unknown kind")
+    try:
+        dense, norm = (model.get_submodule(path) for path in row.head)
+    except AttributeError:
+        raise LookupError(f"it has no {row.head[0]}") from None
+    activation = ACT2FN[getattr(model.config, row.activation, row.activation)]
+    return norm(activation(dense(hidden)))
 
 
 def _run_to_output_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -270,14 +289,18 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if len(layer.weight) <= _largest_id(tokenizer):
         return f"its output layer has {len(layer.weight)} rows for ids up to {_largest_id(tokenizer)}"
     ids = torch.arange(4)[None] % len(layer.weight)
-    inputs = _inputs(model.base_model, ids, torch.ones_like(ids))
+    inputs = model_inputs(model.base_model, ids, torch.ones_like(ids))
     try:
-        _, head = _run_to_output_layer(model, inputs)
+        out, head = _run_to_output_layer(model, inputs)
         ours, theirs = nn.functional.linear(head, layer.weight, getattr(layer, "bias", None)), model(**inputs).logits
+        # What the head of code of its own does, nobody but that code needs to know: no student gets a copy of it.
+        alone = head if architecture_of(model.config) is None else head_input(model, out.last_hidden_state)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         return f"it cannot be read: {_first_line(error)}"
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
         return "its logits are not those of its output layer alone"
+    if not torch.allclose(alone, head, rtol=1e-3, atol=1e-3, equal_nan=True):
+        return "its head is more than a dense layer and a norm"
     return ""
 
 

@@ -1,0 +1,63 @@
+"""The folder of a finished student: model, tokenizer, sentence-transformers settings, tables, figures, card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..alignment.remap import RemapTable
+from ..core.files import write_json
+from ..evaluation.card import model_card
+from ..models.sentence import write_sentence_settings
+from ..models.vocabularies import save_tokenizer
+from .options import StudentOptions
+from .runs import move_into_place
+from .student import Source, Student
+
+__all__ = ["write_student"]
+
+
+def write_student(
+    partial: Path,
+    options: StudentOptions,
+    source: Source,
+    student: Student,
+    tables: Sequence[RemapTable],
+    metrics: dict[str, Any],
+    projections: dict[str, Tensor] | None = None,
+) -> Path:
+    """The last stage: everything is written beside ``options.out`` and gets its name when it is whole.
+
+    Args:
+        partial: the folder of the run; removed at the end.
+        source: the first teacher.
+        tables: the remap table of each teacher.
+        metrics: for ``metrics.json`` and the model card.
+        projections: from the student's hidden states to each teacher's, ``[D_t, D_s]``, where they differ in width.
+
+    Returns:
+        ``options.out``.
+    """
+    out, final = Path(options.out), partial / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    student.model.to("cpu").save_pretrained(final)
+    save_tokenizer(student.tokenizer, final)
+    if source.sentence is not None:
+        write_sentence_settings(source.sentence, final, student.projection)
+    for t, table in enumerate(tables):
+        table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
+    if projections:
+        save_file(projections, final / "projection.safetensors")
+    for log in partial.glob("*.jsonl"):
+        shutil.copy(log, final)
+    write_json(final / "metrics.json", metrics)
+    (final / "README.md").write_text(model_card(out.name, metrics), encoding="utf-8")
+    move_into_place(final, out)
+    shutil.rmtree(partial)
+    return out

@@ -1,0 +1,171 @@
+"""The student before any training: its vocabulary, its body, its start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.errors import need
+from ..models.architectures import architecture_of
+from ..models.bodies import build_body
+from ..models.sentence import SentenceSettings, read_sentence_settings
+from ..models.start import plan_start
+from ..models.students import Preset, build_student, initialise_from_teacher
+from ..models.teachers import Teacher, load_teacher
+from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
+from .options import VOCAB_SIZE, StudentOptions
+
+__all__ = ["Source", "Student", "expected_prompt", "load_sources", "load_student", "make_student", "make_vocabulary"]
+
+# How often each prompt is counted beside the text: more often than a word must be to become a token.
+_PROMPT_COUNT = 1000
+
+
+@dataclass
+class Source:
+    """A teacher and what its folder says of the use of its vectors.
+
+    Attributes:
+        teacher: the model, its tokenizer and its prompt.
+        sentence: pooling, normalisation and prompts of a sentence-transformers folder, or None.
+    """
+
+    teacher: Teacher
+    sentence: SentenceSettings | None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Everything that may stand before a text."""
+        known = self.sentence.prompts.values() if self.sentence is not None else ()
+        return sorted({prompt for prompt in (self.teacher.prompt, *known) if prompt})
+
+
+@dataclass
+class Student:
+    """A student that can be used or trained.
+
+    Attributes:
+        model: on the CPU, in evaluation mode, with an MLM head if it has one to learn or to keep.
+        tokenizer: its own.
+        prompt: what it expects before every text.
+        kept_layers: the teacher's layers that its layers came from; empty for fresh ones.
+        report: how it began: for ``metrics.json``.
+        projection: ``[D_t, D_s]``, from its hidden states to the teacher's, or None where they are equally wide or
+            nothing is known yet.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str
+    kept_layers: list[int]
+    report: dict[str, Any]
+    projection: Tensor | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an MLM head."""
+        return self.model.base_model is not self.model
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The model's class and shape."""
+        config, row = self.model.config, architecture_of(self.model.config)
+        shape = {name: getattr(config, field, None) for name, field in row.fields._asdict().items()} if row else {}
+        return {"class": type(self.model).__name__, **shape}
+
+    def as_teacher(self, name: str = "student") -> Teacher:
+        """The student as whatever looks at finished models sees it."""
+        head = self.model if self.has_head else None
+        return Teacher(name, self.model.base_model, self.tokenizer, head, prompt=self.prompt)
+
+
+def expected_prompt(options_prompt: str | None, sentence: SentenceSettings | None) -> str:
+    """What stands before every text: what was asked for, or what the teacher's folder says."""
+    if options_prompt is not None:
+        return options_prompt
+    return sentence.prompt if sentence is not None else ""
+
+
+def load_sources(options: StudentOptions) -> list[Source]:
+    """The teachers; all read the same prompt.
+
+    Raises:
+        VocabdistilError: a teacher cannot be loaded, or their folders say different prompts and none was asked for.
+    """
+    sources = []
+    for name in options.teacher:
+        sentence = read_sentence_settings(name)
+        prompt = expected_prompt(options.prompt, sentence)
+        folder = name if sentence is None else sentence.transformer_folder
+        teacher = load_teacher(folder, prompt=prompt, trust_remote_code=options.trust_remote_code)
+        teacher.name = name
+        sources.append(Source(teacher, sentence))
+    prompts = sorted({source.teacher.prompt for source in sources})
+    need(len(prompts) == 1, "prompt", "one, as the teachers' folders say different ones", prompts)
+    return sources
+
+
+def make_vocabulary(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    vocab_size: int | None,
+    family: str | None = None,
+    prompts: Iterable[str] = (),
+) -> Vocabulary:
+    """The stage of the student's vocabulary.
+
+    Args:
+        source: ``train``, ``trim`` or a folder, see :func:`vocabdistil.models.vocabularies.vocabulary_from`.
+        tokenizer: the teacher's.
+        texts: as the models read them, with the prompt; read once, if needed at all.
+        vocab_size: None: :data:`VOCAB_SIZE`, or what the folder has.
+        prompts: what else may stand before a text: counted often enough for its tokens to be there.
+    """
+    if vocab_size is None and source in ("train", "trim"):
+        vocab_size = VOCAB_SIZE
+    texts = chain(texts, *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
+    return vocabulary_from(source, tokenizer, texts, vocab_size, family)
+
+
+def make_student(
+    options: StudentOptions,
+    source: Source,
+    vocabulary: Vocabulary,
+    texts: Sequence[str],
+    kept_layers: list[int],
+    preset: Preset | None = None,
+) -> Student:
+    """The stage of the student's body and its start.
+
+    Args:
+        vocabulary: the student's.
+        texts: some of the text, as the models read it: how often each kind of start stands there is counted in it.
+        kept_layers: of the teacher, for a body of its own class.
+        preset: a DistilBERT of this shape instead.
+    """
+    teacher, tokenizer = source.teacher, vocabulary.tokenizer
+    start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
+    if preset is not None:
+        model = build_student(preset, tokenizer, seed=options.seed)
+        report = initialise_from_teacher(model, teacher, start.rows)
+        kept_layers = []
+    else:
+        model = build_body(
+            teacher, start.rows, tokenizer, kept_layers, options.dim, options.heads, options.ffn, seed=options.seed
+        )
+        report = {"copied_layers": kept_layers}
+    report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
+    return Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report)
+
+
+def load_student(folder: str, options: StudentOptions) -> Student:
+    """A checkpoint to go on from, with its own tokenizer."""
+    loaded = load_teacher(folder, "--student", trust_remote_code=options.trust_remote_code)
+    model = loaded.whole.requires_grad_(True)
+    return Student(model, loaded.tokenizer, "", [], {"checkpoint": folder})

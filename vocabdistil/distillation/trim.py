@@ -1,0 +1,147 @@
+"""A smaller vocabulary and a shorter body without any training: :func:`trim`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..alignment.coverage import coverage
+from ..alignment.remap import RemapTable
+from ..core.console import Reporter
+from ..core.errors import need
+from ..core.progress import counting
+from ..evaluation.report import coverage_tables, loyalty_table, size_table
+from ..evaluation.student import embedding_loyalty
+from ..evaluation.timing import compare_models
+from ..models.teachers import Teacher
+from .folder import write_student
+from .job import DistillResult
+from .options import StudentOptions
+from .runs import keep_inputs, open_partial
+from .student import Source, Student, load_sources, make_student, make_vocabulary
+from .text import Sample, open_text
+
+__all__ = ["TrimConfig", "trim"]
+
+# Texts of which coverage and loyalty are counted: enough for two digits, few enough for seconds.
+_SAMPLE = 256
+
+
+@dataclass
+class TrimConfig(StudentOptions):
+    """Everything that :func:`trim` needs to know: :class:`StudentOptions`, with ``vocabulary`` ``"trim"`` or a folder
+    (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for."""
+
+    vocabulary: str = "trim"
+    vocab_size: int | None = None
+    time_batch: int = 8
+    time_length: int = 128
+
+    def check(self) -> None:
+        super().check()
+        need(len(self.teacher) == 1, "teacher", "one", len(self.teacher))
+
+
+def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
+    """Gives a teacher a smaller vocabulary, and fewer layers if asked for, without training it.
+
+    The rows of the tokens that stay are copied; with all layers, a text whose tokens all stay gives the teacher's own
+    hidden states.
+
+    Args:
+        config: everything; or give the fields of :class:`TrimConfig` by name.
+
+    Returns:
+        The folder, and what ``metrics.json`` in it says.
+
+    Raises:
+        VocabdistilError: bad input; nothing is left half-written.
+
+    Example::
+
+        import vocabdistil as vd
+        vd.trim(teacher="intfloat/multilingual-e5-small", text=["russian.txt"], out="e5-ru", vocab_size=8000)
+    """
+    if config is None:
+        config = TrimConfig(**options)
+    elif options:
+        raise TypeError("trim: give a config or options, not both")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    text = open_text(config.text, config.unit)
+    keep_inputs(Path(config.out), config.inputs())
+    (source,) = load_sources(config)
+    layers = config.kept_layers(source.teacher, source.teacher.num_layers)
+    partial, _ = open_partial(Path(config.out), {}, False, config.overwrite)
+    try:
+        return _run(config, source, layers, text, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], partial: Path) -> DistillResult:
+    say, teacher = Reporter(config.quiet), source.teacher
+    sample = Sample((teacher.prompt + example for example in text), _SAMPLE, config.seed)
+    vocabulary = make_vocabulary(
+        config.vocabulary, teacher.tokenizer, _watched(sample, config.quiet), config.vocab_size, config.family,
+        source.prompts,
+    )  # fmt: skip
+    if not sample.seen:  # the vocabulary was there already
+        for _ in sample:
+            pass
+    for note in vocabulary.notes:
+        say.print(note)
+    student = make_student(config, source, vocabulary, sample.kept, layers)
+    table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
+    report = coverage(sample.kept, teacher.tokenizer, student.tokenizer, table=table)
+    say.print(*coverage_tables((teacher.name, config.out), (teacher.tokenizer, student.tokenizer), report))
+    metrics = {
+        "teacher": config.teacher,
+        "command": "trim",
+        "settings": config.settings(),
+        "texts": sample.seen,
+        "text": sample.digest,
+        "held_out_texts": len(sample.kept),
+        "vocabulary": {"source": config.vocabulary, "notes": list(vocabulary.notes)},
+        "prompt": teacher.prompt,
+        "sentence_transformers": source.sentence is not None,
+        "architecture": student.architecture,
+        "initialisation": student.report,
+        "coverage": [report.as_dict()],
+        "loyalty": _loyalty(config, source, student, vocabulary, sample.kept),
+        "models": compare_models(
+            teacher, student.as_teacher(), sample.kept, batch=config.time_batch, length=config.time_length
+        ),
+    }
+    out = write_student(partial, config, source, student, [table], metrics)
+    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], len(sample.kept)))
+    say.print(f"The student is in {out}")
+    return DistillResult(out, metrics)
+
+
+def _watched(texts: Iterable[str], quiet: bool) -> Iterator[str]:
+    with counting("Reading text", None, quiet) as advance:
+        for text in texts:
+            advance(1)
+            yield text
+
+
+def _loyalty(
+    config: TrimConfig, source: Source, student: Student, vocabulary: Any, texts: list[str]
+) -> dict[str, dict[str, float]]:
+    """How the student's vectors agree with the teacher's, and before layers were dropped how those of all layers do."""
+    teacher, found = source.teacher, {}
+    every = list(range(teacher.num_layers))
+    if student.kept_layers != every and config.dim is None:
+        whole = make_student(config, source, vocabulary, texts, every).as_teacher()
+        found["all layers"] = embedding_loyalty(teacher, whole, texts, config.max_length, source.sentence)
+    name = f"{len(student.kept_layers)} layers"
+    made: Teacher = student.as_teacher()
+    found[name] = embedding_loyalty(teacher, made, texts, config.max_length, source.sentence, student.projection)
+    return found

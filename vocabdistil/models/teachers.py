@@ -26,7 +26,7 @@ from transformers import (
 from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
-__all__ = ["Reading", "Teacher", "load_teacher", "load_tokenizer"]
+__all__ = ["Reading", "Teacher", "load_teacher", "load_tokenizer", "model_inputs"]
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
 # Tokenizers of models without a limit say a number like 1e30.
@@ -113,7 +113,7 @@ class Teacher:
         Raises:
             VocabdistilError: a token's hidden state is NaN or infinite.
         """
-        inputs = _inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
+        inputs = model_inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
         if head:
             out, before_output = _run_to_output_layer(self.whole, inputs)
         else:
@@ -123,7 +123,7 @@ class Teacher:
         return Reading(list(out.hidden_states) if all_layers else [out.last_hidden_state], before_output)
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     """What a forward pass takes: with types 0 where the model tells types of tokens apart."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
     types = getattr(model.config, "type_vocab_size", None) or 0
@@ -270,7 +270,7 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if len(layer.weight) <= _largest_id(tokenizer):
         return f"its output layer has {len(layer.weight)} rows for ids up to {_largest_id(tokenizer)}"
     ids = torch.arange(4)[None] % len(layer.weight)
-    inputs = _inputs(model.base_model, ids, torch.ones_like(ids))
+    inputs = model_inputs(model.base_model, ids, torch.ones_like(ids))
     try:
         _, head = _run_to_output_layer(model, inputs)
         ours, theirs = nn.functional.linear(head, layer.weight, getattr(layer, "bias", None)), model(**inputs).logits

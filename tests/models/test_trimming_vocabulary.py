@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from tests._families import FAMILIES, byte_level, family, many_scripts, plain_text
+from tests._families import FAMILIES, SCRIPTS, byte_level, family, many_scripts, plain_text
+from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.models.counting import count_tokens, frequent_characters
+from vocabdistil.models.rebuilding import Vocabulary
 from vocabdistil.models.trimming_vocabulary import trim_vocabulary
 
 
@@ -58,10 +63,23 @@ def made(name: str) -> Tokenizer:
 
 
 def samples(count: int) -> list[str]:
-    """Texts of a few words each, so that many are made of kept tokens alone."""
+    """Texts of a few words each, so that many are made of kept tokens alone; some words nobody has seen."""
     rng = random.Random(3)
-    words = " ".join(many_scripts()).split(" ") + ["<mask>", "walking home", "été", "<|x|>", "Été", "quietly", "stone "]
+    words = " ".join(many_scripts()).split(" ")
+    words += ["<mask>", "walking home", "été", "<|x|>", "Été", "quietly", "stone ", "ξ"]
     return [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(count)]
+
+
+def assert_reads_as_before(teacher: Tokenizer, trimmed: Vocabulary, texts: list[str], readable_only: bool) -> None:
+    """``readable_only``: texts in which the teacher reads UNK are left out."""
+    student, kept = trimmed.tokenizer.backend_tokenizer, trimmed.kept
+    available, tried = set(kept.tolist()), 0
+    for text in texts:
+        before, after = teacher.encode(text), student.encode(text)
+        if available.issuperset(before.ids) and not (readable_only and "[UNK]" in before.tokens):
+            tried += 1
+            assert before.tokens == after.tokens and before.ids == kept[after.ids].tolist()
+    assert tried > 20
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
@@ -70,15 +88,91 @@ def test_texts_of_kept_tokens_read_as_before(name, share):
     teacher = made(name)
     size = teacher.get_vocab_size()
     # All bytes are kept where there are any.
-    trimmed = trim_vocabulary(teacher, plain_text(), max(round(size * share), 280 if size > 280 else 0))
+    wanted = max(round(size * share), 280 if size > 280 else 0)
+    trimmed = trim_vocabulary(teacher, plain_text(), wanted)
     student, kept = trimmed.tokenizer.backend_tokenizer, trimmed.kept
-    assert len(kept) == len(set(kept.tolist())) == len(trimmed) == student.get_vocab_size()
+    assert len(kept) == len(set(kept.tolist())) == len(trimmed) == student.get_vocab_size() == wanted
     assert [student.id_to_token(i) for i in range(len(kept))] == [teacher.id_to_token(i) for i in kept.tolist()]
-    unk = getattr(teacher.model, "unk_token", None) or "<unk>"
-    available, tried, equal = set(kept.tolist()), 0, 0
-    for text in samples(1500):
-        before, after = teacher.encode(text), student.encode(text)
-        if available.issuperset(before.ids) and unk not in before.tokens:
-            tried += 1
-            equal += before.tokens == after.tokens and before.ids == kept[after.ids].tolist()
-    assert equal == tried > 20
+    added = [sorted(map(repr, side.get_added_tokens_decoder().values())) for side in (teacher, student)]
+    assert added[0] == added[1]
+    assert_reads_as_before(teacher, trimmed, samples(1500), readable_only="wordpiece" in name)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_the_text_stays_free_of_unk(name):
+    # Often enough that no character is rare.
+    teacher, texts = made(name), many_scripts() + SCRIPTS * 40
+    unk = {"<unk>", "[UNK]"}
+    counts = count_tokens(teacher, texts)
+    with pytest.raises(VocabdistilError, match="--vocab-size: expected at least the") as caught:
+        trim_vocabulary(teacher, counts, 0)
+    least = int(re.search(r"least the (\d+)", str(caught.value))[1])
+    with pytest.raises(VocabdistilError):
+        trim_vocabulary(teacher, counts, least - 1)
+    trimmed = trim_vocabulary(teacher, counts, least)
+    assert len(trimmed) == least and trimmed.notes == ()
+    if name == "words":  # there is nothing smaller than a word to read it with
+        return
+    for text in texts:
+        before, after = teacher.encode(text).tokens, trimmed.tokenizer.backend_tokenizer.encode(text).tokens
+        assert unk.isdisjoint(after) or not unk.isdisjoint(before), text
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte-level", "unigram bytes", "added"])
+def test_a_vocabulary_as_large_as_the_teacher_s_is_the_teacher_s(name):
+    teacher = made(name)
+    trimmed = trim_vocabulary(teacher, plain_text(), 100_000)
+    assert "only" in trimmed.notes[0]
+    assert trimmed.kept.tolist() == list(range(teacher.get_vocab_size()))
+    for text in samples(200):
+        assert trimmed.tokenizer.backend_tokenizer.encode(text).ids == teacher.encode(text).ids
+
+
+def test_the_most_frequent_tokens_are_kept_and_ties_go_by_id():
+    teacher = family("wordpiece")
+    counts = torch.zeros(teacher.get_vocab_size(), dtype=torch.int64)
+    long = [i for token, i in sorted(teacher.get_vocab().items(), key=lambda item: item[1]) if len(token) > 4]
+    tokens = [i for i in long if teacher.id_to_token(i).isalpha()]
+    counts[tokens] = 5
+    counts[tokens[-3:]] = 7
+    least = len(trim_vocabulary(teacher, torch.zeros_like(counts), 5).kept)
+    letters = {c for i in tokens for c in teacher.id_to_token(i)[1:]} | {teacher.id_to_token(i)[0] for i in tokens}
+    for extra in (3, 6):
+        kept = set(trim_vocabulary(teacher, counts, least + 2 * len(letters) + extra).kept.tolist())
+        assert kept.issuperset(tokens[-3:])
+        chosen = [i for i in tokens[:-3] if i in kept]
+        assert chosen and chosen == tokens[: len(chosen)]
+
+
+def test_ids_with_holes_and_tokens_beyond_the_model():
+    vocab = {"[PAD]": 0, "[UNK]": 7, "a": 9, "##b": 12, "ab": 20, "abc": 31, "c": 33}
+    teacher = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    teacher.pre_tokenizer = pre_tokenizers.Whitespace()
+    teacher.add_special_tokens(["[PAD]", "[UNK]"])
+    teacher.add_tokens(["<new>"])
+    counts = torch.zeros(34, dtype=torch.int64)
+    counts[torch.tensor([20, 33])] = torch.tensor([5, 1])
+    trimmed = trim_vocabulary(teacher, counts, 7)
+    new = teacher.token_to_id("<new>")
+    assert trimmed.kept.tolist() == [0, 7, 9, 12, 20, 33, new]
+    assert trimmed.tokenizer.backend_tokenizer.encode("ab c <new> abc").tokens == ["ab", "c", "<new>", "[UNK]"]
+
+
+def test_a_path_across_an_unknown_character_stays_as_dear_as_it_was():
+    pieces = [("<unk>", 0.0), ("qw", -20.0), ("e", -20.0), ("we", -1.0), ("q", -40.0), ("low", -45.0)]
+    teacher = Tokenizer(models.Unigram(pieces, unk_id=0))
+    assert teacher.encode("qwe").tokens == ["qw", "e"]  # -40; "q", "we" have -41
+    trimmed = trim_vocabulary(teacher, torch.tensor([0, 0, 5, 5, 0, 0]), 5)
+    assert trimmed.kept.tolist() == [0, 1, 2, 3, 5]
+    # Without "low", UNK would cost 30, and UNK and "we" 31.
+    assert trimmed.tokenizer.backend_tokenizer.encode("qwe").tokens == ["qw", "e"]
+
+
+def test_rare_characters_give_way_where_they_would_fill_the_vocabulary():
+    common = [chr(0x4E00 + i) for i in range(100)]
+    rare = [chr(0x6000 + i) for i in range(300)]
+    counts = dict.fromkeys(common, 10_000) | dict.fromkeys(rare, 1)
+    assert set(frequent_characters(counts, 2000)) == {*common, *rare}
+    assert frequent_characters(counts, 600)[:100] == common and len(frequent_characters(counts, 600)) == 150
+    assert len(frequent_characters(dict.fromkeys(rare, 1), 600)) == 300
+    assert frequent_characters({}, 600) == []

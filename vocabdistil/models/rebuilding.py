@@ -193,6 +193,9 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     for name in ("backend", "is_local", "local_files_only", "auto_map", "add_bos_token", "add_eos_token"):
         settings.pop(name, None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # What the class itself would have said.
+    for name in ("padding_side", "truncation_side", "model_input_names"):
+        settings[name] = getattr(tokenizer, name)
     prefix = (json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}).get("add_prefix_space")
     if prefix is not None:
         settings["add_prefix_space"] = prefix

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import sentencepiece
@@ -27,7 +27,7 @@ _BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 # A private character: no text has it, so it parts the copies of a word that a trainer counts.
 _PART = "\U0010fffd"
-_MOST_WORDS = 20_000_000
+_MOST_WORDS, _MOST_DISTINCT = 20_000_000, 2_000_000
 _MARKED = re.compile(f"{_MARK}?[^{_MARK}]+|{_MARK}")
 # What would break a line of words and counts.
 _UNSAFE = re.compile(r"[\0\t\r\n ]")
@@ -115,23 +115,33 @@ def _one_kind(word: str) -> list[str]:
     return [mark + first, *rest]
 
 
+def _affixes(model: dict[str, Any]) -> tuple[str, str]:
+    """What marks a token inside a word, and one at a word's end."""
+    return model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+
+
 def _count_words(state: dict[str, Any], family: str, texts: Iterable[str]) -> Counter[str]:
     """How often each word of the pre-tokenizer stands in the texts.
 
     Words of SentencePiece's families are cut further, as its trainers do: before every space, and those of BPE where
     letters, numbers and punctuation meet. No token then runs across, whatever a pre-tokenizer leaves in one piece.
+    Of more than two million words the rarest are forgotten, to bound the memory.
     """
-    maker, counts = _word_maker(state), Counter()
+    maker, counts, rare = _word_maker(state), Counter[str](), 1
+    marked = family in ("bpe", "unigram")
     for text in texts:
-        counts.update(_words(maker, text))
+        words = _words(maker, text)
+        counts.update(chain.from_iterable(map(_MARKED.findall, words)) if marked else words)
+        while len(counts) > _MOST_DISTINCT:
+            counts = Counter({word: times for word, times in counts.items() if times > rare})
+            rare += 1
     counts.pop("", None)
-    if family not in ("bpe", "unigram"):
+    if family != "bpe" or any(_affixes(state["model"])):
         return counts
     parts: Counter[str] = Counter()
     for word, times in counts.items():
-        for marked in _MARKED.findall(word):
-            for part in _one_kind(marked) if family == "bpe" else (marked,):
-                parts[part] += times
+        for part in _one_kind(word):
+            parts[part] += times
     return parts
 
 
@@ -214,6 +224,7 @@ def _unigram(words: Mapping[str, int], alphabet: Iterable[str], size: int) -> li
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            max_sentence_length=1 << 16,
             num_threads=1,
             unk_id=0,
             bos_id=-1,
@@ -248,7 +259,7 @@ def _trained_model(
         # Bytes are not looked for in texts; specials score 0 as those of converted SentencePiece models do.
         opening = [(token, lowest if token in _BYTE_TOKENS else 0.0) for token in first]
         return model | {"vocab": [*opening, *scored], "unk_id": first.index(unk)}
-    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    prefix, suffix = _affixes(model)
     alphabet = _forms(words, prefix, suffix)
     if family == "byte-bpe":
         alphabet = sorted({*alphabet, *_BYTE_ALPHABET, *(character + suffix for character in _BYTE_ALPHABET)})

@@ -1,0 +1,309 @@
+"""sentence-transformers folders: how a teacher makes vectors of texts, and the same for its student.
+
+Such a folder lists modules (``modules.json``) that work one after the other: the transformer, the pooling of its last
+hidden states, and what is done to the vector, each with its settings in a folder of its own. Nothing here imports
+``sentence_transformers``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from ..core.errors import VocabdistilError, need
+
+__all__ = [
+    "POOLINGS",
+    "SentenceModule",
+    "SentenceSettings",
+    "pool",
+    "read_sentence_settings",
+    "write_sentence_settings",
+]
+
+# By the names that version 6 writes, the keys that older ones write, which every version reads. A folder may ask for
+# several: their vectors then follow each other in this order.
+POOLINGS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+_LATER = ("Dense", "Normalize", "LayerNorm", "Dropout")  # what may follow the pooling
+_TRANSFORMER_SETTINGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+
+@dataclass(frozen=True)
+class SentenceModule:
+    """What is done to a pooled vector.
+
+    Attributes:
+        name: ``"Dense"``, ``"Normalize"``, ``"LayerNorm"`` or ``"Dropout"``.
+        config: its settings, as they stand in its ``config.json``.
+        weights: its tensors by name; empty where it has none.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """How a sentence-transformers model makes vectors of texts.
+
+    Attributes:
+        transformer_folder: what ``AutoModel.from_pretrained`` takes: where the transformer lies.
+        pooling: names of ``POOLINGS``; the vectors of several follow each other.
+        include_prompt: whether the tokens of the prompt are pooled too.
+        width: of the hidden states that are pooled.
+        modules: what follows the pooling.
+        prompts: prefixes of texts by name.
+        default_prompt_name: the one that texts get if nobody says.
+        similarity: name of the similarity function, ``None`` for the default (cosine).
+        max_seq_length: tokens of a text at most, ``None``: the tokenizer's own limit.
+        do_lower_case: whether texts are lower-cased first.
+    """
+
+    transformer_folder: str
+    pooling: tuple[str, ...]
+    include_prompt: bool
+    width: int
+    modules: tuple[SentenceModule, ...]
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    similarity: str | None
+    max_seq_length: int | None
+    do_lower_case: bool
+
+    @property
+    def prompt(self) -> str:
+        """The prefix that texts get if nobody says, or ``""``."""
+        return self.prompts.get(self.default_prompt_name or "", "")
+
+
+def _find(source: str, *path: str) -> Path | None:
+    """A file of a folder, or of a model on the Hub; None if it is not there."""
+    relative = "/".join(part for part in path if part)
+    if os.path.isdir(source):
+        found = Path(source, relative)
+        return found if found.is_file() else None
+    try:
+        cached = cached_file(source, relative)
+    except (OSError, ValueError):
+        return None
+    return None if cached is None else Path(cached)
+
+
+def _read_json(source: str, *path: str) -> Any:
+    """None if there is no such file."""
+    found = _find(source, *path)
+    if found is None:
+        return None
+    try:
+        return json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VocabdistilError(f"--teacher: cannot read {found}: {error}") from None
+
+
+def _read_module(source: str, name: str, path: str) -> SentenceModule:
+    weights: dict[str, Tensor] = {}
+    if (file := _find(source, path, "model.safetensors")) is not None:
+        weights = load_file(file)
+    elif (file := _find(source, path, "pytorch_model.bin")) is not None:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    return SentenceModule(name, _read_json(source, path, "config.json") or {}, weights)
+
+
+def _read_pooling(config: dict[str, Any]) -> tuple[str, ...]:
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for mode, key in POOLINGS.items() if config.get(key)] or ["mean"]
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    unknown = [mode for mode in modes if mode not in POOLINGS]
+    need(not unknown, "teacher", f"a pooling of {', '.join(POOLINGS)}", unknown)
+    return modes
+
+
+def read_sentence_settings(source: str | os.PathLike[str]) -> SentenceSettings | None:
+    """Reads how a sentence-transformers model makes vectors of texts; None for a plain model of ``transformers``.
+
+    Versions 2 to 6 of sentence-transformers are read: the transformer at the root or in a folder of its own, the
+    pooling by name or by flags. A model that makes other things than one dense vector (sparse, late interaction,
+    cross-encoders) counts as plain.
+
+    Args:
+        source: a folder, or a model's name on the Hugging Face Hub.
+
+    Raises:
+        VocabdistilError: a settings file that is no JSON, or modules other than a transformer, a pooling and
+            ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
+    """
+    source = os.fspath(source)
+    listed = _read_json(source, "modules.json")
+    model = _read_json(source, "config_sentence_transformers.json") or {}
+    if listed is None or model.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        return None
+    names = [entry["type"].rpartition(".")[2] for entry in listed]
+    understood = names[:2] == ["Transformer", "Pooling"] and set(names[2:]) <= {*_LATER}
+    expected = f"sentence-transformers modules Transformer, Pooling and any of {', '.join(_LATER)}"
+    need(understood, "teacher", expected, ", ".join(names))
+    (inside, where), later = (entry["path"] for entry in listed[:2]), listed[2:]
+    pooling = _read_json(source, where, "config.json") or {}
+    width = pooling.get("embedding_dimension", pooling.get("word_embedding_dimension"))
+    need(isinstance(width, int), "teacher", "the width of the vectors in its pooling's config.json", width)
+    found = (_read_json(source, inside, name) for name in _TRANSFORMER_SETTINGS)
+    transformer = next((settings for settings in found if settings is not None), {})
+    folder = source
+    if inside:
+        local = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=f"{inside}/*")
+        folder = os.path.join(local, inside)
+    return SentenceSettings(
+        transformer_folder=folder,
+        pooling=_read_pooling(pooling),
+        include_prompt=pooling.get("include_prompt", True),
+        width=width,
+        modules=tuple(
+            _read_module(source, name, entry["path"]) for name, entry in zip(names[2:], later, strict=True)
+        ),
+        prompts=model.get("prompts") or {},
+        default_prompt_name=model.get("default_prompt_name"),
+        similarity=model.get("similarity_fn_name"),
+        max_seq_length=transformer.get("max_seq_length"),
+        do_lower_case=transformer.get("do_lower_case", False),
+    )
+
+
+def _projection_module(projection: Tensor, bias: Tensor | None, modes: int) -> SentenceModule:
+    """A Dense module that projects each of the pooled vectors that follow each other."""
+    weight = torch.block_diag(*[projection.detach().float().cpu()] * modes).contiguous()
+    weights = {"linear.weight": weight}
+    if bias is not None:
+        weights["linear.bias"] = bias.detach().float().cpu().repeat(modes)
+    config = {
+        "in_features": weight.shape[1],
+        "out_features": weight.shape[0],
+        "bias": bias is not None,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    return SentenceModule("Dense", config, weights)
+
+
+def _write_json(folder: Path, name: str, value: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_sentence_settings(
+    settings: SentenceSettings | None,
+    folder: str | os.PathLike[str],
+    projection: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Completes a student's folder so that ``SentenceTransformer(folder)`` makes vectors as its teacher does.
+
+    Pooling, normalisation, prompts and similarity are the teacher's; a projection becomes a ``Dense`` module right
+    after the pooling, so that the vectors have the teacher's width and lie in its space, before the teacher's own
+    modules. Written as version 2 writes it, which every later one reads.
+
+    Args:
+        settings: the teacher's; with None (a plain model) nothing is written.
+        folder: the student's, with model and tokenizer at its root.
+        projection: ``[D_t, D_s]``, from the student's hidden states to the teacher's.
+        bias: ``[D_t]``, added after it.
+
+    Raises:
+        ValueError: a projection that does not fit the two widths, or none where modules of the teacher read vectors of
+            another width than the student's.
+    """
+    if settings is None:
+        return
+    folder = Path(folder)
+    width, modules = AutoConfig.from_pretrained(folder).hidden_size, settings.modules
+    if projection is not None:
+        if projection.shape != (settings.width, width):
+            raise ValueError(f"projection: expected {(settings.width, width)}, got {tuple(projection.shape)}")
+        modules = (_projection_module(projection, bias, len(settings.pooling)), *modules)
+    elif width != settings.width and any(module.weights for module in modules):
+        raise ValueError(f"projection: expected one from the student's {width} to the {settings.width} of its teacher")
+
+    pooling: dict[str, Any] = {"word_embedding_dimension": width}
+    pooling |= {key: mode in settings.pooling for mode, key in POOLINGS.items()}
+    if not settings.include_prompt:
+        pooling["include_prompt"] = False
+    _write_json(folder / "1_Pooling", "config.json", pooling)
+    names, paths = ["Transformer", "Pooling"], ["", "1_Pooling"]
+    for k, module in enumerate(modules, start=2):
+        names.append(module.name)
+        paths.append(f"{k}_{module.name}")
+        _write_json(folder / paths[-1], "config.json", module.config)
+        if module.weights:
+            weights = {name: tensor.contiguous() for name, tensor in module.weights.items()}
+            save_file(weights, folder / paths[-1] / "model.safetensors", {"format": "pt"})
+    listed = [
+        {"idx": k, "name": str(k), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for k, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
+    _write_json(folder, "modules.json", listed)
+    transformer: dict[str, Any] = {"do_lower_case": settings.do_lower_case}
+    if settings.max_seq_length is not None:
+        # The student may have room for less.
+        tokenizer = _read_json(str(folder), "tokenizer_config.json") or {}
+        limit = tokenizer.get("model_max_length", settings.max_seq_length)
+        transformer["max_seq_length"] = int(min(settings.max_seq_length, limit))
+    _write_json(folder, "sentence_bert_config.json", transformer)
+    model = {
+        "prompts": settings.prompts,
+        "default_prompt_name": settings.default_prompt_name,
+        "similarity_fn_name": settings.similarity or "cosine",
+    }
+    _write_json(folder, "config_sentence_transformers.json", model)
+
+
+def _pool_one(hidden: Tensor, mask: Tensor, position: Tensor, mode: str) -> Tensor:
+    batch = torch.arange(len(hidden), device=hidden.device)
+    if mode == "cls":
+        return hidden[batch, mask.int().argmax(1)]
+    if mode == "lasttoken":
+        return hidden[batch, (position * mask).argmax(1)]
+    if mode == "max":
+        return hidden.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
+    weight = (mask * position if mode == "weightedmean" else mask).to(hidden.dtype)
+    total = weight.sum(1, keepdim=True).clamp(min=1e-9)
+    return (weight.unsqueeze(1) @ hidden)[:, 0] / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
+
+
+def pool(hidden: Tensor, mask: Tensor, settings: SentenceSettings | None = None, prompt_length: int = 0) -> Tensor:
+    """One vector for each text, pooled as the settings say; the mean over its tokens without any.
+
+    Args:
+        hidden: last hidden states ``[B, L, D]``.
+        mask: attention mask ``[B, L]``, bool or integer, padded on either side.
+        settings: of the teacher.
+        prompt_length: how many first tokens of each text are prompt; they count unless ``include_prompt`` is false.
+
+    Returns:
+        ``[B, D]`` per pooling, ``[B, n D]`` for n of them, in the dtype of ``hidden``, float32 for half precision.
+    """
+    hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    position = mask.ne(0).cumsum(1)
+    used = mask.ne(0)
+    if settings is not None and not settings.include_prompt:
+        used = used & (position > prompt_length)
+    modes = ("mean",) if settings is None else settings.pooling
+    return torch.cat([_pool_one(hidden, used, position, mode) for mode in modes], dim=-1)

@@ -116,14 +116,7 @@ def _row_of(teacher: Teacher) -> Architecture:
     return row
 
 
-def check_body(
-    teacher: Teacher,
-    keep: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dim: int | None = None,
-    heads: int | None = None,
-    ffn: int | None = None,
-) -> None:
+def check_body(teacher: Teacher, keep: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Finds out, before any work, whether :func:`build_body` can do what is asked.
 
     Args:
@@ -265,14 +258,7 @@ def _state(
 
 @torch.no_grad()
 def build_body(
-    teacher: Teacher,
-    rows: Callable[[Tensor], Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    keep: Sequence[int],
-    dim: int | None = None,
-    heads: int | None = None,
-    ffn: int | None = None,
-    seed: int = 0,
+    teacher: Teacher, rows: Callable[[Tensor], Tensor], tokenizer: PreTrainedTokenizerBase, keep: Sequence[int]
 ) -> PreTrainedModel:
     """A student of the teacher's class: some of its layers, with rows for another vocabulary.
 
@@ -294,11 +280,10 @@ def build_body(
     Raises:
         VocabdistilError: the architecture cannot have such a body, or not with this vocabulary.
     """
-    check_body(teacher, keep, tokenizer, dim, heads, ffn)
+    check_body(teacher, keep, tokenizer)
     made = _vocabulary_rows(teacher, rows)
     config = _config(teacher, tokenizer, len(made[0][1]), keep)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         student = type(teacher.whole)(config)
     if getattr(teacher.model, "pooler", None) is None and hasattr(student.base_model, "pooler"):
         student.base_model.pooler = None

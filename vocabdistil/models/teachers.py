@@ -121,7 +121,9 @@ class Teacher:
             out, before_output = self.model(**inputs), None
         if not bool((out.last_hidden_state.isfinite().all(-1) | (attention_mask == 0)).all()):
             raise VocabdistilError(f"--teacher: {self.name} gives NaN or infinite hidden states")
-        return Reading(list(out.hidden_states) if all_layers else [out.last_hidden_state], before_output)
+        # ModernBERT of transformers 4.48 gives its last layer without the norm that follows it.
+        before_last = list(out.hidden_states[:-1]) if all_layers else []
+        return Reading([*before_last, out.last_hidden_state], before_output)
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ __all__ = ["COMPOSED", "KINDS", "NONE", "ROLE", "SHARED", "Start", "plan_start"]
 
 KINDS = ("shared", "role", "composed", "none")
 SHARED, ROLE, COMPOSED, NONE = range(4)
+_BLOCK = 8192  # rows that are widened at a time: a copy of a large table would take longer than the sums
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ class Start:
         rows = nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=self.weights.to(device))
         bare = (self.kind == NONE).nonzero()[:, 0]
         if len(bare):
-            variance, mean = torch.var_mean(flat.float(), dim=0)
+            mean = sum(block.float().sum(0) for block in flat.split(_BLOCK)) / size
             fresh = mean.expand(len(bare), -1)
             if table.dim() == 2:
+                squares = sum((block.float() - mean).square().sum(0) for block in flat.split(_BLOCK))
                 noise = torch.randn(len(bare), flat.shape[1], generator=torch.Generator().manual_seed(self.seed))
-                fresh = fresh + 0.1 * variance.sqrt() * noise.to(device)
+                fresh = fresh + 0.1 * (squares / size).sqrt() * noise.to(device)
             rows[bare.to(device)] = fresh
         return rows if table.dim() == 2 else rows[:, 0]
 

@@ -35,7 +35,7 @@ def test_shared_tokens_take_the_row_and_others_the_mean_of_their_pieces() -> Non
     assert torch.equal(rows[:5], matrix[:5].flip(0))
     assert torch.equal(rows[5:7], matrix[5:7])
     torch.testing.assert_close(rows[7], matrix[9:12].mean(0))  # ##a ##l ##k
-    torch.testing.assert_close(rows[8], matrix[5:7].mean(0))  # walk ##ing
+    torch.testing.assert_close(rows[8], (4 * matrix[5] + 3 * matrix[6]) / 7)  # walk ##ing
     assert teacher_ids(start, 9) == []
     counts = torch.tensor([0] * 5 + [6, 1, 1, 1, 1, 0])
     assert start.summary(counts) == {
@@ -67,8 +67,9 @@ def test_rows_are_float32_whatever_comes_and_need_a_row_for_every_id() -> None:
     matrix = torch.randn(len(TEACHER), 4).bfloat16()
     rows = start.rows(matrix)
     assert rows.dtype == torch.float32
-    assert torch.equal(rows[5], (matrix[12].float() + matrix[6].float()) / 2)
-    assert start.rows(torch.arange(13.0)).tolist() == [0, 1, 2, 3, 4, (12 + 6) / 2, 5]
+    torch.testing.assert_close(rows[5], (4 * matrix[12].float() + 3 * matrix[6].float()) / 7)
+    expected = torch.tensor([0, 1, 2, 3, 4, (4 * 12 + 3 * 6) / 7, 5])
+    torch.testing.assert_close(start.rows(torch.arange(13.0)), expected)
     with pytest.raises(VocabdistilError, match="--teacher: expected a row for each of its tokenizer's 13 ids, got 12"):
         start.rows(matrix[:12])
 
@@ -94,6 +95,17 @@ def test_every_pair_of_families(source: str, target: str) -> None:
             "shared",
             [{"wordpiece": "stone", "roberta": "Ġstone"}.get(source, "▁stone")],
         )
+
+
+def test_the_mark_of_a_word_adds_nothing_to_a_pieces_weight() -> None:
+    teacher, student = family("unigram"), wordpiece([*SPECIAL, "stones", "снега"])
+    start, matrix = plan_start(teacher, student), torch.randn(500, 4)
+    for i, token in ((5, "stones"), (6, "снега")):
+        ids = teacher_ids(start, i)
+        lengths = [len(teacher.id_to_token(j).replace("▁", "").encode()) for j in ids]
+        assert sum(lengths) == len(token.encode())
+        expected = sum(length * matrix[j] for length, j in zip(lengths, ids, strict=True)) / sum(lengths)
+        torch.testing.assert_close(start.rows(matrix)[i], expected)
 
 
 def test_a_surface_inside_a_word_is_spelled_inside_a_word() -> None:

@@ -18,6 +18,7 @@ __all__ = ["COMPOSED", "KINDS", "NONE", "ROLE", "SHARED", "Start", "plan_start"]
 
 KINDS = ("shared", "role", "composed", "none")
 SHARED, ROLE, COMPOSED, NONE = range(4)
+_BLOCK = 8192  # rows that are widened at a time: a copy of a large table would take longer than the sums
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Start:
 
     Attributes:
         kind: uint8 ``[V_s]``, indices into ``KINDS``: the teacher's own token (``SHARED``), the teacher's special or
-            added token of the same role or string (``ROLE``), the mean of the teacher's pieces (``COMPOSED``), or
-            nothing (``NONE``, ids without a token included).
+            added token of the same role or string (``ROLE``), a weighted mean of the teacher's pieces (``COMPOSED``),
+            or nothing (``NONE``, ids without a token included).
         indptr, ids: the teacher ids of student token ``s`` are ``ids[indptr[s]:indptr[s + 1]]``; int64 ``[V_s + 1]``
             and ``[nnz]``.
+        weights: of each of them in the mean, float32 ``[nnz]``; they add up to 1 for each student token that has any.
         teacher_size: the teacher tokenizer's largest id + 1; rows beyond are padding.
         tokens: how many of the V_s ids stand for a token.
         seed: of the noise.
@@ -38,6 +40,7 @@ class Start:
     kind: Tensor
     indptr: Tensor
     ids: Tensor
+    weights: Tensor
     teacher_size: int
     tokens: int
     seed: int
@@ -68,14 +71,15 @@ class Start:
         device = matrix.device
         used, at = self.ids.unique(return_inverse=True)
         bags = at.to(device), flat[used.to(device)].float(), self.indptr[:-1].to(device)
-        rows = nn.functional.embedding_bag(*bags, mode="mean")
+        rows = nn.functional.embedding_bag(*bags, mode="sum", per_sample_weights=self.weights.to(device))
         bare = (self.kind == NONE).nonzero()[:, 0]
         if len(bare):
-            variance, mean = torch.var_mean(flat.float(), dim=0)
+            mean = sum(block.float().sum(0) for block in flat.split(_BLOCK)) / size
             fresh = mean.expand(len(bare), -1)
             if table.dim() == 2:
+                squares = sum((block.float() - mean).square().sum(0) for block in flat.split(_BLOCK))
                 noise = torch.randn(len(bare), flat.shape[1], generator=torch.Generator().manual_seed(self.seed))
-                fresh = fresh + 0.1 * variance.sqrt() * noise.to(device)
+                fresh = fresh + 0.1 * (squares / size).sqrt() * noise.to(device)
             rows[bare.to(device)] = fresh
         return rows if table.dim() == 2 else rows[:, 0]
 
@@ -138,6 +142,19 @@ def _added_row(teacher: Known, token: str) -> list[int]:
     return ids if all(teacher.surfaces.kinds[j] != UNKNOWN for j in ids) else []
 
 
+def _shares(teacher: Known, ids: Tensor, indptr: Tensor) -> Tensor:
+    """The share of each teacher token in the mean that it is part of: float32 like ``ids``.
+
+    In proportion to the length of its text in bytes: short pieces stand in so many words that their rows say little of
+    any.
+    """
+    texts = teacher.surfaces.texts
+    size = torch.tensor([max(len(texts[j].strip()), 1) for j in ids.tolist()], dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())
+    total = torch.zeros(len(indptr) - 1, dtype=torch.float64).index_add_(0, owner, size)
+    return (size / total[owner]).float()
+
+
 def _exact(kept: Tensor, teacher_size: int, student: TokenizerInfo, seed: int) -> Start:
     expected = f"one id of the teacher's {teacher_size} for each of the student's {len(student.tokens)}"
     got = f"{kept.numel()} ids"
@@ -148,7 +165,7 @@ def _exact(kept: Tensor, teacher_size: int, student: TokenizerInfo, seed: int) -
     kind = torch.where(held, SHARED, NONE).to(torch.uint8)
     indptr = nn.functional.pad(held.cumsum(0), (1, 0))
     tokens = sum(token is not None for token in student.tokens)
-    return Start(kind, indptr, kept[held], teacher_size, tokens, seed)
+    return Start(kind, indptr, kept[held], torch.ones(int(held.sum())), teacher_size, tokens, seed)
 
 
 def plan_start(teacher_tokenizer: Any, student_tokenizer: Any, kept: Tensor | None = None, seed: int = 0) -> Start:
@@ -157,8 +174,8 @@ def plan_start(teacher_tokenizer: Any, student_tokenizer: Any, kept: Tensor | No
     A special token starts as the teacher's token of the same role, an added one as its token of the same string. A
     token that both vocabularies have (the same text, both at the start of a word or both inside one, whatever the
     families) starts as the teacher's. Any other starts as the mean of the teacher's own tokens for its text, as it
-    stands at the start of a word or inside one; if they spell it only in the teacher's normal form, of these. What the
-    teacher cannot spell starts as the mean of all rows plus noise.
+    stands at the start of a word or inside one, the longer ones weighing more; if they spell it only in the teacher's
+    normal form, of these. What the teacher cannot spell starts as the mean of all rows plus noise.
 
     Args:
         teacher_tokenizer, student_tokenizer: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
@@ -198,4 +215,4 @@ def plan_start(teacher_tokenizer: Any, student_tokenizer: Any, kept: Tensor | No
     indptr = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     ids = torch.tensor([j for row in rows for j in row], dtype=torch.int64)
     tokens = sum(token is not None for token in student.info.tokens)
-    return Start(kind, indptr, ids, teacher_size, tokens, seed)
+    return Start(kind, indptr, ids, _shares(teacher, ids, indptr), teacher_size, tokens, seed)

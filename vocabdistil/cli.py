@@ -79,7 +79,8 @@ def _add_vocabulary(p: argparse.ArgumentParser, default: str, size: str) -> None
     )
     p.add_argument("--vocabulary", default=default, metavar="train|trim|DIR", help=vocabulary)
     p.add_argument("--vocab-size", type=int, metavar="N", help=f"tokens of the student (default {size})")
-    p.add_argument("--family", metavar="NAME", help="of new tokens: wordpiece, bpe or unigram (default: the teacher's)")
+    family = "of new tokens: wordpiece, byte-bpe, bpe or unigram (default: the teacher's)"
+    p.add_argument("--family", metavar="NAME", help=family)
 
 
 def _add_body(p: argparse.ArgumentParser, default: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.errors import need
 from ..models.bodies import check_body, keep_layers
 from ..models.teachers import Teacher
+from ..models.vocabularies import FAMILIES
 from .text import TextSource
 
 __all__ = ["StudentOptions", "check_run_options", "plain"]
@@ -64,7 +65,7 @@ class StudentOptions:
         vocab_size: tokens of the student.
         vocabulary: ``"train"``: new tokens, in the teacher's family; ``"trim"``: those of the teacher's tokens that are
             most frequent in the text; or a folder or a name: the tokenizer there.
-        family: of new tokens, if not the teacher's: ``"wordpiece" "bpe" "unigram"``.
+        family: of new tokens, if not the teacher's: ``"wordpiece" "byte-bpe" "bpe" "unigram"``.
         layers: how many of the teacher's layers the student keeps, evenly spaced, the last among them.
         keep_layers: which ones instead, counted from 0.
         dim, heads, ffn: a narrower body: hidden width, attention heads, width of the feed-forward layers.
@@ -117,8 +118,7 @@ class StudentOptions:
         """Raises VocabdistilError for the first option that cannot be."""
         need(bool(self.teacher), "teacher", "at least one", "none")
         need(bool(self.vocabulary), "vocabulary", "train, trim or a folder", "nothing")
-        families = ("wordpiece", "bpe", "unigram")
-        need(self.family is None or self.family in families, "family", " or ".join(families), repr(self.family))
+        need(self.family is None or self.family in FAMILIES, "family", " or ".join(FAMILIES), repr(self.family))
         need(
             self.family is None or self.vocabulary == "train", "family", "none without --vocabulary train", self.family
         )

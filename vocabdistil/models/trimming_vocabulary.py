@@ -149,7 +149,9 @@ def _symbols_of_text(family: Any, count: Mapping[str, int], without: Container[s
     return found
 
 
-def trim_vocabulary(teacher: Any, counts_or_texts: Tensor | Iterable[str], vocab_size: int) -> Vocabulary:
+def trim_vocabulary(
+    teacher: Any, counts_or_texts: Tensor | Iterable[str], vocab_size: int, spare: int | None = None
+) -> Vocabulary:
     """The teacher's own tokens that a text uses most.
 
     Always kept: added tokens, special or not; tokens with a role; the tokens of single bytes where the tokenizer has
@@ -163,6 +165,8 @@ def trim_vocabulary(teacher: Any, counts_or_texts: Tensor | Iterable[str], vocab
         teacher: a fast tokenizer of ``transformers`` or a ``tokenizers.Tokenizer``.
         counts_or_texts: int64 ``[V_t]``, how often each teacher id occurs (:func:`count_tokens`), or texts.
         vocab_size: tokens of the result; all that the teacher has if those are fewer.
+        spare: how many of them to leave to others, as far as what is always kept allows it; tokens that the text does
+            not use are then left out too.
 
     Returns:
         The vocabulary; ``kept`` ascends, but for added tokens that the teacher's model does not hold: they come last.
@@ -187,7 +191,10 @@ def trim_vocabulary(teacher: Any, counts_or_texts: Tensor | Iterable[str], vocab
     least = len(kept) + len(outside)
     need(size >= least, "vocab_size", f"at least the {least} special tokens and characters of the text", vocab_size)
 
+    size = size if spare is None else max(least, vocab_size - spare)
     for token in sorted(family.ids, key=lambda token: (-count[token], bool(_UNUSED.match(token)), family.ids[token])):
+        if spare is not None and not count[token]:
+            break
         needed = family.needs(token) - kept
         if len(needed) <= size - len(kept) - len(outside):
             kept |= needed

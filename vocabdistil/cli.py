@@ -90,6 +90,8 @@ def _add_body(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument("--dim", type=int, metavar="N", help="hidden width (default: the teacher's)")
     p.add_argument("--heads", type=int, metavar="N", help="attention heads (default: the teacher's)")
     p.add_argument("--ffn", type=int, metavar="N", help="width of the feed-forward layers (default: the teacher's)")
+    copied = "copy layers as they are; else, where some are left out, the others are fitted to the teacher on the text"
+    p.add_argument("--no-fit", dest="fit", action="store_false", help=copied)
 
 
 def _add_card(p: argparse.ArgumentParser, batch: int, length: int) -> None:

@@ -49,7 +49,7 @@ def write_student(
     student.model.to("cpu").save_pretrained(final)
     save_tokenizer(student.tokenizer, final)
     if source.sentence is not None:
-        write_sentence_settings(source.sentence, final, student.projection)
+        write_sentence_settings(source.sentence, final, *(student.projection or ()))
     for t, table in enumerate(tables):
         table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
     if projections:

@@ -274,9 +274,10 @@ class _Run:
             kept = config.kept_layers(first, max(1, first.num_layers // 2))
         checkpoint = load_student(config.student, config) if config.student is not None else None
         if checkpoint is not None:
-            head = checkpoint.has_head
+            head = checkpoint.learns_words
         else:
             head = config.shape is not None or first.masked_lm is not None
+            head = head and first.tokenizer.mask_token_id is not None
         mode = _logits_mode(config, [source.teacher for source in sources], head)
         keep_inputs(Path(config.out), config.inputs())
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
@@ -359,10 +360,12 @@ class _Run:
     def training(self, student: Student, vocabularies: _Vocabularies) -> _Training:
         """The model to train, its objective and its batches.
 
-        With an MLM head: masked, ``reduce`` rows beside the own tokenization, equal tokens paired (arXiv 2205.02340).
-        Without: the student's own tokenization as it stands, paired by the text.
+        With an MLM head and a MASK: masked, ``reduce`` rows beside the own tokenization, equal tokens paired (arXiv
+        2205.02340). Without: the student's own tokenization as it stands, paired by the text.
         """
         config, teachers, tokenizer = self.config, self.teachers, student.tokenizer
+        masked = student.learns_words or self.mode == "none"
+        need(masked, "vocabulary", f"a tokenizer with a mask_token for --logits {self.mode}", config.vocabulary)
         wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         device = torch.device(wanted)
         reader = student.as_teacher()
@@ -385,7 +388,7 @@ class _Run:
             tables=vocabularies.tables,
             matched=[matched.to(device) for matched in vocabularies.matched],
         )
-        if student.has_head:
+        if student.learns_words:
             counts = count_tokens(tokenizer, self.split.train)
             objective.mask_probabilities = masking_probabilities(counts, tokenizer.all_special_ids).to(device)
             objective.mask_id = tokenizer.mask_token_id
@@ -394,13 +397,13 @@ class _Run:
         collator = DistillCollator(
             [teacher.tokenizer for teacher in teachers],
             tokenizer,
-            vocabularies.tables if student.has_head else [],
-            vocabularies.matched if student.has_head else [],
+            vocabularies.tables if student.learns_words else [],
+            vocabularies.matched if student.learns_words else [],
             max_length,
             student_max_length,
         )
         excerpts = []
-        if student.has_head:
+        if student.learns_words:
             tokenizers = [*(teacher.tokenizer for teacher in teachers), tokenizer]
             excerpts = choose_excerpts(
                 self.split.held_out, tokenizers, min(max_length, student_max_length), config.seed
@@ -524,7 +527,8 @@ class _Run:
             for entry in trainer.state.log_history:
                 file.write(json.dumps(entry) + "\n")
         projections = training.projections()
-        student.projection = projections.get("0_0")
+        if (weight := projections.get("0_0")) is not None:
+            student.projection = weight, None
         out = write_student(
             self.partial, config, self.sources[0], student, vocabularies.tables, metrics, projections
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.errors import need
 from ..models.bodies import check_body, keep_layers
+from ..models.shrinking import narrow_shape
 from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
 from .text import TextSource
@@ -69,6 +70,8 @@ class StudentOptions:
         layers: how many of the teacher's layers the student keeps, evenly spaced, the last among them.
         keep_layers: which ones instead, counted from 0.
         dim, heads, ffn: a narrower body: hidden width, attention heads, width of the feed-forward layers.
+        fit: where layers are left out or made narrower, those that stay are fitted to the teacher by least squares on
+            some of the text (:func:`vocabdistil.models.shrinking.shrink`); else they are copied.
         prompt: what the teacher expects before every text; None: what a sentence-transformers folder says, or nothing.
         trust_remote_code: run code that comes with a teacher.
         language, license: for the model card: codes of the languages, an identifier of the licence.
@@ -91,6 +94,7 @@ class StudentOptions:
     dim: int | None = None
     heads: int | None = None
     ffn: int | None = None
+    fit: bool = True
     prompt: str | None = None
     trust_remote_code: bool = False
     language: str | Sequence[str] | None = None
@@ -126,6 +130,8 @@ class StudentOptions:
             value = getattr(self, name)
             need(value is None or value > 0, name, "a number above 0", value)
             need(value is None or value < 2**31, name, "a number that fits 31 bits", value)
+        narrow = [name for name in ("dim", "heads", "ffn") if getattr(self, name) is not None]
+        need(self.fit or not narrow, "no_fit", f"no --{' --'.join(narrow)}: narrower layers are fitted", "both")
         both = self.layers is not None and self.keep_layers is not None
         need(not both, "keep_layers", "none where --layers says how many", self.keep_layers)
         need(self.max_length > 2, "max_length", "a number above 2", self.max_length)
@@ -147,7 +153,8 @@ class StudentOptions:
             kept = keep_layers(teacher, self.layers or default)
         else:
             kept = keep_layers(teacher, named=self.keep_layers)
-        check_body(teacher, kept, dim=self.dim, heads=self.heads, ffn=self.ffn)
+        check_body(teacher, kept)
+        narrow_shape(teacher, self.dim, self.heads, self.ffn)
         return kept
 
     def inputs(self) -> list[str]:

@@ -14,6 +14,7 @@ from ..core.errors import need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
 from ..models.sentence import SentenceSettings, read_sentence_settings
+from ..models.shrinking import shrink
 from ..models.start import plan_start
 from ..models.students import Preset, build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
@@ -55,8 +56,8 @@ class Student:
         prompt: what it expects before every text.
         kept_layers: the teacher's layers that its layers came from; empty for fresh ones.
         report: how it began: for ``metrics.json``.
-        projection: ``[D_t, D_s]``, from its hidden states to the teacher's, or None where they are equally wide or
-            nothing is known yet.
+        projection: weight ``[D_t, D_s]`` and bias ``[D_t]`` or None, from its hidden states to the teacher's; None
+            where they are equally wide or nothing is known yet.
     """
 
     model: PreTrainedModel
@@ -64,12 +65,17 @@ class Student:
     prompt: str
     kept_layers: list[int]
     report: dict[str, Any]
-    projection: Tensor | None = None
+    projection: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def has_head(self) -> bool:
         """Whether there is an MLM head."""
         return self.model.base_model is not self.model
+
+    @property
+    def learns_words(self) -> bool:
+        """Whether it can learn to guess hidden words: it has an MLM head, and a token to hide them with."""
+        return self.has_head and self.tokenizer.mask_token_id is not None
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -145,23 +151,28 @@ def make_student(
 
     Args:
         vocabulary: the student's.
-        texts: some of the text, as the models read it: how often each kind of start stands there is counted in it.
+        texts: some of the text, as the models read it: what layers are fitted to, and kinds of starts counted in.
         kept_layers: of the teacher, for a body of its own class.
         preset: a DistilBERT of this shape instead.
     """
     teacher, tokenizer = source.teacher, vocabulary.tokenizer
     start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
+    projection: tuple[Tensor, Tensor | None] | None = None
     if preset is not None:
         model = build_student(preset, tokenizer, seed=options.seed)
         report = initialise_from_teacher(model, teacher, start.rows)
         kept_layers = []
     else:
-        model = build_body(
-            teacher, start.rows, tokenizer, kept_layers, options.dim, options.heads, options.ffn, seed=options.seed
-        )
-        report = {"copied_layers": kept_layers}
+        keep, report = kept_layers, {"copied_layers": kept_layers}
+        if options.fit:
+            small = shrink(teacher, kept_layers, texts, options.dim, options.heads, options.ffn, options.max_length)
+            teacher, keep = small.teacher, range(len(kept_layers))
+            report["explained"] = [round(share, 4) for share in small.explained]
+            if small.teacher.width != source.teacher.width:
+                projection = small.weight, small.bias
+        model = build_body(teacher, start.rows, tokenizer, keep)
     report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
-    return Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report)
+    return Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report, projection)
 
 
 def load_student(folder: str, options: StudentOptions) -> Student:

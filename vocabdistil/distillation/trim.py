@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from ..core.progress import counting
 from ..evaluation.report import coverage_tables, loyalty_table, size_table
 from ..evaluation.student import embedding_loyalty
 from ..evaluation.timing import compare_models
-from ..models.teachers import Teacher
+from ..models.bodies import build_body
+from ..models.start import plan_start
+from ..models.vocabularies import Vocabulary
 from .folder import write_student
 from .job import DistillResult
 from .options import StudentOptions
@@ -28,8 +31,9 @@ from .text import Sample, open_text
 
 __all__ = ["TrimConfig", "trim"]
 
-# Texts of which coverage and loyalty are counted: enough for two digits, few enough for seconds.
-_SAMPLE = 256
+# Texts that layers are fitted to, and those of them of which coverage and loyalty are counted: enough for two digits,
+# few enough for seconds.
+_SAMPLE, _HELD = 2048, 256
 
 
 @dataclass
@@ -97,9 +101,13 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
             pass
     for note in vocabulary.notes:
         say.print(note)
-    student = make_student(config, source, vocabulary, sample.kept, layers)
+    texts = random.Random(config.seed).sample(sample.kept, len(sample.kept))
+    held = texts[-_HELD:]
+    if len(layers) < teacher.num_layers or config.dim or config.heads or config.ffn:
+        say.status(f"Fitting {len(layers)} layers")
+    student = make_student(config, source, vocabulary, texts, layers)
     table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
-    report = coverage(sample.kept, teacher.tokenizer, student.tokenizer, table=table)
+    report = coverage(held, teacher.tokenizer, student.tokenizer, table=table)
     say.print(*coverage_tables((teacher.name, config.out), (teacher.tokenizer, student.tokenizer), report))
     metrics = {
         "teacher": config.teacher,
@@ -107,20 +115,20 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
         "settings": config.settings(),
         "texts": sample.seen,
         "text": sample.digest,
-        "held_out_texts": len(sample.kept),
+        "held_out_texts": len(held),
         "vocabulary": {"source": config.vocabulary, "notes": list(vocabulary.notes)},
         "prompt": teacher.prompt,
         "sentence_transformers": source.sentence is not None,
         "architecture": student.architecture,
         "initialisation": student.report,
         "coverage": [report.as_dict()],
-        "loyalty": _loyalty(config, source, student, vocabulary, sample.kept),
+        "loyalty": _loyalty(config, source, student, vocabulary, held),
         "models": compare_models(
-            teacher, student.as_teacher(), sample.kept, batch=config.time_batch, length=config.time_length
+            teacher, student.as_teacher(), held, batch=config.time_batch, length=config.time_length
         ),
     }
     out = write_student(partial, config, source, student, [table], metrics)
-    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], len(sample.kept)))
+    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], len(held)))
     say.print(f"The student is in {out}")
     return DistillResult(out, metrics)
 
@@ -133,15 +141,18 @@ def _watched(texts: Iterable[str], quiet: bool) -> Iterator[str]:
 
 
 def _loyalty(
-    config: TrimConfig, source: Source, student: Student, vocabulary: Any, texts: list[str]
+    config: TrimConfig, source: Source, student: Student, vocabulary: Vocabulary, texts: list[str]
 ) -> dict[str, dict[str, float]]:
     """How the student's vectors agree with the teacher's, and before layers were dropped how those of all layers do."""
     teacher, found = source.teacher, {}
     every = list(range(teacher.num_layers))
-    if student.kept_layers != every and config.dim is None:
-        whole = make_student(config, source, vocabulary, texts, every).as_teacher()
-        found["all layers"] = embedding_loyalty(teacher, whole, texts, config.max_length, source.sentence)
-    name = f"{len(student.kept_layers)} layers"
-    made: Teacher = student.as_teacher()
-    found[name] = embedding_loyalty(teacher, made, texts, config.max_length, source.sentence, student.projection)
+    if student.kept_layers != every or student.projection is not None:
+        start = plan_start(teacher.tokenizer, student.tokenizer, vocabulary.kept, config.seed)
+        whole = build_body(teacher, start.rows, student.tokenizer, every)
+        found["all layers"] = embedding_loyalty(
+            teacher, replace(student, model=whole).as_teacher(), texts, config.max_length, source.sentence
+        )
+    found[f"{len(student.kept_layers)} layers"] = embedding_loyalty(
+        teacher, student.as_teacher(), texts, config.max_length, source.sentence, *(student.projection or ())
+    )
     return found

@@ -42,13 +42,14 @@ def embedding_loyalty(
     max_length: int,
     settings: SentenceSettings | None = None,
     projection: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> dict[str, float]:
     """How the student's vectors of texts agree with the teacher's.
 
     Args:
         texts: with the prompt that both expect.
         settings: how both pool.
-        projection: ``[D_t, D_s]``, from the student's hidden states to the teacher's.
+        projection, bias: ``[D_t, D_s]``, ``[D_t]``, from the student's hidden states to the teacher's.
 
     Returns:
         ``pearson`` and ``spearman``: regression loyalty of the cosine similarities of all pairs of texts; and
@@ -62,7 +63,9 @@ def embedding_loyalty(
     ours, theirs = (pooled(model, texts, max_length, settings) for model in (student, teacher))
     pearson, spearman = regression(pairwise_cosine(ours), pairwise_cosine(theirs))
     found = {"pearson": float(pearson), "spearman": float(spearman)}
-    mapped = ours if projection is None else F.linear(ours, projection.float().cpu())
+    mapped = ours
+    if projection is not None:
+        mapped = F.linear(ours, projection.float().cpu()) + (0 if bias is None else bias.float().cpu())
     if mapped.shape == theirs.shape:
         found["cosine"] = float(F.cosine_similarity(mapped, theirs).mean())
     return found

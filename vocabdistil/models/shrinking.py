@@ -108,8 +108,8 @@ def _batches(teacher: Teacher, texts: Sequence[str], max_length: int) -> list[_B
     encoded: list[list[int]] = []
     tokens = 0
     for start in range(0, len(texts), _BATCH):
-        prompted = [teacher.prompt + text for text in texts[start : start + _BATCH]]
-        encoded += teacher.tokenizer(prompted, truncation=True, max_length=max_length)["input_ids"]
+        chunk = list(texts[start : start + _BATCH])
+        encoded += teacher.tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
         tokens += sum(map(len, encoded[start:]))
         if tokens >= _TOKENS:
             break
@@ -467,8 +467,8 @@ def shrink(
 
     Args:
         keep: the teacher's layers that stay, as :func:`keep_layers` gives them.
-        texts: sentences of the kind that the student will read; about 16,000 tokens are used, from the first text
-            on. The teacher's prompt is put before each.
+        texts: what the student will read is of their kind, prompts included; about 16,000 tokens are used, from the
+            first text on.
         dim, heads, ffn: see :func:`narrow_shape`.
         max_length: tokens of a text that are read.
 

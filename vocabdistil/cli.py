@@ -180,9 +180,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _add_coverage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher's tokenizer")
-    student = "the student's (default: trained on the text, which needs a BERT-like teacher: WordPiece)"
+    student = "the student's (default: the one that distill would make of the text)"
     p.add_argument("--student", metavar="DIR_OR_NAME", help=student)
-    _number(p, "--vocab-size", 5000, "of a trained one")
+    _add_vocabulary(p, "train", "8000")
+    p.add_argument("--prompt", metavar="TEXT", help="what stands before every text (default: what the folder says)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to count on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     p.add_argument("--method", action="append", metavar="NAME", help="boundary, word, match, reduce (default: all)")
@@ -200,20 +201,25 @@ def _coverage(args: argparse.Namespace) -> None:
     from .core.console import Reporter
     from .core.errors import VocabdistilError, need
     from .core.files import whole_file
-    from .distillation.text import TextFiles
+    from .distillation.student import expected_prompt, known_prompts, make_vocabulary
+    from .distillation.text import Prefixed, TextFiles
     from .evaluation.report import coverage_tables
+    from .models.sentence import read_sentence_settings
     from .models.teachers import load_tokenizer
-    from .models.vocabularies import Vocabulary, vocabulary_from
+    from .models.vocabularies import Vocabulary
 
     methods = tuple(dict.fromkeys(args.method or METHODS))
     for method in methods:
         need(method in METHODS, "method", " or ".join(METHODS), repr(method))
     need(bool(args.text or args.show), "text", "a file, or --show with a text", "neither")
     need(bool(args.text or args.student), "student", "a tokenizer, or --text to train one on", "neither")
-    texts = TextFiles(args.text, args.unit) if args.text else None
-    teacher = load_tokenizer(args.teacher)
+    sentence = read_sentence_settings(args.teacher)
+    prompt = expected_prompt(args.prompt, sentence)
+    texts = Prefixed(TextFiles(args.text, args.unit), prompt) if args.text else None
+    teacher = load_tokenizer(args.teacher if sentence is None else sentence.transformer_folder)
     if args.student is None:
-        made = vocabulary_from("train", teacher, texts, args.vocab_size)
+        others = known_prompts(prompt, sentence)
+        made = make_vocabulary(args.vocabulary, teacher, texts, args.vocab_size, args.family, others)
     else:
         made = Vocabulary(load_tokenizer(args.student, "--student"), "given")
     student = made.tokenizer

@@ -1,9 +1,9 @@
 """What students are worth without any training, beside their teacher: Spearman's correlation on STS-B's dev sets.
 
 ``python -m benchmarks.students`` makes every student of the table with ``vd.trim``, scores it, and appends a row for
-each to ``results.csv`` beside this file. The teachers are all-MiniLM-L6-v2, which the test extra brings along, and, with
-``--e5 FOLDER``, multilingual-e5-small. Text and pairs come from the folder in ``VOCABDISTIL_DATA``: ``modern_en.txt``,
-``modern_ru.txt``, ``sts_dev_en.csv`` and ``sts_dev_ru.csv`` (sentence, sentence, score).
+each to ``results.csv`` beside this file. The teachers are all-MiniLM-L6-v2, which the test extra brings along, and,
+with ``--e5 FOLDER``, multilingual-e5-small. Text and pairs come from the folder in ``VOCABDISTIL_DATA``:
+``modern_en.txt``, ``modern_ru.txt``, ``sts_dev_en.csv`` and ``sts_dev_ru.csv`` (sentence, sentence, score).
 """
 
 from __future__ import annotations

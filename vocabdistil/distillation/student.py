@@ -21,7 +21,16 @@ from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
 from .options import VOCAB_SIZE, StudentOptions
 
-__all__ = ["Source", "Student", "expected_prompt", "load_sources", "load_student", "make_student", "make_vocabulary"]
+__all__ = [
+    "Source",
+    "Student",
+    "expected_prompt",
+    "known_prompts",
+    "load_sources",
+    "load_student",
+    "make_student",
+    "make_vocabulary",
+]
 
 # How often each prompt is counted beside the text: more often than a word must be to become a token.
 _PROMPT_COUNT = 1000
@@ -41,9 +50,7 @@ class Source:
 
     @property
     def prompts(self) -> list[str]:
-        """Everything that may stand before a text."""
-        known = self.sentence.prompts.values() if self.sentence is not None else ()
-        return sorted({prompt for prompt in (self.teacher.prompt, *known) if prompt})
+        return known_prompts(self.teacher.prompt, self.sentence)
 
 
 @dataclass
@@ -95,6 +102,12 @@ def expected_prompt(options_prompt: str | None, sentence: SentenceSettings | Non
     if options_prompt is not None:
         return options_prompt
     return sentence.prompt if sentence is not None else ""
+
+
+def known_prompts(prompt: str, sentence: SentenceSettings | None) -> list[str]:
+    """Everything that may stand before a text."""
+    known = sentence.prompts.values() if sentence is not None else ()
+    return sorted({text for text in (prompt, *known) if text})
 
 
 def load_sources(options: StudentOptions) -> list[Source]:

@@ -15,7 +15,17 @@ import torch
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["GivenTexts", "Sample", "TextFiles", "TextSource", "TextSplit", "open_text", "read_text", "split_text"]
+__all__ = [
+    "GivenTexts",
+    "Prefixed",
+    "Sample",
+    "TextFiles",
+    "TextSource",
+    "TextSplit",
+    "open_text",
+    "read_text",
+    "split_text",
+]
 
 # What a user may give as text: files, or texts themselves as strings or rows with a column "text".
 TextSource = str | os.PathLike | Iterable[Any]
@@ -111,6 +121,17 @@ class GivenTexts:
                 yield text
         if not found:
             raise VocabdistilError("--text: expected at least one text, got none")
+
+
+@dataclass
+class Prefixed:
+    """Texts with a prompt before each, to read as often as those without."""
+
+    texts: Iterable[str]
+    prompt: str
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.prompt + text for text in self.texts)
 
 
 def _is_path(item: Any) -> bool:

@@ -27,7 +27,7 @@ from .job import DistillResult
 from .options import StudentOptions
 from .runs import keep_inputs, open_partial
 from .student import Source, Student, load_sources, make_student, make_vocabulary
-from .text import Sample, open_text
+from .text import Prefixed, Sample, open_text
 
 __all__ = ["TrimConfig", "trim"]
 
@@ -91,7 +91,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
 
 def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], partial: Path) -> DistillResult:
     say, teacher = Reporter(config.quiet), source.teacher
-    sample = Sample((teacher.prompt + example for example in text), _SAMPLE, config.seed)
+    sample = Sample(Prefixed(text, teacher.prompt), _SAMPLE, config.seed)
     vocabulary = make_vocabulary(
         config.vocabulary, teacher.tokenizer, _watched(sample, config.quiet), config.vocab_size, config.family,
         source.prompts,

@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import vocabdistil as vd
-from tests._wordpiece import SPECIALS
 from tests.models.tiny_teachers import KINDS, LAYERS, POSITIONS, texts, tiny_teacher
 from vocabdistil.evaluation.timing import describe_model
+from vocabdistil.models.start import plan_start
 from vocabdistil.models.students import (
     PRESETS,
     Preset,
     build_student,
     initialise_from_teacher,
     principal_axes,
-    remap_rows,
 )
 from vocabdistil.models.teachers import load_teacher
 from vocabdistil.models.vocabularies import train_vocabulary
@@ -59,21 +57,15 @@ def pair(teacher_folder, demo_lines):
     return teacher, teacher.tokenizer, train_vocabulary(teacher.tokenizer, demo_lines, 150).tokenizer
 
 
-def test_embeddings_are_means_over_the_teacher_tokens_that_hold_the_piece(pair):
+def test_tokens_start_from_the_teacher_s_rows(pair):
     teacher, tokenizer, own = pair
-    table = vd.RemapTable.from_tokenizers(tokenizer, own)
     student = build_student(Preset(2, 48, 4, 96, 150), own)
-    initialise_from_teacher(student, teacher, remap_rows(table, tokenizer, own))
+    initialise_from_teacher(student, teacher, plan_start(tokenizer, own).rows)
     source = teacher.model.get_input_embeddings().weight
     ours = student.distilbert.embeddings.word_embeddings.weight
-    rows = [set(table.ids[a:b].tolist()) for a, b in zip(table.indptr[:-1], table.indptr[1:], strict=True)]
-    for token in ("the", "net", "##s", "sailor"):
-        piece = own.convert_tokens_to_ids(token)
-        if piece == own.unk_token_id:
-            continue
-        holders = [t for t, row in enumerate(rows) if piece in row]
-        torch.testing.assert_close(ours[piece], source[holders].mean(0), atol=1e-5, rtol=1e-4)
-    for token in SPECIALS:
+    shared = own.get_vocab().keys() & tokenizer.get_vocab().keys()
+    assert len(shared) > 50
+    for token in shared:
         want = source[tokenizer.convert_tokens_to_ids(token)]
         torch.testing.assert_close(ours[own.convert_tokens_to_ids(token)], want)
 
@@ -127,10 +119,9 @@ def test_a_distilbert_of_the_teacher_s_shape_computes_what_it_computes(name):
 
 def test_a_narrower_student_is_projected(pair):
     teacher, tokenizer, own = pair
-    table = vd.RemapTable.from_tokenizers(tokenizer, own)
     student = build_student(Preset(1, 24, 4, 48, 150), own)
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    done = initialise_from_teacher(student, teacher, remap_rows(table, tokenizer, own))
+    done = initialise_from_teacher(student, teacher, plan_start(tokenizer, own).rows)
     assert done == {"embedding": "projected", "positions": 32, "copied_layers": [], "head": False}
     key = "distilbert.transformer.layer.0.ffn.lin1.weight"
     assert torch.equal(student.state_dict()[key], before[key])

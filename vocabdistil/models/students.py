@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..alignment.remap import RemapTable
 from .architectures import ARCHITECTURES, Architecture, first_position
 from .bodies import choose_layers
 from .teachers import Teacher
 
-__all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes", "remap_rows"]
+__all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes"]
 
 
 @dataclass(frozen=True)
@@ -81,55 +80,6 @@ def principal_axes(embedding: Tensor, dim: int) -> Tensor:
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * torch.where(largest < 0, -1.0, 1.0)
     return nn.functional.pad(axes, (0, dim - axes.shape[1])).float()
-
-
-def _row_means(table: RemapTable, embedding: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """For each student token the mean embedding of the teacher tokens whose row holds it, and how many there are.
-
-    UNK and padding rows are holes in the table rather than segmentations; special tokens are set by role afterwards.
-    """
-    length = (table.indptr[1:] - table.indptr[:-1]).long()
-    teacher = torch.repeat_interleave(torch.arange(len(table)), length)
-    student = table.ids.long()
-    # A piece that a token holds twice still counts once: the mean is over tokens.
-    pairs = torch.unique(student * len(table) + teacher)
-    student, teacher = pairs // len(table), pairs % len(table)
-    inside = teacher < embedding.shape[0]
-    student, teacher = student[inside], teacher[inside]
-    sums = torch.zeros(vocab_size, embedding.shape[1], dtype=torch.float64)
-    sums.index_add_(0, student, embedding.double()[teacher])
-    counts = torch.bincount(student, minlength=vocab_size)
-    return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
-
-
-def remap_rows(
-    table: RemapTable, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, seed: int = 0
-) -> Callable[[Tensor], Tensor]:
-    """Rows for the student's tokens: for each the mean over the teacher tokens whose row of the table holds it.
-
-    A special token takes the row of the teacher's token of the same role. A token that is in no row takes the mean
-    of all rows plus noise of a tenth of their standard deviation.
-
-    Returns:
-        ``[V_t, D]`` -> ``[V_s, D]``, float32.
-    """
-
-    def rows(matrix: Tensor) -> Tensor:
-        source = matrix.detach().float().cpu()
-        made, counts = _row_means(table, source, len(student))
-        covered = counts > 0
-        for role in ("pad", "unk", "cls", "sep", "mask"):
-            from_id, to_id = (getattr(side, f"{role}_token_id") for side in (teacher, student))
-            if from_id is not None and to_id is not None:
-                made[to_id] = source[from_id]
-                covered[to_id] = True
-        if not bool(covered.all()):
-            noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed))
-            known = made[covered]
-            made[~covered] = (known.mean(0) + 0.1 * known.std(0) * noise)[~covered]
-        return made
-
-    return rows
 
 
 def _widened(row: Architecture | None, body: PreTrainedModel, x: Tensor, bias: bool = False) -> Tensor:

@@ -13,9 +13,19 @@ from typing import Any
 
 import torch
 
-from ..core.errors import VocabdistilError
+from ..core.errors import VocabdistilError, need, need_place
 
-__all__ = ["GivenTexts", "Sample", "TextFiles", "TextSource", "TextSplit", "open_text", "read_text", "split_text"]
+__all__ = [
+    "GivenTexts",
+    "Sample",
+    "TextFiles",
+    "TextSource",
+    "TextSplit",
+    "open_text",
+    "read_text",
+    "split_text",
+    "utf8",
+]
 
 # What a user may give as text: files, or texts themselves as strings or rows with a column "text".
 TextSource = str | os.PathLike | Iterable[Any]
@@ -40,7 +50,8 @@ class TextFiles:
         if not paths:
             raise VocabdistilError("--text: expected at least one file")
         self.paths, self.unit = [Path(path) for path in paths], unit
-        for path in self.paths:
+        for given, path in zip(paths, self.paths, strict=True):
+            need_place(given, "text", "a file")
             if not path.exists():
                 raise VocabdistilError(f"--text: no such file: {path}")
             if not path.is_file():
@@ -107,10 +118,20 @@ class GivenTexts:
                     f"--text: expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
                 )
             if text := text.strip():
+                need(utf8(text), "text", "text that UTF-8 can hold", f"{ascii(text)} at {i}")
                 found = True
                 yield text
         if not found:
             raise VocabdistilError("--text: expected at least one text, got none")
+
+
+def utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: not, if there are lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_path(item: Any) -> bool:

@@ -20,10 +20,13 @@ from vocabdistil.distillation.objective import LossWeights
 from vocabdistil.models.students import Preset
 
 
+def distinct_texts() -> list[str]:
+    return [f"{text} {n}" for n in range(12) for text in texts()]
+
+
 def _text(folder: Path) -> Path:
     path = folder / "text.txt"
-    lines = [f"{line} {n}" for n in range(12) for line in texts()]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text("\n".join(distinct_texts()), encoding="utf-8")
     return path
 
 
@@ -453,7 +456,7 @@ def test_one_line_and_nothing_left(tmp_path, capsys, monkeypatch, command, chang
 )
 def test_in_python(tmp_path, monkeypatch, teach, changes, message):
     monkeypatch.chdir(tmp_path)
-    options = {"teacher": tiny_teacher("bert"), "text": texts() * 20, "out": "out", "vocab_size": 150, "quiet": True}
+    options = {"teacher": tiny_teacher("bert"), "text": distinct_texts(), "out": "out", "vocab_size": 150, "quiet": True}
     with pytest.raises(VocabdistilError, match=message) as caught:
         teach(**options | changes)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
@@ -496,8 +499,28 @@ def test_in_python(tmp_path, monkeypatch, teach, changes, message):
     ids=lambda value: f"{value!r:.40}",
 )
 def test_training_options_in_python(tmp_path, changes, message):
-    lines = [f"{line} {n}" for n in range(12) for line in texts()]
-    options = {"teacher": tiny_teacher("bert"), "text": lines, "out": tmp_path / "out", "quiet": True}
+    options = {"teacher": tiny_teacher("bert"), "text": distinct_texts(), "out": tmp_path / "out", "quiet": True}
     with pytest.raises(VocabdistilError, match=message):
         vd.distill(**options | changes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_diverges(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = Places(tmp_path)
+    argv = command_line("distill", {"lr": "1e30", "steps": "4", "quiet": True}, places)
+    before = places.contents()
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert re.match("vocabdistil: --lr: the training diverged", capsys.readouterr().err)
+    assert places.contents() == before
+
+
+def test_a_vocabulary_larger_than_the_text_supports_is_a_note(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = command_line("trim", {"vocab-size": "2147483647", "time-length": "8"}, Places(tmp_path))
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    size = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert size <= len(AutoTokenizer.from_pretrained(tiny_teacher("bert")))
+    assert str(size) in captured.out and "2147483647" in captured.out.replace(",", "")

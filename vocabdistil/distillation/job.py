@@ -34,7 +34,7 @@ from .batches import DistillCollator, to_device
 from .folder import write_student
 from .held_out import evaluate
 from .objective import LOGITS, DistillModel, LossWeights, Objective, calibrate
-from .options import StudentOptions, check_run_options
+from .options import MOST_READ, StudentOptions, check_run_options
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -279,6 +279,8 @@ class _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
         texts = list(open_text(config.text, config.unit))
         split = split_text(texts, config.held_out, config.seed)
+        most = MOST_READ // len(split.train)
+        need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
         sources = load_sources(config)
         first = sources[0].teacher
         kept: list[int] = []

@@ -26,14 +26,14 @@ VOCAB_SIZE = 8000
 # More threads than any machine has: a million of them would take all its memory.
 _MOST_THREADS = 4096
 # Texts of one step, texts of one run, tokens of one timing: beyond these no memory is enough.
-_MOST_AT_ONCE, _MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
+_MOST_AT_ONCE, MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
 
 
 def check_reading(config: Any) -> None:
     """What everything that reads text and writes a folder asks of its options."""
+    need_place(config.out, "out", "the name of a folder")
     # What is made first has a longer name.
-    place = config.out if str(config.out).endswith(("/", "..")) or not config.out else f"{config.out}.partial"
-    need_place(place, "out", "the name of a folder")
+    need_place(f"{config.out}.partial", "out", "the name of a folder")
     # Two special tokens and one that can be masked.
     need_whole(config.max_length, "max_length", above=2)
     if config.threads is not None:
@@ -51,7 +51,7 @@ def check_run_options(config: Any) -> None:
     for name in ("save_every", "log_every"):
         need_whole(getattr(config, name), name)
     if config.steps is not None:
-        need_whole(config.steps, "steps", most=_MOST_READ // config.batch_size)
+        need_whole(config.steps, "steps", most=MOST_READ // config.batch_size)
     lr = config.lr
     need(lr is None or is_real(lr) and 0 < lr < float("inf"), "lr", "a number above 0", lr)
     share = config.held_out
@@ -139,7 +139,8 @@ class StudentOptions:
         if isinstance(self.keep_layers, Iterable) and not isinstance(self.keep_layers, str):
             self.keep_layers = ",".join(map(str, self.keep_layers))
         if isinstance(self.text, (str, os.PathLike)):
-            self.text = [self.text]
+            need_place(self.text, "text", "a file")
+            self.text = [Path(self.text)]
         self.check()
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 __all__ = ["build_parser", "main"]
@@ -26,7 +27,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors of usage are one line too."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        from .core.errors import one_line
+
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def _numbers(text: str) -> list[float]:
@@ -36,6 +39,12 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
+def _file(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("expected a file, got nothing")
+    return Path(name)
+
+
 def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
     kind, metavar = (int, "N") if isinstance(default, int) else (float, "X")
     p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
@@ -43,7 +52,7 @@ def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) ->
 
 def _add_text_options(p: argparse.ArgumentParser) -> None:
     """What every job that reads text and writes a folder has."""
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    p.add_argument("--text", nargs="+", type=_file, required=True, metavar="FILE", help="UTF-8 text")
     p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     _number(p, "--max-length", 128, "teacher tokens")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
@@ -184,7 +193,7 @@ def _add_coverage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--student", metavar="DIR_OR_NAME", help=student)
     _add_vocabulary(p, "train", "8000")
     p.add_argument("--prompt", metavar="TEXT", help="what stands before every text (default: what the folder says)")
-    p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to count on")
+    p.add_argument("--text", nargs="+", type=_file, metavar="FILE", help="UTF-8 text to count on")
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     p.add_argument("--method", action="append", metavar="NAME", help="boundary, word, match, reduce (default: all)")
     p.add_argument("--show", action="append", metavar="TEXT", help="draw how this text is aligned; repeat for several")
@@ -199,10 +208,10 @@ def _coverage(args: argparse.Namespace) -> None:
     from .alignment.methods import METHODS
     from .alignment.picture import html_page, show_alignment
     from .core.console import Reporter
-    from .core.errors import VocabdistilError, need
+    from .core.errors import VocabdistilError, need, need_place, need_whole
     from .core.files import whole_file
     from .distillation.student import expected_prompt, known_prompts, make_vocabulary
-    from .distillation.text import Prefixed, TextFiles
+    from .distillation.text import Prefixed, TextFiles, utf8
     from .evaluation.report import coverage_tables
     from .models.sentence import read_sentence_settings
     from .models.teachers import load_tokenizer
@@ -213,6 +222,13 @@ def _coverage(args: argparse.Namespace) -> None:
         need(method in METHODS, "method", " or ".join(METHODS), repr(method))
     need(bool(args.text or args.show), "text", "a file, or --show with a text", "neither")
     need(bool(args.text or args.student), "student", "a tokenizer, or --text to train one on", "neither")
+    need_whole(args.vocab_size, "vocab_size")
+    for text in args.show or ():
+        need(utf8(text), "show", "text that UTF-8 can hold", ascii(text))
+    if args.html is not None:
+        need_place(args.html, "html", "a file to write")
+        page = Path(args.html)
+        need(page.parent.is_dir() and not page.is_dir(), "html", "a file to write, in a folder", args.html)
     sentence = read_sentence_settings(args.teacher)
     prompt = expected_prompt(args.prompt, sentence)
     texts = Prefixed(TextFiles(args.text, args.unit), prompt) if args.text else None
@@ -250,7 +266,8 @@ def _coverage(args: argparse.Namespace) -> None:
 def _add_loyalty(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="the teacher")
     p.add_argument("--student", nargs="+", required=True, metavar="DIR_OR_NAME", help="the students")
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text that none was trained on")
+    text = "UTF-8 text that none was trained on"
+    p.add_argument("--text", nargs="+", type=_file, required=True, metavar="FILE", help=text)
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     _number(p, "--texts", 512, "at most so many")
     _number(p, "--max-length", 128, "tokens of a text")
@@ -288,7 +305,7 @@ def _loyalty(args: argparse.Namespace) -> None:
 
 def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("models", nargs="+", metavar="DIR_OR_NAME", help="models to compare; the first is the yardstick")
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to read")
+    p.add_argument("--text", nargs="+", type=_file, required=True, metavar="FILE", help="UTF-8 text to read")
     _number(p, "--batch", 16, "texts at once")
     _number(p, "--length", 512, "tokens of each")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")

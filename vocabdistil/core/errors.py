@@ -1,12 +1,28 @@
-"""The error that a user's input can cause."""
+"""The error that a user's input can cause, and the checks that raise it."""
 
 from __future__ import annotations
 
-__all__ = ["VocabdistilError"]
+import os
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = ["VocabdistilError", "is_real", "need", "need_place", "need_whole", "one_line"]
+
+_LONGEST_LINE = 600
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, and without the middle of what is too long to read."""
+    text = " ".join(text.splitlines())
+    half = _LONGEST_LINE // 2
+    return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 class VocabdistilError(ValueError):
     """Bad input: one line that names the file or the argument. The command line prints it and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def need(ok: bool, name: str, expected: str, value: object) -> None:
@@ -15,3 +31,29 @@ def need(ok: bool, name: str, expected: str, value: object) -> None:
         raise VocabdistilError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
 
 
+def is_real(value: Any) -> bool:
+    """Whether it is a number, of Python or of numpy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def need_whole(value: Any, name: str, above: int = 0, most: int = 2**31 - 1) -> None:
+    """Raises unless ``value`` is a whole number from ``above + 1`` to ``most``."""
+    whole = is_real(value) and isinstance(value, Integral)
+    need(whole, name, "a whole number", repr(value))
+    need(value > above, name, f"a number above {above}", value)
+    need(value <= most, name, f"a number up to {most}", value)
+
+
+def need_place(value: Any, name: str, expected: str) -> None:
+    """Raises unless ``value`` can be the name of a file or folder, whether it is there or not."""
+    need(isinstance(value, (str, os.PathLike)), name, expected, type(value).__name__)
+    place = os.fspath(value)
+    need(bool(place), name, expected, "nothing")
+    try:
+        place.encode()
+        os.lstat(os.path.expanduser(place))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise VocabdistilError(f"--{name.replace('_', '-')}: expected {expected}, got {place!r}: {problem}") from None

@@ -21,7 +21,7 @@ from ..alignment.masking import masking_probabilities
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need
+from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole
 from ..core.files import write_json
 from ..evaluation import report
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
@@ -34,7 +34,7 @@ from .batches import DistillCollator, to_device
 from .folder import write_student
 from .held_out import evaluate
 from .objective import LOGITS, DistillModel, LossWeights, Objective, calibrate
-from .options import StudentOptions, check_run_options
+from .options import MOST_READ, StudentOptions, check_run_options
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -117,41 +117,53 @@ class DistillConfig(StudentOptions):
     def check(self) -> None:
         super().check()
         check_run_options(self)
-        known = self.preset is None or isinstance(self.preset, Preset) or self.preset in PRESETS
+        known = self.preset is None or isinstance(self.preset, Preset) or self.preset in list(PRESETS)
         need(known, "preset", " or ".join(PRESETS), repr(self.preset))
+        if (shape := self.shape) is not None:
+            for name, value in asdict(shape).items():
+                need_whole(value, f"preset: {name}")
+            need(shape.dim % shape.heads == 0, "preset: heads", f"a divisor of dim ({shape.dim})", shape.heads)
+        if self.student is not None:
+            need_place(self.student, "student", "a folder or a model's name")
         ways = [name for name in ("preset", "student") if getattr(self, name) is not None]
         need(len(ways) < 2, "student", "none with --preset", self.student)
         for name in ("layers", "keep_layers", "dim", "heads", "ffn"):
             value = getattr(self, name)
             need(value is None or not ways, name, f"none with --{' or --'.join(ways)}", value)
-        trained = self.student is None or (self.vocabulary == "train" and self.vocab_size is None)
-        need(trained, "vocabulary", "none with --student, which has its own", self.vocabulary)
-        value = self.student_max_length
-        need(value is None or value > 2, "student_max_length", "a number above 2", value)
-        for name in ("epochs", "temperature"):
+        for name, usual in (("vocabulary", "train"), ("vocab_size", None), ("family", None)):
             value = getattr(self, name)
-            need(0 < value < float("inf"), name, "a number above 0", value)
-        need(0 <= self.warmup < 1, "warmup", "a share from 0 to below 1", self.warmup)
-        need(0 <= self.weight_decay < float("inf"), "weight_decay", "a number of at least 0", self.weight_decay)
+            need(self.student is None or value == usual, name, "none with --student, which has its own", value)
+        if self.student_max_length is not None:
+            need_whole(self.student_max_length, "student_max_length", above=2)
+        need(is_real(self.epochs) and 0 < self.epochs < float("inf"), "epochs", "a number above 0", self.epochs)
+        # Beyond these float32 has neither its square nor the square's inverse.
+        heat = self.temperature
+        need(is_real(heat) and 1e-18 < heat < 1e18, "temperature", "a number above 0, from 1e-18 to 1e18", heat)
+        need(is_real(self.warmup) and 0 <= self.warmup < 1, "warmup", "a share from 0 to below 1", self.warmup)
+        decay = self.weight_decay
+        need(is_real(decay) and 0 <= decay < float("inf"), "weight_decay", "a number of at least 0", decay)
         need(self.precision in ("fp32", "bf16"), "precision", "fp32 or bf16", repr(self.precision))
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", repr(self.device))
         maps = ("last", "skip", "average", "average_all")
         need(self.layer_map in maps, "layer_map", "last, skip, average or average_all", repr(self.layer_map))
         need(self.logits is None or self.logits in LOGITS, "logits", ", ".join(LOGITS), repr(self.logits))
+        given = isinstance(self.weights, LossWeights)
+        need(given, "weights", "LossWeights or their text form", type(self.weights).__name__)
         values = asdict(self.weights).values()
         need(
-            all(0 <= v < float("inf") for v in values) and any(values),
+            all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values),
             "weights",
             "numbers of at least 0, one above",
             self.weights,
         )
         if self.teacher_weights is not None:
+            shares = self.teacher_weights
+            listed = isinstance(shares, (list, tuple)) and len(shares) == len(self.teacher)
             need(
-                len(self.teacher_weights) == len(self.teacher)
-                and all(0 < weight < float("inf") for weight in self.teacher_weights),
+                listed and all(is_real(share) and 0 < share < float("inf") for share in shares),
                 "teacher_weights",
                 "one number above 0 per teacher",
-                list(self.teacher_weights),
+                shares,
             )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise VocabdistilError("--device: cuda was asked for, but torch sees no CUDA device")
@@ -267,6 +279,8 @@ class _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
         texts = list(open_text(config.text, config.unit))
         split = split_text(texts, config.held_out, config.seed)
+        most = MOST_READ // len(split.train)
+        need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
         sources = load_sources(config)
         first = sources[0].teacher
         kept: list[int] = []

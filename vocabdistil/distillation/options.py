@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import need
+import numpy as np
+
+from ..core.errors import is_real, need, need_place, need_whole
 from ..models.bodies import check_body, keep_layers
 from ..models.shrinking import narrow_shape
 from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
-from .text import TextSource
+from .text import TextSource, utf8
 
-__all__ = ["StudentOptions", "check_run_options", "plain"]
+__all__ = ["StudentOptions", "check_reading", "check_run_options", "plain"]
 
 # Longer strings are texts; asking the file system for them would be an error.
 _LONGEST_NAME = 4096
 # Tokens of a student, if nobody says.
 VOCAB_SIZE = 8000
+# More threads than any machine has: a million of them would take all its memory.
+_MOST_THREADS = 4096
+# Texts of one step, texts of one run, tokens of one timing: beyond these no memory is enough.
+_MOST_AT_ONCE, MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
+
+
+def check_reading(config: Any) -> None:
+    """What everything that reads text and writes a folder asks of its options."""
+    need_place(config.out, "out", "the name of a folder")
+    # What is made first has a longer name.
+    need_place(f"{config.out}.partial", "out", "the name of a folder")
+    # Two special tokens and one that can be masked.
+    need_whole(config.max_length, "max_length", above=2)
+    if config.threads is not None:
+        need_whole(config.threads, "threads", most=_MOST_THREADS)
+    need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
+    need(is_real(config.seed), "seed", "a whole number", repr(config.seed))
+    need(0 <= config.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", config.seed)
+    need_whole(config.seed, "seed", above=-1, most=2**32 - 1)
 
 
 def check_run_options(config: Any) -> None:
     """What every training run asks of its options."""
-    for name in ("batch_size", "save_every", "log_every"):
-        need(getattr(config, name) > 0, name, "a number above 0", getattr(config, name))
-    # Two special tokens and one that can be masked.
-    need(config.max_length > 2, "max_length", "a number above 2", config.max_length)
-    for name in ("steps", "threads"):
-        value = getattr(config, name)
-        need(value is None or value > 0, name, "a number above 0", value)
-    need(config.lr is None or 0 < config.lr < float("inf"), "lr", "a number above 0", config.lr)
-    need(0 < config.held_out < 1, "held_out", "a share between 0 and 1", config.held_out)
-    need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
-    need(0 <= config.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", config.seed)
+    check_reading(config)
+    need_whole(config.batch_size, "batch_size", most=_MOST_AT_ONCE)
+    for name in ("save_every", "log_every"):
+        need_whole(getattr(config, name), name)
+    if config.steps is not None:
+        need_whole(config.steps, "steps", most=MOST_READ // config.batch_size)
+    lr = config.lr
+    need(lr is None or is_real(lr) and 0 < lr < float("inf"), "lr", "a number above 0", lr)
+    share = config.held_out
+    need(is_real(share) and 0 < share < 1, "held_out", "a share between 0 and 1", share)
 
 
 def plain(value: Any) -> Any:
     """A value of an option as JSON has it."""
+    if isinstance(value, np.generic):
+        return value.item()
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):
@@ -48,9 +70,9 @@ def plain(value: Any) -> Any:
 
 
 def _names(value: Any) -> list[str]:
-    if isinstance(value, (str, os.PathLike)):
-        return [os.fspath(value)]
-    return [os.fspath(item) for item in value]
+    """One name or several as a list; what is none stays for :meth:`StudentOptions.check` to tell."""
+    several = isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike, Mapping))
+    return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in (value if several else [value])]
 
 
 @dataclass
@@ -109,36 +131,47 @@ class StudentOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        self.teacher, self.out, self.vocabulary = _names(self.teacher), os.fspath(self.out), os.fspath(self.vocabulary)
+        self.teacher, (self.out,), (self.vocabulary,) = (
+            _names(self.teacher), _names([self.out]), _names([self.vocabulary])
+        )  # fmt: skip
         if isinstance(self.language, str):
             self.language = [code.strip() for code in self.language.split(",") if code.strip()]
-        if isinstance(self.keep_layers, Sequence) and not isinstance(self.keep_layers, str):
+        if isinstance(self.keep_layers, Iterable) and not isinstance(self.keep_layers, str):
             self.keep_layers = ",".join(map(str, self.keep_layers))
         if isinstance(self.text, (str, os.PathLike)):
-            self.text = [self.text]
+            need_place(self.text, "text", "a file")
+            self.text = [Path(self.text)]
         self.check()
 
     def check(self) -> None:
         """Raises VocabdistilError for the first option that cannot be."""
         need(bool(self.teacher), "teacher", "at least one", "none")
-        need(bool(self.vocabulary), "vocabulary", "train, trim or a folder", "nothing")
+        for teacher in self.teacher:
+            need_place(teacher, "teacher", "a folder or a model's name")
+        need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
         need(self.family is None or self.family in FAMILIES, "family", " or ".join(FAMILIES), repr(self.family))
         need(
             self.family is None or self.vocabulary == "train", "family", "none without --vocabulary train", self.family
         )
-        for name in ("vocab_size", "layers", "dim", "heads", "ffn", "threads"):
-            value = getattr(self, name)
-            need(value is None or value > 0, name, "a number above 0", value)
-            need(value is None or value < 2**31, name, "a number that fits 31 bits", value)
+        for name in ("vocab_size", "layers", "dim", "heads", "ffn"):
+            if getattr(self, name) is not None:
+                need_whole(getattr(self, name), name)
         narrow = [name for name in ("dim", "heads", "ffn") if getattr(self, name) is not None]
         need(self.fit or not narrow, "no_fit", f"no --{' --'.join(narrow)}: narrower layers are fitted", "both")
         both = self.layers is not None and self.keep_layers is not None
         need(not both, "keep_layers", "none where --layers says how many", self.keep_layers)
-        need(self.max_length > 2, "max_length", "a number above 2", self.max_length)
-        need(self.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(self.unit))
-        need(0 <= self.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", self.seed)
-        for name in ("time_batch", "time_length"):
-            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        layers = self.keep_layers
+        need(layers is None or isinstance(layers, str), "keep_layers", "layers with commas between them", layers)
+        prompt = self.prompt
+        need(prompt is None or isinstance(prompt, str), "prompt", "text", type(prompt).__name__)
+        need(prompt is None or utf8(prompt), "prompt", "text that UTF-8 can hold", ascii(prompt))
+        check_reading(self)
+        need_whole(self.time_length, "time_length", most=_MOST_TIMED)
+        need_whole(self.time_batch, "time_batch", most=_MOST_TIMED // self.time_length)
+        codes = self.language
+        named = codes is None or isinstance(codes, (list, tuple)) and all(isinstance(code, str) for code in codes)
+        need(named, "language", "codes such as en", codes)
+        need(self.license is None or isinstance(self.license, str), "license", "a name such as mit", self.license)
 
     def kept_layers(self, teacher: Teacher, default: int) -> list[int]:
         """Which of the teacher's layers the student keeps.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import VocabdistilError
+from ..core.errors import VocabdistilError, need, need_place
 
 __all__ = [
     "GivenTexts",
@@ -25,6 +25,7 @@ __all__ = [
     "open_text",
     "read_text",
     "split_text",
+    "utf8",
 ]
 
 # What a user may give as text: files, or texts themselves as strings or rows with a column "text".
@@ -50,7 +51,8 @@ class TextFiles:
         if not paths:
             raise VocabdistilError("--text: expected at least one file")
         self.paths, self.unit = [Path(path) for path in paths], unit
-        for path in self.paths:
+        for given, path in zip(paths, self.paths, strict=True):
+            need_place(given, "text", "a file")
             if not path.exists():
                 raise VocabdistilError(f"--text: no such file: {path}")
             if not path.is_file():
@@ -117,6 +119,7 @@ class GivenTexts:
                     f"--text: expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
                 )
             if text := text.strip():
+                need(utf8(text), "text", "text that UTF-8 can hold", f"{ascii(text)} at {i}")
                 found = True
                 yield text
         if not found:
@@ -132,6 +135,15 @@ class Prefixed:
 
     def __iter__(self) -> Iterator[str]:
         return (self.prompt + text for text in self.texts)
+
+
+def utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: not, if there are lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_path(item: Any) -> bool:

@@ -88,7 +88,7 @@ def parse_keep_layers(text: str, teacher_layers: int) -> list[int]:
         VocabdistilError: it is no list of numbers, they do not ascend, or the teacher has no such layer.
     """
     expected = f"ascending layers from 0 to {teacher_layers - 1}, as 0,{teacher_layers - 1}"
-    need(bool(re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text)), "keep_layers", expected, repr(text))
+    need(bool(re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", text)), "keep_layers", expected, repr(text))
     layers = [int(number) for number in text.split(",")]
     ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
     need(ascending and layers[-1] < teacher_layers, "keep_layers", expected, text)

@@ -30,8 +30,10 @@ __all__ = ["Shape", "Shrunk", "narrow_shape", "shrink"]
 # and 0.846 with three times as many.
 _TOKENS = 2**14
 _BATCH = 64
-# Relative to the mean variance of what is read: what is left open by the text goes to 0.
-_RIDGE = 1e-4
+# Relative to the mean variance of what is read. Where a layer is as wide as the teacher's, what the text leaves open
+# stays as in the teacher, else it goes to 0. On MiniLM's layers 0, 2 and 5, STS-B dev is 0.851 with 128 texts and 0.855
+# with 2,048; without the teacher's weights to hold on to, and 1e-4, it is 0.824 and 0.854; copied, 0.820.
+_HOLD, _RIDGE = 1e-1, 1e-2
 
 
 class Shape(NamedTuple):
@@ -222,18 +224,24 @@ class _Stream:
         return [self._flat(rows) for rows in seen]
 
 
-def _least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight ``[E, D]`` and bias ``[E]`` for which ``x weight^T + bias``, ``[N, E]``, is nearest to ``y``."""
+def _least_squares(x: Tensor, y: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight ``[E, D]`` and bias ``[E]`` for which ``x weight^T + bias``, ``[N, E]``, is nearest to ``y``; a weight that
+    is ``known`` changes no more than it must."""
     x_mean, y_mean = x.mean(0), y.mean(0)
-    centred = x - x_mean
+    centred, wanted = x - x_mean, y - y_mean
+    if known is not None:
+        wanted = wanted - centred @ known.T
     products = (centred.T @ centred).double()
-    products += _RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
-    weight = torch.linalg.solve(products, (centred.T @ (y - y_mean)).double()).T.float()
+    ridge = _RIDGE if known is None else _HOLD
+    products += ridge * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
+    weight = torch.linalg.solve(products, (centred.T @ wanted).double()).T.float()
+    weight = weight if known is None else known + weight
     return weight, y_mean - weight @ x_mean
 
 
-def _fit(linear: nn.Linear, x: Tensor, y: Tensor) -> None:
-    weight, bias = _least_squares(x, y)
+def _fit(linear: nn.Linear, x: Tensor, y: Tensor, copied: bool = False) -> None:
+    """Fits a map; ``copied``: it is the teacher's own, to hold on to."""
+    weight, bias = _least_squares(x, y, linear.weight.clone() if copied else None)
     linear.weight.copy_(weight)
     linear.bias.copy_(bias)
 
@@ -328,7 +336,7 @@ def _fit_heads(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) ->
         for s in (heads[h] for h in chosen)
     ]
     for linear, parts in zip((ours.query, ours.key, ours.value), zip(*smaller, strict=True), strict=True):
-        _fit(linear, x, torch.cat(parts, 1))
+        _fit(linear, x, torch.cat(parts, 1), cut.shape == cut.whole)
 
 
 def _fit_ffn(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) -> Tensor:
@@ -337,10 +345,11 @@ def _fit_ffn(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) -> T
     after = cut.act(before)
     worth = after.var(0) * theirs.ffn_out.weight[cut.coordinates].square().sum(0)
     units = worth.argsort(descending=True, stable=True)[: cut.shape.ffn].sort().values
-    _fit(ours.ffn_in, x, before[:, units])
+    same = cut.shape == cut.whole
+    _fit(ours.ffn_in, x, before[:, units], same)
     wanted = (read.middle + theirs.ffn_out(after))[:, cut.coordinates]
     active = cut.act(ours.ffn_in(x))
-    _fit(ours.ffn_out, active, wanted - x)
+    _fit(ours.ffn_out, active, wanted - x, same)
     return _fit_norm(ours.ffn_norm, x + ours.ffn_out(active), read.out[:, cut.coordinates])
 
 
@@ -349,7 +358,7 @@ def _fit_layer(stream: _Stream, layer: nn.Module, ours: Any, theirs: Any, cut: _
     x = stream.states
     _fit_heads(ours, theirs, cut, x, read)
     (said,) = stream.through(layer, [_Tap(ours.attention, reads=True)], stop=True)
-    _fit(ours.attention, said, read.attended[:, cut.coordinates] - x)
+    _fit(ours.attention, said, read.attended[:, cut.coordinates] - x, cut.shape == cut.whole)
     middle = _fit_norm(ours.attention_norm, x + ours.attention(said), read.middle[:, cut.coordinates])
     stream.states = _fit_ffn(ours, theirs, cut, middle, read)
 

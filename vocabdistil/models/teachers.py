@@ -24,12 +24,13 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from ..core.errors import VocabdistilError
+from ..core.errors import VocabdistilError, need_place
 from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
 __all__ = ["Reading", "Teacher", "head_input", "load_teacher", "load_tokenizer", "model_inputs"]
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
+# What files make transformers, tokenizers and safetensors raise is of no common kind but this.
+_LOADING_ERRORS = Exception
 # Tokenizers of models without a limit say a number like 1e30.
 _NO_LIMIT = 10**6
 
@@ -184,6 +185,7 @@ def _run_to_output_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> tupl
 
 def _check_source(source: str | os.PathLike, argument: str) -> str:
     """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
+    need_place(source, argument.removeprefix("--"), "a folder or a model's name")
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.is_dir():

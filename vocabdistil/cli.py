@@ -222,7 +222,8 @@ def _coverage(args: argparse.Namespace) -> None:
         need(method in METHODS, "method", " or ".join(METHODS), repr(method))
     need(bool(args.text or args.show), "text", "a file, or --show with a text", "neither")
     need(bool(args.text or args.student), "student", "a tokenizer, or --text to train one on", "neither")
-    need_whole(args.vocab_size, "vocab_size")
+    if args.vocab_size is not None:
+        need_whole(args.vocab_size, "vocab_size")
     for text in args.show or ():
         need(utf8(text), "show", "text that UTF-8 can hold", ascii(text))
     if args.html is not None:

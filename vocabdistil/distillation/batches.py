@@ -21,6 +21,11 @@ __all__ = ["DistillCollator", "to_device"]
 _Sides = tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], list[SpanPairs]]
 
 
+def _pad_id(tokenizer: Any) -> int:
+    """What stands behind shorter texts; nobody reads it, so that a tokenizer without padding takes any token."""
+    return tokenizer.pad_token_id or 0
+
+
 class DistillCollator:
     """Texts -> one batch for the student and one for each teacher, with the spans that align them.
 
@@ -70,7 +75,7 @@ class DistillCollator:
         rows = [(block.input_ids, block.attention_mask) for block in blocks] + [(own_ids, own_mask)]
         size = len(texts)
         return {
-            "student_ids": torch.cat([widen(ids, width, self.student.pad_token_id) for ids, _ in rows]),
+            "student_ids": torch.cat([widen(ids, width, _pad_id(self.student)) for ids, _ in rows]),
             "student_mask": torch.cat([widen(mask.to(torch.int64), width, 0) for _, mask in rows]),
             "teacher_ids": [ids for ids, _ in teachers],
             "teacher_mask": [mask for _, mask in teachers],
@@ -86,9 +91,9 @@ class DistillCollator:
 
     def _by_ids(self, texts: list[str]) -> _Sides:
         """Both sides encoded, equal tokens paired."""
-        own = pad(encode(self.student, texts, "student", self.student_max_length), self.student.pad_token_id)
+        own = pad(encode(self.student, texts, "student", self.student_max_length), _pad_id(self.student))
         teachers = [
-            pad(encode(tokenizer, texts, "teacher", self.max_length), tokenizer.pad_token_id)
+            pad(encode(tokenizer, texts, "teacher", self.max_length), _pad_id(tokenizer))
             for tokenizer in self.teachers
         ]
         pairs = [

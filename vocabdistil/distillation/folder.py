@@ -38,7 +38,8 @@ def write_student(
         source: the first teacher.
         tables: the remap table of each teacher.
         metrics: for ``metrics.json`` and the model card.
-        projections: from the student's hidden states to each teacher's, ``[D_t, D_s]``, where they differ in width.
+        projections: from the student's hidden states to each teacher's, ``[D_t, D_s]``, where they differ in width; and
+            a ``bias``, ``[D_t]``, if there is one.
 
     Returns:
         ``options.out``.
@@ -49,7 +50,7 @@ def write_student(
     student.model.to("cpu").save_pretrained(final)
     save_tokenizer(student.tokenizer, final)
     if source.sentence is not None:
-        write_sentence_settings(source.sentence, final, *(student.projection or ()))
+        write_sentence_settings(source.sentence_with_prompt, final, *(student.projection or ()))
     for t, table in enumerate(tables):
         table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
     if projections:

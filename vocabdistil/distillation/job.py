@@ -27,7 +27,7 @@ from ..evaluation import report
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.timing import compare_models
 from ..models.students import PRESETS, Preset
-from ..models.teachers import Teacher
+from ..models.teachers import Teacher, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
 from ..reference.layers import layer_map
 from .batches import DistillCollator, to_device
@@ -53,6 +53,8 @@ __all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
 
 _MAX_EVAL_TEXTS = 512
 _CALIBRATION_TEXTS = 128
+# What layers are fitted to.
+_FITTED_TEXTS = 2048
 # Peak learning rates: of a body with copied layers, which must not be shaken out of what they know, and of a fresh one.
 _LR_COPIED, _LR_FRESH = 1e-4, 5e-4
 
@@ -176,7 +178,9 @@ class DistillConfig(StudentOptions):
     @property
     def size(self) -> int | None:
         """Tokens of the student's vocabulary, if something says how many."""
-        return self.vocab_size or (self.shape.vocab_size if self.shape and self.vocabulary == "train" else None)
+        if self.vocab_size is None and self.shape is not None and self.vocabulary in ("train", "trim"):
+            return self.shape.vocab_size
+        return self.vocab_size
 
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
@@ -277,7 +281,8 @@ class _Run:
     @classmethod
     def begin(cls, config: DistillConfig) -> _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
-        texts = list(open_text(config.text, config.unit))
+        text = open_text(config.text, config.unit)
+        texts = list(text)
         split = split_text(texts, config.held_out, config.seed)
         most = MOST_READ // len(split.train)
         need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
@@ -291,9 +296,12 @@ class _Run:
             head = checkpoint.learns_words
         else:
             head = config.shape is not None or first.masked_lm is not None
-            head = head and first.tokenizer.mask_token_id is not None
+            tokenizer = first.tokenizer
+            if config.vocabulary not in ("train", "trim"):
+                tokenizer = load_tokenizer(config.vocabulary, "--vocabulary", config.trust_remote_code)
+            head = head and tokenizer.mask_token_id is not None
         mode = _logits_mode(config, [source.teacher for source in sources], head)
-        keep_inputs(Path(config.out), config.inputs())
+        keep_inputs(Path(config.out), [*config.inputs(text), *([config.student] if config.student else [])])
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
         partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
         texts = [first.prompt + text for text in texts]
@@ -312,7 +320,7 @@ class _Run:
         covered = self.coverage(student, vocabularies)
         training = self.training(student, vocabularies)
         before = self.calibration(training)
-        trainer, seconds = self.fit(training)
+        trainer, seconds = self.fit(student, training)
         after = self.evaluation(training)
         return self.write(student, vocabularies, covered, training, trainer, seconds, before, after)
 
@@ -328,7 +336,8 @@ class _Run:
         vocabulary = self.vocabulary()
         for note in vocabulary.notes:
             self.say.print(note)
-        return make_student(config, self.sources[0], vocabulary, self.sample, self.kept_layers, config.shape)
+        texts = self.sample(_FITTED_TEXTS)
+        return make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
 
     def vocabulary(self) -> Vocabulary:
         """The student's vocabulary; made once, and read again by a run that is resumed."""
@@ -355,11 +364,10 @@ class _Run:
     def held_out(self) -> list[str]:
         return self.split.held_out[:_MAX_EVAL_TEXTS]
 
-    @property
-    def sample(self) -> list[str]:
+    def sample(self, count: int) -> list[str]:
         """Some of the texts to train on."""
         texts = self.split.train
-        return random.Random(self.config.seed).sample(texts, min(_CALIBRATION_TEXTS, len(texts)))
+        return random.Random(self.config.seed).sample(texts, min(count, len(texts)))
 
     def coverage(self, student: Student, vocabularies: _Vocabularies) -> list[dict[str, Any]]:
         """How the vocabularies correspond on held-out text."""
@@ -430,7 +438,7 @@ class _Run:
         fitted = self.partial / "projections.safetensors"
         if "before" not in self.record:
             self.say.status("Evaluating the untrained student")
-            batch = to_device(training.collator(self.sample), training.device)
+            batch = to_device(training.collator(self.sample(_CALIBRATION_TEXTS)), training.device)
             objective.scales = calibrate(model, objective, batch)
             if len(model.projections):
                 save_file(training.projections(), fitted)
@@ -453,10 +461,11 @@ class _Run:
         config = self.config
         return config.steps or max(1, round(config.epochs * len(self.split.train) / config.batch_size))
 
-    def fit(self, training: _Training) -> tuple[DistillTrainer, float]:
+    def fit(self, student: Student, training: _Training) -> tuple[DistillTrainer, float]:
         """Trains; returns the trainer and how many seconds it took."""
         config = self.config
-        lr = config.lr or (_LR_COPIED if self.kept_layers else _LR_FRESH)
+        known = self.checkpoint is not None or student.report.get("copied_layers")
+        lr = config.lr or (_LR_COPIED if known else _LR_FRESH)
         trainer = DistillTrainer(
             model=training.model,
             args=training_arguments(
@@ -541,8 +550,8 @@ class _Run:
             for entry in trainer.state.log_history:
                 file.write(json.dumps(entry) + "\n")
         projections = training.projections()
-        if (weight := projections.get("0_0")) is not None:
-            student.projection = weight, None
+        if (weight := training.model.projection(0)) is not None:
+            student.projection = weight.detach().cpu(), None
         out = write_student(
             self.partial, config, self.sources[0], student, vocabularies.tables, metrics, projections
         )

@@ -1,4 +1,4 @@
-"""What a training step computes: the student with its projections, the losses, the trainer, the evaluation."""
+"""What a training step computes: the student with its projections, and the losses."""
 
 from __future__ import annotations
 

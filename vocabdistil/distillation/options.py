@@ -15,12 +15,10 @@ from ..models.bodies import check_body, keep_layers
 from ..models.shrinking import narrow_shape
 from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
-from .text import TextSource, utf8
+from .text import GivenTexts, TextFiles, TextSource, utf8
 
 __all__ = ["StudentOptions", "check_reading", "check_run_options", "plain"]
 
-# Longer strings are texts; asking the file system for them would be an error.
-_LONGEST_NAME = 4096
 # Tokens of a student, if nobody says.
 VOCAB_SIZE = 8000
 # More threads than any machine has: a million of them would take all its memory.
@@ -190,11 +188,11 @@ class StudentOptions:
         narrow_shape(teacher, self.dim, self.heads, self.ffn)
         return kept
 
-    def inputs(self) -> list[str]:
+    def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
         """The files and folders that the run reads, by their names."""
-        given = self.text if isinstance(self.text, (list, tuple)) else []
-        names = [*self.teacher, self.vocabulary, *(item for item in given if isinstance(item, (str, os.PathLike)))]
-        return [os.fspath(name) for name in names if len(os.fspath(name)) < _LONGEST_NAME and Path(name).exists()]
+        vocabulary = [] if self.vocabulary in ("train", "trim") else [self.vocabulary]
+        files = [os.fspath(path) for path in text.paths] if isinstance(text, TextFiles) else []
+        return [name for name in (*self.teacher, *vocabulary, *files) if os.path.exists(name)]
 
     def settings(self) -> dict[str, Any]:
         """The options by name as JSON values, without the text."""

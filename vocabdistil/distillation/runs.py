@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,9 +23,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..core.console import Reporter
 from ..core.errors import VocabdistilError
 from ..core.seeds import mix_seed
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "Interrupted",
@@ -233,12 +230,13 @@ def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
 
 
 def open_partial(
-    out: Path, identity: dict[str, Any], resume: bool, overwrite: bool
+    out: Path, identity: dict[str, Any], resume: bool | None, overwrite: bool
 ) -> tuple[Path, dict[str, Any]]:
     """Makes ``out.partial`` or, to resume, checks that it belongs to the same run; returns it and its record.
 
     Args:
         identity: what must not change between an interrupted run and its continuation, by the name of its option.
+        resume: continue; None: this kind of run cannot be.
 
     Raises:
         VocabdistilError: ``out`` exists and is not to be replaced, or there is an interrupted run that was neither
@@ -267,7 +265,8 @@ def open_partial(
             return partial, record
         if not overwrite:
             raise VocabdistilError(
-                f"--out: {partial} holds an interrupted run; --resume continues it, --overwrite starts anew"
+                f"--out: {partial} holds an interrupted run; "
+                f"{'' if resume is None else '--resume continues it, '}--overwrite starts anew"
             )
         shutil.rmtree(partial)
     elif resume:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -47,6 +47,14 @@ class Source:
 
     teacher: Teacher
     sentence: SentenceSettings | None
+
+    @property
+    def sentence_with_prompt(self) -> SentenceSettings | None:
+        """The same, with the prompt of the run as the one that texts get if nobody says."""
+        sentence, prompt = self.sentence, self.teacher.prompt
+        if sentence is None or prompt == sentence.prompt:
+            return sentence
+        return replace(sentence, prompts={**sentence.prompts, "default": prompt}, default_prompt_name="default")
 
     @property
     def prompts(self) -> list[str]:
@@ -185,7 +193,9 @@ def make_student(
                 projection = small.weight, small.bias
         model = build_body(teacher, start.rows, tokenizer, keep)
     report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
-    return Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report, projection)
+    student = Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report, projection)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, student.as_teacher().max_positions)
+    return student
 
 
 def load_student(folder: str, options: StudentOptions) -> Student:

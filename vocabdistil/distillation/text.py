@@ -101,14 +101,15 @@ class TextFiles:
 class GivenTexts:
     """Texts that are at hand: a list, a data set or another iterable of strings, or of rows with a column ``"text"``.
 
-    Examples are stripped, blank ones left out. An iterator, which can be read once only, is read into a list.
+    Examples are stripped, blank ones left out. An iterator, which can be read once only, is read into a list unless
+    ``once``.
 
     Raises:
         VocabdistilError: something else among them (when it is reached), or nothing but white space.
     """
 
-    def __init__(self, texts: Iterable[Any]) -> None:
-        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+    def __init__(self, texts: Iterable[Any], once: bool = False) -> None:
+        self.texts = list(texts) if isinstance(texts, Iterator) and not once else texts
 
     def __iter__(self) -> Iterator[str]:
         found = False
@@ -155,24 +156,27 @@ def _is_path(item: Any) -> bool:
     return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or Path(item).suffix[1:].isalnum()))
 
 
-def open_text(text: TextSource, unit: str = "line") -> TextFiles | GivenTexts:
+def open_text(text: TextSource, unit: str = "line", once: bool = False) -> TextFiles | GivenTexts:
     """Text to read as often as one likes.
 
     Args:
         text: a file or a list of files; or texts: a list, a data set or another iterable of strings, or of rows with a
             column ``"text"``. Strings that all name files are files.
         unit: what one example of a file is, see :class:`TextFiles`.
+        once: it is read once only, so that an iterator need not be held.
 
     Raises:
-        VocabdistilError: see :class:`TextFiles` and :class:`GivenTexts`.
+        VocabdistilError: a table, of which no one knows which column is meant; see :class:`TextFiles` and
+            :class:`GivenTexts`.
     """
     if isinstance(text, (str, os.PathLike)):
         return TextFiles([text], unit)
-    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+    # A data frame iterates over the names of its columns.
+    if isinstance(text, Mapping) or hasattr(text, "columns") or not isinstance(text, Iterable):
         raise VocabdistilError(f"--text: expected files or a list of texts, got {type(text).__name__}")
     if isinstance(text, (list, tuple)) and all(map(_is_path, text)):
         return TextFiles(text, unit)
-    return GivenTexts(text)
+    return GivenTexts(text, once)
 
 
 class Sample:
@@ -192,15 +196,22 @@ class Sample:
     def __init__(self, texts: Iterable[str], count: int, seed: int) -> None:
         self.texts, self.count = texts, count
         self.kept: list[str] = []
+        self._held: set[str] = set()
+        self._candidates = 0
         self.seen, self._draw, self._hash = 0, random.Random(seed), hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             self.seen += 1
             self._hash.update(text.encode() + b"\n")
-            place = self.seen - 1 if len(self.kept) < self.count else self._draw.randrange(self.seen)
-            if place < self.count and text not in self.kept:
-                self.kept[place : place + 1] = [text]
+            if text not in self._held:
+                self._candidates += 1
+                room = len(self.kept) < self.count
+                place = len(self.kept) if room else self._draw.randrange(self._candidates)
+                if place < self.count:
+                    self._held -= set(self.kept[place : place + 1])
+                    self._held.add(text)
+                    self.kept[place : place + 1] = [text]
             yield text
 
     @property

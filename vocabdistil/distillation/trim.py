@@ -77,11 +77,11 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         raise TypeError("trim: give a config or options, not both")
     if config.threads:
         torch.set_num_threads(config.threads)
-    text = open_text(config.text, config.unit)
-    keep_inputs(Path(config.out), config.inputs())
+    text = open_text(config.text, config.unit, once=True)
+    keep_inputs(Path(config.out), config.inputs(text))
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher, source.teacher.num_layers)
-    partial, _ = open_partial(Path(config.out), {}, False, config.overwrite)
+    partial, _ = open_partial(Path(config.out), {}, None, config.overwrite)
     try:
         return _run(config, source, layers, text, partial)
     except BaseException:
@@ -103,9 +103,10 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
         say.print(note)
     texts = random.Random(config.seed).sample(sample.kept, len(sample.kept))
     held = texts[-_HELD:]
+    fitted = texts[:-_HELD] if len(texts) >= 2 * _HELD else texts
     if len(layers) < teacher.num_layers or config.dim or config.heads or config.ffn:
         say.status(f"Fitting {len(layers)} layers")
-    student = make_student(config, source, vocabulary, texts, layers)
+    student = make_student(config, source, vocabulary, fitted, layers)
     table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
     report = coverage(held, teacher.tokenizer, student.tokenizer, table=table)
     say.print(*coverage_tables((teacher.name, config.out), (teacher.tokenizer, student.tokenizer), report))
@@ -127,7 +128,8 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
             teacher, student.as_teacher(), held, batch=config.time_batch, length=config.time_length
         ),
     }
-    out = write_student(partial, config, source, student, [table], metrics)
+    projections = dict(zip(("0_0", "bias"), student.projection or (), strict=False))
+    out = write_student(partial, config, source, student, [table], metrics, projections)
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], len(held)))
     say.print(f"The student is in {out}")
     return DistillResult(out, metrics)

@@ -87,7 +87,8 @@ def _figures(metrics: dict[str, Any]) -> list[str]:
 
 
 def _use(name: str, metrics: dict[str, Any]) -> str:
-    prompt = metrics.get("prompt", "")
+    # sentence-transformers puts the prompt there itself.
+    prompt = "" if metrics.get("sentence_transformers") else metrics.get("prompt", "")
     texts = json.dumps([f"{prompt}{word} text" for word in ("One", "Another")], ensure_ascii=False)
     if metrics.get("sentence_transformers"):
         lines = [

@@ -1,4 +1,4 @@
-"""What people see: progress, tables, CPU times, the model card."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -43,12 +43,6 @@ def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 label += f" (teacher {', '.join(map(_number, known))})"
             rows.append((label, _number(metrics["before"][key]), _number(metrics["after"][key]), better))
     return rows
-
-
-# ---------------------------------------------------------------- sizes and times
-
-
-# ---------------------------------------------------------------- the terminal
 
 
 def _number(value: float) -> str:

@@ -50,9 +50,12 @@ def timing_texts(texts: Sequence[str], tokenizers: Sequence[Any], batch: int, le
 
 
 @torch.no_grad()
-def cpu_time(model: nn.Module, tokenizer: Any, texts: Sequence[str], repeats: int = 3) -> dict[str, float | int]:
-    """Seconds of one forward pass over ``texts`` as one batch, tokenizing left out: median, and the token count."""
-    rows = encode(tokenizer, list(texts), "tokenizer")
+def cpu_time(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int, repeats: int = 3
+) -> dict[str, float | int]:
+    """Seconds of one forward pass over ``texts`` as one batch, cut to ``length`` tokens, tokenizing left out: median,
+    and the token count."""
+    rows = encode(tokenizer, list(texts), "tokenizer", length)
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0)
     mask = torch.zeros_like(ids)
@@ -78,7 +81,7 @@ def compare_models(
     sides = {"teacher": teacher, "student": student}
     texts = timing_texts(texts, [side.tokenizer for side in sides.values()], batch, length)
     rows = {
-        name: describe_model(side.whole, len(side.tokenizer)) | cpu_time(side.model, side.tokenizer, texts)
+        name: describe_model(side.whole, len(side.tokenizer)) | cpu_time(side.model, side.tokenizer, texts, length)
         for name, side in sides.items()
     }
     return {
@@ -103,6 +106,6 @@ def bench_models(models: Sequence[Teacher], texts: Sequence[str], batch: int, le
     texts = timing_texts(texts, [model.tokenizer for model in models], batch, length)
     return [
         {"model": model.name, **describe_model(model.model, len(model.tokenizer))}
-        | cpu_time(model.model, model.tokenizer, texts)
+        | cpu_time(model.model, model.tokenizer, texts, length)
         for model in models
     ]

@@ -225,8 +225,8 @@ class _Stream:
 
 
 def _least_squares(x: Tensor, y: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weight ``[E, D]`` and bias ``[E]`` for which ``x weight^T + bias``, ``[N, E]``, is nearest to ``y``; a weight that
-    is ``known`` changes no more than it must."""
+    """Weight ``[E, D]`` and bias ``[E]`` for which ``x weight^T + bias``, ``[N, E]``, is nearest to ``y``; a weight
+    that is ``known`` changes no more than it must."""
     x_mean, y_mean = x.mean(0), y.mean(0)
     centred, wanted = x - x_mean, y - y_mean
     if known is not None:
@@ -398,17 +398,18 @@ def _cut_model(copied: PreTrainedModel, row: Architecture, whole: Shape, shape: 
 
 def _fit_head(student: PreTrainedModel, teacher: Teacher, cut: _Cut, x: Tensor, last: Tensor) -> None:
     """The MLM head of a narrower body, for logits as near to the teacher's as what its output layer reads can make."""
-    path = architecture_of(teacher.model.config).head
-    dense, norm = (teacher.masked_lm.get_submodule(name) for name in path)
-    our_dense, our_norm = (student.get_submodule(name) for name in path)
+    row, config = architecture_of(teacher.model.config), teacher.model.config
+    act = ACT2FN[getattr(config, row.activation, row.activation)]
+    dense, norm = (teacher.masked_lm.get_submodule(name) for name in row.head)
+    our_dense, our_norm = (student.get_submodule(name) for name in row.head)
     before = dense(last)
-    given = norm(cut.act(before))
+    given = norm(act(before))
     output = teacher.output_layer[0].double()
     if student.get_output_embeddings().weight.shape != output.shape:
         before, products = before[:, cut.coordinates], (output.T @ output)[:, cut.coordinates]
         given = given @ torch.linalg.solve(products[cut.coordinates], products.T).T.float()
     _fit(our_dense, x, before)
-    _fit_norm(our_norm, cut.act(our_dense(x)), given)
+    _fit_norm(our_norm, act(our_dense(x)), given)
 
 
 def _fitted(

@@ -8,7 +8,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -309,12 +309,12 @@ def _grown(
     for word, tokens in cut.items():
         for token in tokens:
             counts[token.id] += words[word]
-    trimmed = trim_vocabulary(teacher, counts, vocab_size, spare=vocab_size // _NEW_SHARE)
+    characters, known = _alphabet(words), backend_of(teacher, "teacher").get_vocab()
+    missing = [c for c in frequent_characters(characters, vocab_size) if c not in known]
+    trimmed = trim_vocabulary(teacher, counts, vocab_size, spare=vocab_size // _NEW_SHARE + len(missing))
     state = tokenizer_state(trimmed.tokenizer)
     scores: dict[str, float] = dict(state["model"]["vocab"])
     lowest, room = min(scores.values()), vocab_size - len(trimmed)
-    characters = _alphabet(words)
-    missing = sorted(characters.keys() - scores.keys(), key=lambda character: (-characters[character], character))
     for character in missing[: max(room, 0)]:
         scores[character], room = lowest, room - 1
 
@@ -328,9 +328,18 @@ def _grown(
         token = "".join(parts)
         if room > 0 and len(parts) > 1 and token not in scores:
             scores[token], room = sum(scores[part] for part in parts) + _JOINED, room - 1
-    notes = (f"The text supports only {vocab_size - room:,} tokens, not {vocab_size:,}.",) if room > 0 else ()
+    notes = [f"The text supports only {vocab_size - room:,} tokens, not {vocab_size:,}."] if room > 0 else []
+    notes += _lost(characters, characters.keys() - scores.keys())
     model = state["model"] | {"vocab": [[token, score] for token, score in scores.items()]}
-    return Vocabulary(rebuild(teacher, state | {"model": model}), "train", notes=notes)
+    return Vocabulary(rebuild(teacher, state | {"model": model}), "train", notes=tuple(notes))
+
+
+def _lost(characters: Mapping[str, int], lost: Collection[str]) -> list[str]:
+    """A note on the characters that have no token of their own, if there are any."""
+    if not lost:
+        return []
+    share = sum(characters[character] for character in lost) / sum(characters.values())
+    return [f"{len(lost):,} rare characters, {share:.3%} of the text, have no token of their own."]
 
 
 def _need_room(vocab_size: int, least: int) -> None:
@@ -399,7 +408,8 @@ def train_vocabulary(teacher: Any, texts: Iterable[str], vocab_size: int, family
     state = _in_family(state, family)
 
     words: Mapping[str, int] = _count_words(state, family, texts)
-    if words and family == "unigram" and "vocab" in state["model"]:
+    reads_all = state["model"].get("unk_id") is not None or state["model"].get("byte_fallback")
+    if words and family == "unigram" and "vocab" in state["model"] and reads_all:
         model = backend_of(teacher, "teacher").model
         cut = {word: model.tokenize(word) for word in sorted(words)}
         if _covers(words, cut, unk):
@@ -410,9 +420,7 @@ def train_vocabulary(teacher: Any, texts: Iterable[str], vocab_size: int, family
     notes = []
     if len(model["vocab"]) < vocab_size:
         notes.append(f"The text supports only {len(model['vocab']):,} tokens, not {vocab_size:,}.")
-    if rare:
-        share = sum(counts[character] for character in rare) / sum(counts.values())
-        notes.append(f"{len(rare):,} rare characters, {share:.3%} of the text, have no token of their own.")
+    notes += _lost(counts, rare)
     return Vocabulary(rebuild(teacher, state | {"model": model}, roles), "train", notes=tuple(notes))
 
 

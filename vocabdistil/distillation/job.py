@@ -227,7 +227,9 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
     try:
         return run.finish()
     except BaseException as error:
-        if not isinstance(error, Interrupted) and last_checkpoint(run.partial) is None:
+        # Bad input, a learning rate that diverges among it, stays bad: resuming would end the same way.
+        hopeless = isinstance(error, VocabdistilError) or last_checkpoint(run.partial) is None
+        if hopeless and not isinstance(error, Interrupted):
             shutil.rmtree(run.partial, ignore_errors=True)
         raise
 

@@ -167,7 +167,9 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
     try:
         return _run(config, split, partial, record)
     except BaseException as error:
-        if not isinstance(error, Interrupted) and last_checkpoint(partial) is None:
+        # Bad input, a learning rate that diverges among it, stays bad: resuming would end the same way.
+        hopeless = isinstance(error, VocabdistilError) or last_checkpoint(partial) is None
+        if hopeless and not isinstance(error, Interrupted):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -70,6 +70,10 @@ def test_trim(name, head, tmp_path, saved):
     check(result.path, saved[0], head)
     assert result.metrics["architecture"]["layers"] == 2
     assert result.metrics["initialisation"]["tokens"]["tokens"]["none"] == 0
+    loyalty = result.metrics["loyalty"]
+    assert loyalty.keys() == {"all layers", "2 layers"}
+    assert loyalty["all layers"]["cosine"] > loyalty["2 layers"]["cosine"]
+    assert ("label" in loyalty["2 layers"]) == head
 
 
 @pytest.mark.parametrize("vocabulary", ["train", "trim"])

@@ -339,7 +339,9 @@ class _Run:
         for note in vocabulary.notes:
             self.say.print(note)
         texts = self.sample(_FITTED_TEXTS)
-        return make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
+        student = make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
+        self.say.print(report.start_line(student.report["tokens"]))
+        return student
 
     def vocabulary(self) -> Vocabulary:
         """The student's vocabulary; made once, and read again by a run that is resumed."""

@@ -13,10 +13,12 @@ import torch
 
 from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
+from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..core.errors import need
 from ..core.progress import counting
-from ..evaluation.report import coverage_tables, loyalty_table, size_table
+from ..evaluation.predictions import agreement
+from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line
 from ..evaluation.student import embedding_loyalty
 from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
@@ -107,6 +109,7 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
     if len(layers) < teacher.num_layers or config.dim or config.heads or config.ffn:
         say.status(f"Fitting {len(layers)} layers")
     student = make_student(config, source, vocabulary, fitted, layers)
+    say.print(start_line(student.report["tokens"]))
     table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
     report = coverage(held, teacher.tokenizer, student.tokenizer, table=table)
     say.print(*coverage_tables((teacher.name, config.out), (teacher.tokenizer, student.tokenizer), report))
@@ -145,16 +148,25 @@ def _watched(texts: Iterable[str], quiet: bool) -> Iterator[str]:
 def _loyalty(
     config: TrimConfig, source: Source, student: Student, vocabulary: Vocabulary, texts: list[str]
 ) -> dict[str, dict[str, float]]:
-    """How the student's vectors agree with the teacher's, and before layers were dropped how those of all layers do."""
+    """How the student's vectors and, with MLM heads, its guesses agree with the teacher's; and before layers were left
+    out how those of all layers do."""
     teacher, found = source.teacher, {}
+    matched = MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer)
+
+    def compare(made: Student) -> dict[str, float]:
+        reader = made.as_teacher()
+        vectors = embedding_loyalty(
+            teacher, reader, texts, config.max_length, source.sentence, *(made.projection or ())
+        )
+        if teacher.masked_lm is None or not made.learns_words:
+            return vectors
+        lengths = [min(config.max_length, side.max_positions) for side in (teacher, reader)]
+        return vectors | agreement(teacher, reader, matched, texts, tuple(lengths), seed=config.seed)
+
     every = list(range(teacher.num_layers))
     if student.kept_layers != every or student.projection is not None:
         start = plan_start(teacher.tokenizer, student.tokenizer, vocabulary.kept, config.seed)
         whole = build_body(teacher, start.rows, student.tokenizer, every)
-        found["all layers"] = embedding_loyalty(
-            teacher, replace(student, model=whole).as_teacher(), texts, config.max_length, source.sentence
-        )
-    found[f"{len(student.kept_layers)} layers"] = embedding_loyalty(
-        teacher, student.as_teacher(), texts, config.max_length, source.sentence, *(student.projection or ())
-    )
+        found["all layers"] = compare(replace(student, model=whole, projection=None))
+    found[f"{len(student.kept_layers)} layers"] = compare(student)
     return found

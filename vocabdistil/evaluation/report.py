@@ -16,7 +16,15 @@ from ..alignment.picture import readable
 if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
 
-__all__ = ["bench_table", "coverage_tables", "held_out_rows", "loyalty_table", "result_tables", "size_table"]
+__all__ = [
+    "bench_table",
+    "coverage_tables",
+    "held_out_rows",
+    "loyalty_table",
+    "result_tables",
+    "size_table",
+    "start_line",
+]
 
 _HELD_OUT = (
     ("kl_reduce", "span KL, reduce input", "lower"),
@@ -118,6 +126,7 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: int) -> Table:
         "pearson": "embeddings: Pearson", "spearman": "Spearman", "cosine": "cosine", "label": "masked words: label",
         "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
     }  # fmt: skip
+    columns = {key: title for key, title in columns.items() if any(key in row for row in found.values())}
     table.add_column("student")
     for title in columns.values():
         table.add_column(title, justify="right")
@@ -146,6 +155,21 @@ def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
             f"{rows[0]['seconds'] / row['seconds']:.1f}x",
         )
     return table
+
+
+def start_line(tokens: dict[str, dict[str, float]]) -> str:
+    """What the student's tokens start from, as :meth:`vocabdistil.models.start.Start.summary` counted it."""
+    names = {
+        "shared": "as the teacher's", "role": "as those of their role", "composed": "as means of the teacher's pieces",
+        "none": "as noise",
+    }  # fmt: skip
+    shares = tokens.get("text", {})
+    parts = [
+        f"{tokens['tokens'][kind]:,} {name}" + (f" ({shares[kind]:.1%} of the text)" if kind in shares else "")
+        for kind, name in names.items()
+        if tokens["tokens"][kind]
+    ]
+    return f"Tokens start: {', '.join(parts)}"
 
 
 def size_table(models: dict[str, Any]) -> Table:

@@ -74,8 +74,8 @@ def _add_training_options(p: argparse.ArgumentParser, steps: int | None, lr: flo
     p.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
 
-def _add_teachers(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--teacher", action="append", required=True, metavar="DIR_OR_NAME", help="repeat for several")
+def _add_teachers(p: argparse.ArgumentParser, about: str) -> None:
+    p.add_argument("--teacher", action="append", required=True, metavar="DIR_OR_NAME", help=about)
     prompt = "what the teacher expects before every text, such as 'query: ' (default: what its folder says)"
     p.add_argument("--prompt", metavar="TEXT", help=prompt)
     p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
@@ -115,7 +115,7 @@ def _config(kind: type, args: argparse.Namespace) -> Any:
 
 
 def _add_trim(p: argparse.ArgumentParser) -> None:
-    _add_teachers(p)
+    _add_teachers(p, "the model")
     _add_text_options(p)
     _add_vocabulary(p, "trim", "8000")
     _add_body(p, "all")
@@ -129,7 +129,7 @@ def _trim(args: argparse.Namespace) -> None:
 
 
 def _add_distill(p: argparse.ArgumentParser) -> None:
-    _add_teachers(p)
+    _add_teachers(p, "the model to learn from; repeat for several")
     _add_text_options(p)
     _add_vocabulary(p, "train", "the preset's, else 8000")
     _add_body(p, "half")

@@ -301,7 +301,7 @@ def _loyalty(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        Reporter().print(loyalty_table(found, len(texts)))
+        Reporter().print(loyalty_table(found, f"{len(texts)} texts"))
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:

@@ -176,3 +176,10 @@ def test_rare_characters_give_way_where_they_would_fill_the_vocabulary():
     assert frequent_characters(counts, 600)[:100] == common and len(frequent_characters(counts, 600)) == 150
     assert len(frequent_characters(dict.fromkeys(rare, 1), 600)) == 300
     assert frequent_characters({}, 600) == []
+
+
+def test_a_note_says_when_the_text_uses_few_of_the_tokens():
+    teacher = family("wordpiece")
+    few = trim_vocabulary(teacher, ["the cat"] * 3, 300)
+    assert len(few) == 300 and few.notes[0].startswith("The text uses only ")
+    assert not any("uses only" in note for note in trim_vocabulary(teacher, many_scripts(), 250).notes)

@@ -210,7 +210,8 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < steps:
         raise Interrupted(
-            f"interrupted at step {trainer.state.global_step} of {steps}; the same command with --resume continues"
+            f"interrupted at step {trainer.state.global_step} of {steps}, which {trainer.args.output_dir} holds; "
+            "the same command with --resume continues"
         )
     return done.metrics.get("train_runtime", 0.0)
 

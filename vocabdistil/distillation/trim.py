@@ -119,7 +119,8 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
         "settings": config.settings(),
         "texts": sample.seen,
         "text": sample.digest,
-        "held_out_texts": len(held),
+        # Of the text that the vocabulary was made for: on other text a student agrees less.
+        "compared_texts": len(held),
         "vocabulary": {"source": config.vocabulary, "notes": list(vocabulary.notes)},
         "prompt": teacher.prompt,
         "sentence_transformers": source.sentence is not None,
@@ -133,7 +134,8 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
     }
     projections = dict(zip(("0_0", "bias"), student.projection or (), strict=False))
     out = write_student(partial, config, source, student, [table], metrics, projections)
-    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], len(held)))
+    about = f"{len(held)} texts of those that the vocabulary was made for"
+    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
     say.print(f"The student is in {out}")
     return DistillResult(out, metrics)
 

@@ -73,8 +73,8 @@ def _sizes(metrics: dict[str, Any]) -> str:
 
 def _figures(metrics: dict[str, Any]) -> list[str]:
     """What it is worth on the text."""
-    count = metrics["held_out_texts"]
     if "after" in metrics:
+        count = metrics["held_out_texts"]
         rows = [f"| {' | '.join(row[:3])} |" for row in held_out_rows(metrics)]
         lines = ["| | untrained | trained |", "| --- | --- | --- |", *rows]
         return [f"Held-out text ({count} texts):", "\n".join(lines)]
@@ -83,7 +83,11 @@ def _figures(metrics: dict[str, Any]) -> list[str]:
         cosine = f"{row['cosine']:.4f}" if "cosine" in row else "-"
         rows.append(f"| {name} | {row['pearson']:.4f} | {row['spearman']:.4f} | {cosine} |")
     lines = ["| | Pearson | Spearman | cosine of the vectors |", "| --- | --- | --- | --- |", *rows]
-    return [f"Agreement of the similarities of {count} texts with the teacher's:", "\n".join(lines)]
+    about = (
+        f"Agreement with the teacher on {metrics['compared_texts']} texts of those that the vocabulary was made for "
+        "(on other text it is less):"
+    )
+    return [about, "\n".join(lines)]
 
 
 def _use(name: str, metrics: dict[str, Any]) -> str:

@@ -119,9 +119,9 @@ def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:
     return "\n".join(f"{escape(readable(tokenizer, token))} {count:,}" for token, count in examples[:5])
 
 
-def loyalty_table(found: dict[str, dict[str, float]], texts: int) -> Table:
-    """A row for every student: how far it agrees with the teacher."""
-    table = Table(title=f"Loyalty ({texts} texts)", title_justify="left")
+def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
+    """A row for every student: how far it agrees with the teacher on these texts."""
+    table = Table(title=f"Loyalty ({texts})", title_justify="left")
     columns = {
         "pearson": "embeddings: Pearson", "spearman": "Spearman", "cosine": "cosine", "label": "masked words: label",
         "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",

@@ -191,6 +191,7 @@ def trim_vocabulary(
     least = len(kept) + len(outside)
     need(size >= least, "vocab_size", f"at least the {least} special tokens and characters of the text", vocab_size)
 
+    always = frozenset(kept)
     size = size if spare is None else max(least, vocab_size - spare)
     for token in sorted(family.ids, key=lambda token: (-count[token], bool(_UNUSED.match(token)), family.ids[token])):
         if spare is not None and not count[token]:
@@ -207,8 +208,16 @@ def trim_vocabulary(
         rebuild(teacher, state | {"model": model}),
         "trim",
         torch.tensor([*map(family.ids.__getitem__, tokens), *map(specials.__getitem__, outside)], dtype=torch.int64),
-        _notes(symbols, kept, size, vocab_size),
+        _notes(symbols, kept, size, vocab_size) + _unused(count, kept - always, size),
     )
+
+
+def _unused(count: Mapping[str, int], chosen: Iterable[str], size: int) -> tuple[str, ...]:
+    """A note where much of the vocabulary was chosen without need."""
+    idle = sum(not count[token] for token in chosen)
+    if idle <= size // 4:
+        return ()
+    return (f"The text uses only {size - idle:,} of these {size:,} tokens: fewer do, or more text is needed.",)
 
 
 def _notes(symbols: Mapping[str, int], kept: Container[str], size: int, vocab_size: int) -> tuple[str, ...]:

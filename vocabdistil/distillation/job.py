@@ -34,7 +34,7 @@ from .batches import DistillCollator, to_device
 from .folder import write_student
 from .held_out import evaluate
 from .objective import LOGITS, DistillModel, LossWeights, Objective, calibrate
-from .options import MOST_READ, StudentOptions, check_run_options
+from .options import MOST_READ, StudentOptions, check_run_options, configured
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -217,12 +217,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         result = vd.distill(teacher="bert-base-cased", text=["corpus.txt"], out="student", vocab_size=5000)
         result.metrics["after"]["cosine"]
     """
-    if config is None:
-        config = DistillConfig(**options)
-    elif options:
-        raise TypeError("distill: give a config or options, not both")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config = configured(DistillConfig, config, options)
     run = _Run.begin(config)
     try:
         return run.finish()

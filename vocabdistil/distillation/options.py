@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from ..core.errors import is_real, need, need_place, need_whole
 from ..models.bodies import check_body, keep_layers
@@ -17,7 +18,9 @@ from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
 from .text import GivenTexts, TextFiles, TextSource, utf8
 
-__all__ = ["StudentOptions", "check_reading", "check_run_options", "plain"]
+__all__ = ["StudentOptions", "check_reading", "check_run_options", "configured", "plain"]
+
+_Config = TypeVar("_Config")
 
 # Tokens of a student, if nobody says.
 VOCAB_SIZE = 8000
@@ -25,6 +28,20 @@ VOCAB_SIZE = 8000
 _MOST_THREADS = 4096
 # Texts of one step, texts of one run, tokens of one timing: beyond these no memory is enough.
 _MOST_AT_ONCE, MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
+
+
+def configured(kind: type[_Config], config: _Config | None, options: dict[str, Any]) -> _Config:
+    """The configuration of a job, given whole or by its fields; from here on torch has the threads that it asks for.
+
+    Raises:
+        TypeError: both.
+    """
+    if config is not None and options:
+        raise TypeError(f"expected a {kind.__name__} or its fields by name, got both")
+    config = kind(**options) if config is None else config
+    if config.threads:  # type: ignore[attr-defined]
+        torch.set_num_threads(config.threads)  # type: ignore[attr-defined]
+    return config
 
 
 def check_reading(config: Any) -> None:

@@ -24,7 +24,7 @@ from ..core.files import write_json
 from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
-from .options import check_run_options
+from .options import check_run_options, configured
 from .runs import (
     RUN_FILE,
     Interrupted,
@@ -154,12 +154,7 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
         VocabdistilError: bad input; nothing is left half-written.
         Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
     """
-    if config is None:
-        config = TeacherConfig(**options)
-    elif options:
-        raise TypeError("train_teacher: give a config or options, not both")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config = configured(TeacherConfig, config, options)
     split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
     keep_inputs(Path(config.out), config.text)
     identity = {**config.identity(), "text": split.digest}

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
@@ -26,7 +24,7 @@ from ..models.start import plan_start
 from ..models.vocabularies import Vocabulary
 from .folder import write_student
 from .job import DistillResult
-from .options import StudentOptions
+from .options import StudentOptions, configured
 from .runs import keep_inputs, open_partial
 from .student import Source, Student, load_sources, make_student, make_vocabulary
 from .text import Prefixed, Sample, open_text
@@ -73,12 +71,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         import vocabdistil as vd
         vd.trim(teacher="intfloat/multilingual-e5-small", text=["russian.txt"], out="e5-ru", vocab_size=8000)
     """
-    if config is None:
-        config = TrimConfig(**options)
-    elif options:
-        raise TypeError("trim: give a config or options, not both")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config = configured(TrimConfig, config, options)
     text = open_text(config.text, config.unit, once=True)
     keep_inputs(Path(config.out), config.inputs(text))
     (source,) = load_sources(config)

@@ -241,7 +241,10 @@ def test_command_draws(folders, text_file, tmp_path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     for options, message in (
         ([], "--text: expected a file, or --show with a text, got neither"),
-        (["--show", "a", "--html", str(tmp_path / "no" / "p.html")], "--html: cannot write"),
+        (
+            ["--show", "a", "--html", str(tmp_path / "no" / "p.html")],
+            "--html: expected a file to write, in a folder, got",
+        ),
     ):
         capsys.readouterr()
         assert main([*both, *options]) == 2

@@ -37,7 +37,7 @@ def configured(kind: type[_Config], config: _Config | None, options: dict[str, A
         TypeError: both.
     """
     if config is not None and options:
-        raise TypeError(f"expected a {kind.__name__} or its fields by name, got both")
+        raise TypeError(f"give a config or options of {kind.__name__}, not both")
     config = kind(**options) if config is None else config
     if config.threads:  # type: ignore[attr-defined]
         torch.set_num_threads(config.threads)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_index_range
 from ..core.native import module as _native_module
+from .families import chunks
 from .methods import (
     METHODS,
     Aligned,
@@ -105,18 +106,10 @@ class CoverageReport:
         return values | {"methods": {name: found.as_dict() for name, found in self.methods.items()}}
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
+def _checked(texts: Iterable[str]) -> Iterator[str]:
     for i, text in enumerate(texts):
         check_text(text, f"texts[{i}]")
-        chunk.append(text)
-        characters += len(text)
-        if len(chunk) == _CHUNK_TEXTS or characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+        yield text
 
 
 def _rows_equal(a: Tokens, b: Tokens) -> int:
@@ -212,7 +205,7 @@ def coverage(
         return left, right, {method: found[method] for method in methods}
 
     with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:
-        for chunk in _chunks(texts):
+        for chunk in chunks(_checked(texts), _CHUNK_TEXTS, _CHUNK_CHARACTERS):
             left, right, found = aligned(chunk)
             for name, side, source, both in zip(("teacher", "student"), (left, right), sources, in_both, strict=True):
                 ids = side.input_ids[side.attention_mask != 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "TokenizerInfo",
     "backend_of",
     "check_room",
+    "chunks",
     "encode",
     "plain_settings",
     "read_tokenizer",
@@ -201,6 +202,20 @@ def template_ends(backend: tokenizers.Tokenizer, encodings: list[Any]) -> tuple[
             lead = mask.index(0)
             return lead, mask[::-1].index(0)
     return count, 0
+
+
+def chunks(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
+    """Texts in lists of ``count`` at most, that end earlier where they hold so many characters."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) == count or size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def check_room(backend: tokenizers.Tokenizer, name: str, max_length: int | None) -> None:

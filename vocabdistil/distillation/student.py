@@ -68,7 +68,6 @@ class Student:
     Attributes:
         model: on the CPU, in evaluation mode, with an MLM head if it has one to learn or to keep.
         tokenizer: its own.
-        prompt: what it expects before every text.
         kept_layers: the teacher's layers that its layers came from; empty for fresh ones.
         report: how it began: for ``metrics.json``.
         projection: weight ``[D_t, D_s]`` and bias ``[D_t]`` or None, from its hidden states to the teacher's; None
@@ -77,7 +76,6 @@ class Student:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompt: str
     kept_layers: list[int]
     report: dict[str, Any]
     projection: tuple[Tensor, Tensor | None] | None = None
@@ -102,7 +100,7 @@ class Student:
     def as_teacher(self, name: str = "student") -> Teacher:
         """The student as whatever looks at finished models sees it."""
         head = self.model if self.has_head else None
-        return Teacher(name, self.model.base_model, self.tokenizer, head, prompt=self.prompt)
+        return Teacher(name, self.model.base_model, self.tokenizer, head)
 
 
 def expected_prompt(options_prompt: str | None, sentence: SentenceSettings | None) -> str:
@@ -193,7 +191,7 @@ def make_student(
                 projection = small.weight, small.bias
         model = build_body(teacher, start.rows, tokenizer, keep)
     report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
-    student = Student(model.eval(), tokenizer, teacher.prompt, kept_layers, report, projection)
+    student = Student(model.eval(), tokenizer, kept_layers, report, projection)
     tokenizer.model_max_length = min(tokenizer.model_max_length, student.as_teacher().max_positions)
     return student
 
@@ -202,4 +200,4 @@ def load_student(folder: str, options: StudentOptions) -> Student:
     """A checkpoint to go on from, with its own tokenizer."""
     loaded = load_teacher(folder, "--student", trust_remote_code=options.trust_remote_code)
     model = loaded.whole.requires_grad_(True)
-    return Student(model, loaded.tokenizer, "", [], {"checkpoint": folder})
+    return Student(model, loaded.tokenizer, [], {"checkpoint": folder})

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from ..alignment.families import backend_of, encode
+from ..alignment.families import backend_of, chunks, encode
 
 __all__ = ["count_tokens", "frequent_characters"]
 
@@ -20,18 +20,6 @@ _T, _R = TypeVar("_T"), TypeVar("_R")
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 4096, 1 << 20
 # The share of characters that SentencePiece's trainer gives tokens of their own by default.
 _COVERAGE = 0.9995
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if len(chunk) == _CHUNK_TEXTS or size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _one_ahead(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
@@ -66,7 +54,8 @@ def count_tokens(tokenizer: Any, texts: Iterable[str], max_length: int | None = 
         int64 ``[V]``, ``V`` the largest id + 1.
     """
     counts = np.zeros(_size(backend_of(tokenizer, "tokenizer")), dtype=np.int64)
-    for rows in _one_ahead(lambda chunk: encode(tokenizer, chunk, "tokenizer", max_length), _chunks(texts)):
+    parts = chunks(texts, _CHUNK_TEXTS, _CHUNK_CHARACTERS)
+    for rows in _one_ahead(lambda chunk: encode(tokenizer, chunk, "tokenizer", max_length), parts):
         read = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
         counts += np.bincount(read, minlength=len(counts))
     return torch.from_numpy(counts)

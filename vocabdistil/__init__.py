@@ -8,11 +8,22 @@ from .alignment.align import AlignedBatch, align
 from .alignment.coverage import Coverage, CoverageReport, coverage
 from .alignment.methods import boundary_pairs, match_pairs
 from .alignment.remap import RemapOutput, RemapTable
-from .alignment.spans import SpanPairs
+from .alignment.spans import SpanPairs, text_pairs
 from .alignment.vocab import MatchedVocab
 from .core.backends import backends
 from .evaluation import loyalty
-from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
+from .ops import (
+    attention_loss,
+    contrastive,
+    linear_matched_kl,
+    matched_kl,
+    pooled_loss,
+    remapped_kl,
+    similarity_loss,
+    span_kl,
+    span_loss,
+    span_mean,
+)
 
 if TYPE_CHECKING:
     from .alignment.cache import AlignedDataset, cache_aligned
@@ -82,6 +93,7 @@ __all__ = [
     "TeacherConfig",
     "TrimConfig",
     "align",
+    "attention_loss",
     "backends",
     "boundary_pairs",
     "cache_aligned",
@@ -92,12 +104,15 @@ __all__ = [
     "loyalty",
     "match_pairs",
     "matched_kl",
+    "pooled_loss",
     "reference",
     "remapped_kl",
     "show_alignment",
+    "similarity_loss",
     "span_kl",
     "span_loss",
     "span_mean",
+    "text_pairs",
     "train_teacher",
     "trim",
 ]

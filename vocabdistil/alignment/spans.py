@@ -213,21 +213,21 @@ def text_pairs(student_mask: Tensor, teacher_mask: Tensor, pooling: str = "mean"
             unknown pooling.
     """
     check_choice(pooling, "pooling", TEXT_POOLINGS)
-    _check_mask(student_mask, "student_mask")
-    _check_mask(teacher_mask, "teacher_mask")
+    check_mask(student_mask, "student_mask")
+    check_mask(teacher_mask, "teacher_mask")
     if teacher_mask.device != student_mask.device:
         raise ValueError(f"teacher_mask: expected device {student_mask.device}, got {teacher_mask.device}")
     if teacher_mask.shape[0] != student_mask.shape[0]:
         raise ValueError(f"teacher_mask: expected {student_mask.shape[0]} texts, got {teacher_mask.shape[0]}")
     seen = student_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    student = _text_spans(student_mask, "student_mask", pooling, seen)
-    teacher = _text_spans(teacher_mask, "teacher_mask", pooling, seen)
+    student = text_spans(student_mask, "student_mask", pooling, seen)
+    teacher = text_spans(teacher_mask, "teacher_mask", pooling, seen)
     count = ((student[1] > student[0]) & (teacher[1] > teacher[0])).sum()
     tokens = student_mask.numel(), teacher_mask.numel()
     return SpanPairs._trusted(*student, *teacher, int(count) if seen else count, *tokens)
 
 
-def _check_mask(mask: Tensor, name: str) -> None:
+def check_mask(mask: Tensor, name: str) -> None:
     check_tensor(mask, name)
     check_dense(mask, name)
     if mask.is_floating_point() or mask.is_complex():
@@ -238,7 +238,7 @@ def _check_mask(mask: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected at most {INT32_MAX} tokens, got {tuple(mask.shape)}")
 
 
-def _text_spans(mask: Tensor, name: str, pooling: str, look: bool) -> tuple[Tensor, Tensor]:
+def text_spans(mask: Tensor, name: str, pooling: str, look: bool) -> tuple[Tensor, Tensor]:
     batch, length = mask.shape
     attended = mask != 0
     first = (attended.cumsum(1) == 0).sum(1)

@@ -12,7 +12,16 @@ from .alignment.spans import SpanPairs
 from .alignment.vocab import MatchedVocab
 from .core.backends import backends
 from .evaluation import loyalty
-from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
+from .ops import (
+    contrastive,
+    linear_matched_kl,
+    matched_kl,
+    relation_loss,
+    remapped_kl,
+    span_kl,
+    span_loss,
+    span_mean,
+)
 
 if TYPE_CHECKING:
     from .alignment.cache import AlignedDataset, cache_aligned
@@ -93,6 +102,7 @@ __all__ = [
     "match_pairs",
     "matched_kl",
     "reference",
+    "relation_loss",
     "remapped_kl",
     "show_alignment",
     "span_kl",

@@ -15,6 +15,7 @@ from vocabdistil.reference.linear_matched_kl import linear_matched_kl
 from vocabdistil.reference.matched_kl import matched_kl
 from vocabdistil.reference.mlm import mlm_loss
 from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
+from vocabdistil.reference.relation_loss import relation_loss
 from vocabdistil.reference.remapped_kl import remapped_kl
 from vocabdistil.reference.span_loss import span_kl, span_loss
 from vocabdistil.reference.span_mean import span_mean
@@ -35,6 +36,7 @@ __all__ = [
     "masking_probabilities",
     "matched_kl",
     "mlm_loss",
+    "relation_loss",
     "remapped_kl",
     "span_kl",
     "span_loss",

@@ -5,6 +5,7 @@ from .contrastive import contrastive
 from .linear_matched_kl import linear_matched_kl
 from .matched_kl import matched_kl
 from .pooled_loss import pooled_loss
+from .relation_loss import relation_loss
 from .remapped_kl import remapped_kl
 from .similarity_loss import similarity_loss
 from .span_loss import span_kl, span_loss
@@ -16,6 +17,7 @@ __all__ = [
     "linear_matched_kl",
     "matched_kl",
     "pooled_loss",
+    "relation_loss",
     "remapped_kl",
     "similarity_loss",
     "span_kl",

@@ -16,6 +16,7 @@ from vocabdistil.reference.matched_kl import matched_kl
 from vocabdistil.reference.mlm import mlm_loss
 from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
 from vocabdistil.reference.pooled_loss import pooled_loss
+from vocabdistil.reference.relation_loss import relation_loss
 from vocabdistil.reference.remapped_kl import remapped_kl
 from vocabdistil.reference.similarity_loss import similarity_loss
 from vocabdistil.reference.span_loss import span_kl, span_loss
@@ -39,6 +40,7 @@ __all__ = [
     "matched_kl",
     "mlm_loss",
     "pooled_loss",
+    "relation_loss",
     "remapped_kl",
     "similarity_loss",
     "span_kl",

@@ -42,19 +42,19 @@ def draw_chart(found: dict[str, Any], path: str | os.PathLike) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     models, tasks = found["models"], found["tasks"]
+    colours = ["black", *["tab:blue"] * (len(models) - 1)]
     figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for task, row in zip(tasks, panels, strict=True):
         points = [
-            (model["name"], (model["parameters"] / 1e6, result["seconds"]), result[task["score"]])
-            for model, result in zip(models, task["results"], strict=True)
+            (model["name"], (model["parameters"] / 1e6, result["seconds"]), result[task["score"]], colour)
+            for model, result, colour in zip(models, task["results"], colours, strict=True)
             if result[task["score"]] is not None
         ]
         for which, (panel, title) in enumerate(zip(row, ("parameters, M", "CPU time, s"), strict=True)):
-            places = [costs[which] for _, costs, _ in points]
+            places = [costs[which] for _, costs, *_ in points]
             middle = math.sqrt(min(places) * max(places)) if places else 1.0
-            for i, ((name, _, score), place) in enumerate(zip(points, places, strict=True)):
-                colour = "black" if i == 0 else "tab:blue"
+            for (name, _, score, colour), place in zip(points, places, strict=True):
                 panel.plot(place, score, "o", color=colour)
                 left = place > middle
                 panel.annotate(

@@ -405,12 +405,12 @@ def evaluate(
         quiet: show no progress.
 
     Returns:
-        What JSON can hold: ``models``, a list of ``model`` (as it was given), ``name`` (shorter), ``parameters`` (of
-        the body, without an MLM head, and of Dense modules), ``vocab``, ``prompt`` and ``pooling``; ``tasks``, a list of ``kind`` (``"pairs"`` or
-        ``"labels"``), ``file``, ``name`` (shorter), ``score`` (the column of ``results`` that ``relative`` is of),
-        ``size`` (``pairs``, or ``train``, ``test`` and ``classes``) and ``results``, a list of what
-        :func:`pairs_scores` and :func:`probe_scores` give of the models in their order; ``max_length``, ``seed`` and
-        ``threads``.
+        What JSON can hold. ``models``: of each ``model`` (as it was given), ``name`` (shorter), ``parameters`` (of the
+        body, without an MLM head, and of Dense modules), ``vocab``, ``prompt`` and ``pooling``. ``tasks``: of each
+        ``kind`` (``"pairs"`` or ``"labels"``), ``file``, ``name`` (shorter), ``score`` (which figure of the results
+        ``relative`` is of), ``size`` (``pairs``; or ``train``, ``test`` and ``classes``) and ``results``, what
+        :func:`pairs_scores` or :func:`probe_scores` gives, a row for every model in their order. And ``max_length``,
+        ``seed`` and ``threads``.
 
     Raises:
         VocabdistilError: an option, a file or a model that cannot be; before any work.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .distillation.pretraining import TeacherConfig, train_teacher
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import TrimConfig, trim
+    from .evaluation.tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _LAZY = {
     "TeacherConfig": "distillation.pretraining",
     "cache_aligned": "alignment.cache",
     "distill": "distillation.job",
+    "evaluate": "evaluation.tasks",
     "show_alignment": "alignment.picture",
     "train_teacher": "distillation.pretraining",
     "TrimConfig": "distillation.trim",
@@ -101,6 +103,7 @@ __all__ = [
     "contrastive",
     "coverage",
     "distill",
+    "evaluate",
     "linear_matched_kl",
     "loyalty",
     "match_pairs",

@@ -8,13 +8,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from ..core.names import display_names
 from .coverage import Coverage
 from .methods import align_texts, check_lengths, check_text, locate
 from .remap import RemapTable
@@ -235,7 +235,7 @@ def show_alignment(
     spans = zip(
         *(getattr(pairs, f"{side}_{end}").tolist() for side in _SIDES for end in ("start", "end")), strict=True
     )
-    names = [Path(str(getattr(tokenizer, "name_or_path", ""))).name for tokenizer in (teacher, student)]
+    names = display_names([str(getattr(tokenizer, "name_or_path", "")) for tokenizer in (teacher, student)])
     return AlignmentPicture(
         text,
         method,

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..core.names import display_names
 from .report import held_out_rows
 
 __all__ = ["model_card"]
@@ -51,7 +52,7 @@ def _base(teacher: str) -> str:
 
 
 def _about(metrics: dict[str, Any]) -> str:
-    names = ", ".join(f"`{_base(teacher)}`" for teacher in metrics["teacher"])
+    names = ", ".join(f"`{name}`" for name in display_names(metrics["teacher"]))
     shape, models = metrics["architecture"], metrics["models"]
     made = "trimmed" if metrics["command"] == "trim" else "distilled"
     return (

@@ -122,8 +122,9 @@ RELATIONS = {
 @pytest.mark.parametrize(("dim", "capability"), [(22, 80), (64, 90), (64, 100), (1024, 90)])
 @pytest.mark.parametrize("name", ["sums_kernel", "grad_kernel"])
 def test_relation_loss(name, dim, capability):
-    kernel, constants = getattr(relation_loss, name), relation_loss.tile(dim)
+    kernel, options = getattr(relation_loss, name), relation_loss.tile(dim)
+    constants = {k: options.pop(k) for k in ("ROWS", "BLOCK", "OUT")}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature = {k: RELATIONS[k] for k in kernel.arg_names if k in RELATIONS}
-    ptx = compile(kernel, signature, constants, capability)
+    ptx = compile(kernel, signature, constants, capability, **options)
     assert re.search(r"\b(mma|wgmma|tcgen05)\S*tf32", ptx)  # on tensor cores, not term by term

@@ -155,6 +155,7 @@ HEADLINES = (
     ("matched_kl", "512-30522-5000-4500-renormalize", "fwd+bwd"),
     ("linear_matched_kl", "512-30522-5000-4500", "fwd+bwd"),
     ("remapped_kl", "64-30522-5000-logsumexp", "fwd+bwd"),
+    ("relation_loss", "b8-l256-d768-from264-h12", "fwd+bwd"),
     ("contrastive", "2048-768", "fwd+bwd"),
     ("remap", "build-120000", "run"),
     ("remap", "ru-1000x512", "run"),

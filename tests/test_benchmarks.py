@@ -16,6 +16,7 @@ from benchmarks import (
     harness,
     linear_matched_kl,
     matched_kl,
+    relation_loss,
     remap,
     remapped_kl,
     report,
@@ -194,6 +195,14 @@ def test_remapped_kl_providers_agree(dtype, uneven, combine, monkeypatch):
         "tiny", lambda device: remapped_kl.build(device, 9, 60, 20, combine, dtype, uneven), dtype, ("fwd+bwd",)
     )
     rows = harness.run_case("remapped_kl", case, CPU, ["reference", "ours"], quick=True)
+    assert len(rows) == 2 and not any(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_relation_loss_providers_agree(dtype):
+    make = functools.partial(relation_loss.build, shape=(2, 9), d_t=12, d_s=8, heads=4, dtype=dtype)
+    case = Case("tiny", make, dtype, ("fwd+bwd",))
+    rows = harness.run_case("relation_loss", case, CPU, ["reference", "ours"], quick=True)
     assert len(rows) == 2 and not any(row["error"] for row in rows)
 
 

@@ -69,3 +69,9 @@ def test_linear_matched_kl(tmp_path: Path) -> None:
     isa = native.module().active_isa()
     sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp"]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
+
+
+def test_relation_loss(tmp_path: Path) -> None:
+    isa = native.module().active_isa()
+    sources = ["tests/native/fuzz_relation.cpp", "csrc/cpu/relation_loss.cpp"]
+    run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from tests import relation_loss_backend
 from tests.remapped_kl_backend import make_table
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
@@ -192,3 +193,37 @@ def test_matched_kl_of_equal_sides_is_zero(unmatched):
     loss = vd.matched_kl(leaf, x, matched, unmatched=unmatched, temperature=1.3, backend="triton")
     loss.backward()
     assert loss.item() == 0 and torch.count_nonzero(leaf.grad) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("d_s", "d_t", "heads"), [(264, 768, 12), (384, 768, 48), (1024, 1024, 16), (300, 768, 1)])
+def test_relation_loss_against_float64(d_s, d_t, heads, dtype):
+    pairs, shape_s, shape_t = relation_loss_backend.make_texts([250, 1, 0, 90, 130], seed=3, empty=True)
+    student = relation_loss_backend.states(shape_s, d_s, 1, dtype, heads)
+    teacher = relation_loss_backend.states(shape_t, d_t, 2, dtype, heads)
+    relation_loss_backend.compare(student, teacher, pairs, "triton", "cuda", heads=heads)
+
+
+def test_relation_loss_of_equal_sides_is_zero_and_the_host_never_waits():
+    pairs, shape, _ = relation_loss_backend.make_texts([250, 90], seed=6)
+    same = vd.SpanPairs(pairs.student_start, pairs.student_end, pairs.student_start, pairs.student_end).to("cuda")
+    x = relation_loss_backend.states(shape, 768, 1).cuda()
+    leaf = x.clone().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = vd.relation_loss([leaf, leaf * 1], [x, x], same, heads=12)
+        loss.backward(torch.full((), 3.0, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == 0 and torch.count_nonzero(leaf.grad) == 0
+
+
+def test_memory_of_relation_loss_does_not_grow_with_the_square_of_the_length():
+    pairs, shape_s, shape_t = relation_loss_backend.make_texts([4000], seed=6)
+    student = relation_loss_backend.states(shape_s, 96, 1, heads=12).cuda().requires_grad_()
+    teacher, pairs = relation_loss_backend.states(shape_t, 96, 2, heads=12).cuda(), pairs.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vd.relation_loss(student, teacher, pairs, heads=12).backward()
+    assert torch.cuda.max_memory_allocated() - before < 4000 * 4000 * 4  # the scores of one head of one side

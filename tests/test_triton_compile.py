@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vocabdistil.triton_kernels import rows, span_loss, span_mean  # noqa: E402
+from vocabdistil.triton_kernels import relation_loss, rows, span_loss, span_mean  # noqa: E402
 
 from vocabdistil.core import native  # noqa: E402
 
@@ -109,3 +109,22 @@ def test_the_small_kernels(capability):
     total = {"loss": "*fp32", "weights": "*fp32", "total": "*fp32", "pairs": "i32", "base": "fp32"}
     compile(span_loss.total_kernel, total, {"BLOCK": 2048}, capability)
     compile(rows.table_kernel, {"out": "*i64", **{f"a{i}": "i64" for i in range(8)}}, {}, capability)
+
+
+RELATIONS = {
+    **dict.fromkeys(("student", "teacher", "scale", "losses", "tops", "factors", "grad"), "*fp32"),
+    **dict.fromkeys(("first", "last"), "*i32"),
+    **dict.fromkeys(("pairs", "s_width", "t_width", "s_dim", "t_dim"), "i32"),
+    **dict.fromkeys(("s_root", "t_root", "weight"), "fp32"),
+}
+
+
+@pytest.mark.parametrize(("dim", "capability"), [(22, 80), (64, 90), (64, 100), (1024, 90)])
+@pytest.mark.parametrize("name", ["sums_kernel", "grad_kernel"])
+def test_relation_loss(name, dim, capability):
+    kernel, options = getattr(relation_loss, name), relation_loss.tile(dim)
+    constants = {k: options.pop(k) for k in ("ROWS", "BLOCK", "OUT")}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = {k: RELATIONS[k] for k in kernel.arg_names if k in RELATIONS}
+    ptx = compile(kernel, signature, constants, capability, **options)
+    assert re.search(r"\b(mma|wgmma|tcgen05)\S*tf32", ptx)  # on tensor cores, not term by term

@@ -125,13 +125,14 @@ def grad_kernel(
 
 
 def tile(dim: int) -> dict[str, int]:
-    """Rows of a tile, columns that a product reads at a time, columns of a gradient that a program writes.
+    """Rows of a tile, columns that a product reads at a time, columns of a gradient that a program writes, warps.
 
-    64 x 64 scores of either side and the gradient's 64 x 128 are 128 registers of each of 128 threads: by reasoning,
-    not measured. Heads are rarely wider than 128; of those that are, the scores are formed again for each 128 columns.
+    The scores of either side, the parts that they are split into and the gradient's rows then stay in the registers of
+    sm_90, by the compiler's report: more columns at a time, fewer warps or a deeper pipeline spill. Not measured. Heads
+    are rarely wider than 128; of those that are, the scores are formed again for each 128 columns.
     """
     width = max(16, triton.next_power_of_2(dim))
-    return {"ROWS": 64, "BLOCK": min(width, 64), "OUT": min(width, 128)}
+    return {"ROWS": 64, "BLOCK": min(width, 32), "OUT": min(width, 128), "num_warps": 8, "num_stages": 1}
 
 
 def relation_loss(
@@ -151,11 +152,11 @@ def relation_loss(
     grid = (triton.cdiv(pairs, options["ROWS"]), heads)
     with on_device(student):
         sums_kernel[grid](
-            student, teacher, first, last, scale, losses, tops, factors, *sizes, 1 / heads, **options, num_warps=4
+            student, teacher, first, last, scale, losses, tops, factors, *sizes, 1 / heads, **options
         )
         if grad is not None:
             grad_kernel[(*grid, triton.cdiv(s_dim, out))](
-                student, teacher, first, last, tops, factors, grad, *sizes, **options, OUT=out, num_warps=4
+                student, teacher, first, last, tops, factors, grad, *sizes, **options, OUT=out
             )
     torch.mean(losses, 0, out=loss)
     return (loss * scale).sum()

@@ -84,6 +84,7 @@ def losses_of(module, pairs, reduction):
         module.linear_matched_kl(student, leaves[2], teacher, randn(30, 12, seed=6), matched, **options),
         module.remapped_kl(logits_s, logits_t, table, **options),
         module.contrastive(student, teacher, pairs, reduction=reduction),
+        module.relation_loss(student[None], teacher[None], pairs, heads=3, reduction=reduction),
     ]
     total = sum((n + 1) * value.sum() for n, value in enumerate(values))
     return values + list(torch.autograd.grad(total, [*leaves, weights]))

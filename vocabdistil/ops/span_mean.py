@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..alignment.spans import check_span_vectors
 from ..core import checks, native
@@ -63,6 +64,7 @@ class _SpanMean(torch.autograd.Function):
         return _forward_op(x, start, end, coef, mean, accumulate, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         start, end, coef, *x = ctx.saved_tensors
         mean, backend = ctx.options

@@ -37,8 +37,8 @@ def relation_loss(
     one's j; a pair alone in its text has loss 0. The sides may differ in width, so no projection is needed. No gradient
     reaches the teacher.
 
-    Source: Wang et al., MiniLMv2, arXiv 2012.15828 (relations among the queries, the keys and the values of one
-    layer, regrouped to one number of relation heads), there over the tokens of one vocabulary.
+    Source: Wang et al., MiniLMv2, arXiv 2012.15828 (query-query, key-key and value-value relations of one layer,
+    regrouped to the same number of relation heads), there over the tokens of one vocabulary.
 
     Args:
         student: ``[B, L_s, D_s]``, the states of one kind with the heads side by side, or a list of such tensors, one
@@ -98,7 +98,7 @@ def _places(pairs: SpanPairs, valid: Tensor | None, tokens: int, batch: int, len
     text = pairs.student_start.to(torch.int64) // max(tokens, 1)
     if valid is None:
         return text * length + torch.arange(len(pairs), device=first.device) - first
-    before = valid.cumsum(0) - valid.to(torch.int64)
+    before = valid.cumsum(0) - valid.long()  # of the pairs that count
     return torch.where(valid, text * length + before - before[first], batch * length)
 
 

@@ -140,7 +140,7 @@ font:15px/1.35 system-ui,"Noto Sans",sans-serif;color:var(--ink);background:var(
 vertical-align:-.1rem}
 .vd-row{display:flex;flex-wrap:wrap;isolation:isolate;list-style:none;margin:0;padding:0 0 0 5.2rem}
 .vd-row li{display:flex;margin:0;padding:0 6px 8px 0;max-width:100%;background:var(--page)}
-.vd-b{flex:1;display:grid;grid-template-rows:1.2rem minmax(1.7rem,auto) 1fr 1fr;min-width:2.2rem;max-width:100%;
+.vd-b{flex:1;display:flex;flex-direction:column;min-width:2.2rem;max-width:100%;
 border:1.5px solid #69707b;border-radius:6px}
 .vd-b>*{position:relative;padding:.15rem .45rem;display:flex;gap:4px;align-items:center;justify-content:center;
 flex-wrap:wrap;min-width:0}
@@ -150,9 +150,10 @@ align-items:center;justify-content:flex-end;font:.82rem system-ui,sans-serif;col
 .vd-x::before{content:"text"}
 .vd-t::before{content:"teacher"}
 .vd-s::before{content:"student"}
-.vd-n{font-size:.68rem;color:#3b4048;font-variant-numeric:tabular-nums;white-space:nowrap}
-.vd-b>.vd-x{display:block;text-align:center;font-size:1.05rem;white-space:pre-wrap;overflow-wrap:anywhere}
-.vd-t,.vd-s{border-top:1px solid rgba(60,66,76,.45);font-size:.82rem;
+.vd-n{flex:0 0 1.2rem;font-size:.68rem;color:#3b4048;font-variant-numeric:tabular-nums;white-space:nowrap}
+.vd-b>.vd-x{display:block;flex:0 0 auto;min-height:1.7rem;text-align:center;font-size:1.05rem;
+white-space:pre-wrap;overflow-wrap:anywhere}
+.vd-t,.vd-s{flex:1 0 auto;border-top:1px solid rgba(60,66,76,.45);font-size:.82rem;
 font-family:ui-monospace,"DejaVu Sans Mono","Noto Sans Mono",monospace}
 .vd-k{background:rgba(255,255,255,.75);border-radius:4px;padding:0 .3rem;white-space:pre-wrap;overflow-wrap:anywhere;
 min-width:0;max-width:100%}
@@ -182,7 +183,7 @@ def _legend() -> str:
         ("∅", "No token on this side."),
         (
             "Ġ ▁ ##",
-            "In grey: the vocabulary's own signs of where words begin, go on or end. ⟨D1⟩: a byte of a character.",
+            "In grey: the vocabulary's own signs of where words begin or go on. ⟨D1⟩: a byte of a character.",
         ),
     )
     rows = "".join(f"<div><dt>{sign}</dt><dd>{text}</dd></div>" for sign, text in entries)

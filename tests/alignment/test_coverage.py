@@ -87,8 +87,7 @@ def test_long_texts_are_counted_in_pieces(monkeypatch) -> None:
     teacher, student = family("byte-level"), family("wordpiece")
     whole = vd.coverage(TEXTS, teacher, student)
     module = sys.modules["vocabdistil.alignment.coverage"]
-    monkeypatch.setattr(module, "_CHUNK_TEXTS", 7)
-    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 90)
+    monkeypatch.setattr(module, "TEXTS_AT_ONCE", (7, 90))
     pieces = vd.coverage(TEXTS, teacher, student)
 
     def plain(report: vd.CoverageReport) -> dict:

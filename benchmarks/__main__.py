@@ -19,7 +19,8 @@ import torch
 from . import report
 
 OPERATIONS = (
-    "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive", "remap", "align",
+    "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive",
+    "pooled_loss", "similarity_loss", "relation_loss", "attention_loss", "remap", "align",
 )  # fmt: skip
 ALIASES = {"span_kl": "span_loss"}
 

@@ -113,7 +113,7 @@ def own_providers(operation: str, device: torch.device) -> tuple[dict[str, str |
     """Our providers: name -> ``backend=`` for those that can run here, and name -> reason for the others."""
     if device.type == "cpu":
         return {"ours": None}, {}
-    choices = vd.core.dispatch.TABLE[operation]["cuda"]
+    choices = vd.core.dispatch.TABLE.get(operation, {"cuda": ("torch",)})["cuda"]  # others are made of these
     if choices == ("torch",):
         return {"ours": None}, {}
     here, missing = {}, {}

@@ -127,6 +127,15 @@ void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, 
                    at<void>(grad), threads});
 }
 
+void relation_loss(int dtype, Address student, Address teacher, int64_t pairs, int64_t student_dim, int64_t teacher_dim,
+                   int64_t heads, Address first, Address last, Address scale, Address loss, Address total,
+                   Address grad, int threads) {
+  py::gil_scoped_release release;
+  vd::relation_loss({static_cast<vd::DType>(dtype), at<const void>(student), at<const void>(teacher), pairs,
+                     student_dim, teacher_dim, heads, at<const int32_t>(first), at<const int32_t>(last),
+                     at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -140,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("matched_kl", &matched_kl);
   m.def("linear_matched_kl", &linear_matched_kl);
   m.def("remapped_kl", &remapped_kl);
+  m.def("relation_loss", &relation_loss);
   vd::bind_remap(m);
 #ifdef VD_CUDA
   m.attr("cuda_compiler") = VD_CUDA_COMPILER;

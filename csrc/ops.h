@@ -145,6 +145,19 @@ struct RemappedKlArgs {
   int threads;
 };
 
+// KL between the softmax relations of the rows of each text, by heads, and its gradient for the student's rows.
+struct RelationLossArgs {
+  DType dtype;                    // of every array but the labels: f32 or f64
+  const void *student, *teacher;  // contiguous [pairs, dim], each dim a multiple of heads
+  int64_t pairs, student_dim, teacher_dim, heads;
+  const int32_t *first, *last;  // [pairs]: neighbours of one text have one `first`; last <= first: left out
+  const void* scale;            // [pairs]
+  void* loss;                   // [pairs], unscaled, the mean over the heads
+  void* total;                  // [1]: sum_p scale[p] * loss[p]
+  void* grad;                   // contiguous [pairs, student_dim], or nullptr
+  int threads;
+};
+
 // CPU. The accumulation dtype is f64 if any input is f64, else f32.
 void span_mean_fwd(const SpanMeanArgs&);
 void span_mean_bwd(const SpanMeanBwdArgs&);
@@ -152,6 +165,7 @@ void span_loss(const SpanLossArgs&);
 void matched_kl(const MatchedKlArgs&);
 void linear_matched_kl(const LinearMatchedKlArgs&);
 void remapped_kl(const RemappedKlArgs&);
+void relation_loss(const RelationLossArgs&);
 const char* active_isa();
 
 // GPU, where it was built.

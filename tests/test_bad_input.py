@@ -107,6 +107,24 @@ def _custom(folder: Path) -> Path:
     return path
 
 
+def _sentence(name: str, config: dict[str, Any]) -> Callable[[Path], Path]:
+    """A sentence-transformers folder with a module after the pooling."""
+
+    def make(folder: Path) -> Path:
+        path = _copy(folder)
+        types = [f"sentence_transformers.models.{part}" for part in ("Transformer", "Pooling", name)]
+        places = ["", "1_Pooling", "2_Last"]
+        (path / "modules.json").write_text(
+            json.dumps([{"type": kind, "path": place} for kind, place in zip(types, places, strict=True)])
+        )
+        for place, settings in (("1_Pooling", {"word_embedding_dimension": 16}), ("2_Last", config)):
+            (path / place).mkdir()
+            (path / place / "config.json").write_text(json.dumps(settings))
+        return path
+
+    return make
+
+
 def _existing(folder: Path) -> Path:
     path = folder / "out"
     path.mkdir()
@@ -121,6 +139,19 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "text-blank": _file("blank.txt", b"\n \n\t\n"),
     "text-latin1": _file("latin1.txt", "Grüße\n".encode("latin-1") * 50),
     "text-short": _file("short.txt", b"one\ntwo\n"),
+    "pairs": _file("pairs.csv", b"one,two,1\nthree,four,2\nfive,six,0.5\n"),
+    "pairs-narrow": _file("narrow.csv", b"one,two,1\nthree,four\nfive,six,0.5\n"),
+    "pairs-nan": _file("nan.csv", b"a,b,score\none,two,1\nthree,four,2\nfive,six,nan\n"),
+    "pairs-two": _file("two.csv", b"one,two,1\nthree,four,2\n"),
+    "pairs-same": _file("same.csv", b"one,two,1\nthree,four,1\nfive,six,1.0\n"),
+    "pairs-latin1": _file("latin1.csv", "one,two,1\nGrüße,four,2\n".encode("latin-1")),
+    "labels": _file("labels.csv", b"text,label\none,a\ntwo,a\nthree,b\nfour,b\n"),
+    "labels-single": _file("single.csv", b"text,label\none,a\ntwo,a\nthree,b\n"),
+    "labels-one": _file("one.csv", b"one,a\ntwo,a\n"),
+    "labels-wide": _file("wide.csv", b"one,a,b\n"),
+    "lstm": _sentence("LSTM", {}),
+    "weightless-dense": _sentence("Dense", {"activation_function": "torch.nn.modules.linear.Identity"}),
+    "foreign-dense": _sentence("Dense", {"activation_function": "os.system"}),
     "folder": _folder,
     "missing": lambda folder: folder / "missing" / "there",
     "truncated": _truncated,
@@ -143,7 +174,9 @@ PLACES: dict[str, Callable[[Path], Path]] = {
 TRIM = {"teacher": "@bert", "text": "@text", "out": "@out", "vocab-size": "240"}
 DISTILL = {**TRIM, "steps": "2", "batch-size": "4", "max-length": "32"}
 COVERAGE = {"teacher": "@bert", "text": "@text", "student": "@bert"}
+EVALUATE = {"model": "@bert", "pairs": "@pairs", "labels": "@labels"}
 BASES = {"trim": TRIM, "distill": DISTILL, "coverage": COVERAGE}
+COMMANDS = {**BASES, "evaluate": EVALUATE}
 
 # Command, options that differ from those above (None: without this one), what the line says.
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -343,6 +376,65 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         for value in ("0", "-1", "1.5", "x", "", "99999999999999999999")
     ),
     ("coverage", {"text": None, "show": "a", "worst": "3"}, "--worst: expected --text, to find them in, got none"),
+    # Evaluate
+    ("evaluate", {"model": None}, "arguments are required: --model"),
+    ("evaluate", {"pairs": None, "labels": None}, "--pairs: expected a file here or with --labels, got neither"),
+    *(
+        ("evaluate", {"model": ["@bert", place]}, f"--model: {message}")
+        for place, message in (
+            ("@missing", "no such folder: .*missing"),
+            ("@text", "expected a model folder, got the file .*text.txt"),
+            ("@folder", "no tokenizer in .*empty"),
+            ("@slow", ".*slow tokenizer"),
+            ("@truncated", "cannot load a model from .*copy"),
+            ("@decoder", ".*has model_type 'gpt2'; expected an encoder"),
+            ("@custom", ".*needs code of its own to load .*; --trust-remote-code runs it"),
+            ("@lstm", "expected sentence-transformers modules .*got Transformer, Pooling, LSTM"),
+            ("@weightless-dense", "cannot make vectors as the folder .*copy-of-bert says: it has no 'linear.weight'"),
+            ("@foreign-dense", "cannot make vectors as .*the activation os.system, which is none of torch.nn"),
+            ("", "expected a folder or a model's name, got nothing"),
+            ("no-such-name", "cannot load .*no-such-name"),
+            ("a\0b", "expected .*got"),
+            ("a" * 5000, "expected .*got"),
+        )
+    ),
+    *(
+        ("evaluate", {name: place}, f"--{name}: {message}")
+        for name in ("pairs", "labels")
+        for place, message in (
+            ("@missing", "no such file: .*there"),
+            ("@folder", "not a file: .*empty"),
+            ("@text-empty", ".*empty.txt: expected at least"),
+            ("@text", r".*text.txt:\d+: expected . columns"),
+            ("", "expected a file, got nothing"),
+            ("a" * 5000, "expected a CSV file, got"),
+            ("a\0b", "expected a CSV file, got"),
+        )
+    ),
+    ("evaluate", {"pairs": ["@pairs", "@missing"]}, "--pairs: no such file: .*there"),
+    ("evaluate", {"pairs": "@pairs-narrow"}, r"--pairs: .*narrow.csv:2: expected 3 columns .*, got 2"),
+    ("evaluate", {"pairs": "@pairs-nan"}, r"--pairs: .*nan.csv:4: expected a finite number as the score, got 'nan'"),
+    ("evaluate", {"pairs": "@pairs-two"}, r"--pairs: .*two.csv: expected at least 3 pairs, got 2"),
+    ("evaluate", {"pairs": "@pairs-same"}, r"--pairs: .*same.csv: expected scores that differ, got 1 for every pair"),
+    ("evaluate", {"pairs": "@pairs-latin1"}, r"--pairs: .*latin1.csv:2: not UTF-8: byte 0xfc"),
+    ("evaluate", {"pairs": "@labels"}, r"--pairs: .*labels.csv:1: expected 3 columns .*, got 2"),
+    ("evaluate", {"labels": "@labels-single"}, r"--labels: .*single.csv:4: expected at least 2 texts .*got 1 of 'b'"),
+    ("evaluate", {"labels": "@labels-one"}, r"--labels: .*one.csv: expected at least 2 classes, got 1"),
+    ("evaluate", {"labels": "@labels-wide"}, r"--labels: .*wide.csv:1: expected 2 columns \(text, label\), got 3"),
+    ("evaluate", {"prompt": "query \udc80"}, "--prompt: expected text that UTF-8 can hold"),
+    *(
+        ("evaluate", {name: value}, f"--{name}: .*{value}")
+        for name, values in {
+            "max-length": ("2", "-3", "x", "1.5", "99999999999999999999"),
+            "seed": ("-1", "4294967296", "x"),
+            "threads": ("0", "-1", "1000000"),
+        }.items()
+        for value in values
+    ),
+    ("evaluate", {"picture": "@missing"}, "--picture: expected an .svg or .png file to write, got .*there"),
+    ("evaluate", {"picture": ""}, "--picture: expected an .svg or .png file to write, got nothing"),
+    ("evaluate", {"picture": "a.pdf"}, "--picture: expected an .svg or .png file to write, got a.pdf"),
+    ("evaluate", {"picture": "none/a.svg"}, "--picture: expected an .svg or .png file .*, in a folder, got none/a.svg"),
 ]
 
 
@@ -365,7 +457,7 @@ class Places:
 
 def command_line(command: str, changes: dict[str, Any], places: Places) -> list[str]:
     argv = [command]
-    for name, value in {**BASES[command], **changes}.items():
+    for name, value in {**COMMANDS[command], **changes}.items():
         values = [places(item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
         if value is True:
             argv.append(f"--{name}")

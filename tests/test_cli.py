@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_fil
     assert "pseudo-perplexity" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_loyalty_reads_the_prompt(teacher_folder, untrained, text_file, capsys):
+    command = ["loyalty", "--teacher", str(teacher_folder), "--student", str(untrained), "--text", str(text_file)]
+    found = []
+    for prompt in ([], ["--prompt", ""], ["--prompt", "Olga walks "]):
+        assert main([*command, "--texts", "8", "--max-length", "32", "--json", *prompt]) == 0
+        found.append(json.loads(capsys.readouterr().out)[str(untrained)])
+    # The folder says none.
+    assert found[0] == found[1] and found[2]["pearson"] != found[0]["pearson"]
+    assert found[2]["pseudo_perplexity"] != found[0]["pseudo_perplexity"]
+    assert main([*command, "--prompt", "\udc80"]) == 2
+    assert "--prompt: expected text that UTF-8 can hold" in last_line(capsys.readouterr().err)
+
+
 def test_bench_counts_parameters(teacher_folder, untrained, text_file, capsys):
     sizes = ["--batch", "2", "--length", "16", "--json"]
     assert main(["bench", str(teacher_folder), str(untrained), "--text", str(text_file), *sizes]) == 0
@@ -55,6 +69,20 @@ def test_bench_counts_parameters(teacher_folder, untrained, text_file, capsys):
     assert teacher["vocab"] == 600 and student["vocab"] == 150
     assert teacher["mb"] == pytest.approx(teacher["parameters"] * 4e-6, abs=0.01)
     assert 0 < student["tokens"] <= 2 * 16
+
+
+def test_tables_tell_folders_of_one_name_apart(teacher_folder, text_file, tmp_path, capsys):
+    folders = [tmp_path / name / "model" for name in ("one", "other")]
+    for folder in folders:
+        shutil.copytree(teacher_folder, folder)
+    sizes = ["--text", str(text_file), "--batch", "1", "--length", "8"]
+    assert main(["bench", *map(str, folders), *sizes]) == 0
+    compared = ["--student", *map(str, folders), "--text", str(text_file), "--texts", "3", "--max-length", "16"]
+    assert main(["loyalty", "--teacher", str(teacher_folder), *compared]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("one/model") == shown.count("other/model") == 2
+    assert main(["coverage", "--teacher", str(folders[0]), "--student", str(folders[1]), "--text", str(text_file)]) == 0
+    assert "one/model and other/model (" in capsys.readouterr().out
 
 
 def test_coverage_of_a_tokenizer_by_itself(teacher_folder, text_file, capsys):

@@ -8,11 +8,23 @@ from .alignment.align import AlignedBatch, align
 from .alignment.coverage import Coverage, CoverageReport, coverage
 from .alignment.methods import boundary_pairs, match_pairs
 from .alignment.remap import RemapOutput, RemapTable
-from .alignment.spans import SpanPairs
+from .alignment.spans import SpanPairs, text_pairs
 from .alignment.vocab import MatchedVocab
 from .core.backends import backends
 from .evaluation import loyalty
-from .ops import contrastive, linear_matched_kl, matched_kl, remapped_kl, span_kl, span_loss, span_mean
+from .ops import (
+    attention_loss,
+    contrastive,
+    linear_matched_kl,
+    matched_kl,
+    pooled_loss,
+    relation_loss,
+    remapped_kl,
+    similarity_loss,
+    span_kl,
+    span_loss,
+    span_mean,
+)
 
 if TYPE_CHECKING:
     from .alignment.cache import AlignedDataset, cache_aligned
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
     from .distillation.pretraining import TeacherConfig, train_teacher
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import TrimConfig, trim
+    from .evaluation.tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -43,6 +56,7 @@ _LAZY = {
     "TeacherConfig": "distillation.pretraining",
     "cache_aligned": "alignment.cache",
     "distill": "distillation.job",
+    "evaluate": "evaluation.tasks",
     "show_alignment": "alignment.picture",
     "train_teacher": "distillation.pretraining",
     "TrimConfig": "distillation.trim",
@@ -82,22 +96,28 @@ __all__ = [
     "TeacherConfig",
     "TrimConfig",
     "align",
+    "attention_loss",
     "backends",
     "boundary_pairs",
     "cache_aligned",
     "contrastive",
     "coverage",
     "distill",
+    "evaluate",
     "linear_matched_kl",
     "loyalty",
     "match_pairs",
     "matched_kl",
+    "pooled_loss",
     "reference",
+    "relation_loss",
     "remapped_kl",
     "show_alignment",
+    "similarity_loss",
     "span_kl",
     "span_loss",
     "span_mean",
+    "text_pairs",
     "train_teacher",
     "trim",
 ]

@@ -219,12 +219,12 @@ def _coverage(args: argparse.Namespace) -> None:
     from .alignment.vocab import MatchedVocab
     from .alignment.worst import worst_aligned
     from .core.console import Reporter
-    from .core.errors import VocabdistilError, need, need_place, need_whole
+    from .core.errors import VocabdistilError, need, need_place, need_whole, utf8
     from .core.files import whole_file
-    from .distillation.student import expected_prompt, known_prompts, make_vocabulary
-    from .distillation.text import Prefixed, TextFiles, utf8
+    from .distillation.student import known_prompts, make_vocabulary
+    from .distillation.text import Prefixed, TextFiles
     from .evaluation.report import coverage_tables
-    from .models.sentence import read_sentence_settings
+    from .models.sentence import expected_prompt, read_sentence_settings
     from .models.teachers import load_tokenizer
     from .models.vocabularies import Vocabulary
 
@@ -307,6 +307,8 @@ def _add_loyalty(p: argparse.ArgumentParser) -> None:
     text = "UTF-8 text that none was trained on"
     p.add_argument("--text", nargs="+", type=_file, required=True, metavar="FILE", help=text)
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
+    prompt = "what stands before every text (default: what the teacher's folder says)"
+    p.add_argument("--prompt", metavar="TEXT", help=prompt)
     _number(p, "--texts", 512, "at most so many")
     _number(p, "--max-length", 128, "tokens of a text")
     _number(p, "--seed", 0, "of the choice of texts")
@@ -317,28 +319,59 @@ def _loyalty(args: argparse.Namespace) -> None:
     import random
 
     from .core.console import Reporter
-    from .core.errors import need
+    from .core.errors import need, need_prompt
     from .distillation.text import read_text
     from .evaluation.predictions import compare_predictions
     from .evaluation.report import loyalty_table
-    from .evaluation.student import embedding_loyalty
-    from .models.teachers import load_teacher
+    from .evaluation.student import embed, embedding_loyalty, load_embedder
 
+    need_prompt(args.prompt)
     for name in ("texts", "max_length"):
         need(getattr(args, name) > 2, name, "a number above 2", getattr(args, name))
     texts = sorted(set(read_text(args.text, args.unit)))
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
-    teacher = load_teacher(args.teacher)
-    students = [load_teacher(name, "--student") for name in args.student]
-    found = {
-        student.name: embedding_loyalty(teacher, student, texts, args.max_length)
-        | compare_predictions(teacher, student, texts, args.max_length, args.seed)
-        for student in students
-    }
+    teacher, settings = load_embedder(args.teacher, "--teacher", args.prompt, head=True)
+    # All read the same text: both sides fill the same gaps of it.
+    students = [load_embedder(name, "--student", teacher.prompt, head=True) for name in args.student]
+    theirs, found = embed(teacher, texts, args.max_length, settings), {}
+    read = [teacher.prompt + text for text in texts]
+    for student, own in students:
+        vectors = embedding_loyalty(embed(student, texts, args.max_length, own), theirs)
+        found[student.name] = vectors | compare_predictions(teacher, student, read, args.max_length, args.seed)
     if args.json:
         print(json.dumps(found, indent=2))
     else:
         Reporter().print(loyalty_table(found, f"{len(texts)} texts"))
+
+
+def _add_evaluate(p: argparse.ArgumentParser) -> None:
+    models = "models to compare; the first is the yardstick"
+    p.add_argument("--model", nargs="+", action="extend", required=True, metavar="DIR_OR_NAME", help=models)
+    files = {"nargs": "+", "action": "extend", "type": _file, "default": [], "metavar": "FILE"}
+    p.add_argument("--pairs", **files, help="CSV with sentence, sentence, score: cosines are compared with the scores")
+    p.add_argument("--labels", **files, help="CSV with text, label: linear probes on the vectors, tested on a fifth")
+    p.add_argument("--prompt", metavar="TEXT", help="what stands before every text (default: what each folder says)")
+    _number(p, "--max-length", 512, "tokens of a text, fewer where a folder says so")
+    _number(p, "--seed", 0, "of the split of labelled texts")
+    p.add_argument("--picture", metavar="FILE", help="draw score against parameters and time: .svg or .png")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .core.console import Reporter
+    from .evaluation.report import task_tables
+    from .evaluation.tasks import evaluate
+
+    found = evaluate(
+        args.model, args.pairs, args.labels, prompt=args.prompt, max_length=args.max_length, seed=args.seed,
+        picture=args.picture, threads=args.threads, trust_remote_code=args.trust_remote_code, quiet=False,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        Reporter().print(*task_tables(found))
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:
@@ -391,6 +424,7 @@ _COMMANDS = {
     "teacher": (_add_teacher, _teacher, "train a small BERT on a text, to have a teacher"),
     "coverage": (_add_coverage, _coverage, "how two tokenizers align on a text, before any training"),
     "loyalty": (_add_loyalty, _loyalty, "how far students agree with their teacher on a text"),
+    "evaluate": (_add_evaluate, _evaluate, "what models are worth on tasks: pairs with scores, texts with labels"),
     "bench": (_add_bench, _bench, "parameters, vocabulary, size and CPU time of models on the same text"),
     "env": (_add_env, _env, "what is built and what can run here, as JSON"),
 }

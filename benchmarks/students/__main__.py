@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import vocabdistil as vd
 from benchmarks.report import environment
-from vocabdistil.evaluation.loyalty import regression
-from vocabdistil.evaluation.student import pooled
-from vocabdistil.models.teachers import Teacher, load_teacher
+from vocabdistil.evaluation.tasks import Pairs, pairs_score, read_pairs
+from vocabdistil.models.teachers import load_teacher
 
 RESULTS = Path(__file__).parent / "results.csv"
 # Name, language, prompt, and the students: options of vd.trim.
@@ -50,22 +48,15 @@ STUDENTS: dict[tuple[str, str, str], list[dict[str, Any]]] = {
 }
 
 
-def pairs_of(data: Path, language: str) -> tuple[list[str], list[str], torch.Tensor]:
-    with open(data / f"sts_dev_{language}.csv", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == 3 and row[2].replace(".", "", 1).isdigit()]
-    return [row[0] for row in rows], [row[1] for row in rows], torch.tensor([float(row[2]) for row in rows])
-
-
-def score(model: Teacher, data: Path, language: str, prompt: str) -> float:
+def score(folder: str | Path, pairs: Pairs, prompt: str) -> float:
     """Spearman's correlation of the human scores with the cosine of mean-pooled last hidden states."""
-    left, right, human = pairs_of(data, language)
-    a, b = (pooled(model, [prompt + text for text in side], 512) for side in (left, right))
-    return float(regression(F.cosine_similarity(a, b), human)[1])
+    return pairs_score(load_teacher(folder, head=False, prompt=prompt), pairs, 512)["spearman"]
 
 
 def rows_of(kind: tuple[str, str, str], folder: str, data: Path) -> list[dict[str, Any]]:
     name, language, prompt = kind
-    teacher_score, rows = score(load_teacher(folder, head=False), data, language, prompt), []
+    pairs = read_pairs(data / f"sts_dev_{language}.csv")
+    teacher_score, rows = score(folder, pairs, prompt), []
     for options in STUDENTS[kind]:
         with tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
@@ -74,7 +65,7 @@ def rows_of(kind: tuple[str, str, str], folder: str, data: Path) -> list[dict[st
                 quiet=True, **options,
             )  # fmt: skip
             seconds = time.perf_counter() - start
-            found = score(load_teacher(result.path, head=False), data, language, prompt)
+            found = score(result.path, pairs, prompt)
         metrics, shape = result.metrics, result.metrics["architecture"]
         rows.append(
             {

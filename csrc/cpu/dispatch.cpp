@@ -14,6 +14,7 @@ namespace vocabdistil {
   void matched_kl(const MatchedKlArgs&);              \
   void linear_matched_kl(const LinearMatchedKlArgs&); \
   void remapped_kl(const RemappedKlArgs&);            \
+  void relation_loss(const RelationLossArgs&);        \
   }
 VD_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -31,10 +32,11 @@ struct Kernels {
   void (*matched_kl)(const MatchedKlArgs&);
   void (*linear_matched_kl)(const LinearMatchedKlArgs&);
   void (*remapped_kl)(const RemappedKlArgs&);
+  void (*relation_loss)(const RelationLossArgs&);
 };
 #define VD_KERNELS(isa) \
   Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::linear_matched_kl, \
-          isa::remapped_kl}
+          isa::remapped_kl, isa::relation_loss}
 
 Kernels choose() {
 #if defined(__x86_64__)
@@ -66,6 +68,7 @@ void span_loss(const SpanLossArgs& args) { kernels().span_loss(args); }
 void matched_kl(const MatchedKlArgs& args) { kernels().matched_kl(args); }
 void linear_matched_kl(const LinearMatchedKlArgs& args) { kernels().linear_matched_kl(args); }
 void remapped_kl(const RemappedKlArgs& args) { kernels().remapped_kl(args); }
+void relation_loss(const RelationLossArgs& args) { kernels().relation_loss(args); }
 const char* active_isa() { return kernels().isa; }
 
 }  // namespace vocabdistil

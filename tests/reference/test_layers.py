@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.reference_cases import F64, rows
-from tests.tolerances import LOSS, VALUE, assert_close
-from vocabdistil.reference import attention_mse, average_losses, ensemble_distribution, layer_map, layer_mean
+from tests.tolerances import VALUE, assert_close
+from vocabdistil.reference import average_losses, ensemble_distribution, layer_map, layer_mean
 
 
 @pytest.mark.parametrize(
@@ -105,23 +105,3 @@ def test_ensemble_distribution():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def attention(seed, heads, grad=False):
-    return rows(2 * heads * 3, 3, seed=seed).view(2, heads, 3, 3).softmax(-1).detach().requires_grad_(grad)
-
-
-def test_attention_mse():
-    student, teachers = attention(0, 4, grad=True), [attention(s, 4) for s in (1, 2)]
-    mean = (teachers[0] + teachers[1]) / 2
-    assert_close(attention_mse(student, teachers), (student - mean).square().mean(), LOSS, F64)
-    few = attention(3, 2)
-    expected = (few.mean(1) - mean.mean(1)).square().mean()
-    assert_close(attention_mse(few, teachers, average_heads=True), expected, LOSS, F64)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    kept = torch.cat([(student - mean)[0, :, :2, :2].flatten(), (student - mean)[1, :, :1, :1].flatten()])
-    assert_close(attention_mse(student, teachers, attention_mask=mask), kept.square().mean(), LOSS, F64)
-    assert attention_mse(student, teachers, attention_mask=torch.zeros(2, 3)).item() == 0
-    assert torch.autograd.gradcheck(lambda a: attention_mse(a, teachers, attention_mask=mask), student)
-    with pytest.raises(ValueError, match="teacher: expected maps of shape"):
-        attention_mse(few, teachers)

@@ -9,12 +9,9 @@ of its texts; a shard is named there only after it is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import VocabdistilError
-from ..core.files import whole_file
 from ..core.progress import counting
+from ..core.shards import (
+    MANIFEST,
+    RECORD,
+    TEXT,
+    Fields,
+    digest,
+    is_count,
+    locked,
+    prepare,
+    pyarrow,
+    read_manifest,
+    read_shard,
+    remove_left_overs,
+    verify_shard,
+    write_manifest,
+    write_shard,
+)
 from ..core.values import INT32_MAX
 from .collator import SPANS, Rows, one_thread_in_workers, text_of
 from .families import plain_settings
@@ -34,35 +47,17 @@ from .remap import RemapTable
 from .surfaces import known
 from .vocab import MatchedVocab
 
-__all__ = ["AlignedDataset", "cache_aligned"]
+__all__ = ["AlignedDataset", "cache_aligned", "tokenizer_digest"]
 
 # To be raised when files or alignments change.
 _FORMAT = 1
-_MANIFEST = "manifest.json"
 _COLUMNS = ("teacher_ids", "student_ids", *SPANS)
 # Texts that are aligned at once.
 _CHUNK = 512
+_WHAT = "a cache of aligned texts"
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise ImportError("a cache of aligned texts needs pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def _digest(*parts: bytes) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        # The length keeps apart what is divided differently.
-        state.update(len(part).to_bytes(8, "little"))
-        state.update(part)
-    return state.hexdigest()
-
-
-def _tokenizer_digest(tokenizer: Any, name: str) -> str:
+def tokenizer_digest(tokenizer: Any, name: str) -> str:
     """Changes with everything that changes what a tokenizer makes of a text."""
     info = known(tokenizer, name).info
     with plain_settings(info.backend):
@@ -70,24 +65,11 @@ def _tokenizer_digest(tokenizer: Any, name: str) -> str:
             state = info.backend.to_str()
         except Exception as error:
             raise ValueError(f"{name}: expected a tokenizer that can be saved, got one that cannot: {error}") from None
-    return _digest(state.encode(), json.dumps(info.roles, sort_keys=True).encode())
+    return digest(state.encode(), json.dumps(info.roles, sort_keys=True).encode())
 
 
 def _tensors_digest(*tensors: torch.Tensor) -> str:
-    return _digest(*(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors))
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with whole_file(folder / _MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+    return digest(*(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors))
 
 
 class _Shards(Dataset):
@@ -99,7 +81,7 @@ class _Shards(Dataset):
     def __getitem__(self, item: tuple[int, list[str]]) -> dict[str, Any]:
         k, texts = item
         one_thread_in_workers()
-        pa = _pyarrow()
+        pa = pyarrow(_WHAT)
         chunks = []
         for start in range(0, len(texts), _CHUNK):
             teacher, student, pairs, _ = align_texts(texts[start : start + _CHUNK], *self.arguments)
@@ -111,15 +93,8 @@ class _Shards(Dataset):
         columns = [_lists(pa, joined(f"{side}_ids"), joined(f"{side}_lengths")) for side in ("teacher", "student")]
         columns += [_lists(pa, span, joined("pair_counts")) for span in joined("spans")]
         batch = pa.record_batch(columns, names=list(_COLUMNS))
-        path = self.folder / _shard_name(k)
-        with whole_file(path) as file, pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        return {
-            "rows": len(texts),
-            "bytes": path.stat().st_size,
-            "crc32": _checksum(path),
-            "texts": _digest(*(text.encode() for text in texts)),
-        }
+        record = write_shard(self.folder / _shard_name(k), batch)
+        return {**record, "texts": digest(*(text.encode() for text in texts))}
 
 
 def _lists(pa: Any, values: np.ndarray, lengths: np.ndarray) -> Any:
@@ -199,9 +174,7 @@ def cache_aligned(
         collator = vd.AlignmentCollator(teacher_tokenizer, student_tokenizer)
         loader = DataLoader(rows, batch_size=32, shuffle=True, collate_fn=collator)
     """
-    _pyarrow()
-    from filelock import FileLock, Timeout
-
+    pyarrow(_WHAT)
     check_method(method)
     limits = check_lengths(max_length)
     check_ready(table, matched)
@@ -215,32 +188,18 @@ def cache_aligned(
         "method": method,
         "max_length": list(limits),
         "shard_size": shard_size,
-        "teacher": _tokenizer_digest(teacher, "teacher"),
-        "student": _tokenizer_digest(student, "student"),
+        "teacher": tokenizer_digest(teacher, "teacher"),
+        "student": tokenizer_digest(student, "student"),
         "table": None if table is None else _tensors_digest(table.indptr, table.ids),
         "matched": None if matched is None else _tensors_digest(matched.teacher_ids, matched.student_ids),
     }
     table, matched = ready(method, teacher, student, table, matched)
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise VocabdistilError(f"folder: {folder} is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _MANIFEST).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise VocabdistilError(f"folder: {folder} has other files and no {_MANIFEST}; a new or empty one is needed")
+    prepare(folder, "folder")
     arguments = teacher, student, method, limits, table, matched
     total = len(texts) if isinstance(texts, Sized) else None
-    lock = FileLock(str(folder / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not quiet:
-            print(f"Waiting for another process that writes {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        with counting("Aligning texts", total, quiet) as advance:
-            _fill(folder, settings, _texts(texts, text_column), arguments, num_proc, advance)
-    finally:
-        lock.release()
+    with locked(folder, quiet), counting("Aligning texts", total, quiet) as advance:
+        _fill(folder, settings, _texts(texts, text_column), arguments, num_proc, advance)
     return AlignedDataset(folder, verify=False)
 
 
@@ -248,10 +207,9 @@ def _fill(
     folder: Path, settings: dict[str, Any], texts: Iterator[str], arguments: tuple, num_proc: int, advance: Any
 ) -> None:
     """Writes what is not there yet, and checks what is."""
-    for left_over in (*folder.glob(".shard-*"), *folder.glob(f".{_MANIFEST}.*")):
-        left_over.unlink()
+    remove_left_overs(folder, "shard-")
     manifest = {**settings, "complete": False, "shards": []}
-    if (folder / _MANIFEST).exists():
+    if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder)
         for name, value in settings.items():
             if manifest.get(name) != value:
@@ -264,12 +222,12 @@ def _fill(
     shards, first = manifest["shards"], 0
     for k, record in enumerate(shards):
         batch = list(islice(texts, record["rows"]))
-        if _digest(*(text.encode() for text in batch)) != record["texts"]:
+        if digest(*(text.encode() for text in batch)) != record["texts"]:
             raise VocabdistilError(
                 f"folder: {folder} was made of other texts: they differ among the texts {first} to "
                 f"{first + record['rows'] - 1}; take another folder or remove it"
             )
-        _verify(folder, k, record)
+        verify_shard(folder / _shard_name(k), "folder", record)
         first += record["rows"]
         advance(record["rows"])
     # A shorter shard was the last one, even if the job was stopped before it noted that.
@@ -280,97 +238,47 @@ def _fill(
         )
     if manifest["complete"]:
         return
-    _write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     # Items are asked for with their texts, so that one process reads these, and come back in order.
     order: Any = _shards(texts, settings["shard_size"], len(shards))
     for record in DataLoader(_Shards(folder, arguments), sampler=order, batch_size=None, num_workers=num_proc):
         shards.append(record)
-        _write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
         advance(record["rows"])
     manifest["complete"] = True
-    _write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
 
 
 def _shard_name(k: int) -> str:
     return f"shard-{k:05d}.arrow"
 
 
-def _is_count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and value >= least
-
-
-# What each field of a manifest must be, in words and as a test.
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format": ("a number", _is_count),
+_FIELDS: Fields = {
     "method": (" or ".join(map(repr, METHODS)), lambda value: isinstance(value, str) and value in METHODS),
     "max_length": (
         "two numbers of at least 1, or null",
-        lambda value: isinstance(value, list) and len(value) == 2 and all(x is None or _is_count(x, 1) for x in value),
+        lambda value: isinstance(value, list) and len(value) == 2 and all(x is None or is_count(x, 1) for x in value),
     ),
-    "shard_size": ("a number of at least 1", lambda value: _is_count(value, 1)),
-    "teacher": ("a string", lambda value: isinstance(value, str)),
-    "student": ("a string", lambda value: isinstance(value, str)),
+    "shard_size": ("a number of at least 1", lambda value: is_count(value, 1)),
+    "teacher": TEXT,
+    "student": TEXT,
     "table": ("a string or null", lambda value: value is None or isinstance(value, str)),
     "matched": ("a string or null", lambda value: value is None or isinstance(value, str)),
     "complete": ("true or false", lambda value: isinstance(value, bool)),
-    "shards": ("a list", lambda value: isinstance(value, list)),
-}
-_RECORD: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "rows": ("a number of at least 1", lambda value: _is_count(value, 1)),
-    "bytes": ("a number", _is_count),
-    "crc32": ("a number", _is_count),
-    "texts": ("a string", lambda value: isinstance(value, str)),
 }
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-
-    def check(values: Any, where: str, wanted: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
-        if not isinstance(values, dict):
-            raise VocabdistilError(f"folder: {path} is damaged: {where}expected an object, got {values!r:.80}")
-        for name, (expected, fits) in wanted.items():
-            if name not in values:
-                raise VocabdistilError(f"folder: {path} is damaged: {where}{name}: expected {expected}, got nothing")
-            if not fits(values[name]):
-                raise VocabdistilError(
-                    f"folder: {path} is damaged: {where}{name}: expected {expected}, got {values[name]!r:.80}"
-                )
-
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VocabdistilError(f"folder: {folder} holds no aligned texts (no {_MANIFEST})") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise VocabdistilError(f"folder: {path} is damaged: {error}") from None
-    # The other fields may be others in another format.
-    check(manifest, "", {"format": _FIELDS["format"]})
-    if manifest["format"] != _FORMAT:
-        raise VocabdistilError(f"folder: {path}: format: expected {_FORMAT}, got {manifest['format']}")
-    check(manifest, "", _FIELDS)
+    manifest = read_manifest(folder, "folder", "aligned texts", _FORMAT, _FIELDS, {**RECORD, "texts": TEXT})
     records, size = manifest["shards"], manifest["shard_size"]
     for k, record in enumerate(records):
-        check(record, f"shards[{k}]: ", _RECORD)
         # A row is found by its number and the size of a shard; the last shard may be shorter.
         if record["rows"] > size or (record["rows"] < size and k < len(records) - 1):
             raise VocabdistilError(
-                f"folder: {path} is damaged: shards[{k}]: rows: expected {size}, as shard_size, got {record['rows']}"
+                f"folder: {folder / MANIFEST} is damaged: shards[{k}]: rows: expected {size}, as shard_size, "
+                f"got {record['rows']}"
             )
     return manifest
-
-
-def _verify(folder: Path, k: int, record: dict[str, Any], contents: bool = True) -> None:
-    path = folder / _shard_name(k)
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise VocabdistilError(f"folder: {path} is missing") from None
-    if size != record["bytes"]:
-        raise VocabdistilError(f"folder: {path} is damaged: expected {record['bytes']} bytes, got {size}")
-    if contents and (found := _checksum(path)) != record["crc32"]:
-        raise VocabdistilError(
-            f"folder: {path} is damaged: expected checksum {record['crc32']:08x}, got {found:08x}"
-        )
 
 
 class AlignedDataset(Dataset):
@@ -395,7 +303,7 @@ class AlignedDataset(Dataset):
     """
 
     def __init__(self, folder: str | os.PathLike[str], verify: bool = True) -> None:
-        _pyarrow()
+        pyarrow(_WHAT)
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
         self._records, self._shard_size = manifest["shards"], manifest["shard_size"]
@@ -407,7 +315,7 @@ class AlignedDataset(Dataset):
                 f"folder: {self.folder} is not finished ({done} texts so far); cache_aligned continues it"
             )
         for k, record in enumerate(self._records):
-            _verify(self.folder, k, record, verify)
+            verify_shard(self.folder / _shard_name(k), "folder", record, verify)
         self._length = sum(record["rows"] for record in self._records)
         self._open: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
@@ -433,18 +341,7 @@ class AlignedDataset(Dataset):
         }
 
     def _read(self, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        pa = _pyarrow()
-        path = self.folder / _shard_name(k)
-        try:
-            # The map outlives its file: as many shards as there are do not need as many open files.
-            with pa.memory_map(str(path)) as source:
-                batch = pa.ipc.open_stream(source).read_next_batch()
-            batch.validate(full=True)
-            columns = [batch.column(name) for name in _COLUMNS]
-            if any(column.type != pa.list_(pa.int32()) for column in columns):
-                raise ValueError("columns of other types")
-            if batch.num_rows != self._records[k]["rows"]:
-                raise ValueError(f"expected {self._records[k]['rows']} rows, got {batch.num_rows}")
-        except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException) as error:
-            raise VocabdistilError(f"folder: {path} is damaged: {error}") from None
+        pa = pyarrow(_WHAT)
+        kinds = dict.fromkeys(_COLUMNS, pa.list_(pa.int32()))
+        columns = read_shard(self.folder / _shard_name(k), "folder", self._records[k], kinds)
         return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..core.errors import VocabdistilError
 from ..core.files import whole_file
+from ..core.names import display_names
 from .coverage import Coverage
 from .drawing import LEGEND, SIDES, fragment, lines, page, visible
 from .methods import align_texts, check_lengths, check_text, locate
@@ -270,7 +271,7 @@ def show_alignment(
     spans = zip(
         *(getattr(pairs, f"{side}_{end}").tolist() for side in SIDES for end in ("start", "end")), strict=True
     )
-    names = [Path(str(getattr(tokenizer, "name_or_path", ""))).name for tokenizer in (teacher, student)]
+    names = display_names([str(getattr(tokenizer, "name_or_path", "")) for tokenizer in (teacher, student)])
     return AlignmentPicture(
         text,
         method,

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_float, check_index, check_weight_dtype, dtype_name, kind_of
-from ..core.values import check_int32, int_vector
+from ..core.checks import check_choice, check_float, check_index, check_tensor, check_weight_dtype, dtype_name, kind_of
+from ..core.values import INT32_MAX, check_dense, check_int32, int_vector
 
-__all__ = ["SpanPairs"]
+__all__ = ["SpanPairs", "TEXT_POOLINGS", "text_pairs"]
+
+TEXT_POOLINGS = ("mean", "cls", "lasttoken")
 
 _FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
 
@@ -188,6 +190,71 @@ class SpanPairs:
     def __setstate__(self, state: tuple) -> None:
         for name, value in zip(self.__slots__[:-1], state, strict=True):
             setattr(self, name, value)
+
+
+def text_pairs(student_mask: Tensor, teacher_mask: Tensor, pooling: str = "mean") -> SpanPairs:
+    """One pair per text: the tokens whose mean is the vector of the text, on each side.
+
+    In host memory masks are looked at; on a device, and under ``torch.compile``, they are taken as right and the number
+    of texts is counted there: nothing waits for it.
+
+    Args:
+        student_mask: bool or integers ``[B, L_s]``, 0 for padding, which may stand on either side of a text.
+        teacher_mask: ``[B, L_t]``, the same for the teacher, on the same device.
+        pooling: ``"mean"`` (all attended tokens), ``"cls"`` (the first of them) or ``"lasttoken"`` (the last).
+
+    Returns:
+        ``B`` pairs over positions ``b * L_s + i`` and ``b * L_t + j``, for :func:`span_loss` and others. A text without
+        tokens has empty spans: it counts for nothing.
+
+    Raises:
+        TypeError: a mask that is no tensor of integers or bool.
+        ValueError: another shape, device or number of texts, positions that do not fit 32 bits, a mask with gaps, an
+            unknown pooling.
+    """
+    check_choice(pooling, "pooling", TEXT_POOLINGS)
+    check_mask(student_mask, "student_mask")
+    check_mask(teacher_mask, "teacher_mask")
+    if teacher_mask.device != student_mask.device:
+        raise ValueError(f"teacher_mask: expected device {student_mask.device}, got {teacher_mask.device}")
+    if teacher_mask.shape[0] != student_mask.shape[0]:
+        raise ValueError(f"teacher_mask: expected {student_mask.shape[0]} texts, got {teacher_mask.shape[0]}")
+    seen = student_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    student = text_spans(student_mask, "student_mask", pooling, seen)
+    teacher = text_spans(teacher_mask, "teacher_mask", pooling, seen)
+    count = ((student[1] > student[0]) & (teacher[1] > teacher[0])).sum()
+    tokens = student_mask.numel(), teacher_mask.numel()
+    return SpanPairs._trusted(*student, *teacher, int(count) if seen else count, *tokens)
+
+
+def check_mask(mask: Tensor, name: str) -> None:
+    check_tensor(mask, name)
+    check_dense(mask, name)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{name}: expected bool or integers, got {dtype_name(mask.dtype)}")
+    if mask.dim() != 2:
+        raise ValueError(f"{name}: expected shape [B, L], got {tuple(mask.shape)}")
+    if mask.numel() > INT32_MAX:
+        raise ValueError(f"{name}: expected at most {INT32_MAX} tokens, got {tuple(mask.shape)}")
+
+
+def text_spans(mask: Tensor, name: str, pooling: str, look: bool) -> tuple[Tensor, Tensor]:
+    batch, length = mask.shape
+    attended = mask != 0
+    first = (attended.cumsum(1) == 0).sum(1)
+    end = first + attended.sum(1)
+    if look:
+        at = torch.arange(length)
+        gaps = (attended != ((at >= first[:, None]) & (at < end[:, None]))).any(1)
+        if bool(gaps.any()):
+            row = int(gaps.nonzero()[0])
+            raise ValueError(f"{name}: expected attended tokens in one piece, got gaps between those of text {row}")
+    if pooling == "cls":
+        end = torch.minimum(first + 1, end)
+    elif pooling == "lasttoken":
+        first = torch.maximum(end - 1, first)
+    before = length * torch.arange(batch, device=mask.device)
+    return (before + first).to(torch.int32), (before + end).to(torch.int32)
 
 
 def check_pairs(pairs: SpanPairs, student: Tensor, teacher: Tensor) -> None:

@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "relation_loss": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "remap": {"cpu": ("cpu",), "cuda": ("triton", "torch")},

@@ -6,9 +6,22 @@ import os
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["VocabdistilError", "is_real", "need", "need_place", "need_whole", "one_line"]
+__all__ = [
+    "VocabdistilError",
+    "is_real",
+    "need",
+    "need_place",
+    "need_prompt",
+    "need_seed",
+    "need_threads",
+    "need_whole",
+    "one_line",
+    "utf8",
+]
 
 _LONGEST_LINE = 600
+# More threads than any machine has: a million of them would take all its memory.
+_MOST_THREADS = 4096
 
 
 def one_line(text: str) -> str:
@@ -42,6 +55,35 @@ def need_whole(value: Any, name: str, above: int = 0, most: int = 2**31 - 1) -> 
     need(whole, name, "a whole number", repr(value))
     need(value > above, name, f"a number above {above}", value)
     need(value <= most, name, f"a number up to {most}", value)
+
+
+def need_seed(value: Any) -> None:
+    """Raises unless ``value`` can be the seed of a run."""
+    need(is_real(value), "seed", "a whole number", repr(value))
+    need(0 <= value < 2**32, "seed", "a number from 0 to 2^32 - 1", value)
+    need_whole(value, "seed", above=-1, most=2**32 - 1)
+
+
+def need_threads(value: Any) -> None:
+    """Raises unless ``value`` can be the number of torch's threads; None leaves it as it is."""
+    if value is not None:
+        need_whole(value, "threads", most=_MOST_THREADS)
+
+
+def utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: not, if there are lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def need_prompt(value: Any) -> None:
+    """Raises unless ``value`` can stand before every text; None: nobody said."""
+    if value is not None:
+        need(isinstance(value, str), "prompt", "text", type(value).__name__)
+        need(utf8(value), "prompt", "text that UTF-8 can hold", ascii(value))
 
 
 def need_place(value: Any, name: str, expected: str) -> None:

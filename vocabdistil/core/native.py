@@ -163,6 +163,19 @@ def remapped_kl(
     )  # fmt: skip
 
 
+def relation_loss(
+    student: Tensor, teacher: Tensor, first: Tensor, last: Tensor, scale: Tensor, heads: int, loss: Tensor,
+    total: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """Rows [P, D_s], [P, D_t] of one dtype, float32 or float64, contiguous as are all; first, last: int32 [P], pairs of
+    one text with one ``first``, none (last = first) for a pair that is left out; scale, loss: [P]; total: []."""
+    module().relation_loss(
+        DTYPE_CODES[student.dtype], student.data_ptr(), teacher.data_ptr(), student.shape[0], student.shape[1],
+        teacher.shape[1], heads, first.data_ptr(), last.data_ptr(), scale.data_ptr(), loss.data_ptr(),
+        total.data_ptr(), _address(grad), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _cuda_rows(layers: Sequence[Tensor], coef: Tensor | None) -> tuple:
     return DTYPE_CODES[layers[0].dtype], *_layers(layers), layers[0].shape[0], _address(coef)
 

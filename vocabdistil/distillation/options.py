@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..core.errors import is_real, need, need_place, need_whole
+from ..core.errors import is_real, need, need_place, need_prompt, need_seed, need_threads, need_whole
 from ..models.bodies import check_body, keep_layers
 from ..models.shrinking import narrow_shape
 from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
-from .text import GivenTexts, TextFiles, TextSource, utf8
+from .text import GivenTexts, TextFiles, TextSource
 
 __all__ = ["StudentOptions", "check_reading", "check_run_options", "configured", "plain"]
 
@@ -24,8 +24,6 @@ _Config = TypeVar("_Config")
 
 # Tokens of a student, if nobody says.
 VOCAB_SIZE = 8000
-# More threads than any machine has: a million of them would take all its memory.
-_MOST_THREADS = 4096
 # Texts of one step, texts of one run, tokens of one timing: beyond these no memory is enough.
 _MOST_AT_ONCE, MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
 
@@ -51,12 +49,9 @@ def check_reading(config: Any) -> None:
     need_place(f"{config.out}.partial", "out", "the name of a folder")
     # Two special tokens and one that can be masked.
     need_whole(config.max_length, "max_length", above=2)
-    if config.threads is not None:
-        need_whole(config.threads, "threads", most=_MOST_THREADS)
+    need_threads(config.threads)
     need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
-    need(is_real(config.seed), "seed", "a whole number", repr(config.seed))
-    need(0 <= config.seed < 2**32, "seed", "a number from 0 to 2^32 - 1", config.seed)
-    need_whole(config.seed, "seed", above=-1, most=2**32 - 1)
+    need_seed(config.seed)
 
 
 def check_run_options(config: Any) -> None:
@@ -177,9 +172,7 @@ class StudentOptions:
         need(not both, "keep_layers", "none where --layers says how many", self.keep_layers)
         layers = self.keep_layers
         need(layers is None or isinstance(layers, str), "keep_layers", "layers with commas between them", layers)
-        prompt = self.prompt
-        need(prompt is None or isinstance(prompt, str), "prompt", "text", type(prompt).__name__)
-        need(prompt is None or utf8(prompt), "prompt", "text that UTF-8 can hold", ascii(prompt))
+        need_prompt(self.prompt)
         check_reading(self)
         need_whole(self.time_length, "time_length", most=_MOST_TIMED)
         need_whole(self.time_batch, "time_batch", most=_MOST_TIMED // self.time_length)

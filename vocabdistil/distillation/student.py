@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.errors import need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
-from ..models.sentence import SentenceSettings, read_sentence_settings
+from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
 from ..models.shrinking import shrink
 from ..models.start import plan_start
 from ..models.students import Preset, build_student, initialise_from_teacher
@@ -25,7 +25,6 @@ from .options import VOCAB_SIZE, StudentOptions
 __all__ = [
     "Source",
     "Student",
-    "expected_prompt",
     "known_prompts",
     "load_sources",
     "load_student",
@@ -98,17 +97,10 @@ class Student:
         shape = {name: getattr(config, field, None) for name, field in row.fields._asdict().items()} if row else {}
         return {"class": type(self.model).__name__, **shape}
 
-    def as_teacher(self, name: str = "student") -> Teacher:
+    def as_teacher(self, name: str = "student", prompt: str = "") -> Teacher:
         """The student as whatever looks at finished models sees it."""
         head = self.model if self.has_head else None
-        return Teacher(name, self.model.base_model, self.tokenizer, head)
-
-
-def expected_prompt(options_prompt: str | None, sentence: SentenceSettings | None) -> str:
-    """What stands before every text: what was asked for, or what the teacher's folder says."""
-    if options_prompt is not None:
-        return options_prompt
-    return sentence.prompt if sentence is not None else ""
+        return Teacher(name, self.model.base_model, self.tokenizer, head, prompt=prompt)
 
 
 def known_prompts(prompt: str, sentence: SentenceSettings | None) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import VocabdistilError, need, need_place
+from ..core.errors import VocabdistilError, need, need_place, utf8
 
 __all__ = [
     "GivenTexts",
@@ -26,7 +26,6 @@ __all__ = [
     "open_text",
     "read_text",
     "split_text",
-    "utf8",
 ]
 
 # What a user may give as text: files, or texts themselves as strings or rows with a column "text".
@@ -137,15 +136,6 @@ class Prefixed:
 
     def __iter__(self) -> Iterator[str]:
         return (self.prompt + text for text in self.texts)
-
-
-def utf8(text: str) -> bool:
-    """Whether UTF-8 can hold it: not, if there are lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_path(item: Any) -> bool:

@@ -17,7 +17,7 @@ from ..core.errors import need
 from ..core.progress import counting
 from ..evaluation.predictions import agreement
 from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line
-from ..evaluation.student import embedding_loyalty
+from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
 from ..models.start import plan_start
@@ -147,12 +147,12 @@ def _loyalty(
     out how those of all layers do."""
     teacher, found = source.teacher, {}
     matched = MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer)
+    theirs = pooled(teacher, texts, config.max_length, source.sentence)
 
     def compare(made: Student) -> dict[str, float]:
-        reader = made.as_teacher()
-        vectors = embedding_loyalty(
-            teacher, reader, texts, config.max_length, source.sentence, *(made.projection or ())
-        )
+        reader = made.as_teacher(prompt=teacher.prompt)
+        ours = pooled(reader, texts, config.max_length, source.sentence)
+        vectors = embedding_loyalty(ours, theirs, *(made.projection or ()))
         if teacher.masked_lm is None or not made.learns_words:
             return vectors
         lengths = [min(config.max_length, side.max_positions) for side in (teacher, reader)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ..core.names import display_names
 from .report import held_out_rows
 
 __all__ = ["model_card"]
@@ -101,7 +102,7 @@ def _base(teacher: str) -> str:
 
 
 def _about(metrics: dict[str, Any]) -> str:
-    names = ", ".join(_code(_base(teacher)) for teacher in metrics["teacher"])
+    names = ", ".join(map(_code, display_names(metrics["teacher"])))
     shape, models = metrics["architecture"], metrics["models"]
     made = "trimmed" if metrics["command"] == "trim" else "distilled"
     return (
@@ -112,7 +113,7 @@ def _about(metrics: dict[str, Any]) -> str:
 
 
 def _limits(metrics: dict[str, Any]) -> str:
-    bases = " and ".join(_code(_base(teacher)) for teacher in metrics["teacher"])
+    bases = " and ".join(map(_code, display_names(metrics["teacher"])))
     languages = ", ".join(metrics["settings"].get("language") or ())
     text = f"text in {_code(languages)}" if languages else "text like that which it was made from"
     does = (

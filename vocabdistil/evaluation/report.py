@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ..alignment.families import backend_of
 from ..alignment.picture import readable
+from ..core.names import display_names
 
 if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
@@ -24,6 +24,7 @@ __all__ = [
     "result_tables",
     "size_table",
     "start_line",
+    "task_tables",
 ]
 
 _HELD_OUT = (
@@ -39,6 +40,14 @@ _HELD_OUT = (
     ("pearson", "regression loyalty, Pearson", "higher"),
     ("spearman", "regression loyalty, Spearman", "higher"),
 )
+
+# What a task's rows hold: scores, and loyalty to the first model.
+_CORRELATIONS = {"spearman": "Spearman", "pearson": "Pearson"}
+_TASKS = {
+    "pairs": (_CORRELATIONS, _CORRELATIONS),
+    "labels": ({"accuracy": "accuracy", "macro_f1": "macro\nF1"}, {"label": "label", "probability": "probability"}),
+}
+_LONGEST_NAME = 28
 
 
 def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -64,7 +73,7 @@ def _share(value: float | None, digits: int = 1) -> str:
 
 def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> list[Table]:
     """The vocabularies and their text, and a column for every alignment; names and tokenizers of both sides."""
-    title = f"{Path(names[0]).name} and {Path(names[1]).name} ({report.texts:,} texts)"
+    title = f"{' and '.join(display_names(names))} ({report.texts:,} texts)"
     vocabularies = Table(title=escape(title), title_justify="left")
     for column in ("", "teacher", "student"):
         vocabularies.add_column(column, justify="right" if column else "left")
@@ -131,11 +140,11 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
     table.add_column("student")
     for title in columns.values():
         table.add_column(title, justify="right")
-    for name, row in found.items():
+    for name, row in zip(display_names(list(found)), found.values(), strict=True):
         cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
         if "teacher_pseudo_perplexity" in row:
             cells[-1] += f" ({row['teacher_pseudo_perplexity']:.4f})"
-        table.add_row(Path(name).name, *cells)
+        table.add_row(escape(name), *cells)
     return table
 
 
@@ -145,9 +154,9 @@ def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("model", "parameters, M", "vocabulary", "MB", "tokens", "s", "faster"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
+    for name, row in zip(display_names([row["model"] for row in rows]), rows, strict=True):
         table.add_row(
-            Path(row["model"]).name,
+            escape(name),
             f"{row['parameters'] / 1e6:.2f}",
             f"{row['vocab']:,}",
             f"{row['mb']:.1f}",
@@ -156,6 +165,39 @@ def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
             f"{rows[0]['seconds'] / row['seconds']:.1f}x",
         )
     return table
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def task_tables(found: dict[str, Any]) -> list[Table]:
+    """A table for every task, a row for every model, of what :func:`vocabdistil.evaluate` found."""
+    tables = []
+    for task in found["tasks"]:
+        (columns, loyalty), size = _TASKS[task["kind"]], task["size"]
+        if task["kind"] == "pairs":
+            about = f"{size['pairs']:,} pairs"
+        else:
+            about = f"{size['classes']} classes, probes of {size['train']:,} texts tested on {size['test']:,}"
+        table = Table(title=escape(f"{task['name']} ({about}; threads: {found['threads']})"), title_justify="left")
+        # The figures' heads give way first: a name must be told from the others.
+        longest = max(len(model["name"]) for model in found["models"])
+        table.add_column("model", overflow="fold", min_width=min(longest, _LONGEST_NAME))
+        heads = [*columns.values(), "of the\nfirst", *(f"loyalty:\n{title}" for title in loyalty.values()), "CPU s"]
+        for head in ("parameters,\nM", *heads):
+            table.add_column(head, justify="right")
+        for model, row in zip(found["models"], task["results"], strict=True):
+            table.add_row(
+                escape(model["name"]),
+                f"{model['parameters'] / 1e6:.2f}",
+                *(_figure(row[key]) for key in columns),
+                _figure(row["relative"], ".1%"),
+                *(_figure((row["loyalty"] or {}).get(key)) for key in loyalty),
+                f"{row['seconds']:.2f}",
+            )
+        tables.append(table)
+    return tables
 
 
 def start_line(tokens: dict[str, dict[str, float]]) -> str:

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from tokenizers.normalizers import Lowercase
+from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from ..alignment.families import encode
 from ..core.errors import VocabdistilError, need
 
 __all__ = [
     "POOLINGS",
     "SentenceModule",
     "SentenceSettings",
+    "expected_prompt",
+    "finish",
+    "lowered",
     "pool",
+    "projected",
+    "prompt_length",
     "read_sentence_settings",
     "write_sentence_settings",
 ]
@@ -110,7 +119,7 @@ def _find(source: str, *path: str) -> Path | None:
     return None if cached is None else Path(cached)
 
 
-def _read_json(source: str, *path: str) -> Any:
+def _read_json(argument: str, source: str, *path: str) -> Any:
     """None if there is no such file."""
     found = _find(source, *path)
     if found is None:
@@ -118,29 +127,29 @@ def _read_json(source: str, *path: str) -> Any:
     try:
         return json.loads(found.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise VocabdistilError(f"--teacher: cannot read {found}: {error}") from None
+        raise VocabdistilError(f"{argument}: cannot read {found}: {error}") from None
 
 
-def _read_module(source: str, name: str, path: str) -> SentenceModule:
+def _read_module(argument: str, source: str, name: str, path: str) -> SentenceModule:
     weights: dict[str, Tensor] = {}
     if (file := _find(source, path, "model.safetensors")) is not None:
         weights = load_file(file)
     elif (file := _find(source, path, "pytorch_model.bin")) is not None:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    return SentenceModule(name, _read_json(source, path, "config.json") or {}, weights)
+    return SentenceModule(name, _read_json(argument, source, path, "config.json") or {}, weights)
 
 
-def _read_pooling(config: dict[str, Any]) -> tuple[str, ...]:
+def _read_pooling(argument: str, config: dict[str, Any]) -> tuple[str, ...]:
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in POOLINGS.items() if config.get(key)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     unknown = [mode for mode in modes if mode not in POOLINGS]
-    need(not unknown, "teacher", f"a pooling of {', '.join(POOLINGS)}", unknown)
+    need(not unknown, argument.removeprefix("--"), f"a pooling of {', '.join(POOLINGS)}", unknown)
     return modes
 
 
-def read_sentence_settings(source: str | os.PathLike[str]) -> SentenceSettings | None:
+def read_sentence_settings(source: str | os.PathLike[str], argument: str = "--teacher") -> SentenceSettings | None:
     """Reads how a sentence-transformers model makes vectors of texts; None for a plain model of ``transformers``.
 
     Versions 2 to 6 of sentence-transformers are read: the transformer at the root or in a folder of its own, the
@@ -149,25 +158,26 @@ def read_sentence_settings(source: str | os.PathLike[str]) -> SentenceSettings |
 
     Args:
         source: a folder, or a model's name on the Hugging Face Hub.
+        argument: what an error names.
 
     Raises:
         VocabdistilError: a settings file that is no JSON, or modules other than a transformer, a pooling and
             ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
     """
-    source = os.fspath(source)
-    listed = _read_json(source, "modules.json")
-    model = _read_json(source, "config_sentence_transformers.json") or {}
+    source, option = os.fspath(source), argument.removeprefix("--")
+    listed = _read_json(argument, source, "modules.json")
+    model = _read_json(argument, source, "config_sentence_transformers.json") or {}
     if listed is None or model.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         return None
     names = [entry["type"].rpartition(".")[2] for entry in listed]
     understood = names[:2] == ["Transformer", "Pooling"] and set(names[2:]) <= {*_LATER}
     expected = f"sentence-transformers modules Transformer, Pooling and any of {', '.join(_LATER)}"
-    need(understood, "teacher", expected, ", ".join(names))
+    need(understood, option, expected, ", ".join(names))
     (inside, where), later = (entry["path"] for entry in listed[:2]), listed[2:]
-    pooling = _read_json(source, where, "config.json") or {}
+    pooling = _read_json(argument, source, where, "config.json") or {}
     width = pooling.get("embedding_dimension", pooling.get("word_embedding_dimension"))
-    need(isinstance(width, int), "teacher", "the width of the vectors in its pooling's config.json", width)
-    found = (_read_json(source, inside, name) for name in _TRANSFORMER_SETTINGS)
+    need(isinstance(width, int), option, "the width of the vectors in its pooling's config.json", width)
+    found = (_read_json(argument, source, inside, name) for name in _TRANSFORMER_SETTINGS)
     transformer = next((settings for settings in found if settings is not None), {})
     folder = source
     if inside:
@@ -175,11 +185,11 @@ def read_sentence_settings(source: str | os.PathLike[str]) -> SentenceSettings |
         folder = os.path.join(local, inside)
     return SentenceSettings(
         transformer_folder=folder,
-        pooling=_read_pooling(pooling),
+        pooling=_read_pooling(argument, pooling),
         include_prompt=pooling.get("include_prompt", True),
         width=width,
         modules=tuple(
-            _read_module(source, name, entry["path"]) for name, entry in zip(names[2:], later, strict=True)
+            _read_module(argument, source, name, entry["path"]) for name, entry in zip(names[2:], later, strict=True)
         ),
         prompts=model.get("prompts") or {},
         default_prompt_name=model.get("default_prompt_name"),
@@ -187,6 +197,31 @@ def read_sentence_settings(source: str | os.PathLike[str]) -> SentenceSettings |
         max_seq_length=transformer.get("max_seq_length"),
         do_lower_case=transformer.get("do_lower_case", False),
     )
+
+
+def expected_prompt(asked: str | None, settings: SentenceSettings | None) -> str:
+    """What stands before every text: what was asked for, or what the folder says."""
+    if asked is not None:
+        return asked
+    return settings.prompt if settings is not None else ""
+
+
+def lowered(texts: Iterable[str], settings: SentenceSettings | None) -> list[str]:
+    """Texts as the model's tokenizer gets them: lower-cased where the folder says so."""
+    if settings is None or not settings.do_lower_case:
+        return list(texts)
+    return [Lowercase().normalize_str(text) for text in texts]
+
+
+def prompt_length(tokenizer: Any, prompt: str, settings: SentenceSettings | None = None) -> int:
+    """How many first tokens of a text are the prompt: those of the prompt alone, without the special token at its end.
+
+    A tokenizer that joins the prompt's last character to the text counts one too many, as sentence-transformers does.
+    """
+    if not prompt:
+        return 0
+    (row,) = encode(tokenizer, lowered([prompt], settings), "tokenizer")
+    return len(row) - (row[-1] in tokenizer.all_special_ids)
 
 
 def _projection_module(projection: Tensor, bias: Tensor | None, modes: int) -> SentenceModule:
@@ -202,6 +237,12 @@ def _projection_module(projection: Tensor, bias: Tensor | None, modes: int) -> S
         "activation_function": "torch.nn.modules.linear.Identity",
     }
     return SentenceModule("Dense", config, weights)
+
+
+def projected(settings: SentenceSettings, projection: Tensor, bias: Tensor | None = None) -> SentenceSettings:
+    """The settings of a student whose hidden states a projection ``[D_t, D_s]`` maps to its teacher's."""
+    module = _projection_module(projection, bias, len(settings.pooling))
+    return replace(settings, width=projection.shape[1], modules=(module, *settings.modules))
 
 
 def _write_json(folder: Path, name: str, value: Any) -> None:
@@ -238,7 +279,7 @@ def write_sentence_settings(
     if projection is not None:
         if projection.shape != (settings.width, width):
             raise ValueError(f"projection: expected {(settings.width, width)}, got {tuple(projection.shape)}")
-        modules = (_projection_module(projection, bias, len(settings.pooling)), *modules)
+        modules = projected(settings, projection, bias).modules
     elif width != settings.width and any(module.weights for module in modules):
         raise ValueError(f"projection: expected one from the student's {width} to the {settings.width} of its teacher")
 
@@ -263,7 +304,7 @@ def write_sentence_settings(
     transformer: dict[str, Any] = {"do_lower_case": settings.do_lower_case}
     if settings.max_seq_length is not None:
         # The student may have room for less.
-        tokenizer = _read_json(str(folder), "tokenizer_config.json") or {}
+        tokenizer = _read_json("--out", str(folder), "tokenizer_config.json") or {}
         limit = tokenizer.get("model_max_length", settings.max_seq_length)
         transformer["max_seq_length"] = int(min(settings.max_seq_length, limit))
     _write_json(folder, "sentence_bert_config.json", transformer)
@@ -307,3 +348,50 @@ def pool(hidden: Tensor, mask: Tensor, settings: SentenceSettings | None = None,
         used = used & (position > prompt_length)
     modes = ("mean",) if settings is None else settings.pooling
     return torch.cat([_pool_one(hidden, used, position, mode) for mode in modes], dim=-1)
+
+
+def _activation(config: dict[str, Any]) -> nn.Module:
+    """Of a Dense module; one that torch does not have would be code that came with the model."""
+    name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    made = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ValueError(f"its Dense module has the activation {name}, which is none of torch.nn")
+    return made()
+
+
+def _dense(vectors: Tensor, module: SentenceModule) -> Tensor:
+    config, weights = module.config, module.weights
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise ValueError(f"its Dense module has {key} {config[key]!r}")
+    out = _activation(config)(F.linear(vectors, weights["linear.weight"], weights.get("linear.bias")))
+    if config.get("use_residual"):
+        residual = weights.get("residual.weight")
+        out = out + (vectors if residual is None else F.linear(vectors, residual))
+    return out
+
+
+def finish(vectors: Tensor, settings: SentenceSettings | None) -> Tensor:
+    """What a sentence-transformers model makes of pooled vectors: its modules after the pooling.
+
+    Args:
+        vectors: ``[B, D]`` on the CPU, as :func:`pool` gives them.
+        settings: of the folder; with None nothing is done.
+
+    Returns:
+        ``[B, E]``.
+
+    Raises:
+        ValueError: a Dense module that reads or writes something else than the vector, or whose activation is none of
+            ``torch.nn``.
+        KeyError, RuntimeError: modules without their weights, or of other widths.
+    """
+    for module in settings.modules if settings is not None else ():
+        if module.name == "Dense":
+            vectors = _dense(vectors, module)
+        elif module.name == "Normalize":
+            vectors = F.normalize(vectors, dim=-1)
+        elif module.name == "LayerNorm":
+            weights = module.weights
+            vectors = F.layer_norm(vectors, vectors.shape[-1:], weights["norm.weight"], weights["norm.bias"])
+    return vectors

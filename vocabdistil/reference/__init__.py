@@ -7,7 +7,7 @@ Every loss takes float32, float64, bfloat16 or float16; half types are computed 
 from __future__ import annotations
 
 from vocabdistil.alignment.masking import MaskedTokens, mask_tokens, masking_probabilities
-from vocabdistil.reference.attention import attention_mse
+from vocabdistil.reference.attention_loss import attention_loss, attention_mse
 from vocabdistil.reference.contrastive import contrastive
 from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
 from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
@@ -15,7 +15,10 @@ from vocabdistil.reference.linear_matched_kl import linear_matched_kl
 from vocabdistil.reference.matched_kl import matched_kl
 from vocabdistil.reference.mlm import mlm_loss
 from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
+from vocabdistil.reference.pooled_loss import pooled_loss
+from vocabdistil.reference.relation_loss import relation_loss
 from vocabdistil.reference.remapped_kl import remapped_kl
+from vocabdistil.reference.similarity_loss import similarity_loss
 from vocabdistil.reference.span_loss import span_kl, span_loss
 from vocabdistil.reference.span_mean import span_mean
 
@@ -23,6 +26,7 @@ __all__ = [
     "DistilBertLoss",
     "LayerAssignment",
     "MaskedTokens",
+    "attention_loss",
     "attention_mse",
     "average_losses",
     "contrastive",
@@ -35,7 +39,10 @@ __all__ = [
     "masking_probabilities",
     "matched_kl",
     "mlm_loss",
+    "pooled_loss",
+    "relation_loss",
     "remapped_kl",
+    "similarity_loss",
     "span_kl",
     "span_loss",
     "span_mean",

@@ -1,0 +1,108 @@
+"""What is trained: the student, with a projection to each teacher's width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.teachers import Reading, Teacher, head_input, read_body
+from ..reference.layers import LayerAssignment
+from ..reference.mlm import mlm_loss
+
+__all__ = ["DistillModel"]
+
+
+class DistillModel(nn.Module):
+    """The student, and a projection to the teacher's width for every teacher and layer assignment.
+
+    Args:
+        student: the model that will be saved, of any architecture, with or without an MLM head.
+        teacher_widths: hidden widths of the teachers.
+        assignments: for each teacher, which of its layers teach which of the student's.
+        seed: of the projections, orthonormal until :func:`vocabdistil.distillation.calibration.calibrate` fits them.
+        train_projections: else they stay as fitted.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher_widths: Sequence[int],
+        assignments: Sequence[Sequence[LayerAssignment]],
+        seed: int = 0,
+        train_projections: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.assignments = [list(group) for group in assignments]
+        self.projections = nn.ModuleDict()
+        width = student.config.hidden_size
+        generator = torch.Generator().manual_seed(seed)
+        for t, (teacher_width, group) in enumerate(zip(teacher_widths, self.assignments, strict=True)):
+            if teacher_width == width:
+                continue
+            for i in range(len(group)):
+                linear = nn.Linear(width, teacher_width, bias=False)
+                nn.init.orthogonal_(linear.weight, generator=generator)
+                self.projections[f"{t}_{i}"] = linear.requires_grad_(train_projections)
+
+    def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
+        """``[D_t, D_s]``, or None where the widths are equal."""
+        key = f"{teacher}_{assignment % len(self.assignments[teacher])}"
+        return self.projections[key].weight if key in self.projections else None
+
+    @property
+    def num_layers(self) -> int:
+        return self.student.config.num_hidden_layers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an MLM head to train."""
+        return self.student.base_model is not self.student
+
+    @property
+    def all_layers(self) -> bool:
+        return any(a.student != (self.num_layers,) for group in self.assignments for a in group)
+
+    @property
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V_s, E]`` and bias ``[V_s]`` or None."""
+        layer = self.student.get_output_embeddings()
+        return layer.weight, getattr(layer, "bias", None)
+
+    def before_output(self, hidden: Tensor) -> Tensor:
+        """``[..., D_s]`` last hidden states -> ``[..., E]``, what the output layer reads."""
+        return head_input(self.student, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""
+        return F.linear(self.before_output(hidden), *self.output_layer)
+
+    def as_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+        """The student as whatever looks at finished models sees it."""
+        return Teacher("student", self.student.base_model, tokenizer, self.student if self.has_head else None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        projections: Sequence[int] = (),
+        attentions: bool = False,
+    ) -> tuple[Reading, Tensor | None]:
+        """One pass of the student.
+
+        Args:
+            labels: -100 where there is no target; None: nothing is to be guessed.
+            projections, attentions: see :func:`vocabdistil.models.teachers.read_body`.
+
+        Returns:
+            What was read, and the loss on the labels or None.
+        """
+        reading = read_body(
+            self.student.base_model, input_ids, attention_mask, self.all_layers, projections, attentions
+        )
+        return reading, None if labels is None else mlm_loss(reading.last, labels, self.logits)

@@ -1,0 +1,133 @@
+"""Recipes: what a student learns, and how, each under a name.
+
+A recipe gives every option of :class:`vocabdistil.DistillConfig` that its user leaves open. ``embedding`` and ``masked``
+are ours; the others compute what their sources say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from ..core.errors import VocabdistilError
+
+__all__ = ["RECIPES", "LossWeights", "Recipe"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each loss counts; 0 leaves it out. Numbers are those of the project's SPEC, section 4.
+
+    Attributes:
+        kl: span KL (1), times T^2, a mean over span pairs.
+        cosine: 1 - cos of the span means (7).
+        mse: squared difference of the span means, summed over features (1).
+        pooled: 1 - cos of the pooled vectors of texts (8).
+        similarity: squared difference of the cosines of all pairs of texts of a batch (8).
+        relations: KL between relations of queries, keys and values over aligned spans (8).
+        attention: squared difference of the attention maps averaged over spans (the model card of distilrubert-small).
+        logits: KL of the output distributions over the matched vocabulary at hidden words (3).
+        mlm: cross-entropy at the hidden words (6).
+    """
+
+    kl: float = 0.0
+    cosine: float = 0.0
+    mse: float = 0.0
+    pooled: float = 0.0
+    similarity: float = 0.0
+    relations: float = 0.0
+    attention: float = 0.0
+    logits: float = 0.0
+    mlm: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, base: LossWeights | None = None) -> LossWeights:
+        """From ``"kl=2,mlm=0.5"``; what is not named stays as in ``base``, by default 0."""
+        found = {}
+        names = [f.name for f in fields(cls)]
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = part.partition("=")
+            if name not in names:
+                raise VocabdistilError(f"--weights: unknown loss {name!r}; expected {', '.join(names)}")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                raise VocabdistilError(f"--weights: {name}: expected a number, got {value!r}") from None
+        return replace(base or cls(), **found)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether only an MLM head can learn all of it."""
+        return self.logits > 0 or self.mlm > 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned, from which rows, at which pace.
+
+    Attributes:
+        source: where it comes from.
+        weights: of the losses.
+        reduce: the student also reads the teacher's ids through the remap table, and equal tokens are paired
+            (``match``); else it reads its own tokenization alone, paired by the text (``boundary``).
+        layer_map: which teacher layers teach which student layers; ``"kept"``: each that was copied its own origin.
+        temperature: of the span KL and the output distributions.
+        lr_copied, lr_fresh: peak learning rate of a body with copied layers, which must not be shaken out of what they
+            know, and of a fresh one.
+        schedule, warmup: how the rate falls, and in which share of the steps it rises.
+        batch_size: texts per step.
+        vocabulary: where the student's comes from.
+        preset: the student's body, if not the teacher's own kind.
+    """
+
+    source: str
+    weights: LossWeights
+    reduce: bool = False
+    layer_map: str = "last"
+    temperature: float = 2.0
+    lr_copied: float = 1e-4
+    lr_fresh: float = 5e-4
+    schedule: str = "linear"
+    warmup: float = 0.05
+    batch_size: int = 32
+    vocabulary: str = "train"
+    preset: str | None = None
+
+
+# arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
+# distributions differ in these alone; these count as much as MLM, at the same masked tokens. More helps where the
+# vocabularies share most words; where most words of the student's are split, MLM suffers from it.
+_PAPER = LossWeights(kl=2.0, logits=0.5, mlm=0.5)
+
+RECIPES: dict[str, Recipe] = {
+    "embedding": Recipe(
+        "teachers without an MLM head: measured in benchmarks/students",
+        LossWeights(kl=1.0, pooled=1.0, similarity=10.0),
+        vocabulary="trim",
+    ),
+    "masked": Recipe(
+        "teachers with an MLM head",
+        LossWeights(kl=2.0, logits=0.5, mlm=0.5),
+        vocabulary="trim",
+    ),
+    "paper": Recipe("arXiv 2205.02340", _PAPER, reduce=True),
+    "tiny-5k": Recipe(
+        "the model card of distilrubert-tiny-cased-conversational-5k",
+        LossWeights(kl=2.0, mlm=0.5),
+        reduce=True,
+        preset="tiny-5k",
+    ),
+    # T = 2 and the weights 5 : 2 : 1 are those of the authors' BERT recipe.
+    "distilbert": Recipe("arXiv 1910.01108", LossWeights(logits=5.0, mlm=2.0, cosine=1.0)),
+    "base": Recipe(
+        "the model card of distilrubert-base-cased-conversational",
+        LossWeights(logits=2.0, mlm=0.5, cosine=1.0),
+        layer_map="average",
+        preset="base",
+    ),
+    "small": Recipe(
+        "the model card of distilrubert-small-cased-conversational",
+        LossWeights(logits=2.0, mlm=0.5, cosine=1.0, attention=1.0),
+        layer_map="average",
+        preset="small",
+    ),
+}

@@ -1,0 +1,49 @@
+"""similarity_loss: implementation, autograd, public function. Formula: ``reference/similarity_loss.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..core import native
+from ..reference.contrastive import normalise
+from ..reference.similarity_loss import check_similarity
+
+
+class _Similarity(torch.autograd.Function):
+    """One matrix of differences gives the loss and, as it is symmetric, the gradient; only the latter is kept."""
+
+    @staticmethod
+    def forward(ctx, student, teacher):
+        each = 1 / max(len(student) ** 2, 1)
+        with torch.autocast(student.device.type, enabled=False):
+            difference = (student @ student.t()).addmm_(teacher, teacher.t(), alpha=-1)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward((difference @ student).mul_(4 * each))
+        return torch.linalg.vector_norm(difference, dim=1).square().sum() * each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return slope * grad, None
+
+
+def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosines among the vectors of a batch; formula and sources in
+    :func:`vocabdistil.reference.similarity_loss`.
+
+    Args:
+        student: ``[B, D_s]``; float32, float64, bfloat16 or float16.
+        teacher: ``[B, D_t]``, the same. It gets no gradient.
+
+    Returns:
+        The loss, ``[]``, float32 (float64 for float64). Half types are computed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or device, named in the text.
+    """
+    check_similarity(student, teacher)
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
+    return _Similarity.apply(normalise(student.to(dtype)), normalise(teacher.detach().to(dtype)))

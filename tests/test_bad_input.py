@@ -371,6 +371,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("coverage", {"html": "@folder"}, "--html: expected a file to write, in a folder, got .*empty"),
     ("coverage", {"html": ""}, "--html: expected a file to write, got nothing"),
     ("coverage", {"show": "a\udc80"}, "--show: expected .*got"),
+    *(
+        ("coverage", {"worst": value}, f"--worst: .*{value or 'invalid'}")
+        for value in ("0", "-1", "1.5", "x", "", "99999999999999999999")
+    ),
+    ("coverage", {"text": None, "show": "a", "worst": "3"}, "--worst: expected --text, to find them in, got none"),
     # Evaluate
     ("evaluate", {"model": None}, "arguments are required: --model"),
     ("evaluate", {"pairs": None, "labels": None}, "--pairs: expected a file here or with --labels, got neither"),

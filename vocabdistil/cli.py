@@ -9,13 +9,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alignment.picture import AlignmentPicture
+    from .alignment.worst import AlignedText
 
 __all__ = ["build_parser", "main"]
 
 _INTERRUPTED = 130
+# Texts that a page of pictures shows, if nobody says.
+_FIRST = 20
 # Written out, as their module takes a second to import; a test compares it with vocabdistil.models.students.PRESETS.
 _PRESETS = (
     "a DistilBERT instead of the teacher's own kind of body: base (6 layers x 768), small (2 x 768), tiny (3 x 264) "
@@ -197,6 +203,8 @@ def _add_coverage(p: argparse.ArgumentParser) -> None:
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     p.add_argument("--method", action="append", metavar="NAME", help="boundary, word, match, reduce (default: all)")
     p.add_argument("--show", action="append", metavar="TEXT", help="draw how this text is aligned; repeat for several")
+    worst = "draw the N texts that align worst, with the smallest share in 1:1 pairs, beside the first ones or --show's"
+    p.add_argument("--worst", type=int, metavar="N", help=worst)
     p.add_argument("--html", metavar="FILE", help="write these pictures (default: of the first 20 texts) as HTML")
     p.add_argument("--json", action="store_true", help="print JSON")
 
@@ -206,7 +214,10 @@ def _coverage(args: argparse.Namespace) -> None:
 
     from .alignment.coverage import coverage
     from .alignment.methods import METHODS
-    from .alignment.picture import html_page, show_alignment
+    from .alignment.picture import Pictures, show_alignment
+    from .alignment.remap import RemapTable
+    from .alignment.vocab import MatchedVocab
+    from .alignment.worst import worst_aligned
     from .core.console import Reporter
     from .core.errors import VocabdistilError, need, need_place, need_whole, utf8
     from .core.files import whole_file
@@ -224,12 +235,15 @@ def _coverage(args: argparse.Namespace) -> None:
     need(bool(args.text or args.student), "student", "a tokenizer, or --text to train one on", "neither")
     if args.vocab_size is not None:
         need_whole(args.vocab_size, "vocab_size")
+    if args.worst is not None:
+        need_whole(args.worst, "worst")
+        need(bool(args.text), "worst", "--text, to find them in", "none")
     for text in args.show or ():
         need(utf8(text), "show", "text that UTF-8 can hold", ascii(text))
     if args.html is not None:
         need_place(args.html, "html", "a file to write")
-        page = Path(args.html)
-        need(page.parent.is_dir() and not page.is_dir(), "html", "a file to write, in a folder", args.html)
+        place = Path(args.html)
+        need(place.parent.is_dir() and not place.is_dir(), "html", "a file to write, in a folder", args.html)
     sentence = read_sentence_settings(args.teacher)
     prompt = expected_prompt(args.prompt, sentence)
     texts = Prefixed(TextFiles(args.text, args.unit), prompt) if args.text else None
@@ -243,25 +257,48 @@ def _coverage(args: argparse.Namespace) -> None:
     say, name = Reporter(), args.student or f"a new vocabulary of {len(made)}"
     if not args.json:
         say.print(*made.notes)
-    if texts is not None or args.json:
-        found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False)
-        if args.json:
-            print(json.dumps(found.as_dict(), indent=2))
-        else:
-            say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
-    shown = args.show or (list(islice(texts, 20)) if args.html else [])
     # One picture of each text is enough, unless several were asked for.
     drawn = methods if args.method else methods[:1]
-    pictures = [show_alignment(text, teacher, student, method) for text in shown for method in drawn]
-    if args.show and not args.json:
-        for picture in pictures:
-            say.print(picture)
+    counted = texts is not None or args.json
+    ready = {
+        "table": RemapTable.from_tokenizers(teacher, student) if "reduce" in (methods if counted else drawn) else None,
+        "matched": MatchedVocab.from_tokenizers(teacher, student),
+    }
+    worst: dict[str, list[AlignedText]] = {}
+    if args.worst:
+        worst = {m: worst_aligned(texts, teacher, student, args.worst, m, quiet=False, **ready) for m in drawn}
+    if counted:
+        found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False, **ready)
+        if args.json:
+            listed = {method: [asdict(text) for text in chosen] for method, chosen in worst.items()}
+            print(json.dumps(found.as_dict() | ({"worst": listed} if listed else {}), indent=2))
+        else:
+            say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
+
+    def pictures(shown: Sequence[str], by: Sequence[str]) -> list[AlignmentPicture]:
+        return [show_alignment(text, teacher, student, method, **ready) for text in shown for method in by]
+
+    sections = {}
+    if args.show:
+        sections["Texts asked for" if worst else ""] = pictures(args.show, drawn)
+    elif args.html or worst:
+        first = list(islice(texts, _FIRST if args.html else args.worst))
+        sections[f"First texts ({len(first)})" if worst else ""] = pictures(first, drawn)
+    for method, chosen in worst.items():
+        shares = f"{chosen[0].one_to_one:.0%} to {chosen[-1].one_to_one:.0%} of their bytes in 1:1 pairs"
+        heading = f"Texts that align worst by {method} ({len(chosen)}): {shares}"
+        sections[heading] = pictures([text.text for text in chosen], [method])
+    page = Pictures(sections)
+    if not args.json and (args.show or worst and not args.html):
+        say.print(page)
     if args.html:
         try:
             with whole_file(args.html) as file:
-                file.write(html_page(pictures).encode())
+                file.write(page.html().encode())
         except OSError as error:
             raise VocabdistilError(f"--html: cannot write {args.html}: {error.strerror}") from None
+        wrote = f"Wrote {args.html} ({len(page)} picture{'s' * (len(page) != 1)})"
+        print(wrote, file=sys.stderr if args.json else sys.stdout)
 
 
 def _add_loyalty(p: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 
@@ -86,8 +87,7 @@ def test_long_texts_are_counted_in_pieces(monkeypatch) -> None:
     teacher, student = family("byte-level"), family("wordpiece")
     whole = vd.coverage(TEXTS, teacher, student)
     module = sys.modules["vocabdistil.alignment.coverage"]
-    monkeypatch.setattr(module, "_CHUNK_TEXTS", 7)
-    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 90)
+    monkeypatch.setattr(module, "TEXTS_AT_ONCE", (7, 90))
     pieces = vd.coverage(TEXTS, teacher, student)
 
     def plain(report: vd.CoverageReport) -> dict:
@@ -231,6 +231,7 @@ def test_command_draws(folders, text_file, tmp_path, capsys) -> None:
     page = tmp_path / "page.html"
     assert main([*both, "--show", "Olga [walks] <b>home</b>.", "--html", str(page)]) == 0
     out = capsys.readouterr().out
+    assert out.endswith(f"Wrote {page} (1 picture)\n") and out.count("2:1 above a pair") == 1
     assert "teacher │([CLS])│" in out and "boundary: " in out and "span pairs" not in out
     written = page.read_text(encoding="utf-8")
     assert "&lt;" in written and "<b>" not in written
@@ -238,6 +239,7 @@ def test_command_draws(folders, text_file, tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["texts"] == 2
     assert main([*both, "--text", str(text_file), "--html", str(page), "--method", "reduce", "--method", "word"]) == 0
     assert page.read_text(encoding="utf-8").count("<figure") == 40
+    assert capsys.readouterr().out.endswith(f"Wrote {page} (40 pictures)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     for options, message in (
         ([], "--text: expected a file, or --show with a text, got neither"),
@@ -251,3 +253,26 @@ def test_command_draws(folders, text_file, tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
     assert main([*both[:3], "--show", "a"]) == 2
     assert "--student: expected a tokenizer, or --text to train one on" in capsys.readouterr().err
+
+
+def test_command_draws_the_worst_texts_beside_the_first(folders, text_file, tmp_path, capsys) -> None:
+    command = ["coverage", "--teacher", folders[0], "--student", folders[1], "--text", str(text_file), "--worst", "3"]
+    page = tmp_path / "page.html"
+    assert main([*command, "--method", "word", "--json", "--html", str(page)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"Wrote {page} (23 pictures)\n")
+    worst = json.loads(captured.out)["worst"]["word"]
+    assert len(worst) == 3 and worst[0]["one_to_one"] <= worst[2]["one_to_one"] < 1
+    headings = ["<h2>First texts (20)</h2>", "<h2>Texts that align worst by word (3): "]
+    before, first, last = re.split("|".join(map(re.escape, headings)), page.read_text(encoding="utf-8"))
+    assert (before.count("<figure"), first.count("<figure"), last.count("<figure")) == (0, 20, 3)
+    assert main([*command, "--method", "word"]) == 0
+    out = capsys.readouterr().out
+    first, last = out.split("First texts (3)")[1].split("Texts that align worst by word (3)")
+    assert first.count("word: ") == last.count("word: ") == 3 and "Wrote" not in out
+    words = worst[0]["text"].split()
+    assert all(word[:3] in last for word in words if word.isalpha())
+    assert main([*command, "--show", "Olga", "--method", "word", "--method", "match"]) == 0
+    out = capsys.readouterr().out
+    assert "Texts asked for" in out and "First texts" not in out
+    assert "align worst by word (3)" in out and "align worst by match (3)" in out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,10 @@ from rich.console import Console
 import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
 from tests.alignment.test_collator import METHODS, PAIRS
-from vocabdistil.alignment.picture import html_page, visible
+from vocabdistil.alignment.drawing import visible
+from vocabdistil.alignment.picture import Pictures
+from vocabdistil.alignment.worst import worst_aligned
+from vocabdistil.core.errors import VocabdistilError
 
 TEXTS = [*SCRIPTS, "", " ", "e\u0301x <b>&amp;\"'", "a\u200bb\u202ec\x00", "[SEP] <s> ##a ▁b"]
 
@@ -27,7 +32,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.figures: list[list[dict[str, list[str]]]] = []
         self.directions: list[str] = []
-        self.places: list[str] = []
+        self.legends: list[str] = []
         self.feed(page)
         self.close()
         assert not self.open
@@ -40,7 +45,9 @@ class Page(HTMLParser):
         assert tag != "script" and tag != "link"
         self.open.append(tag)
         name = (values.get("class") or "").split(" ")[0]
-        if tag == "ol":
+        if tag == "dl":
+            self.legends.append("")
+        elif tag == "ol":
             self.figures.append([])
             self.directions.append(values["dir"])
         elif tag == "li":
@@ -54,17 +61,16 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "ol" not in self.open or self.figures[-1][-1]["kind"] == ["vd-key"]:
+        if "dl" in self.open:
+            self.legends[-1] += data
+        if "ol" not in self.open:
             return
+        assert ("bdi" in self.open) == (self.place != "vd-n" and data != "∅")
         found = self.figures[-1][-1][self.place]
         if self.place in ("vd-n", "vd-x"):
             found.append(data)
         elif found:
             found[-1] += data
-
-
-def drawn(picture: vd.AlignmentPicture):
-    return [group for group in picture.groups if group.teacher or group.student or group.text.strip()]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,7 +95,7 @@ def test_pictures_hold_the_text_the_tokens_and_the_pairs(teacher: str, student: 
         assert [g.pair for g in picture.groups if g.pair is not None] == list(range(1, len(sizes) + 1))
         assert picture.coverage == batch.coverage
         (figure,) = Page(picture.html()).figures
-        for item, group in zip(figure[1:], drawn(picture), strict=True):
+        for item, group in zip(figure, picture.drawn, strict=True):
             assert item["vd-t"] == [str(piece) for piece in group.teacher]
             assert item["vd-s"] == [str(piece) for piece in group.student]
             assert "".join(item["vd-x"]) == group.shown
@@ -107,7 +113,8 @@ def test_pictures_hold_the_text_the_tokens_and_the_pairs(teacher: str, student: 
 def test_any_text(text: str, teacher: str, student: str, method: str, width: int) -> None:
     picture = vd.show_alignment(text, family(teacher), family(student), method)
     assert b"".join(group.text for group in picture.groups) == text.encode()
-    page = Page(html_page([picture, picture]))
+    page = Page(Pictures({"": [picture], "again": [picture]}).html())
+    assert len(page.legends) == 1
     assert len(page.figures) == 2 and page.figures[0] == page.figures[1]
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(picture)
@@ -117,7 +124,7 @@ def test_any_text(text: str, teacher: str, student: str, method: str, width: int
     rows = [line.split("│") for line in (lines if width > 20 else str(picture).splitlines()) if line[:7] == "teacher"]
     shown = "".join(cell.strip().replace("\u2068", "").replace("\u2069", "") for row in rows for cell in row[1:])
     want = "".join(
-        str(piece) if group.pair is not None else f"({piece})" for group in drawn(picture) for piece in group.teacher
+        str(piece) if group.pair is not None else f"({piece})" for group in picture.drawn for piece in group.teacher
     )
     assert shown.replace(" ", "") == want.replace(" ", "").replace("\xa0", "")
 
@@ -149,13 +156,98 @@ def test_tokens_as_their_families_spell_them() -> None:
     assert pieces("walking", "unigram")[1].startswith("▁")
 
 
-def test_direction_and_text_of_right_to_left() -> None:
-    arabic, latin = SCRIPTS[3], "abc"
-    pictures = [vd.show_alignment(text, family("byte-level"), family("wordpiece")) for text in (arabic, latin, "42")]
-    assert Page(html_page(pictures)).directions == ["rtl", "ltr", "ltr"]
+def test_rows_run_from_left_to_right_in_any_script() -> None:
+    arabic = SCRIPTS[3]
+    pictures = [vd.show_alignment(text, family("byte-level"), family("wordpiece")) for text in (arabic, "abc", "42")]
+    assert Page(Pictures({"": pictures}).html()).directions == ["ltr"] * 3
     text = str(pictures[0])
     assert text.count("\u2068") == text.count("\u2069") > 3
     assert "\u2068" not in str(pictures[1])
+    # Each token by itself, or those of one cell would run the other way.
+    right = [str(piece) for group in pictures[0].groups for piece in group.student if "ا" <= piece.label[:1] <= "ي"]
+    assert len(right) > 3
+    for token in right:
+        assert f"\u2068{token}\u2069" in text
+
+
+def test_every_line_has_its_labels() -> None:
+    picture = vd.show_alignment(" ".join(SCRIPTS), family("byte-level"), family("wordpiece"))
+    lines = str(picture).split("\n\n")[0:-1]
+    assert len(lines) > 3
+    for block in lines:
+        rows = [line for line in block.splitlines() if "│" in line]
+        assert [row.partition("│")[0].strip() for row in rows] == ["pair", "text", "teacher", "student"]
+    # As HTML the browser breaks lines: every cell has a label on its left, which the cell before it hides.
+    page = picture.html()
+    for name, label in (("n", "pair"), ("x", "text"), ("t", "teacher"), ("s", "student")):
+        assert f'.vd-{name}::before{{content:"{label}"}}' in page
+        assert page.count(f'<span class="vd-{name}"') == len(picture.drawn)
+    rule = re.search(r"\.vd-b>::before{([^}]*)}", page)[1]
+    assert "position:absolute" in rule and "right:100%" in rule and "z-index:-1" in rule
+    assert "background:var(--page)" in re.search(r"\.vd-row li{([^}]*)}", page)[1]
+    assert "isolation:isolate" in re.search(r"\.vd-row{([^}]*)}", page)[1]
+
+
+def test_ratios_stand_above_their_pairs_and_the_legend_explains_them() -> None:
+    picture = vd.show_alignment("walking home", family("byte-level"), family("wordpiece"))
+    text = str(picture)
+    pairs = next(line for line in text.splitlines() if line.startswith("pair")).split("│")[1:-1]
+    for cell, group in zip(pairs, picture.drawn, strict=True):
+        sizes = len(group.teacher), len(group.student)
+        assert cell.strip() == ("" if group.pair is None or sizes == (1, 1) else "{}:{}".format(*sizes))
+    assert any(cell.strip() for cell in pairs)
+    assert "2:1 above a pair: two tokens of the teacher" in text and "Colours" in text and "(parentheses)" in text
+    for page in (picture.html(), picture._repr_html_()):
+        (legend,) = Page(page).legends
+        assert "2:1" in legend and "Colours" in legend and "Dashed cells" in legend and "∅" in legend
+    both = str(Pictures({"One": [picture], "Two": [picture]}))
+    assert both.count("2:1 above a pair") == 1 and both.index("One") < both.index("Two")
+
+
+def test_pictures_are_saved_by_the_ending_of_their_name(tmp_path) -> None:
+    picture = vd.show_alignment("Я шёл domой", family("byte-level"), family("wordpiece"))
+    picture.save(tmp_path / "page.HTML")
+    picture.save(str(tmp_path / "page.txt"))
+    assert (tmp_path / "page.HTML").read_text(encoding="utf-8") == picture.html()
+    assert (tmp_path / "page.txt").read_text(encoding="utf-8") == str(picture)
+    (tmp_path / "folder.html").mkdir()
+    for path, kind, message in (
+        (tmp_path / "page.png", VocabdistilError, r"^path: expected a name that ends with .html or .txt, got '.*png'$"),
+        (tmp_path / "page", VocabdistilError, r"^path: expected a name that ends with .html or .txt, got '.*page'$"),
+        ("", VocabdistilError, r"^path: expected a name that ends with .html or .txt, got ''$"),
+        (tmp_path / "no" / "page.txt", VocabdistilError, "^path: cannot write .*: No such file or directory$"),
+        (tmp_path / "folder.html", VocabdistilError, "^path: cannot write .*folder.html': Is a directory$"),
+        ("a\0b.txt", VocabdistilError, "^path: cannot write "),
+        (3, TypeError, "^path: expected a file name, got int$"),
+        (b"page.txt", TypeError, "^path: expected a file name, got bytes$"),
+    ):
+        with pytest.raises(kind, match=message) as caught:
+            picture.save(path)
+        assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "page.HTML", "page.txt"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_the_worst_texts_are_those_with_the_least_in_one_to_one_pairs(teacher: str, student: str, method: str) -> None:
+    tokenizers = family(teacher), family(student)
+
+    def share(text: str) -> tuple[float, int]:
+        ink = [len(c.encode()) if c not in " \t\n\r\v\f" else 0 for c in text]
+        of_byte = [n // max(n, 1) for n, c in zip(ink, text, strict=True) for _ in c.encode()]
+        inside = [0] * len(of_byte)
+        for group in vd.show_alignment(text, *tokenizers, method).groups:
+            if group.pair is not None and len(group.teacher) == len(group.student) == 1:
+                (piece,) = group.teacher
+                inside[max(piece.start, 0) : max(piece.end, 0)] = [1] * (max(piece.end, 0) - max(piece.start, 0))
+        return sum(a * b for a, b in zip(inside, of_byte, strict=True)) / max(sum(ink), 1), -sum(ink)
+
+    want = sorted((text for text in dict.fromkeys(TEXTS) if text.strip()), key=share)
+    found = worst_aligned([*TEXTS, *TEXTS[::-1]], *tokenizers, len(want) + 5, method)
+    assert [item.text for item in found] == want
+    assert not any(a.one_to_one > b.one_to_one for a, b in pairwise(found))
+    assert [item.one_to_one for item in found] == pytest.approx([share(text)[0] for text in want])
+    assert worst_aligned(iter(TEXTS), *tokenizers, 3, method) == found[:3]
 
 
 def test_notebooks_and_names(teacher_folder) -> None:

@@ -30,10 +30,10 @@ from .spans import SpanPairs
 from .surfaces import Known, known
 from .vocab import MatchedVocab, matched_ids
 
-__all__ = ["Coverage", "CoverageReport", "coverage"]
+__all__ = ["TEXTS_AT_ONCE", "Coverage", "CoverageReport", "checked", "coverage"]
 
-# What is read at once: whichever comes first.
-_CHUNK_TEXTS, _CHUNK_CHARACTERS = 512, 1 << 20
+# Texts, and characters, that are read at once: whichever comes first.
+TEXTS_AT_ONCE = 512, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class CoverageReport:
         return values | {"methods": {name: found.as_dict() for name, found in self.methods.items()}}
 
 
-def _checked(texts: Iterable[str]) -> Iterator[str]:
+def checked(texts: Iterable[str]) -> Iterator[str]:
+    """The texts; TypeError or ValueError at the first that is none."""
     for i, text in enumerate(texts):
         check_text(text, f"texts[{i}]")
         yield text
@@ -205,7 +206,7 @@ def coverage(
         return left, right, {method: found[method] for method in methods}
 
     with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:
-        for chunk in chunks(_checked(texts), _CHUNK_TEXTS, _CHUNK_CHARACTERS):
+        for chunk in chunks(checked(texts), *TEXTS_AT_ONCE):
             left, right, found = aligned(chunk)
             for name, side, source, both in zip(("teacher", "student"), (left, right), sources, in_both, strict=True):
                 ids = side.input_ids[side.attention_mask != 0]

@@ -1,54 +1,30 @@
-"""Pictures of one text as two tokenizers read it, for the terminal and as HTML."""
+"""Pictures of texts as two tokenizers read them, for the terminal and as HTML."""
 
 from __future__ import annotations
 
-import html
 import io
-import unicodedata
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from ..core.errors import VocabdistilError
+from ..core.files import whole_file
 from ..core.names import display_names
 from .coverage import Coverage
+from .drawing import LEGEND, SIDES, fragment, lines, page, visible
 from .methods import align_texts, check_lengths, check_text, locate
 from .remap import RemapTable
 from .surfaces import BYTES, Known, known, runs
 from .vocab import MatchedVocab
 
-__all__ = ["AlignmentPicture", "Group", "Piece", "html_page", "readable", "show_alignment", "visible"]
+__all__ = ["AlignmentPicture", "Group", "Piece", "Pictures", "readable", "show_alignment"]
 
-_SIDES = ("teacher", "student")
-_NAMES = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
-_JOINERS = "\u200c\u200d"
-
-
-def visible(text: str) -> str:
-    """Text with signs for what could not be seen or would change what stands around it.
-
-    Line ends, tabs and other control characters become the signs for them, other invisible characters their code point
-    (``⟨200B⟩``); a combining mark at the beginning gets a dotted circle to stand on. Joiners inside stay.
-    """
-    shown = []
-    for i, c in enumerate(text):
-        category = unicodedata.category(c)
-        if c in _NAMES:
-            c = _NAMES[c]
-        elif ord(c) < 0x20:
-            c = chr(0x2400 + ord(c))
-        elif c in _JOINERS and 0 < i < len(text) - 1:
-            pass
-        elif category in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp") or (category == "Zs" and c != " "):
-            c = f"⟨{ord(c):04X}⟩"
-        elif category[0] == "M" and not i:
-            c = "◌" + c
-        shown.append(c)
-    return "".join(shown)
+_WIDTH = 100  # of text that no terminal shows
 
 
 def _hex(data: bytes) -> str:
@@ -144,8 +120,40 @@ class Group:
         return _readable(self.text.strip(b" ")) or "␣"
 
 
+class _Drawn:
+    """What can be printed with ``rich``, made a string of, and saved."""
+
+    def html(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to a file: a page of its own for ``.html``, plain text for ``.txt``; the file appears whole.
+
+        Raises:
+            TypeError: a path that is none.
+            VocabdistilError: another ending, or a place where nothing can be written.
+        """
+        if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+            raise TypeError(f"path: expected a file name, got {type(path).__name__}")
+        forms = {".html": self.html, ".txt": self.__str__}
+        make = forms.get(Path(path).suffix.lower())
+        if make is None:
+            raise VocabdistilError(f"path: expected a name that ends with .html or .txt, got {str(path)!r}")
+        try:
+            with whole_file(path) as file:
+                file.write(make().encode())
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+            reason = getattr(error, "strerror", None) or error
+            raise VocabdistilError(f"path: cannot write {str(path)!r}: {reason}") from None
+
+
 @dataclass(frozen=True)
-class AlignmentPicture:
+class AlignmentPicture(_Drawn):
     """One text as two tokenizers read it: prints in colours with ``rich``, shows itself in notebooks.
 
     Attributes:
@@ -164,29 +172,57 @@ class AlignmentPicture:
 
     @property
     def summary(self) -> str:
+        """The alignment in numbers, and the names of the models."""
         found = self.coverage
+        names = [f"; {side} {name}" for side, name in zip(SIDES, self.names, strict=True) if name]
         return (
             f"{self.method}: {found.pairs} pairs, {found.one_to_one:.0%} of them 1:1; in pairs "
             f"{found.teacher_covered:.0%} of {found.teacher_tokens} teacher tokens and "
-            f"{found.student_covered:.0%} of {found.student_tokens} student tokens"
+            f"{found.student_covered:.0%} of {found.student_tokens} student tokens{''.join(names)}"
         )
+
+    @property
+    def drawn(self) -> list[Group]:
+        """The groups that there is something to see of."""
+        return [group for group in self.groups if group.teacher or group.student or group.text.strip()]
 
     def html(self) -> str:
         """A page of its own, with nothing to load."""
-        return html_page([self])
+        return Pictures({"": [self]}).html()
 
     def _repr_html_(self) -> str:
-        return f"<style>{_STYLE}</style>{_figure(self)}"
+        return fragment(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield Text(self.summary, style="bold")
-        yield from _lines(self, options.max_width)
-        yield Text("│ stands between pairs; tokens in (parentheses) are in none", style="dim")
+        yield from Pictures({"": [self]}).__rich_console__(console, options)
 
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+
+@dataclass(frozen=True)
+class Pictures(_Drawn):
+    """Several pictures and one legend for all.
+
+    Attributes:
+        sections: the pictures of each section by its heading, which may be empty.
+    """
+
+    sections: Mapping[str, Sequence[AlignmentPicture]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sections.values()))
+
+    def html(self, title: str = "Aligned tokenizations") -> str:
+        """A page with nothing to load."""
+        return page(self.sections, title)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for heading, pictures in self.sections.items():
+            if heading:
+                yield Text(f"{heading}\n", style="bold underline")
+            for picture in pictures:
+                yield Text(picture.summary, style="bold")
+                yield from lines(picture, options.max_width)
+        for line in LEGEND:
+            yield Text(line, style="dim")
 
 
 def readable(tokenizer: Any, token: str) -> str:
@@ -213,7 +249,7 @@ def show_alignment(
         teacher, student, method, max_length, table, matched: as in :func:`align`.
 
     Returns:
-        Something to ``rich.print``, to end a notebook's cell with, or to write to a file: ``.html()``.
+        Something to ``rich.print``, to end a notebook's cell with, or to write to a file: ``.save("picture.html")``.
 
     Raises:
         TypeError, ValueError: as :func:`align`.
@@ -223,7 +259,7 @@ def show_alignment(
     left, right, pairs, counted = align_texts([text], teacher, student, method, max_length, table, matched, sources)
     limits = check_lengths(max_length)
     pieces = []
-    for name, side, source, limit in zip(_SIDES, (left, right), sources, limits, strict=True):
+    for name, side, source, limit in zip(SIDES, (left, right), sources, limits, strict=True):
         ids = side.input_ids[0].tolist()
         if name == "student" and method == "reduce":
             places = [(-1, -1)] * len(ids)
@@ -233,7 +269,7 @@ def show_alignment(
             places = [(a, b) if 0 <= a < b else (-1, -1) for a, b in zip(starts, ends, strict=True)]
         pieces.append([Piece.of(source, i, *place) for i, place in zip(ids, places, strict=True)])
     spans = zip(
-        *(getattr(pairs, f"{side}_{end}").tolist() for side in _SIDES for end in ("start", "end")), strict=True
+        *(getattr(pairs, f"{side}_{end}").tolist() for side in SIDES for end in ("start", "end")), strict=True
     )
     names = display_names([str(getattr(tokenizer, "name_or_path", "")) for tokenizer in (teacher, student)])
     return AlignmentPicture(
@@ -268,159 +304,3 @@ def _groups(
             part = cut(max((p.end for p in inside), default=at))
             yield Group(part, tuple(teacher[t0:t1]), tuple(student[s0:s1]), number)
         t, s = t1, s1
-
-
-_COLOURS = ("#cfe2ff", "#ffe0b8", "#d3f2d0", "#f6d5ec", "#fff3a8", "#d6f0f2")
-
-
-def _isolated(text: str) -> str:
-    """Keeps letters that are written from right to left from reordering what stands around them."""
-    return f"\u2068{text}\u2069" if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text) else text
-
-
-def _chopped(text: str, width: int) -> list[str]:
-    """The text in parts that are at most so many cells wide, one at least."""
-    parts = [""]
-    for c in text:
-        if cell_len(parts[-1] + c) > width:
-            parts.append("")
-        parts[-1] += c
-    return parts
-
-
-def _lines(picture: AlignmentPicture, width: int) -> Iterator[Text]:
-    labels = ("text", *_SIDES)
-    margin = max(map(len, labels)) + 1
-    room = max(width - margin - 1, 8)
-    cells: list[tuple[list[str], str]] = []
-    for group in picture.groups:
-        if not (group.teacher or group.student or group.text.strip()):
-            continue
-        shape = "{}" if group.pair is not None else "({})"
-        rows = [
-            group.shown,
-            *(" ".join(shape.format(piece) for piece in getattr(group, side)) for side in _SIDES),
-        ]
-        style = f"black on {_COLOURS[group.pair % len(_COLOURS)]}" if group.pair is not None else "italic"
-        # What is wider than the terminal goes on in further cells; the border and two marks of direction have room too.
-        for row in zip_longest(*(_chopped(row, room - 3) for row in rows), fillvalue=""):
-            cells.append((list(row), style))
-    while cells:
-        count, used = 0, 0
-        while count < len(cells):
-            used += max(cell_len(_isolated(row)) for row in cells[count][0]) + 1
-            if count and used > room:
-                break
-            count += 1
-        sizes = [max(map(cell_len, row)) for row, _ in cells[:count]]
-        for k, label in enumerate(labels):
-            line = Text(f"{label:<{margin}}│", no_wrap=True, overflow="ignore")
-            line.stylize("dim", 0, margin)
-            for (row, style), size in zip(cells[:count], sizes, strict=True):
-                line.append(_isolated(row[k]) + " " * (size - cell_len(row[k])), style)
-                line.append("│", "dim")
-            yield line
-        yield Text("")
-        cells = cells[count:]
-
-
-_STYLE = """
-.vd-page{margin:0;padding:2rem;background:#fff;color:#1c1f24}
-.vd-page h1{font:600 1.25rem/1.3 system-ui,sans-serif;margin:0 0 1.5rem}
-.vd{font:15px/1.35 system-ui,"Noto Sans",sans-serif;color:#1c1f24;background:#fff;margin:0 0 2rem;padding:0}
-.vd *{box-sizing:border-box}
-.vd figcaption{margin:0 0 .6rem;color:#454b54}
-.vd-row{display:flex;flex-wrap:wrap;gap:6px;align-items:stretch;list-style:none;margin:0;padding:0}
-.vd-row li{display:grid;grid-template-rows:1.1rem minmax(1.7rem,auto) 1fr 1fr;border:1.5px solid #69707b;
-border-radius:6px;overflow:hidden;margin:0;padding:0;min-width:2.2rem;max-width:100%}
-.vd-row li>*{padding:.15rem .45rem;display:flex;gap:4px;align-items:center;justify-content:center;flex-wrap:wrap}
-.vd-n{font-size:.68rem;color:#3b4048;font-variant-numeric:tabular-nums}
-.vd-x{font-size:1.05rem;white-space:pre-wrap;overflow-wrap:anywhere}
-.vd-t,.vd-s{border-top:1px solid rgba(60,66,76,.45);font-size:.82rem;
-font-family:ui-monospace,"DejaVu Sans Mono","Noto Sans Mono",monospace}
-.vd-k{background:rgba(255,255,255,.75);border-radius:4px;padding:0 .3rem;white-space:pre;max-width:100%;
-overflow-wrap:anywhere}
-.vd-k i{font-style:normal;color:#5b616b}
-.vd-sp{font-weight:600;border:1px solid rgba(60,66,76,.5)}
-.vd-none{border-style:dashed!important;background:#fff}
-.vd-none .vd-k{background:#eceef1}
-.vd-empty{color:#5b616b}
-.vd-key{border-color:transparent!important;color:#454b54;font-size:.82rem}
-.vd-key>*{justify-content:flex-end!important;font:inherit!important;border-color:transparent!important}
-""" + "".join(f".vd-c{k}{{background:{colour}}}\n" for k, colour in enumerate(_COLOURS)) + """
-@media (prefers-color-scheme:dark){
-.vd-page,.vd,.vd-none{background:#16181c;color:#eceef1}
-.vd figcaption,.vd-key,.vd-empty{color:#b9c0ca}
-.vd-none .vd-k{background:#31353c;color:#eceef1}
-.vd-none .vd-k i,.vd-none .vd-n{color:#b9c0ca}
-.vd-row [class*=vd-c]{color:#1c1f24}
-}
-"""
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _direction(text: str) -> str:
-    """Which way the text runs: by its first letter that has a direction."""
-    for c in text:
-        kind = unicodedata.bidirectional(c)
-        if kind in ("L", "R", "AL"):
-            return "ltr" if kind == "L" else "rtl"
-    return "ltr"
-
-
-def _chip(piece: Piece) -> str:
-    place = f", bytes {piece.start} to {piece.end}" if piece.start >= 0 else ""
-    title = _escape(f"{visible(piece.token)} (id {piece.id}{place})")
-    marks = [f"<i>{_escape(mark)}</i>" if mark else "" for mark in (piece.before, piece.after)]
-    kind = "vd-k vd-sp" if piece.special else "vd-k"
-    return f'<bdi class="{kind}" title="{title}">{marks[0]}{_escape(piece.label)}{marks[1]}</bdi>'
-
-
-def _item(group: Group) -> str:
-    sides = {side: getattr(group, side) for side in _SIDES}
-    number = "no pair"
-    if group.pair is not None:
-        ratio = ":".join(str(len(pieces)) for pieces in sides.values())
-        number = f"{group.pair}" if ratio == "1:1" else f"{group.pair} · {ratio}"
-    rows = [
-        f'<span class="vd-{side[0]}">'
-        + ("".join(map(_chip, pieces)) or '<span class="vd-empty" aria-label="nothing">∅</span>')
-        + "</span>"
-        for side, pieces in sides.items()
-    ]
-    kind = "vd-none" if group.pair is None else f"vd-c{group.pair % len(_COLOURS)}"
-    text = f'<bdi class="vd-x">{_escape(group.shown)}</bdi>'
-    sizes = ", ".join(f"{len(pieces)} of the {side}" for side, pieces in sides.items())
-    head = f'<span class="vd-n" dir="ltr" title="tokens: {sizes}">{number}</span>'
-    return f'<li class="{kind}">{head}{text}{"".join(rows)}</li>'
-
-
-def _figure(picture: AlignmentPicture) -> str:
-    key = (
-        '<li class="vd-key"><span>pair</span><span>text</span>'
-        '<span class="vd-t">teacher</span><span class="vd-s">student</span></li>'
-    )
-    names = [f"{side} {name}" for side, name in zip(_SIDES, picture.names, strict=True) if name]
-    caption = "; ".join([picture.summary, *names])
-    items = "".join(
-        _item(group) for group in picture.groups if group.teacher or group.student or group.text.strip()
-    )
-    # The order of the tokens follows the writing, as a reader of the text would expect.
-    return (
-        f'<figure class="vd"><figcaption>{_escape(caption)}</figcaption>'
-        f'<ol class="vd-row" dir="{_direction(picture.text)}">{key}{items}</ol></figure>'
-    )
-
-
-def html_page(pictures: Sequence[AlignmentPicture], title: str = "Aligned tokenizations") -> str:
-    """A page with several pictures, one below the other, with nothing to load."""
-    figures = "\n".join(map(_figure, pictures))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
-        f'<body class="vd-page"><h1>{_escape(title)}</h1>\n{figures}\n</body></html>\n'
-    )

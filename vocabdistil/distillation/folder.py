@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from ..core.files import write_json
 from ..evaluation.card import model_card
 from ..models.sentence import write_sentence_settings
 from ..models.vocabularies import save_tokenizer
+from .command import command_of
 from .options import StudentOptions
 from .runs import move_into_place
 from .student import Source, Student
+from .text import files_of
 
 __all__ = ["write_student"]
 
@@ -58,7 +61,11 @@ def write_student(
     for log in partial.glob("*.jsonl"):
         shutil.copy(log, final)
     write_json(final / "metrics.json", metrics)
-    (final / "README.md").write_text(model_card(out.name, metrics), encoding="utf-8")
+    given = files_of(options.text)
+    files = None if given is None else list(map(os.fspath, given))
+    made = command_of(metrics["command"], options, files)
+    card = model_card(out.resolve().name, metrics, files, made)
+    (final / "README.md").write_text(card, encoding="utf-8")
     move_into_place(final, out)
     shutil.rmtree(partial)
     return out

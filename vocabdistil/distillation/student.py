@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
@@ -188,8 +189,8 @@ def make_student(
     return student
 
 
-def load_student(folder: str, options: StudentOptions) -> Student:
+def load_student(folder: str | os.PathLike, options: StudentOptions) -> Student:
     """A checkpoint to go on from, with its own tokenizer."""
     loaded = load_teacher(folder, "--student", trust_remote_code=options.trust_remote_code)
     model = loaded.whole.requires_grad_(True)
-    return Student(model, loaded.tokenizer, [], {"checkpoint": folder})
+    return Student(model, loaded.tokenizer, [], {"checkpoint": os.fspath(folder)})

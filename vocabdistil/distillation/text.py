@@ -22,6 +22,7 @@ __all__ = [
     "TextFiles",
     "TextSource",
     "TextSplit",
+    "files_of",
     "open_text",
     "read_text",
     "split_text",
@@ -146,6 +147,13 @@ def _is_path(item: Any) -> bool:
     return os.path.exists(item) or (len(item.split()) == 1 and (os.sep in item or Path(item).suffix[1:].isalnum()))
 
 
+def files_of(text: TextSource) -> list[str | os.PathLike] | None:
+    """The files that are meant, or None: these are texts."""
+    if isinstance(text, (str, os.PathLike)):
+        return [text]
+    return list(text) if isinstance(text, (list, tuple)) and all(map(_is_path, text)) else None
+
+
 def open_text(text: TextSource, unit: str = "line", once: bool = False) -> TextFiles | GivenTexts:
     """Text to read as often as one likes.
 
@@ -159,13 +167,11 @@ def open_text(text: TextSource, unit: str = "line", once: bool = False) -> TextF
         VocabdistilError: a table, of which no one knows which column is meant; see :class:`TextFiles` and
             :class:`GivenTexts`.
     """
-    if isinstance(text, (str, os.PathLike)):
-        return TextFiles([text], unit)
+    if (files := files_of(text)) is not None:
+        return TextFiles(files, unit)
     # A data frame iterates over the names of its columns.
     if isinstance(text, Mapping) or hasattr(text, "columns") or not isinstance(text, Iterable):
         raise VocabdistilError(f"--text: expected files or a list of texts, got {type(text).__name__}")
-    if isinstance(text, (list, tuple)) and all(map(_is_path, text)):
-        return TextFiles(text, unit)
     return GivenTexts(text, once)
 
 

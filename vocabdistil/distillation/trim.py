@@ -61,7 +61,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         config: everything; or give the fields of :class:`TrimConfig` by name.
 
     Returns:
-        The folder, and what ``metrics.json`` in it says.
+        The folder, and what ``metrics.json`` in it says: :class:`vocabdistil.evaluation.metrics.TrimMetrics`.
 
     Raises:
         VocabdistilError: bad input; nothing is left half-written.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +16,93 @@ from .report import held_out_rows
 __all__ = ["model_card"]
 
 
-def model_card(name: str, metrics: dict[str, Any]) -> str:
+def model_card(
+    name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
+) -> str:
     """The card of the student whose folder is called ``name``.
 
     Args:
-        metrics: what ``metrics.json`` says; see :func:`vocabdistil.distill` and :func:`vocabdistil.trim`.
+        metrics: what ``metrics.json`` says, see :mod:`vocabdistil.evaluation.metrics`.
+        files: the text that it was made from, if it came from files.
+        made: the language and the text of the command that made it.
     """
-    parts = [_front(metrics), f"# {name}", _about(metrics), _sizes(metrics), *_figures(metrics), _use(name, metrics)]
-    parts += ["## How it was made", _vocabulary(metrics), _settings(metrics)]
+    parts = [_front(metrics, files), f"# {_named(name)}", _about(metrics)]
+    parts += ["## Use", _use(name, metrics), "## Intended use and limits", _limits(metrics)]
+    parts += ["## Scores", *_scores(metrics), _sizes(metrics)]
+    parts += ["## How it was made", _data(metrics, files), _vocabulary(metrics)]
+    parts += [_block(*made)] if made else []
+    parts += [_settings(metrics)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _is_embedder(metrics: dict[str, Any]) -> bool:
-    return not metrics["architecture"]["class"].endswith("ForMaskedLM")
+def _line(text: str) -> str:
+    """Text without line breaks, of which YAML and Markdown have ideas of their own."""
+    return " ".join(text.split())
 
 
-def _front(metrics: dict[str, Any]) -> str:
-    """What the Hub reads."""
-    settings, embedder = metrics["settings"], _is_embedder(metrics)
-    sentences = metrics.get("sentence_transformers", False)
-    front: dict[str, Any] = {
+def _code(text: str) -> str:
+    """Code inside a line, whatever is in it."""
+    text = _line(text)
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{ticks} {text} {ticks}" if text[:1] == "`" or text[-1:] == "`" else f"{ticks}{text}{ticks}"
+
+
+def _block(language: str, text: str) -> str:
+    """A block of code, whatever is in it."""
+    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _named(text: str) -> str:
+    """A name as text if it has nothing that Markdown would take for something else."""
+    return text if re.fullmatch(r"[\w. -]+", text) else _code(text)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(_line(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def _fills_masks(metrics: dict[str, Any]) -> bool:
+    """Whether it is there to guess hidden words: it has the head for it, and its teacher was not one for vectors."""
+    head = metrics["architecture"]["class"].endswith("ForMaskedLM")
+    rows = [metrics["after"]] if "after" in metrics else metrics["loyalty"].values()
+    # Without a token to hide words with no guesses were compared.
+    return head and not metrics["sentence_transformers"] and any("mlm" in row or "label" in row for row in rows)
+
+
+def _front(metrics: dict[str, Any], files: Sequence[str] | None) -> str:
+    """What the Hub reads. It refuses a ``base_model`` that could be no model's name there, so such a one is left out;
+    and takes ``datasets`` for names there, so files have a key of their own."""
+    settings, masks = metrics["settings"], _fills_masks(metrics)
+    sentences = metrics["sentence_transformers"]
+    bases = [_base(teacher) for teacher in metrics["teacher"]]
+    front = {
         "library_name": "sentence-transformers" if sentences else "transformers",
-        "pipeline_tag": "sentence-similarity" if embedder else "fill-mask",
-        "base_model": [_base(teacher) for teacher in metrics["teacher"]],
-        "tags": ["vocabdistil", "vocabulary-trimming" if metrics["command"] == "trim" else "distillation"],
+        "pipeline_tag": "fill-mask" if masks else "sentence-similarity",
+        "base_model": [base for base in bases if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, re.ASCII)],
+        "language": [_line(code) for code in settings.get("language") or ()],
+        "license": _line(settings.get("license") or ""),
+        "text_files": [_line(Path(name).name) for name in files or ()],
+        "tags": [
+            "vocabdistil",
+            "vocabulary-trimming" if metrics["command"] == "trim" else "distillation",
+            *([] if masks else ["feature-extraction"]),
+        ],
     }
-    if settings.get("language"):
-        front["language"] = settings["language"]
-    if settings.get("license"):
-        front["license"] = settings["license"]
+    front = {key: value for key, value in front.items() if value}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
 def _base(teacher: str) -> str:
     """A name on the Hub as it is, a folder by its last part."""
-    return Path(teacher).name if Path(teacher).exists() else teacher
+    return Path(teacher).resolve().name if Path(teacher).exists() else teacher
 
 
 def _about(metrics: dict[str, Any]) -> str:
-    names = ", ".join(f"`{name}`" for name in display_names(metrics["teacher"]))
+    names = ", ".join(map(_code, display_names(metrics["teacher"])))
     shape, models = metrics["architecture"], metrics["models"]
     made = "trimmed" if metrics["command"] == "trim" else "distilled"
     return (
@@ -62,83 +112,115 @@ def _about(metrics: dict[str, Any]) -> str:
     )
 
 
+def _limits(metrics: dict[str, Any]) -> str:
+    bases = " and ".join(map(_code, display_names(metrics["teacher"])))
+    languages = ", ".join(metrics["settings"].get("language") or ())
+    text = f"text in {_code(languages)}" if languages else "text like that which it was made from"
+    does = (
+        "To guess hidden words, and as a start for fine-tuning"
+        if _fills_masks(metrics)
+        else "Vectors of texts: to compare, search and group them"
+    )
+    lines = [
+        f"{does}, in {text}, where {bases} would be too large or too slow.",
+        "Its vocabulary was made for that text: other languages, scripts and subjects fall into more and rarer pieces, "
+        "and what it says of them is worth less.",
+        f"It has what {bases} learned, mistakes and prejudices included, and at most what it knew.",
+        "The scores below say how far it agrees with its teacher, not how well it does a task: measure yours.",
+    ]
+    if not metrics["settings"].get("license"):
+        lines.append("No licence was named; that of the base model and of the text hold in any case.")
+    lines += metrics.get("warnings", [])
+    return "\n".join(f"- {_line(line)}" for line in lines)
+
+
 def _sizes(metrics: dict[str, Any]) -> str:
     models = metrics["models"]
     rows = [
-        f"| {side} | {row['parameters'] / 1e6:.2f} | {row['vocab']:,} | {row['mb']:.1f} | {row['seconds']:.3f} |"
+        (side, f"{row['parameters'] / 1e6:.2f}", f"{row['vocab']:,}", f"{row['mb']:.1f}", f"{row['seconds']:.3f}")
         for side, row in ((side, models[side]) for side in ("teacher", "student"))
     ]
-    head = f"CPU s (batch {models['time_batch']}, up to {models['time_length']} tokens)"
-    return "\n".join([f"| | parameters, M | vocabulary | MB | {head} |", "| --- | --- | --- | --- | --- |", *rows])
+    time = f"CPU s (batch {models['time_batch']}, up to {models['time_length']} tokens)"
+    return _table(("", "parameters, M", "vocabulary", "MB", time), rows)
 
 
-def _figures(metrics: dict[str, Any]) -> list[str]:
-    """What it is worth on the text."""
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    """What it is worth on the text, beside what is known of others."""
+    baselines = metrics.get("baselines", {})
     if "after" in metrics:
-        count = metrics["held_out_texts"]
-        rows = [f"| {' | '.join(row[:3])} |" for row in held_out_rows(metrics)]
-        lines = ["| | untrained | trained |", "| --- | --- | --- |", *rows]
-        return [f"Held-out text ({count} texts):", "\n".join(lines)]
-    rows = []
-    for name, row in metrics["loyalty"].items():
-        cosine = f"{row['cosine']:.4f}" if "cosine" in row else "-"
-        rows.append(f"| {name} | {row['pearson']:.4f} | {row['spearman']:.4f} | {cosine} |")
-    lines = ["| | Pearson | Spearman | cosine of the vectors |", "| --- | --- | --- | --- |", *rows]
+        rows = [(f"{label} ({better} is better)", *values) for label, *values, better in held_out_rows(metrics)]
+        table = _table(("", "untrained", "trained", *baselines), rows)
+        return [f"Held-out text ({metrics['held_out_texts']} texts):", table]
+    measures = {"pearson": "Pearson", "spearman": "Spearman", "cosine": "cosine of the vectors"}
+    rows = [
+        (name, *(f"{row[key]:.4f}" if key in row else "-" for key in measures))
+        for name, row in (metrics["loyalty"] | baselines).items()
+    ]
     about = (
         f"Agreement with the teacher on {metrics['compared_texts']} texts of those that the vocabulary was made for "
         "(on other text it is less):"
     )
-    return [about, "\n".join(lines)]
+    return [about, _table(("", *measures.values()), rows)]
 
 
 def _use(name: str, metrics: dict[str, Any]) -> str:
+    """Code that runs where the folder lies."""
+    # A JSON string is one of Python too.
+    folder = json.dumps(name, ensure_ascii=False)
     # sentence-transformers puts the prompt there itself.
-    prompt = "" if metrics.get("sentence_transformers") else metrics.get("prompt", "")
+    prompt = "" if metrics["sentence_transformers"] else metrics["prompt"]
     texts = json.dumps([f"{prompt}{word} text" for word in ("One", "Another")], ensure_ascii=False)
-    if metrics.get("sentence_transformers"):
+    if metrics["sentence_transformers"]:
         lines = [
             "from sentence_transformers import SentenceTransformer",
-            f'model = SentenceTransformer("{name}")',
+            f"model = SentenceTransformer({folder})",
             f"print(model.similarity(*model.encode({texts})))",
         ]
-    elif _is_embedder(metrics):
+    elif _fills_masks(metrics):
+        before = json.dumps(f"{prompt}One ", ensure_ascii=False)
         lines = [
-            "from transformers import AutoModel, AutoTokenizer",
-            f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), {_auto(metrics)}.from_pretrained("{name}")',
-            f'batch = tokenizer({texts}, padding=True, return_tensors="pt")',
-            'mask = batch["attention_mask"][..., None]',
-            "vectors = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",
+            "from transformers import pipeline",
+            f'fill = pipeline("fill-mask", model={folder})',
+            f'print(fill({before} + fill.tokenizer.mask_token + " text"))',
         ]
     else:
+        # AutoModel takes another class for an encoder of T5's kind.
+        shape = metrics["architecture"]["class"]
+        model = shape if shape.endswith("EncoderModel") else "AutoModel"
         lines = [
-            "from transformers import AutoModelForMaskedLM, AutoTokenizer",
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            f'model = AutoModelForMaskedLM.from_pretrained("{name}")  # AutoModel: without the head',
+            "import torch",
+            f"from transformers import {', '.join(sorted(('AutoTokenizer', model)))}",
+            f"tokenizer, model = AutoTokenizer.from_pretrained({folder}), {model}.from_pretrained({folder})",
+            f'batch = tokenizer({texts}, padding=True, truncation=True, return_tensors="pt")',
+            'mask = batch["attention_mask"][..., None]',
+            "vectors = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)",
+            "print(torch.cosine_similarity(*vectors, dim=0))",
         ]
-    return "\n".join(["## Use", "", "```python", *lines, "```"])
+    return _block("python", "\n".join(lines))
 
 
-def _auto(metrics: dict[str, Any]) -> str:
-    """AutoModel takes another class for an encoder of T5's kind."""
-    shape = metrics["architecture"]["class"]
-    return shape if shape.endswith("EncoderModel") else "AutoModel"
+def _data(metrics: dict[str, Any], files: Sequence[str] | None) -> str:
+    count = metrics["texts"] if "texts" in metrics else metrics["train_texts"]
+    names = ", ".join(_code(Path(name).name) for name in files) if files else "given in Python"
+    done = "read" if metrics["command"] == "trim" else "trained on"
+    prompt = f" Before each stands {_code(metrics['prompt'])}." if metrics["prompt"].strip() else ""
+    return f"Text: {names}; {count:,} texts {done}.{prompt}"
 
 
 def _vocabulary(metrics: dict[str, Any]) -> str:
     kinds = metrics["initialisation"].get("tokens") or {}
     vocabulary = metrics.get("vocabulary") or {}
-    lines = [f"Vocabulary: `{vocabulary['source']}`."] if vocabulary else []
+    lines = [f"Vocabulary: {_code(vocabulary['source'])}."] if vocabulary else []
     lines += vocabulary.get("notes", [])
     if kinds:
-        lines.append(f"Where its tokens start from: `{json.dumps(kinds)}`.")
+        lines.append(f"Where its tokens start from: {_code(json.dumps(kinds))}.")
     return " ".join(lines)
 
 
 def _settings(metrics: dict[str, Any]) -> str:
-    """The options that differ from nothing, as they were given."""
-    given = {key: value for key, value in metrics["settings"].items() if value not in (None, False, "", [])}
+    given = {key: value for key, value in metrics["settings"].items() if value is not None}
     return (
-        f"Settings: `{json.dumps(given, ensure_ascii=False)}`. `metrics.json` has all figures, `remap.vdrt` maps the "
-        "teacher's tokens to the student's, `projection.safetensors`, if there, its hidden states to the teacher's "
-        "(`[D_t, D_s]`)."
+        f"All settings: {_code(json.dumps(given, ensure_ascii=False))}. `metrics.json` has all figures, `remap.vdrt` "
+        "maps the teacher's tokens to the student's, `projection.safetensors`, if there, its hidden states to the "
+        "teacher's (`[D_t, D_s]`)."
     )

@@ -50,15 +50,16 @@ _TASKS = {
 _LONGEST_NAME = 28
 
 
-def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Label, before, after and which is better, of what was measured."""
-    rows = []
+def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Label, before, after, each baseline and which is better, of what was measured."""
+    rows, baselines = [], metrics.get("baselines", {}).values()
     for key, label, better in _HELD_OUT:
         if key in metrics["after"] and key in metrics["before"]:
             known = [v for v in metrics["teacher_pseudo_perplexity"] if v is not None]
             if key == "pseudo_perplexity" and known:
                 label += f" (teacher {', '.join(map(_number, known))})"
-            rows.append((label, _number(metrics["before"][key]), _number(metrics["after"][key]), better))
+            found = (metrics["before"], metrics["after"], *baselines)
+            rows.append((label, *(_number(row[key]) if key in row else "-" for row in found), better))
     return rows
 
 
@@ -237,7 +238,7 @@ def size_table(models: dict[str, Any]) -> Table:
 def result_tables(metrics: dict[str, Any]) -> list[Table]:
     """Sizes of teacher and student, and the student on held-out text before and after training."""
     changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
-    for column in ("", "untrained", "trained", "better is"):
+    for column in ("", "untrained", "trained", *metrics.get("baselines", {}), "better is"):
         changes.add_column(column, justify="left" if column in ("", "better is") else "right")
     for row in held_out_rows(metrics):
         changes.add_row(*row)

@@ -1,0 +1,85 @@
+"""How a student can be made again: the command, or the call in Python, with what differs from the defaults."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from ..models.students import Preset
+from .options import StudentOptions
+
+__all__ = ["command_of"]
+
+# What makes no other student.
+_FREE = ("text", "out", "teacher", "overwrite", "quiet", "resume")
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """A value as the command line takes it, of a group of numbers those that differ from the default."""
+    if is_dataclass(value) and not isinstance(value, Preset):
+        changed = (field.name for field in fields(value))
+        return ",".join(f"{n}={getattr(value, n)}" for n in changed if getattr(value, n) != getattr(default, n))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def command_of(command: str, options: StudentOptions, files: Sequence[str] | None) -> tuple[str, str]:
+    """The language (``"bash"`` or ``"python"``) and the text of what makes the same student again.
+
+    A call in Python where the command line cannot say it: texts that were in no file, a preset of one's own.
+
+    Args:
+        command: ``"trim"`` or ``"distill"``.
+        options: of the run.
+        files: the text, if it came from files.
+    """
+    given: dict[str, Any] = {}
+    for field in fields(options):
+        value, default = getattr(options, field.name), _default(field)
+        if field.name not in _FREE and value != default:
+            given[field.name] = _plain(value, default)
+    presets = any(isinstance(value, Preset) for value in given.values())
+    if files is None or presets:
+        return "python", _call(command, options, files, given, presets)
+    parts = [f"vocabdistil {command}"]
+    parts += [_option("teacher", teacher) for teacher in options.teacher]
+    # A file whose name begins with a dash would be an option.
+    parts += [f"--text {shlex.join(f'./{name}' if name.startswith('-') else name for name in files)}"]
+    parts += [_option("out", options.out)]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        else:
+            value = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            parts.append(_option(name, value))
+    return "bash", " \\\n  ".join(parts)
+
+
+def _option(name: str, value: str | os.PathLike) -> str:
+    value = os.fspath(value)
+    return f"--{name.replace('_', '-')}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
+
+
+def _call(
+    command: str, options: StudentOptions, files: Sequence[str] | None, given: dict[str, Any], presets: bool
+) -> str:
+    lines = ["import vocabdistil as vd"]
+    if presets:
+        lines.append("from vocabdistil.models.students import Preset")
+    teacher = options.teacher[0] if len(options.teacher) == 1 else list(options.teacher)
+    text = "texts" if files is None else repr(list(files))
+    lines += [
+        "",
+        f"vd.{command}(",
+        f"    teacher={teacher!r},",
+        f"    text={text},",
+        f"    out={os.fspath(options.out)!r},",
+    ]
+    lines += [f"    {name}={value!r}," for name, value in given.items()]
+    return "\n".join([*lines, ")"])

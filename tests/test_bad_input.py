@@ -16,7 +16,7 @@ import vocabdistil as vd
 from tests.models.tiny_teachers import KINDS, texts, tiny_teacher
 from vocabdistil.cli import main
 from vocabdistil.core.errors import VocabdistilError
-from vocabdistil.distillation.objective import LossWeights
+from vocabdistil.distillation.recipes import LossWeights
 from vocabdistil.models.students import Preset
 
 
@@ -514,7 +514,7 @@ def test_one_line_and_nothing_left(tmp_path, capsys, monkeypatch, command, chang
         ({"out": None}, "--out: expected the name of a folder, got NoneType"),
         ({"out": 5}, "--out: expected the name of a folder, got int"),
         ({"out": "a\nb/\0"}, "--out: expected the name of a folder, got"),
-        ({"vocabulary": None}, "--vocabulary: expected train, trim or a folder, got NoneType"),
+        ({"vocabulary": ""}, "--vocabulary: expected train, trim or a folder, got"),
         ({"vocabulary": 8000}, "--vocabulary: expected train, trim or a folder, got int"),
         ({"vocab_size": "150"}, "--vocab-size: expected a whole number, got '150'"),
         ({"vocab_size": 150.0}, "--vocab-size: expected a whole number, got 150.0"),
@@ -574,7 +574,18 @@ def test_in_python(tmp_path, monkeypatch, teach, changes, message):
         ({"epochs": 1e30}, "--epochs: "),
         ({"batch_size": 4.0}, "--batch-size: expected a whole number, got 4.0"),
         ({"lr": "1e-4"}, "--lr: expected a number above 0, got 1e-4"),
-        ({"warmup": None}, "--warmup: expected a share from 0 to below 1, got None"),
+        ({"warmup": 1.0}, "--warmup: expected a share from 0 to below 1, got 1.0"),
+        ({"schedule": "cosin"}, "--schedule: expected linear or cosine or constant, got 'cosin'"),
+        ({"recipe": "papr"}, "--recipe: expected auto or embedding, masked, paper,"),
+        ({"recipe": None}, "--recipe: expected auto or embedding, masked, paper,"),
+        ({"minutes": 0}, "--minutes: expected a number above 0, got 0"),
+        ({"minutes": "5"}, "--minutes: expected a number above 0, got 5"),
+        ({"minutes": 5, "steps": 3}, "--minutes: expected none where --steps says how long, got 5"),
+        ({"accumulate": 0}, "--accumulate: expected"),
+        ({"accumulate": 1.5}, "--accumulate: expected"),
+        ({"patience": 0}, "--patience: expected"),
+        ({"dev": ""}, "--dev: expected a CSV file"),
+        ({"cache_teacher": ""}, "--cache-teacher: expected a folder"),
         ({"temperature": "2"}, "--temperature: expected a number above 0"),
         ({"weight_decay": None}, "--weight-decay: expected a number of at least 0, got None"),
         ({"weights": {"kl": 1}}, "--weights: expected LossWeights or their text form, got dict"),
@@ -585,7 +596,7 @@ def test_in_python(tmp_path, monkeypatch, teach, changes, message):
         ({"teacher_weights": 1.0}, "--teacher-weights: expected one number above 0 per teacher, got 1.0"),
         ({"teacher_weights": [float("nan")]}, "--teacher-weights: expected one number above 0 per teacher"),
         ({"teacher_weights": ["1"]}, "--teacher-weights: expected one number above 0 per teacher"),
-        ({"layer_map": None}, "--layer-map: expected last, skip"),
+        ({"layer_map": "lst"}, "--layer-map: expected last, skip"),
         ({"held_out": "0.1"}, "--held-out: expected a share between 0 and 1, got 0.1"),
         ({"held_out": None}, "--held-out: expected a share between 0 and 1, got None"),
         ({"device": None}, "--device: expected auto, cpu or cuda, got None"),

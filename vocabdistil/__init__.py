@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from .alignment.picture import AlignmentPicture, show_alignment
     from .distillation.batches import DistillCollator
     from .distillation.job import DistillConfig, DistillResult, distill
-    from .distillation.objective import DistillModel, LossWeights, Objective
+    from .distillation.model import DistillModel
+    from .distillation.objective import Objective
     from .distillation.pretraining import TeacherConfig, train_teacher
+    from .distillation.recipes import LossWeights, Recipe
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import TrimConfig, trim
-    from .evaluation.tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -48,15 +49,15 @@ _LAZY = {
     "AlignmentPicture": "alignment.picture",
     "DistillCollator": "distillation.batches",
     "DistillConfig": "distillation.job",
-    "DistillModel": "distillation.objective",
+    "DistillModel": "distillation.model",
     "DistillResult": "distillation.job",
     "DistillTrainer": "distillation.trainer",
-    "LossWeights": "distillation.objective",
+    "LossWeights": "distillation.recipes",
     "Objective": "distillation.objective",
+    "Recipe": "distillation.recipes",
     "TeacherConfig": "distillation.pretraining",
     "cache_aligned": "alignment.cache",
     "distill": "distillation.job",
-    "evaluate": "evaluation.tasks",
     "show_alignment": "alignment.picture",
     "train_teacher": "distillation.pretraining",
     "TrimConfig": "distillation.trim",
@@ -90,6 +91,7 @@ __all__ = [
     "LossWeights",
     "MatchedVocab",
     "Objective",
+    "Recipe",
     "RemapOutput",
     "RemapTable",
     "SpanPairs",
@@ -103,7 +105,6 @@ __all__ = [
     "contrastive",
     "coverage",
     "distill",
-    "evaluate",
     "linear_matched_kl",
     "loyalty",
     "match_pairs",

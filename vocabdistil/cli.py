@@ -27,6 +27,11 @@ _PRESETS = (
     "a DistilBERT instead of the teacher's own kind of body: base (6 layers x 768), small (2 x 768), tiny (3 x 264) "
     "or tiny-5k (3 x 264, 5,000 tokens)"
 )
+# Written out too, and compared with vocabdistil.distillation.recipes.RECIPES.
+_RECIPES = (
+    "what is learned and how: embedding, masked, paper, tiny-5k, distilbert, base or small (default auto: masked where "
+    "student and teacher have an MLM head, else embedding)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +61,10 @@ def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) ->
     p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
 
 
+# What a recipe says.
+_ASK = "the recipe's"
+
+
 def _add_text_options(p: argparse.ArgumentParser) -> None:
     """What every job that reads text and writes a folder has."""
     p.add_argument("--text", nargs="+", type=_file, required=True, metavar="FILE", help="UTF-8 text")
@@ -70,9 +79,9 @@ def _add_text_options(p: argparse.ArgumentParser) -> None:
 
 def _add_training_options(p: argparse.ArgumentParser, steps: int | None, lr: float | None) -> None:
     """What every training run has."""
-    _number(p, "--batch-size", 32, "texts per step")
-    rate = lr or "1e-4 where layers are copied, else 5e-4"
-    p.add_argument("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate (default {rate})")
+    size = None if lr is None else 32
+    p.add_argument("--batch-size", type=int, default=size, metavar="N", help=f"texts per step (default {size or _ASK})")
+    p.add_argument("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate (default {lr or _ASK})")
     p.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default {steps or 'by --epochs'}")
     _number(p, "--held-out", 0.05, "share to evaluate on")
     _number(p, "--save-every", 500, "checkpoint every N steps")
@@ -87,10 +96,10 @@ def _add_teachers(p: argparse.ArgumentParser, about: str) -> None:
     p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
 
 
-def _add_vocabulary(p: argparse.ArgumentParser, default: str, size: str) -> None:
+def _add_vocabulary(p: argparse.ArgumentParser, default: str | None, size: str) -> None:
     vocabulary = (
         "train: new tokens in the teacher's family; trim: the teacher's most frequent ones; or a tokenizer's folder "
-        f"(default {default})"
+        f"(default {default or _ASK})"
     )
     p.add_argument("--vocabulary", default=default, metavar="train|trim|DIR", help=vocabulary)
     p.add_argument("--vocab-size", type=int, metavar="N", help=f"tokens of the student (default {size})")
@@ -137,23 +146,34 @@ def _trim(args: argparse.Namespace) -> None:
 def _add_distill(p: argparse.ArgumentParser) -> None:
     _add_teachers(p, "the model to learn from; repeat for several")
     _add_text_options(p)
-    _add_vocabulary(p, "train", "the preset's, else 8000")
+    _add_vocabulary(p, None, "the preset's, else 8000")
     _add_body(p, "half")
     p.add_argument("--preset", metavar="NAME", help=_PRESETS)
     p.add_argument("--student", metavar="DIR", help="a checkpoint to go on from instead, with its own vocabulary")
+    p.add_argument("--recipe", default="auto", metavar="NAME", help=_RECIPES)
     _add_training_options(p, None, None)
     _number(p, "--epochs", 3.0, "passes over the text")
+    p.add_argument("--minutes", type=float, metavar="X", help="as many steps as fit into so long a job, instead")
+    _number(p, "--accumulate", 1, "batches of one step")
     p.add_argument("--student-max-length", type=int, metavar="N", help="student tokens (default: twice --max-length)")
-    _number(p, "--warmup", 0.05, "share of the steps")
+    p.add_argument("--warmup", type=float, metavar="X", help=f"share of the steps (default {_ASK})")
+    schedule = f"after it: linear, cosine or constant (default {_ASK})"
+    p.add_argument("--schedule", metavar="NAME", help=schedule)
     _number(p, "--weight-decay", 0.01, "of AdamW")
-    _number(p, "--temperature", 2.0, "of both kinds of KL")
-    weights = "kl, logits, mlm, cosine, mse (default kl=2,logits=0.5,mlm=0.5; logits and mlm need an MLM head)"
+    p.add_argument("--temperature", type=float, metavar="X", help=f"of both kinds of KL (default {_ASK})")
+    weights = (
+        "kl, cosine, mse, pooled, similarity, relations, attention, logits, mlm: what differs from the recipe's; "
+        "logits and mlm need an MLM head"
+    )
     p.add_argument("--weights", default="", metavar="NAME=X,...", help=weights)
     logits = "where output distributions are learned: match, reduce, reduce-map or none (default: match if possible)"
     p.add_argument("--logits", metavar="MODE", help=logits)
     p.add_argument("--teacher-weights", type=_numbers, metavar="X,...", help="of the teachers (default: alike)")
-    p.add_argument("--layer-map", default="last", help="last, skip, average or average_all (default %(default)s)")
+    p.add_argument("--layer-map", metavar="NAME", help=f"last, skip, average, average_all or kept (default {_ASK})")
     p.add_argument("--train-projection", action="store_true", help="train the map to the teacher's width too")
+    p.add_argument("--cache-teacher", metavar="DIR", help="remember there what teachers made of texts, for other runs")
+    p.add_argument("--dev", metavar="FILE", help="CSV of sentence, sentence, score: told at every checkpoint")
+    p.add_argument("--patience", type=int, metavar="N", help="stop after N checkpoints without a better held-out loss")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     p.add_argument("--precision", default="fp32", help="fp32 or bf16 (default %(default)s)")
     _add_card(p, 16, 512)

@@ -16,8 +16,8 @@ from transformers import AutoModel
 import vocabdistil as vd
 from tests.runs import PRESET, at_step, interrupt, options
 from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation.calibration import calibrate
 from vocabdistil.distillation.job import DistillConfig
-from vocabdistil.distillation.objective import calibrate
 from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.models.teachers import Reading
 from vocabdistil.reference.layers import LayerAssignment
@@ -227,7 +227,7 @@ class _Fixed:
         self.assignments = [[LayerAssignment(student=(1,), teacher=(1,))]]
 
     def __call__(self, ids, mask):
-        return [None, self.hidden], None
+        return Reading([None, self.hidden]), None
 
     def teach(self, model, batch):
         return [Reading([self.taught])]

@@ -15,7 +15,9 @@ from vocabdistil.alignment.masking import masking_probabilities
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation import objective as objective_module
 from vocabdistil.distillation.batches import DistillCollator
-from vocabdistil.distillation.objective import DistillModel, LossWeights, Objective
+from vocabdistil.distillation.model import DistillModel
+from vocabdistil.distillation.objective import Objective
+from vocabdistil.distillation.recipes import RECIPES, LossWeights
 from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.distillation.trainer import DistillTrainer
 from vocabdistil.models.students import build_student
@@ -51,7 +53,8 @@ def setting(teacher_folder, headless_folder, demo_lines):
     probabilities = masking_probabilities(count_tokens(tokenizer, demo_lines), tokenizer.all_special_ids)
 
     def objective(mode: str, **changes) -> Objective:
-        arguments = [teachers, LossWeights(), [0.3, 0.7], [[1.0], [1.0]], 2.0, probabilities, tokenizer.mask_token_id]
+        paper, mask_id = RECIPES["paper"].weights, tokenizer.mask_token_id
+        arguments = [teachers, paper, [0.3, 0.7], [[1.0], [1.0]], 2.0, probabilities, mask_id]
         made = Objective(*arguments, mode, tables, matched)
         for name, value in changes.items():
             setattr(made, name, value)

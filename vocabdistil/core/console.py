@@ -22,7 +22,8 @@ class Reporter:
 
     def print(self, *objects: Any) -> None:
         if self.console is not None:
-            self.console.print(*objects, highlight=False, soft_wrap=all(isinstance(o, str) for o in objects))
+            lines = all(isinstance(o, str) for o in objects)
+            self.console.print(*objects, sep="\n", highlight=False, soft_wrap=lines)
 
     def status(self, text: str) -> None:
         self.print(f"{text} ...")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["counting"]
+__all__ = ["counted", "counting"]
+
+_Item = TypeVar("_Item")
 
 # Seconds between two lines where there is no terminal.
 _EVERY = 20.0
@@ -40,3 +43,11 @@ def counting(label: str, total: int | None = None, quiet: bool = False) -> Itera
                 console.print(f"{label}: {done:,}" + (f" of {total:,}" if total else ""), highlight=False)
 
         yield advance
+
+
+def counted(items: Sequence[_Item], label: str, quiet: bool = False) -> Iterator[_Item]:
+    """The items one after the other, with :func:`counting`."""
+    with counting(label, len(items), quiet) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -10,14 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.progress import counted
 from ..core.seeds import mix_seed
 from ..evaluation.loyalty import mean_over_tokens, pairwise_cosine, regression
 from ..evaluation.predictions import agreement, pseudo_perplexity
 from ..models.teachers import Teacher
 from .batches import DistillCollator, to_device
-from .objective import DistillModel, Objective
+from .model import DistillModel
+from .objective import Objective
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "held_out_loss"]
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: DistillModel, objective: Objective, collator: DistillCollator, texts: Sequence[str], batch_size: int
+) -> float:
+    """The span KL on the student's own tokenization, nothing masked: what checkpoints are compared by."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(texts), batch_size):
+        batch = to_device(collator(texts[start : start + batch_size]), device)
+        student, _ = model(batch["student_ids"], batch["student_mask"])
+        value = objective.compare(model, student, objective.teach(model, batch), batch, "kl")["own"]
+        pairs = sum(pairs.num_nonempty for pairs in batch["own_pairs"])
+        total, count = total + float(value) * pairs, count + pairs
+    return total / max(count, 1)
 
 
 @torch.no_grad()
@@ -29,11 +47,13 @@ def evaluate(
     excerpts: Sequence[str],
     batch_size: int,
     seed: int,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Losses and loyalty on held-out texts; dropout off, masks the same on every call with the same seed.
 
     Args:
         excerpts: what pseudo-perplexity is measured on, see :func:`vocabdistil.evaluation.predictions.choose_excerpts`.
+        quiet: show no progress.
 
     Returns:
         ``kl_own`` and, with ``reduce`` rows, ``kl_reduce`` (nothing masked); with an MLM head ``mlm`` and
@@ -55,28 +75,29 @@ def evaluate(
         counts[name] = counts.get(name, 0) + count
 
     ours, theirs = [], []
-    for b, start in enumerate(range(0, len(texts), batch_size)):
+    batches = range(0, len(texts), batch_size)
+    for b, start in enumerate(counted(batches, "Evaluating, batches", quiet)):
         batch = to_device(collator(texts[start : start + batch_size]), device)
         size = batch["teacher_ids"][0].shape[0]
         taught = objective.teach(model, batch)
-        hidden, _ = model(batch["student_ids"], batch["student_mask"])
-        for which, value in objective.compare(model, hidden, taught, batch, "kl").items():
+        student, _ = model(batch["student_ids"], batch["student_mask"])
+        for which, value in objective.compare(model, student, taught, batch, "kl").items():
             add(f"kl_{which}", value, sum(p.num_nonempty for p in batch[f"{which}_pairs"]))
         masked = objective.mask(batch, mix_seed(seed, b))
         if masked["labels"] is not None:
             labels = masked["labels"][-size:]
             guesses, _ = model(masked["student_ids"][-size:], batch["student_mask"][-size:])
-            logits = model.logits(guesses[-1][labels != -100]).float()
+            logits = model.logits(guesses.last[labels != -100]).float()
             labels = labels[labels != -100]
             if len(labels):
                 add("mlm", F.cross_entropy(logits, labels), len(labels))
                 add("masked_accuracy", (logits.argmax(-1) == labels).float().mean(), len(labels))
-        ours.append(mean_over_tokens(hidden[-1][-size:], batch["student_mask"][-size:]).float().cpu())
-        theirs.append(mean_over_tokens(taught[0].layers[-1], batch["teacher_mask"][0]).float().cpu())
-    student, teacher = torch.cat(ours), torch.cat(theirs)
+        ours.append(mean_over_tokens(student.last[-size:], batch["student_mask"][-size:]).float().cpu())
+        theirs.append(mean_over_tokens(taught[0].last, batch["teacher_mask"][0]).float().cpu())
+    pooled, teacher = torch.cat(ours), torch.cat(theirs)
     projection = model.projection(0)
-    projected = student if projection is None else student @ projection.detach().float().cpu().T
-    pearson, spearman = regression(pairwise_cosine(student), pairwise_cosine(teacher))
+    projected = pooled if projection is None else pooled @ projection.detach().float().cpu().T
+    pearson, spearman = regression(pairwise_cosine(pooled), pairwise_cosine(teacher))
     found = {
         **{name: value / max(counts[name], 1) for name, value in sums.items()},
         "cosine": float(F.cosine_similarity(projected, teacher).mean()),
@@ -88,7 +109,7 @@ def evaluate(
         reader = model.as_teacher(collator.student)
         if objective.mask_id is not None:
             if excerpts:
-                found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts)
+                found["pseudo_perplexity"] = pseudo_perplexity(reader, excerpts, quiet)
             found |= _mean_agreement(objective, reader, collator, texts, batch_size, seed)
     model.train(training)
     return found
@@ -104,7 +125,7 @@ def _mean_agreement(
         if teacher.masked_lm is not None:
             found.append(
                 agreement(
-                    teacher, student, collator.matched[t], texts, lengths, batch_size, seed, objective.temperature
+                    teacher, student, objective.matched[t], texts, lengths, batch_size, seed, objective.temperature
                 )
             )
             shares.append(objective.teacher_weights[t])

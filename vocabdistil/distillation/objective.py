@@ -1,9 +1,10 @@
-"""What a training step computes: the student with its projections, and the losses."""
+"""What a training step computes: the losses of one batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,25 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment.masking import mask_tokens
 from ..alignment.remap import RemapTable
-from ..alignment.spans import SpanPairs
+from ..alignment.spans import SpanPairs, text_pairs
 from ..alignment.vocab import MatchedVocab
-from ..core.errors import VocabdistilError
-from ..models.teachers import Reading, Teacher, head_input, model_inputs
-from ..ops import linear_matched_kl, remapped_kl, span_loss, span_mean
-from ..reference.layers import LayerAssignment
-from ..reference.mlm import mlm_loss
+from ..models.teachers import Reading, Teacher
+from ..ops import (
+    attention_loss,
+    linear_matched_kl,
+    pooled_loss,
+    relation_loss,
+    remapped_kl,
+    similarity_loss,
+    span_loss,
+    span_mean,
+)
+from .model import DistillModel
+from .recipes import LossWeights
+from .teacher_cache import TeacherCache
 
-__all__ = [
-    "LOGITS",
-    "DistillModel",
-    "LossWeights",
-    "Objective",
-    "calibrate",
-]
+__all__ = ["LOGITS", "Objective", "layers_of"]
 
 LOGITS = ("match", "reduce", "reduce-map", "none")
 # The share of the teacher's tokens with several pieces that are hidden, as many as the student's own.
@@ -38,118 +41,9 @@ _HIDDEN = 0.15
 _REMAP_BUDGET = 1 << 24
 
 
-@dataclass
-class LossWeights:
-    """What each loss counts: ``kl`` is the span KL, ``logits`` the KL of the output distributions, ``mse`` is summed
-    over features, ``cosine`` is 1 - cos (both of the span means).
-
-    arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
-    distributions differ in these alone; these count as much as MLM, at the same masked tokens. More helps where the
-    vocabularies share most words; where most words of the student's are split, MLM suffers from it.
-    """
-
-    kl: float = 2.0
-    logits: float = 0.5
-    mlm: float = 0.5
-    cosine: float = 0.0
-    mse: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> LossWeights:
-        """From ``"kl=2,mlm=0.5"``; what is not named keeps its default."""
-        weights = cls()
-        names = [f.name for f in fields(cls)]
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, _, value = part.partition("=")
-            if name not in names:
-                raise VocabdistilError(f"--weights: unknown loss {name!r}; expected {', '.join(names)}")
-            try:
-                number = float(value)
-            except ValueError:
-                raise VocabdistilError(f"--weights: {name}: expected a number, got {value!r}") from None
-            setattr(weights, name, number)
-        return weights
-
-
-class DistillModel(nn.Module):
-    """The student, and a projection to the teacher's width for every teacher and layer assignment.
-
-    Args:
-        student: the model that will be saved, of any architecture, with or without an MLM head.
-        teacher_widths: hidden widths of the teachers.
-        assignments: for each teacher, which of its layers teach which of the student's.
-        seed: of the projections, orthonormal until :func:`calibrate` fits them.
-        train_projections: else they stay as fitted.
-    """
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher_widths: Sequence[int],
-        assignments: Sequence[Sequence[LayerAssignment]],
-        seed: int = 0,
-        train_projections: bool = False,
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.assignments = [list(group) for group in assignments]
-        self.projections = nn.ModuleDict()
-        width = student.config.hidden_size
-        generator = torch.Generator().manual_seed(seed)
-        for t, (teacher_width, group) in enumerate(zip(teacher_widths, self.assignments, strict=True)):
-            if teacher_width == width:
-                continue
-            for i in range(len(group)):
-                linear = nn.Linear(width, teacher_width, bias=False)
-                nn.init.orthogonal_(linear.weight, generator=generator)
-                self.projections[f"{t}_{i}"] = linear.requires_grad_(train_projections)
-
-    def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
-        """``[D_t, D_s]``, or None where the widths are equal."""
-        key = f"{teacher}_{assignment % len(self.assignments[teacher])}"
-        return self.projections[key].weight if key in self.projections else None
-
-    @property
-    def num_layers(self) -> int:
-        return self.student.config.num_hidden_layers
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is an MLM head to train."""
-        return self.student.base_model is not self.student
-
-    @property
-    def all_layers(self) -> bool:
-        return any(a.student != (self.num_layers,) for group in self.assignments for a in group)
-
-    @property
-    def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[V_s, E]`` and bias ``[V_s]`` or None."""
-        layer = self.student.get_output_embeddings()
-        return layer.weight, getattr(layer, "bias", None)
-
-    def before_output(self, hidden: Tensor) -> Tensor:
-        """``[..., D_s]`` last hidden states -> ``[..., E]``, what the output layer reads."""
-        return head_input(self.student, hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""
-        return F.linear(self.before_output(hidden), *self.output_layer)
-
-    def as_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher:
-        """The student as whatever looks at finished models sees it."""
-        return Teacher("student", self.student.base_model, tokenizer, self.student if self.has_head else None)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Hidden states ``[B, L, D_s]`` by layer (0: the embedding) and the loss on ``labels`` (-100: no target)."""
-        inputs = model_inputs(self.student.base_model, input_ids, attention_mask)
-        out = self.student.base_model(**inputs, output_hidden_states=self.all_layers)
-        last = out.last_hidden_state
-        # Without the other layers, their places stay empty: assignments count layers from the embedding up.
-        layers = list(out.hidden_states) if self.all_layers else [None] * self.num_layers + [last]
-        return layers, None if labels is None else mlm_loss(last, labels, self.logits)
+def layers_of(reading: Reading, numbers: Sequence[int]) -> list[Tensor]:
+    """The hidden states of layers counted from 1, 0 the embedding; the last one where no other was read."""
+    return [reading.layers[k if len(reading.layers) > 1 else -1] for k in numbers]
 
 
 @dataclass
@@ -167,6 +61,9 @@ class Objective:
         mask_id: the student's MASK; None with ``mask_probabilities``.
         mode: where output distributions are compared, one of ``LOGITS``: see :meth:`logits_loss`.
         tables, matched: one of each per teacher, read unless ``mode`` is ``"none"``.
+        pooling: how texts become vectors: ``"mean"``, ``"cls"`` or ``"lasttoken"``.
+        relation_heads: into how many heads queries, keys and values are cut; None: as many as divide both widths.
+        caches: of each teacher what it gave before; empty: all read every batch anew.
     """
 
     teachers: list[Teacher]
@@ -179,6 +76,9 @@ class Objective:
     mode: str = "none"
     tables: Sequence[RemapTable] = ()
     matched: Sequence[MatchedVocab] = ()
+    pooling: str = "mean"
+    relation_heads: int | None = None
+    caches: Sequence[TeacherCache] = ()
 
     def predicts(self, t: int) -> bool:
         """Whether teacher ``t``'s output distributions are learned."""
@@ -238,35 +138,107 @@ class Objective:
         generator: torch.Generator,
     ) -> SpanPairs:
         """Hides tokens of teacher ``t`` in both ids, in place; returns the pairs to compare."""
-        own, reduce = (batch[key][t].to(teacher_ids.device) for key in ("own_pairs", "reduce_pairs"))
+        own = self._equal(t, batch).to(teacher_ids.device)
         own_hidden = became_mask[own.student_start.long()]
         hidden = torch.zeros(teacher_ids.numel(), dtype=torch.bool, device=teacher_ids.device)
         hidden[own.teacher_start[own_hidden].long()] = True
+        if batch["reduce_pairs"]:
+            reduce = batch["reduce_pairs"][t].to(teacher_ids.device)
         if self.mode != "match":
             several = reduce.student_end - reduce.student_start > 1
             drawn = torch.rand(len(reduce), generator=generator, device=hidden.device) < _HIDDEN
             hidden[reduce.teacher_start[several & drawn].long()] = True
         teacher_ids.masked_fill_(hidden.view_as(teacher_ids), self.teachers[t].tokenizer.mask_token_id)
-        reduced = _choose(reduce, hidden[reduce.teacher_start.long()])
-        reduce_ids.view(-1)[_positions(reduced)[0]] = self.mask_id
+        if batch["reduce_pairs"]:
+            reduced = _choose(reduce, hidden[reduce.teacher_start.long()])
+            reduce_ids.view(-1)[_positions(reduced)[0]] = self.mask_id
         return _choose(own, own_hidden) if self.mode == "match" else reduced
+
+    def _equal(self, t: int, batch: dict[str, Any]) -> SpanPairs:
+        """Those pairs with teacher ``t`` of the own tokenization, before anything is hidden, that are one token on each
+        side, the same one."""
+        pairs, size = batch["own_pairs"][t], len(batch["teacher_ids"][t])
+        single = (pairs.student_end - pairs.student_start == 1) & (pairs.teacher_end - pairs.teacher_start == 1)
+        pairs = _choose(pairs, single)
+        teacher_slots, student_slots = self.matched[t].slots()
+        theirs = _look_up(teacher_slots, batch["teacher_ids"][t], pairs.teacher_start)
+        ours = _look_up(student_slots, batch["student_ids"][-size:], pairs.student_start)
+        return _choose(pairs, (theirs == ours) & (ours >= 0))
+
+    def student_wants(self, model: DistillModel) -> dict[str, Any]:
+        """What the losses read of the student beside its hidden states: arguments of :class:`DistillModel`."""
+        layers = sorted({group[-1].student[-1] for group in model.assignments})
+        return {"projections": layers if self.weights.relations else (), "attentions": self.weights.attention > 0}
 
     def teach(self, model: DistillModel, batch: dict[str, Any], head: bool = False) -> list[Reading]:
         """What every teacher makes of the batch, in one pass each; with what its output layer reads if asked for."""
-        return [
-            teacher.read(
-                ids,
-                mask,
-                all_layers=any(a.teacher != (teacher.num_layers,) for a in model.assignments[t]),
-                head=head and self.predicts(t),
+        found = []
+        for t, teacher in enumerate(self.teachers):
+            ids, mask, group = batch["teacher_ids"][t], batch["teacher_mask"][t], model.assignments[t]
+            if self.caches:
+                found.append(self.caches[t].read(ids, mask))
+                continue
+            found.append(
+                teacher.read(
+                    ids,
+                    mask,
+                    all_layers=any(a.teacher != (teacher.num_layers,) for a in group),
+                    head=head and self.predicts(t),
+                    projections=[group[-1].teacher[-1]] if self.weights.relations else (),
+                    attentions=self.weights.attention > 0,
+                )
             )
-            for t, (teacher, ids, mask) in enumerate(
-                zip(self.teachers, batch["teacher_ids"], batch["teacher_mask"], strict=True)
-            )
-        ]
+        return found
+
+    def loss(
+        self, model: DistillModel, batch: dict[str, Any], seed: int, forward: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``sum_i weight_i * term_i`` of a batch, and the terms: those of :meth:`terms`, and MLM.
+
+        Args:
+            batch: as :class:`vocabdistil.DistillCollator` makes it, on the student's device.
+            seed: of the masks.
+            forward: what to call in the model's place, where something is wrapped around it.
+
+        Raises:
+            VocabdistilError: a teacher's hidden states are not finite.
+        """
+        batch = self.mask(batch, seed)
+        taught = self.teach(model, batch, head=True)
+        labels = batch["labels"] if self.weights.mlm else None
+        run = model if forward is None else forward
+        student, mlm = run(batch["student_ids"], batch["student_mask"], labels, **self.student_wants(model))
+        terms = self.terms(model, student, taught, batch)
+        if mlm is not None:
+            terms["mlm"] = self.weights.mlm, mlm
+        total = student.last.new_zeros(())
+        for weight, value in terms.values():
+            total = total + weight * value
+        return total, {name: value for name, (_, value) in terms.items()}
+
+    def terms(
+        self, model: DistillModel, reading: Reading, taught: list[Reading], batch: dict[str, Any]
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Every loss of a batch but MLM, with what it counts.
+
+        Args:
+            reading: the student's, of ``batch`` as :meth:`mask` returned it.
+            taught: of :meth:`teach` with ``head``.
+        """
+        found: dict[str, tuple[float, Tensor]] = {}
+        for name in ("kl", "cosine", "mse"):
+            if weight := getattr(self.weights, name):
+                values = self.compare(model, reading, taught, batch, name)
+                found |= {f"{name}_{which}": (weight / len(values), value) for which, value in values.items()}
+        for name in ("pooled", "similarity", "relations", "attention"):
+            if weight := getattr(self.weights, name):
+                found[name] = weight, getattr(self, name)(model, reading, taught, batch)
+        if any(pairs is not None for pairs in batch["hidden_pairs"]):
+            found["logits_kl"] = self.weights.logits, self.logits_loss(model, reading, taught, batch)
+        return found
 
     def logits_loss(
-        self, model: DistillModel, hidden: list[Tensor], taught: list[Reading], batch: dict[str, Any]
+        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]
     ) -> Tensor:
         """KL of the student's output distributions from the teachers' at the tokens that are hidden from both.
 
@@ -283,20 +255,20 @@ class Objective:
         64 MiB.
 
         Args:
-            hidden: the student's layers, of ``batch`` as :meth:`mask` returned it.
+            student: of ``batch`` as :meth:`mask` returned it.
             taught: of :meth:`teach` with ``head``.
 
         Returns:
             The mean over teachers with an MLM head, by their weights.
         """
         size = batch["teacher_ids"][0].shape[0]
-        total, shares = hidden[-1].new_zeros(()), 0.0
+        total, shares = student.last.new_zeros(()), 0.0
         for t, (reading, pairs) in enumerate(zip(taught, batch["hidden_pairs"], strict=True)):
             if pairs is None:
                 continue
-            block = len(taught) if self.mode == "match" else t
+            rows = slice(-size, None) if self.mode == "match" else slice(t * size, (t + 1) * size)
             positions, start, end = _positions(pairs)
-            ours = model.before_output(hidden[-1][block * size : (block + 1) * size].flatten(0, 1)[positions])
+            ours = model.before_output(student.last[rows].flatten(0, 1)[positions])
             if self.mode != "match":
                 ours = span_mean(ours, start, end)
             theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
@@ -334,7 +306,7 @@ class Objective:
     def compare(
         self,
         model: DistillModel,
-        hidden: list[Tensor],
+        student: Reading,
         taught: list[Reading],
         batch: dict[str, Any],
         divergence: str,
@@ -349,21 +321,89 @@ class Objective:
             if batch["reduce_pairs"]:
                 blocks["reduce"] = slice(t * size, (t + 1) * size), batch["reduce_pairs"][t]
             for i, assignment in enumerate(group):
-                teacher_side = _teacher_side(reading.layers, assignment)
+                teacher_side = layers_of(reading, assignment.teacher)
                 scale = self.scales[t][i]
                 # The cosine has no scale of its own.
                 share = self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
                 for which, (rows, pairs) in blocks.items():
                     loss = span_loss(
-                        [hidden[k][rows] for k in assignment.student],
+                        [x[rows] for x in layers_of(student, assignment.student)],
                         teacher_side,
-                        pairs.to(hidden[-1].device),
+                        pairs.to(student.last.device),
                         divergence=divergence,
                         temperature=self.temperature * scale,
                         weight=model.projection(t, i),
                     )
                     totals[which] = totals.get(which, 0) + share * loss
         return totals
+
+
+    def pooled(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+        """1 - cos of the vectors of texts, of the student's own tokenization: a mean over teachers."""
+        size = batch["teacher_ids"][0].shape[0]
+        total = student.last.new_zeros(())
+        for t, reading in enumerate(taught):
+            loss = pooled_loss(
+                student.last[-size:],
+                reading.last,
+                batch["student_mask"][-size:],
+                batch["teacher_mask"][t],
+                pooling=self.pooling,
+                weight=model.projection(t),
+            )
+            total = total + self.teacher_weights[t] * loss
+        return total
+
+    def similarity(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+        """Squared difference of the cosines of all pairs of texts; those of several teachers are averaged first, which
+        their vectors do, scaled by the roots of their weights, one after the other."""
+        size = batch["teacher_ids"][0].shape[0]
+        ours = self._pool(student.last[-size:], batch["student_mask"][-size:])
+        theirs = [
+            F.normalize(self._pool(reading.last, mask), dim=-1) * share**0.5
+            for reading, mask, share in zip(taught, batch["teacher_mask"], self.teacher_weights, strict=True)
+        ]
+        return similarity_loss(ours, torch.cat(theirs, dim=-1))
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """``[B, L, D]``, ``[B, L]`` -> ``[B, D]`` float32."""
+        spans = text_pairs(mask, mask, self.pooling)
+        return span_mean(hidden, spans.student_start, spans.student_end).float()
+
+    def relations(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+        """KL between relations of the queries, keys and values of the last assignment's layers."""
+        size = batch["teacher_ids"][0].shape[0]
+        total = student.last.new_zeros(())
+        for t, reading in enumerate(taught):
+            last = model.assignments[t][-1]
+            ours = [x[-size:] for x in student.projections[last.student[-1]]]
+            theirs = list(reading.projections[last.teacher[-1]])
+            heads = self.relation_heads or math.gcd(*(x.shape[-1] for x in (*ours, *theirs)))
+            loss = relation_loss(ours, theirs, batch["own_pairs"][t].to(student.last.device), heads=heads)
+            total = total + self.teacher_weights[t] * loss
+        return total
+
+    def attention(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+        """Squared difference of the attention maps averaged over spans and, within an assignment, over layers."""
+        size = batch["teacher_ids"][0].shape[0]
+        total = student.last.new_zeros(())
+        for t, reading in enumerate(taught):
+            group = model.assignments[t]
+            pairs = batch["own_pairs"][t].to(student.last.device)
+            for assignment in group:
+                # Maps have no embedding layer.
+                ours = [student.attentions[k - 1][-size:] for k in assignment.student if k]
+                theirs = [reading.attentions[k - 1] for k in assignment.teacher if k]
+                loss = attention_loss(ours, theirs, pairs, average_heads=ours[0].shape[1] != theirs[0].shape[1])
+                total = total + self.teacher_weights[t] / len(group) * loss
+        return total
+
+
+def _look_up(slots: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+    """What ``slots [V]`` says of the ids at positions ``[P]``; -1 of ids beyond its end."""
+    slots = F.pad(slots, (0, 1), value=-1).to(ids.device)
+    found = slots[ids.flatten()[positions.to(ids.device).long()].clamp(max=len(slots) - 1)]
+    return found.to(positions.device)
 
 
 def _choose(pairs: SpanPairs, chosen: Tensor) -> SpanPairs:
@@ -379,58 +419,3 @@ def _positions(pairs: SpanPairs) -> tuple[Tensor, Tensor, Tensor]:
     start = end - lengths
     positions = torch.repeat_interleave(pairs.student_start - start, lengths)
     return (positions + torch.arange(len(positions), device=positions.device)).long(), start, end
-
-
-def _teacher_side(layers: list[Tensor], assignment: LayerAssignment) -> list[Tensor]:
-    return [layers[k if len(layers) > 1 else -1] for k in assignment.teacher]
-
-
-def _isometry(student: Tensor, teacher: Tensor) -> Tensor:
-    """``[P, D_s]``, ``[P, D_t]`` -> ``[D_t, D_s]``: a rotation into the teacher's leading principal axes, scaled."""
-    axes = torch.linalg.eigh(teacher.T @ teacher).eigenvectors[:, -min(student.shape[1], teacher.shape[1]) :]
-    u, fit, v = torch.linalg.svd((teacher @ axes).T @ student, full_matrices=False)
-    # Least squares would shrink the image of a student that explains little yet; equal norms would be too large for
-    # one that never explains all. The geometric mean of the two scales lies between.
-    norms = student.norm(), (teacher @ axes).norm()
-    scale = (fit.sum() / norms[0] ** 2 * norms[1] / norms[0]).sqrt()
-    return axes @ u @ v * scale
-
-
-@torch.no_grad()
-def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) -> list[list[float]]:
-    """Fits the projections to one batch: scaled isometries onto the leading principal axes of the teacher's span
-    means, turned so that the student's come nearest to them (orthogonal Procrustes).
-
-    As an isometry keeps angles, what the student learns shows in its own space, which is what its users see; a free
-    linear map would learn part of it in the student's place. Orthogonal projections for distillation: Miles et al.,
-    arXiv 2403.06213.
-
-    Args:
-        batch: as :class:`DistillCollator` makes it.
-
-    Returns:
-        ``Objective.scales``.
-    """
-    training = model.training
-    model.eval()
-    hidden, _ = model(batch["student_ids"], batch["student_mask"])
-    taught, size = objective.teach(model, batch), batch["teacher_ids"][0].shape[0]
-
-    def means(layers: list[Tensor], start: Tensor, end: Tensor) -> Tensor:
-        return torch.stack([span_mean(x, start, end) for x in layers]).mean(0).double()
-
-    scales: list[list[float]] = []
-    for t, reading in enumerate(taught):
-        if batch["reduce_pairs"]:
-            pairs, rows = batch["reduce_pairs"][t], slice(t * size, (t + 1) * size)
-        else:
-            pairs, rows = batch["own_pairs"][t], slice(-size, None)
-        scales.append([])
-        for i, assignment in enumerate(model.assignments[t]):
-            teacher = means(_teacher_side(reading.layers, assignment), pairs.teacher_start, pairs.teacher_end)
-            scales[t].append(max(float(teacher.var(1, correction=0).mean().sqrt()), 1e-6))
-            if (weight := model.projection(t, i)) is not None:
-                student = means([hidden[k][rows] for k in assignment.student], pairs.student_start, pairs.student_end)
-                weight.copy_(_isometry(student, teacher))
-    model.train(training)
-    return scales

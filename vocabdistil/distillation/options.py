@@ -57,11 +57,12 @@ def check_reading(config: Any) -> None:
 def check_run_options(config: Any) -> None:
     """What every training run asks of its options."""
     check_reading(config)
-    need_whole(config.batch_size, "batch_size", most=_MOST_AT_ONCE)
+    if config.batch_size is not None:
+        need_whole(config.batch_size, "batch_size", most=_MOST_AT_ONCE)
     for name in ("save_every", "log_every"):
         need_whole(getattr(config, name), name)
     if config.steps is not None:
-        need_whole(config.steps, "steps", most=MOST_READ // config.batch_size)
+        need_whole(config.steps, "steps", most=MOST_READ // (config.batch_size or 1))
     lr = config.lr
     need(lr is None or is_real(lr) and 0 < lr < float("inf"), "lr", "a number above 0", lr)
     share = config.held_out
@@ -158,7 +159,8 @@ class StudentOptions:
         need(bool(self.teacher), "teacher", "at least one", "none")
         for teacher in self.teacher:
             need_place(teacher, "teacher", "a folder or a model's name")
-        need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
+        if self.vocabulary is not None:
+            need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
         need(self.family is None or self.family in FAMILIES, "family", " or ".join(FAMILIES), repr(self.family))
         need(
             self.family is None or self.vocabulary == "train", "family", "none without --vocabulary train", self.family

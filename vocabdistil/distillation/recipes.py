@@ -1,7 +1,7 @@
 """Recipes: what a student learns, and how, each under a name.
 
-A recipe gives every option of :class:`vocabdistil.DistillConfig` that its user leaves open. ``embedding`` and ``masked``
-are ours; the others compute what their sources say.
+A recipe gives every option of :class:`vocabdistil.DistillConfig` that its user leaves open. ``embedding`` and
+``masked`` are ours; the others compute what their sources say.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields, replace
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["RECIPES", "LossWeights", "Recipe"]
+__all__ = ["RECIPES", "SCHEDULES", "LossWeights", "Recipe"]
+
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,19 @@ __all__ = [
     "Interrupted",
     "SeededTrainer",
     "TrainingOrder",
+    "checkpoint_step",
     "fit",
     "keep_inputs",
     "last_checkpoint",
     "move_into_place",
     "open_partial",
+    "seconds_per_step",
     "training_arguments",
 ]
 
 RUN_FILE = "run.json"
+# What transformers calls them.
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -165,12 +170,14 @@ def training_arguments(
     seed: int,
     warmup: float = 0.05,
     weight_decay: float = 0.01,
+    schedule: str = "linear",
+    accumulate: int = 1,
     save_every: int = 500,
     log_every: int = 50,
     bf16: bool = False,
     device: torch.device | None = None,
 ) -> TrainingArguments:
-    """AdamW with a linear warm-up and decay; checkpoints in ``folder``."""
+    """AdamW with a linear warm-up, then a decay or none; checkpoints in ``folder``."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -178,7 +185,8 @@ def training_arguments(
         learning_rate=lr,
         weight_decay=weight_decay,
         warmup_steps=round(warmup * steps),
-        lr_scheduler_type="linear",
+        lr_scheduler_type=_SCHEDULERS[schedule],
+        gradient_accumulation_steps=accumulate,
         bf16=bf16,
         seed=seed,
         save_steps=save_every,
@@ -191,6 +199,35 @@ def training_arguments(
         dataloader_pin_memory=False,
         use_cpu=device is None or device.type == "cpu",
     )
+
+
+def seconds_per_step(
+    loss_of: Callable[[Sequence[Any]], Tensor], model: nn.Module, batches: Iterable[Sequence[Any]], most: float
+) -> float:
+    """How long a step takes: the batch made, the loss, its gradient, the optimizer; nothing is learned.
+
+    Args:
+        loss_of: the loss of the examples of one batch.
+        batches: the first two warm up, the others are timed.
+        most: seconds after which it is enough.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # A rate of 0 computes all of a step and changes nothing.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    taken: list[float] = []
+    start = time.perf_counter()
+    for batch in batches:
+        before = time.perf_counter()
+        loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - before)
+        if len(taken) > 2 and time.perf_counter() - start > most:
+            break
+    timed = taken[2:] or taken
+    return sum(timed) / len(timed)
 
 
 def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: str = "Distilling") -> float:
@@ -208,7 +245,7 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
         trainer.add_callback(stop)
         trainer.add_callback(progress)
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < steps:
+    if trainer.state.global_step < steps and stop.received is not None:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step} of {steps}, which {trainer.args.output_dir} holds; "
             "the same command with --resume continues"
@@ -219,7 +256,12 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the trainer's state is what it writes last)."""
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(found, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """The step of a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
@@ -289,18 +331,16 @@ def move_into_place(final: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-
-_LOSSES = ("kl_reduce", "kl_own", "cosine_reduce", "cosine_own", "mse_reduce", "mse_own", "logits_kl", "mlm")
+# What transformers logs beside the terms of the loss.
+_NOT_LOSSES = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
 class _ProgressCallback(TrainerCallback):
-    """A bar with the losses on a terminal; elsewhere a line now and then; nothing if quiet."""
+    """A bar with the losses on a terminal; elsewhere a line at every log; nothing if quiet."""
 
     def __init__(self, console: Console | None, steps: int, label: str) -> None:
         self.console, self.steps, self.label = console, steps, label
         self.bar: Progress | None = None
-        self.every = max(1, steps // 20)
-        self.last = 0
 
     def __enter__(self) -> _ProgressCallback:
         if self.console is not None and self.console.is_terminal:
@@ -325,11 +365,10 @@ class _ProgressCallback(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _LOSSES if name in (logs or {}))
-        if not losses or self.console is None:
+        if "loss" not in (logs or {}) or self.console is None:
             return
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in _NOT_LOSSES)
         if self.bar is not None:
             self.bar.update(self.task, losses=losses)
-        elif state.global_step - self.last >= self.every or state.global_step == self.steps:
-            self.last = state.global_step
+        else:
             self.console.print(f"step {state.global_step}/{self.steps}  {losses}", highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..alignment.spans import TEXT_POOLINGS
 from ..core.errors import need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
@@ -55,6 +56,12 @@ class Source:
         if sentence is None or prompt == sentence.prompt:
             return sentence
         return replace(sentence, prompts={**sentence.prompts, "default": prompt}, default_prompt_name="default")
+
+    @property
+    def pooling(self) -> str:
+        """How losses make a vector of a text: as the folder says, if in one of the ways that a span can."""
+        named = self.sentence.pooling if self.sentence is not None else ()
+        return named[0] if len(named) == 1 and named[0] in TEXT_POOLINGS else "mean"
 
     @property
     def prompts(self) -> list[str]:

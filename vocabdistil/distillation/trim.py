@@ -13,7 +13,7 @@ from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import need
+from ..core.errors import need, need_place
 from ..core.progress import counting
 from ..evaluation.predictions import agreement
 from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line
@@ -47,6 +47,7 @@ class TrimConfig(StudentOptions):
     time_length: int = 128
 
     def check(self) -> None:
+        need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
         super().check()
         need(len(self.teacher) == 1, "teacher", "one", len(self.teacher))
 

@@ -247,6 +247,7 @@ class HeldOutFigures(TypedDict):
         pseudo_perplexity: per character.
         cosine: mean cosine of the projected vectors of texts with the first teacher's.
         pearson, spearman, logits_kl, label, probability: as in :class:`LoyaltyFigures`.
+        dev: Spearman's correlation on the dev pairs.
     """
 
     kl_own: float
@@ -260,6 +261,7 @@ class HeldOutFigures(TypedDict):
     logits_kl: NotRequired[float]
     label: NotRequired[float]
     probability: NotRequired[float]
+    dev: NotRequired[float]
 
 
 class _Metrics(TypedDict):
@@ -329,12 +331,13 @@ class DistillMetrics(_Metrics):
         teacher_pseudo_perplexity: by teacher, per character; None without an MLM head.
         train_seconds: of the training.
         models: sizes and times.
-        baselines: by name, what others reach on the same held-out text, by the names of :class:`HeldOutFigures`.
+        baselines: by name, what others reach on the same held-out text, and their parameters.
         warnings: what the user should know before using the student.
         recipe: the name of the recipe that settings came from.
-        schedule: how the training was divided.
-        minutes: the time that the training was given.
-        dev: what was measured while it was trained.
+        lr: the peak learning rate.
+        best_step: the step that the student comes from: of the lowest held-out span loss at a checkpoint.
+        checkups: what was seen at step 0 and at every checkpoint: ``step``, ``loss`` (span KL on held-out text),
+            ``dev`` (Spearman's correlation on the dev pairs) if there are any.
     """
 
     command: Literal["distill"]
@@ -349,7 +352,7 @@ class DistillMetrics(_Metrics):
     after: HeldOutFigures
     teacher_pseudo_perplexity: list[float | None]
     train_seconds: float
-    recipe: NotRequired[Any]
-    schedule: NotRequired[Any]
-    minutes: NotRequired[float | None]
-    dev: NotRequired[Any]
+    recipe: str
+    lr: float
+    best_step: int
+    checkups: list[dict[str, float]]

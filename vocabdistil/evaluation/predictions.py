@@ -14,6 +14,7 @@ from ..alignment.collator import pad
 from ..alignment.families import encode
 from ..alignment.methods import match_pairs
 from ..alignment.vocab import MatchedVocab
+from ..core.progress import counting
 from ..core.seeds import mix_seed
 from ..models.teachers import Teacher
 from ..ops import linear_matched_kl
@@ -57,7 +58,7 @@ def choose_excerpts(
 
 
 @torch.no_grad()
-def pseudo_perplexity(model: Teacher, texts: Sequence[str]) -> float:
+def pseudo_perplexity(model: Teacher, texts: Sequence[str], quiet: bool = True) -> float:
     """``exp(-sum_texts sum_i log p(token_i | the text with token_i masked) / characters)``.
 
     The pseudo-log-likelihood of Salazar et al., arXiv 1910.14659 (special tokens are not scored), per character (code
@@ -66,6 +67,7 @@ def pseudo_perplexity(model: Teacher, texts: Sequence[str]) -> float:
     Args:
         model: with an MLM head.
         texts: short enough for it; see :func:`choose_excerpts`.
+        quiet: show no progress.
 
     Raises:
         ValueError: no texts, or no characters in them.
@@ -81,19 +83,21 @@ def pseudo_perplexity(model: Teacher, texts: Sequence[str]) -> float:
     weight, bias = model.output_layer
     total = torch.zeros((), dtype=torch.float64)
     start = 0
-    while start < len(hidden):
-        # Rows come by length, so the first of a batch says how many fit.
-        fit = min(_TOKENS_AT_ONCE // len(hidden[start][0]), _PROBABILITIES_AT_ONCE // len(weight))
-        end = start + max(1, fit)
-        ids, mask = (x.to(device) for x in pad([row for row, _ in hidden[start:end]], tokenizer.pad_token_id))
-        at = torch.tensor([i for _, i in hidden[start:end]], device=device)
-        rows = torch.arange(len(at), device=device)
-        truth = ids[rows, at]
-        ids[rows, at] = tokenizer.mask_token_id
-        before_output = model.read(ids, mask, head=True).head[rows, at]
-        log_p = linear(before_output, weight, bias).log_softmax(-1)
-        total += log_p[rows, truth].double().sum().cpu()
-        start = end
+    with counting("Pseudo-perplexity, tokens", len(hidden), quiet) as advance:
+        while start < len(hidden):
+            # Rows come by length, so the first of a batch says how many fit.
+            fit = min(_TOKENS_AT_ONCE // len(hidden[start][0]), _PROBABILITIES_AT_ONCE // len(weight))
+            end = start + max(1, fit)
+            ids, mask = (x.to(device) for x in pad([row for row, _ in hidden[start:end]], tokenizer.pad_token_id))
+            at = torch.tensor([i for _, i in hidden[start:end]], device=device)
+            rows = torch.arange(len(at), device=device)
+            truth = ids[rows, at]
+            ids[rows, at] = tokenizer.mask_token_id
+            before_output = model.read(ids, mask, head=True).head[rows, at]
+            log_p = linear(before_output, weight, bias).log_softmax(-1)
+            total += log_p[rows, truth].double().sum().cpu()
+            advance(len(at))
+            start = end
     return math.exp(-float(total) / characters)
 
 

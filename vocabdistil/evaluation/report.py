@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
 
 __all__ = [
+    "baseline_lines",
     "bench_table",
+    "checkup_line",
     "coverage_tables",
     "held_out_rows",
     "loyalty_table",
+    "plan_line",
     "result_tables",
     "size_table",
     "start_line",
+    "warnings",
     "task_tables",
 ]
 
@@ -39,6 +43,7 @@ _HELD_OUT = (
     ("cosine", "cosine of pooled embeddings", "higher"),
     ("pearson", "regression loyalty, Pearson", "higher"),
     ("spearman", "regression loyalty, Spearman", "higher"),
+    ("dev", "dev pairs, Spearman", "higher"),
 )
 
 # What a task's rows hold: scores, and loyalty to the first model.
@@ -215,6 +220,50 @@ def start_line(tokens: dict[str, dict[str, float]]) -> str:
     return f"Tokens start: {', '.join(parts)}"
 
 
+def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
+    """What training will be, before its first step."""
+    rounds = steps * texts / available
+    minutes = steps * seconds / 60
+    about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{steps * seconds:.0f} s"
+    return f"Training: {steps:,} steps of {texts} texts ({rounds:.2g} times {available:,} texts), about {about}"
+
+
+def checkup_line(step: int, row: dict[str, float]) -> str:
+    """What was seen at a checkpoint."""
+    score = f", dev pairs {row['dev']:.4f} (Spearman)" if "dev" in row else ""
+    return f"step {step}: held-out span loss {row['loss']:.4f}{score}"
+
+
+def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:
+    """What the student must beat, and where it starts from."""
+    lines = [f"To beat: {name}: {_agreement(row)}" for name, row in baselines.items()]
+    return [*lines, f"The student starts from: {_agreement(before)}"]
+
+
+def _agreement(row: dict[str, float]) -> str:
+    score = f", dev pairs {row['dev']:.4f}" if "dev" in row else ""
+    return f"agreement of similarities with the teacher's {row['spearman']:.4f} (Spearman){score}"
+
+
+def warnings(metrics: dict[str, Any]) -> list[str]:
+    """What a user should know before using the student: figures that got worse, or that were no better without."""
+    found = []
+    for key, label, better in _HELD_OUT:
+        if key in metrics["before"] and key in metrics["after"]:
+            before, after = metrics["before"][key], metrics["after"][key]
+            if after < before if better == "higher" else after > before:
+                found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
+    for name, row in metrics["baselines"].items():
+        if row["spearman"] > metrics["after"]["spearman"]:
+            theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])
+            found.append(f"the {name} follows the teacher better: {theirs}, the student {ours} (Spearman)")
+    models = metrics["models"]
+    if models["student"]["seconds"] >= models["teacher"]["seconds"]:
+        times = [f"{models[side]['seconds']:.3f} s" for side in ("student", "teacher")]
+        found.append(f"the student is no faster than its teacher: {times[0]} and {times[1]} on the CPU")
+    return found
+
+
 def size_table(models: dict[str, Any]) -> Table:
     """Sizes and CPU time of teacher and student, as :func:`vocabdistil.evaluation.timing.compare_models` found them."""
     table = Table(title="Teacher and student", title_justify="left")
@@ -236,10 +285,14 @@ def size_table(models: dict[str, Any]) -> Table:
 
 
 def result_tables(metrics: dict[str, Any]) -> list[Table]:
-    """Sizes of teacher and student, and the student on held-out text before and after training."""
+    """Sizes of teacher and student, and the student on held-out text before and after training, beside what it must
+    beat."""
+    baselines = metrics["baselines"]
     changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
-    for column in ("", "untrained", "trained", *metrics.get("baselines", {}), "better is"):
+    for column in ("", "untrained", "trained", *baselines, "better is"):
         changes.add_column(column, justify="left" if column in ("", "better is") else "right")
     for row in held_out_rows(metrics):
         changes.add_row(*row)
+    sizes = [f"{row['parameters'] / 1e6:.2f}" for row in (metrics["models"]["student"], *baselines.values())]
+    changes.add_row("parameters, M", sizes[0], *sizes, "")
     return [size_table(metrics["models"]), changes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,16 @@ from transformers.activations import ACT2FN
 from ..core.errors import VocabdistilError, need_place
 from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
-__all__ = ["Reading", "Teacher", "head_input", "load_teacher", "load_tokenizer", "model_inputs"]
+__all__ = [
+    "Reading",
+    "Teacher",
+    "give_attention_maps",
+    "head_input",
+    "load_teacher",
+    "load_tokenizer",
+    "model_inputs",
+    "read_body",
+]
 
 # What files make transformers, tokenizers and safetensors raise is of no common kind but this.
 _LOADING_ERRORS = Exception
@@ -41,10 +50,20 @@ class Reading(NamedTuple):
     Attributes:
         layers: hidden states ``[B, L, D]``: the last layer's alone, or of the embedding and every layer.
         head: ``[B, L, E]``, what the model's output layer would be given; None if it was not asked for.
+        projections: of each layer that was asked for, counted from 1, its queries, keys and values ``[B, L, D]``, the
+            heads one after the other.
+        attentions: of every layer ``[B, H, L, L]``; None if they were not asked for.
     """
 
     layers: list[Tensor]
     head: Tensor | None = None
+    projections: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    attentions: list[Tensor] | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """The last layer's hidden states."""
+        return self.layers[-1]
 
 
 @dataclass
@@ -103,7 +122,13 @@ class Teacher:
 
     @torch.no_grad()
     def read(
-        self, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False, head: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        all_layers: bool = False,
+        head: bool = False,
+        projections: Sequence[int] = (),
+        attentions: bool = False,
     ) -> Reading:
         """Runs the model once; see :class:`Reading`.
 
@@ -111,20 +136,90 @@ class Teacher:
             input_ids, attention_mask: ``[B, L]`` on the model's device.
             all_layers: every layer's hidden states.
             head: what the output layer would be given, too; no logits are computed.
+            projections, attentions: see :func:`read_body`.
 
         Raises:
             VocabdistilError: a token's hidden state is NaN or infinite.
         """
-        inputs = model_inputs(self.model, input_ids, attention_mask) | {"output_hidden_states": all_layers}
-        if head:
-            out, before_output = _run_to_output_layer(self.whole, inputs)
-        else:
-            out, before_output = self.model(**inputs), None
-        if not bool((out.last_hidden_state.isfinite().all(-1) | (attention_mask == 0)).all()):
+        whole = self.whole if head else None
+        reading = read_body(self.model, input_ids, attention_mask, all_layers, projections, attentions, whole)
+        if not bool((reading.last.isfinite().all(-1) | (attention_mask == 0)).all()):
             raise VocabdistilError(f"--teacher: {self.name} gives NaN or infinite hidden states")
-        # ModernBERT of transformers 4.48 gives its last layer without the norm that follows it.
-        before_last = list(out.hidden_states[:-1]) if all_layers else []
-        return Reading([*before_last, out.last_hidden_state], before_output)
+        return reading
+
+
+def read_body(
+    body: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    all_layers: bool = False,
+    projections: Sequence[int] = (),
+    attentions: bool = False,
+    whole: PreTrainedModel | None = None,
+) -> Reading:
+    """Runs a model once, with gradients if they are on.
+
+    Args:
+        projections: layers, counted from 1, whose queries, keys and values are wanted.
+        attentions: whether the attention maps are, for which the model must compute its attention eagerly.
+        whole: the model with its MLM head, to have what its output layer would be given.
+
+    Raises:
+        VocabdistilError: the model's layers have no queries, keys and values of their own, or it gives no maps.
+    """
+    inputs = model_inputs(body, input_ids, attention_mask)
+    inputs |= {"output_hidden_states": all_layers} | ({"output_attentions": True} if attentions else {})
+    with _recorded_projections(body, projections) as recorded:
+        if whole is not None:
+            out, before_output = _run_to_output_layer(whole, inputs)
+        else:
+            out, before_output = body(**inputs), None
+    maps = getattr(out, "attentions", None) if attentions else None
+    if attentions and (not maps or any(x is None for x in maps)):
+        kind = type(body).__name__
+        raise VocabdistilError(f"--weights: attention needs models that give their maps; {kind} does not")
+    # ModernBERT of transformers 4.48 gives its last layer without the norm that follows it.
+    before_last = list(out.hidden_states[:-1]) if all_layers else []
+    layers = [*before_last, out.last_hidden_state]
+    return Reading(layers, before_output, dict(recorded), None if maps is None else list(maps))
+
+
+def give_attention_maps(body: PreTrainedModel) -> None:
+    """Has a model compute its attention in the one way that also gives its maps."""
+    if hasattr(body, "set_attn_implementation"):
+        body.set_attn_implementation("eager")
+    else:  # transformers before 4.51
+        body.config._attn_implementation = "eager"
+
+
+@contextlib.contextmanager
+def _recorded_projections(body: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Records what the query, key and value products of some layers give while the body runs."""
+    found: dict[int, Any] = {}
+    hooks = []
+    if layers:
+        row = architecture_of(body.config)
+        if row is None or row.parts is None:
+            kind = type(body).__name__
+            raise VocabdistilError(f"--weights: relations needs layers of BERT's kind; {kind} has others")
+        blocks = body.get_submodule(row.layers)
+
+        def recorder(layer: int, place: int) -> Any:
+            def record(module: nn.Module, args: Any, out: Tensor) -> None:
+                found.setdefault(layer, [None] * 3)[place] = out
+
+            return record
+
+        for layer in layers:
+            # Layers that share their weights are one block, and the last of them is what its hooks see.
+            block = blocks[min(layer, len(blocks)) - 1]
+            for place, path in enumerate((row.parts.query, row.parts.key, row.parts.value)):
+                hooks.append(block.get_submodule(path).register_forward_hook(recorder(layer, place)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""What a student must beat to be worth its training: its teacher trimmed, and a mean of input embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..models.bodies import build_body
+from ..models.shrinking import shrink
+from ..models.teachers import Reading, Teacher
+
+__all__ = ["mean_of_embeddings", "trimmed_teacher"]
+
+
+@dataclass
+class _Embeddings(Teacher):
+    """A model whose hidden states are its input embeddings.
+
+    Attributes:
+        table: ``[V, E]``, a row for every token.
+    """
+
+    table: Tensor = torch.empty(0)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, *args: object, **kwargs: object) -> Reading:
+        return Reading([self.table[input_ids]])
+
+
+def mean_of_embeddings(
+    teacher: Teacher, rows: Callable[[Tensor], Tensor], tokenizer: PreTrainedTokenizerBase
+) -> Teacher:
+    """A model without layers: a text's vector is the mean of its tokens' input embeddings.
+
+    Args:
+        rows: ``[V_t, E]`` -> ``[V_s, E]``, rows for the student's tokens out of the teacher's.
+        tokenizer: the student's.
+    """
+    weight = teacher.model.get_input_embeddings().weight.detach().float().cpu()
+    return _Embeddings("mean of input embeddings", teacher.model, tokenizer, prompt=teacher.prompt, table=rows(weight))
+
+
+def trimmed_teacher(
+    teacher: Teacher,
+    kept: Sequence[int],
+    rows: Callable[[Tensor], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+) -> Teacher:
+    """What ``vocabdistil trim`` makes of a teacher for this vocabulary and so many layers.
+
+    Args:
+        kept: the teacher's layers that stay.
+        texts: what they are fitted to.
+    """
+    small = shrink(teacher, kept, texts).teacher
+    model = build_body(small, rows, tokenizer, range(len(kept))).base_model
+    return replace(teacher, name="trimmed teacher", model=model, tokenizer=tokenizer, masked_lm=None)

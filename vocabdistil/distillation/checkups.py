@@ -1,0 +1,99 @@
+"""Looks at the student while it learns: held-out loss at every checkpoint, the best student kept, an early end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import TrainerCallback
+
+__all__ = ["Checkups"]
+
+_FILE = "checkups.jsonl"
+
+
+class Checkups(TrainerCallback):
+    """Examines a student every so many steps and at the last one.
+
+    Args:
+        folder: of the run; gets ``checkups.jsonl``, a row per look, and the two best students so far, as a run that is
+            resumed may go back behind the last of them.
+        model: what is trained.
+        examine: its figures, ``"loss"`` among them: the lower the better.
+        every: steps between looks.
+        patience: looks without a better loss after which training ends; None: none.
+        start: the step that the run goes on from: later rows are forgotten.
+        tell: says the figures of a step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        examine: Callable[[], dict[str, float]],
+        every: int,
+        patience: int | None,
+        start: int,
+        tell: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self.folder, self.model, self.examine = folder, model, examine
+        self.every, self.patience, self.tell = every, patience, tell
+        self.rows: list[dict[str, float]] = []
+        if (folder / _FILE).exists():
+            rows = map(json.loads, (folder / _FILE).read_text(encoding="utf-8").splitlines())
+            self.rows = [row for row in rows if row["step"] <= start]
+        self._write()
+
+    def look(self, step: int) -> dict[str, float]:
+        """Examines the student once."""
+        training = self.model.training
+        self.model.eval()
+        row = {"step": step, **self.examine()}
+        self.model.train(training)
+        if step and (not self.rows or row["loss"] < self.best["loss"]):
+            before = self.best["step"] if self.rows else 0
+            save_model(self.model, str(self._student(step)))
+            for path in self.folder.glob("best-*.safetensors"):
+                if path not in (self._student(step), self._student(before)):
+                    path.unlink()
+        self.rows.append(row)
+        self._write()
+        self.tell(step, row)
+        return row
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row with the lowest loss, the first of them, the start only where there is no other."""
+        return min([row for row in self.rows if row["step"]] or self.rows, key=lambda row: row["loss"])
+
+    @property
+    def stale(self) -> int:
+        """Looks since the best one."""
+        return len(self.rows) - 1 - self.rows.index(self.best)
+
+    @property
+    def ended_early(self) -> bool:
+        return self.patience is not None and bool(self.rows) and self.stale >= self.patience
+
+    def restore(self) -> None:
+        """Gives the model the weights of the best student."""
+        if self.best["step"] != self.rows[-1]["step"]:
+            load_model(self.model, str(self._student(self.best["step"])))
+
+    def _student(self, step: float) -> Path:
+        return self.folder / f"best-{step}.safetensors"
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (self.folder / _FILE).write_text(text, encoding="utf-8")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        if step % self.every == 0 or step == state.max_steps:
+            self.look(step)
+            if self.ended_early:
+                control.should_save = control.should_training_stop = True
+        return control

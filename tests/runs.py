@@ -24,10 +24,11 @@ def options(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, A
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
     """Calls ``action`` before the step (counted from 0) is computed."""
-    original = SeededTrainer.training_step
+    original, done = SeededTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
+        if self.state.global_step == step and not done:  # a step may have several batches
+            done.append(step)
             action()
         return original(self, *args, **kwargs)
 

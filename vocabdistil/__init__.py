@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .distillation.recipes import LossWeights, Recipe
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import TrimConfig, trim
+    from .evaluation.tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ _LAZY = {
     "TeacherConfig": "distillation.pretraining",
     "cache_aligned": "alignment.cache",
     "distill": "distillation.job",
+    "evaluate": "evaluation.tasks",
     "show_alignment": "alignment.picture",
     "train_teacher": "distillation.pretraining",
     "TrimConfig": "distillation.trim",
@@ -105,6 +107,7 @@ __all__ = [
     "contrastive",
     "coverage",
     "distill",
+    "evaluate",
     "linear_matched_kl",
     "loyalty",
     "match_pairs",

@@ -1,0 +1,193 @@
+"""How a run is steered: its length, its checkpoints, its end, what it remembers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import vocabdistil as vd
+from tests.runs import at_step, interrupt, options
+from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation import job
+from vocabdistil.distillation.runs import Interrupted
+from vocabdistil.distillation.teacher_cache import TeacherCache
+
+EMBEDDING = {"recipe": "embedding", "preset": None, "layers": 1, "vocabulary": "train", "vocab_size": 150}
+
+
+@pytest.fixture(scope="module")
+def embedder(teacher_folder, tmp_path_factory):
+    """The teacher without its head."""
+    folder = tmp_path_factory.mktemp("embedder") / "teacher"
+    AutoModel.from_pretrained(teacher_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path, demo_lines):
+    file = tmp_path / "pairs.csv"
+    rows = [f'"{demo_lines[i]}","{demo_lines[i + 1]}",{i % 5}' for i in range(12)]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def student_of(result):
+    return load_file(result.path / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_minutes_become_steps_once(embedder, text_file, tmp_path, monkeypatch):
+    """The steps that fit are found at the start; a slower machine that goes on keeps them."""
+    changes = {**EMBEDDING, "steps": None, "minutes": 5.0, "save_every": 2}
+    arguments = options(embedder, text_file, tmp_path / "student", **changes)
+    monkeypatch.setattr(job, "seconds_per_step", lambda *args: 20.0)
+    at_step(monkeypatch, 3, interrupt)
+    with pytest.raises(Interrupted):
+        vd.distill(**arguments)
+    record = json.loads((tmp_path / "student.partial" / "run.json").read_text())
+    assert 8 <= record["steps"] <= 14  # of at most 15, less what came before and comes after
+    monkeypatch.undo()
+    monkeypatch.setattr(job, "seconds_per_step", lambda *args: 1e9)
+    result = vd.distill(**arguments, resume=True)
+    assert result.metrics["steps"] == record["steps"]
+
+
+def test_timing_teaches_nothing(embedder, text_file, tmp_path, monkeypatch):
+    found = []
+    original = job.seconds_per_step
+
+    def watched(loss_of, model, batches, most):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        seconds = original(loss_of, model, batches, most)
+        assert seconds > 0
+        found.append(same(before, model.state_dict()) and all(p.grad is None for p in model.parameters()))
+        return seconds
+
+    monkeypatch.setattr(job, "seconds_per_step", watched)
+    vd.distill(**options(embedder, text_file, tmp_path / "student", **EMBEDDING))
+    assert found == [True]
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"schedule": "cosine"}, {"schedule": "constant"}])
+def test_resuming_is_exact(changes, embedder, text_file, tmp_path, monkeypatch):
+    changes = {**EMBEDDING, **changes, "steps": 8, "save_every": 3}
+    whole = vd.distill(**options(embedder, text_file, tmp_path / "whole", **changes))
+    at_step(monkeypatch, 4, interrupt)
+    arguments = options(embedder, text_file, tmp_path / "parts", **changes)
+    with pytest.raises(Interrupted):
+        vd.distill(**arguments)
+    monkeypatch.undo()
+    parts = vd.distill(**arguments, resume=True)
+    assert same(student_of(whole), student_of(parts))
+    assert whole.metrics["checkups"] == parts.metrics["checkups"]
+    assert [row["step"] for row in whole.metrics["checkups"]] == [0, 3, 6, 8]
+
+
+def test_accumulated_batches_are_one_step(embedder, text_file, tmp_path):
+    """The gradients of two batches are added up before a step: as many texts are read as with twice the batch."""
+    seen = []
+    for name, changes in (("a", {"batch_size": 4, "accumulate": 2}), ("b", {"batch_size": 8})):
+        sizes: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            original = job.DistillTrainer.training_step
+
+            def watched(self, model, inputs, *args, sizes=sizes, original=original, **kwargs):
+                sizes.append(len(inputs["teacher_ids"][0]))
+                return original(self, model, inputs, *args, **kwargs)
+
+            patch.setattr(job.DistillTrainer, "training_step", watched)
+            result = vd.distill(**options(embedder, text_file, tmp_path / name, **EMBEDDING | changes, steps=3))
+        assert result.metrics["steps"] == 3
+        seen.append(sizes)
+    assert seen == [[4] * 6, [8] * 3]
+
+
+def test_patience_ends_the_run_and_the_best_is_kept(embedder, text_file, tmp_path, monkeypatch):
+    losses = iter([5.0, 3.0, 2.0, 2.5, 2.2, 1.0])
+    kept = {}
+
+    def examine(self, training):
+        loss = next(losses)
+        kept[loss] = {k: v.clone() for k, v in training.model.student.state_dict().items()}
+        return {"loss": loss}
+
+    monkeypatch.setattr(job._Run, "examine", examine)
+    changes = {**EMBEDDING, "steps": 12, "save_every": 2, "patience": 2}
+    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    assert result.metrics["steps"] == 8 and result.metrics["best_step"] == 4
+    assert [row["loss"] for row in result.metrics["checkups"]] == [5.0, 3.0, 2.0, 2.5, 2.2]
+    saved = student_of(result)
+    assert all(torch.equal(saved[key], kept[2.0][key]) for key in saved)
+    assert not all(torch.equal(saved[key], kept[2.2][key]) for key in saved)
+
+
+def test_dev_pairs_are_scored_at_every_checkpoint(embedder, text_file, tmp_path, pairs):
+    changes = {**EMBEDDING, "steps": 4, "save_every": 2, "dev": pairs}
+    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    rows = result.metrics["checkups"]
+    assert [row["step"] for row in rows] == [0, 2, 4] and all(-1 <= row["dev"] <= 1 for row in rows)
+    best = next(row for row in rows if row["step"] == result.metrics["best_step"])
+    assert result.metrics["before"]["dev"] == rows[0]["dev"] and result.metrics["after"]["dev"] == best["dev"]
+    found = vd.evaluate([embedder, result.path], pairs=[pairs], max_length=32)
+    assert found["tasks"][0]["results"][1]["spearman"] == pytest.approx(best["dev"], abs=1e-6)
+    assert {"dev", "parameters", "spearman"} <= set(result.metrics["baselines"]["trimmed teacher"])
+
+
+def test_a_bad_dev_file_is_one_line_before_any_work(embedder, text_file, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(VocabdistilError, match="--dev: "):
+        vd.distill(**options(embedder, text_file, tmp_path / "student", **EMBEDDING, dev=file))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
+
+
+def test_a_cached_teacher_is_not_asked_twice(embedder, text_file, tmp_path, monkeypatch):
+    """The second run, of another student, trains without one pass of the teacher, to the same result as the first."""
+    changes = {**EMBEDDING, "cache_teacher": tmp_path / "cache"}
+    plain = vd.distill(**options(embedder, text_file, tmp_path / "plain", **EMBEDDING))
+    first = vd.distill(**options(embedder, text_file, tmp_path / "first", **changes))
+    computed = []
+    read = TeacherCache.read
+
+    def watched(self, ids, mask):
+        found = read(self, ids, mask)
+        computed.append(self.computed)
+        return found
+
+    monkeypatch.setattr(TeacherCache, "read", watched)
+    second = vd.distill(**options(embedder, text_file, tmp_path / "second", **changes))
+    assert computed and max(computed) == 0
+    assert same(student_of(first), student_of(second))
+    ours, theirs = student_of(first), student_of(plain)
+    assert all(torch.allclose(ours[key], theirs[key], atol=5e-3) for key in ours if ours[key].is_floating_point())
+    narrow = {**changes, "vocab_size": 120}
+    vd.distill(**options(embedder, text_file, tmp_path / "narrow", **narrow))
+
+
+def test_a_cache_of_masked_texts_is_refused(teacher_folder, text_file, tmp_path):
+    with pytest.raises(VocabdistilError, match="--cache-teacher: expected losses of the last hidden states of whole"):
+        vd.distill(**options(teacher_folder, text_file, tmp_path / "student", cache_teacher=tmp_path / "cache"))
+    assert not (tmp_path / "student.partial").exists()
+
+
+def test_several_teachers_each_with_its_tokens(embedder, teacher_folder, text_file, tmp_path):
+    changes = {**EMBEDDING, "teacher_weights": [3, 1], "cache_teacher": tmp_path / "cache"}
+    result = vd.distill(**options([embedder, teacher_folder], text_file, tmp_path / "student", **changes))
+    assert result.metrics["after"]["kl_own"] < result.metrics["before"]["kl_own"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"teacher-0", "teacher-1"}
+
+
+def test_what_got_worse_is_told(embedder, text_file, tmp_path, capsys):
+    changes = {**EMBEDDING, "lr": 0.3, "steps": 6, "quiet": False}
+    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    assert any("got worse" in line for line in result.metrics["warnings"])
+    said = capsys.readouterr().out
+    assert "Warning: " in said and "To beat: trimmed teacher" in said and "about" in said

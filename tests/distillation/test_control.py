@@ -125,7 +125,10 @@ def test_patience_ends_the_run_and_the_best_is_kept(embedder, text_file, tmp_pat
     assert result.metrics["steps"] == 8 and result.metrics["best_step"] == 4
     assert [row["loss"] for row in result.metrics["checkups"]] == [5.0, 3.0, 2.0, 2.5, 2.2]
     saved = student_of(result)
-    assert all(torch.equal(saved[key], kept[2.0][key]) for key in saved)
+    (share,) = (float(s) for s, v in result.metrics["mixed"].items() if v == max(result.metrics["mixed"].values()))
+    for key in saved:
+        between = kept[2.0][key].lerp(kept[5.0][key], 1 - share) if saved[key].is_floating_point() else kept[2.0][key]
+        torch.testing.assert_close(saved[key], between)
     assert not all(torch.equal(saved[key], kept[2.2][key]) for key in saved)
 
 
@@ -134,10 +137,11 @@ def test_dev_pairs_are_scored_at_every_checkpoint(embedder, text_file, tmp_path,
     result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
     rows = result.metrics["checkups"]
     assert [row["step"] for row in rows] == [0, 2, 4] and all(-1 <= row["dev"] <= 1 for row in rows)
-    best = next(row for row in rows if row["step"] == result.metrics["best_step"])
-    assert result.metrics["before"]["dev"] == rows[0]["dev"] and result.metrics["after"]["dev"] == best["dev"]
+    assert result.metrics["before"]["dev"] == rows[0]["dev"]
     found = vd.evaluate([embedder, result.path], pairs=[pairs], max_length=32)
-    assert found["tasks"][0]["results"][1]["spearman"] == pytest.approx(best["dev"], abs=1e-6)
+    assert found["tasks"][0]["results"][1]["spearman"] == pytest.approx(
+        result.metrics["after"]["dev"], abs=1e-6
+    )
     assert {"dev", "parameters", "spearman"} <= set(result.metrics["baselines"]["trimmed teacher"])
 
 

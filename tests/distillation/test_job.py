@@ -235,6 +235,9 @@ class _Fixed:
     def projection(self, teacher, assignment):
         return self.weight
 
+    def is_known(self, teacher, assignment):
+        return False
+
     def train(self, mode=True):
         return self
 

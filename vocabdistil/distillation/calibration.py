@@ -32,7 +32,7 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
 
     As an isometry keeps angles, what the student learns shows in its own space, which is what its users see; a free
     linear map would learn part of it in the student's place. Orthogonal projections for distillation: Miles et al.,
-    arXiv 2403.06213.
+    arXiv 2403.06213. A projection that came with the start stays.
 
     Args:
         batch: as :class:`DistillCollator` makes it.
@@ -58,7 +58,7 @@ def calibrate(model: DistillModel, objective: Objective, batch: dict[str, Any]) 
         for i, assignment in enumerate(model.assignments[t]):
             teacher = means(layers_of(reading, assignment.teacher), pairs.teacher_start, pairs.teacher_end)
             scales[t].append(max(float(teacher.var(1, correction=0).mean().sqrt()), 1e-6))
-            if (weight := model.projection(t, i)) is not None:
+            if (weight := model.projection(t, i)) is not None and not model.is_known(t, i):
                 student = means(
                     [x[rows] for x in layers_of(hidden, assignment.student)], pairs.student_start, pairs.student_end
                 )

@@ -96,7 +96,8 @@ def evaluate(
         theirs.append(mean_over_tokens(taught[0].last, batch["teacher_mask"][0]).float().cpu())
     pooled, teacher = torch.cat(ours), torch.cat(theirs)
     projection = model.projection(0)
-    projected = pooled if projection is None else pooled @ projection.detach().float().cpu().T
+    bias = None if model.bias is None else model.bias.float().cpu()
+    projected = pooled if projection is None else F.linear(pooled, projection.detach().float().cpu(), bias)
     pearson, spearman = regression(pairwise_cosine(pooled), pairwise_cosine(teacher))
     found = {
         **{name: value / max(counts[name], 1) for name, value in sums.items()},

@@ -27,6 +27,7 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole
 from ..core.files import write_json
 from ..evaluation import report
+from ..evaluation.loyalty import pairwise_cosine, regression
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.tasks import Pairs, pairs_score, read_pairs
@@ -43,6 +44,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
+from .mixing import mix
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
@@ -69,8 +71,8 @@ __all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
 LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
 _MAX_EVAL_TEXTS = 512
 _CALIBRATION_TEXTS = 128
-# What layers are fitted to.
-_FITTED_TEXTS = 2048
+# What layers are fitted to: four times what trim takes, which has no minutes to spend.
+_FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
 # Held-out texts of a look at a checkpoint.
 _CHECKUP_TEXTS = 256
 _DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
@@ -466,9 +468,11 @@ class _Run:
         training = self.training(student, vocabularies)
         before = self.calibration(student, training)
         steps = self.plan(training)
+        start = self.begun(student, training)
         fitted = self.fit(student, training, steps)
+        mixed = self.mix(training, start)
         after = self.evaluation(training)
-        return self.write(student, vocabularies, covered, training, fitted, before, after)
+        return self.write(student, vocabularies, covered, training, fitted, mixed, before, after)
 
     def student(self) -> Student:
         """Vocabulary, body and start."""
@@ -483,7 +487,9 @@ class _Run:
         for note in vocabulary.notes:
             self.say.print(note)
         texts = self.sample(_FITTED_TEXTS)
-        student = make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
+        student = make_student(
+            config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape, _FITTED_TOKENS
+        )
         if config.shape is not None and not config.weights.needs_head:
             # Nobody would have trained it.
             student.model = student.model.base_model
@@ -547,7 +553,9 @@ class _Run:
         reader = student.as_teacher()
         assignments = [self.assignments(student, teacher) for teacher in teachers]
         widths = [teacher.width for teacher in teachers]
-        model = DistillModel(student.model, widths, assignments, config.seed, config.train_projection).to(device)
+        model = DistillModel(
+            student.model, widths, assignments, config.seed, config.train_projection, student.projection
+        ).to(device)
         for teacher in teachers:
             teacher.whole.to(device)
         shares = config.teacher_weights or [1.0] * len(teachers)
@@ -762,6 +770,28 @@ class _Run:
             first = replace(first, modules=())
         return pairs_score(model, self.dev, self.config.max_length, first)["spearman"]
 
+    def begun(self, student: Student, training: _Training) -> dict[str, Tensor]:
+        """The weights that the student starts from, if it may end between them and the trained ones."""
+        if not (RECIPES[self.config.recipe].mixed and student.kept_layers):
+            return {}
+        return {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
+
+    def mix(self, training: _Training, start: dict[str, Tensor]) -> dict[float, float]:
+        """Leaves the student where its similarities of held-out texts agree best with the teacher's; returns how well
+        they do by the share of the trained weights, nothing where these are all that there is."""
+        if not start:
+            return {}
+        source, most = self.sources[0], self.config.max_length
+        theirs = pairwise_cosine(pooled(source.teacher, self.held_out, most, source.sentence))
+
+        def score() -> float:
+            reader = training.model.as_teacher(training.collator.student)
+            reader.prompt = source.teacher.prompt
+            return float(regression(pairwise_cosine(pooled(reader, self.held_out, most, source.sentence)), theirs)[1])
+
+        training.model.eval()
+        return mix(training.model, start, score)
+
     def evaluation(self, training: _Training, status: str | None = "Evaluating the student") -> dict[str, Any]:
         """The student on held-out text.
 
@@ -786,6 +816,7 @@ class _Run:
         covered: list[dict[str, Any]],
         training: _Training,
         fitted: _Fitted,
+        mixed: dict[float, float],
         before: dict[str, Any],
         after: dict[str, Any],
     ) -> DistillResult:
@@ -793,7 +824,8 @@ class _Run:
         config, first = self.config, self.teachers[0]
         reader = student.as_teacher()
         best = fitted.checkups.best
-        after |= {name: best[name] for name in ("dev",) if name in best}
+        if self.dev is not None:
+            after["dev"] = self.dev_score(training.model.as_teacher(student.tokenizer))
         metrics = {
             "teacher": [teacher.name for teacher in self.teachers],
             "command": "distill",
@@ -805,6 +837,7 @@ class _Run:
             "lr": fitted.lr,
             "best_step": best["step"],
             "checkups": fitted.checkups.rows,
+            "mixed": {str(share): score for share, score in mixed.items()},
             "baselines": self.record["baselines"],
             "train_texts": len(self.split.train),
             "held_out_texts": len(self.held_out),
@@ -830,7 +863,7 @@ class _Run:
         metrics["warnings"] = report.warnings(metrics)
         projections = training.projections()
         if (weight := training.model.projection(0)) is not None:
-            student.projection = weight.detach().cpu(), None
+            student.projection = weight.detach().cpu(), training.model.bias
         out = write_student(
             self.partial, self.asked, self.sources[0], student, vocabularies.tables, metrics, projections
         )

@@ -25,6 +25,8 @@ class DistillModel(nn.Module):
         assignments: for each teacher, which of its layers teach which of the student's.
         seed: of the projections, orthonormal until :func:`vocabdistil.distillation.calibration.calibrate` fits them.
         train_projections: else they stay as fitted.
+        known: weight ``[D_t, D_s]`` and bias ``[D_t]`` or None of the first teacher's last assignment, where the start
+            came with them.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class DistillModel(nn.Module):
         assignments: Sequence[Sequence[LayerAssignment]],
         seed: int = 0,
         train_projections: bool = False,
+        known: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -48,10 +51,27 @@ class DistillModel(nn.Module):
                 linear = nn.Linear(width, teacher_width, bias=False)
                 nn.init.orthogonal_(linear.weight, generator=generator)
                 self.projections[f"{t}_{i}"] = linear.requires_grad_(train_projections)
+        self.known = known is not None and bool(self.projections)
+        self.register_buffer("bias", None, persistent=False)
+        if self.known:
+            with torch.no_grad():
+                self.projections[self._key(0, -1)].weight.copy_(known[0])
+            self.bias = known[1]
+
+    def _key(self, teacher: int, assignment: int) -> str:
+        return f"{teacher}_{assignment % len(self.assignments[teacher])}"
+
+    def is_known(self, teacher: int, assignment: int = -1) -> bool:
+        """Whether a projection came with the start."""
+        return self.known and self._key(teacher, assignment) == self._key(0, -1)
+
+    def centred(self, taught: Tensor, teacher: int, assignment: int = -1) -> Tensor:
+        """A teacher's hidden states less what its projection adds to every vector: what the weight alone must give."""
+        return taught - self.bias if self.is_known(teacher, assignment) and self.bias is not None else taught
 
     def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
         """``[D_t, D_s]``, or None where the widths are equal."""
-        key = f"{teacher}_{assignment % len(self.assignments[teacher])}"
+        key = self._key(teacher, assignment)
         return self.projections[key].weight if key in self.projections else None
 
     @property

@@ -79,6 +79,8 @@ class Recipe:
         batch_size: texts per step.
         vocabulary: where the student's comes from.
         preset: the student's body, if not the teacher's own kind.
+        mixed: whether a body with copied layers ends between its start and what training made of it, see
+            :func:`vocabdistil.distillation.mixing.mix`.
     """
 
     source: str
@@ -93,6 +95,7 @@ class Recipe:
     batch_size: int = 32
     vocabulary: str = "train"
     preset: str | None = None
+    mixed: bool = False
 
 
 # arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
@@ -103,8 +106,10 @@ _PAPER = LossWeights(kl=2.0, logits=0.5, mlm=0.5)
 RECIPES: dict[str, Recipe] = {
     "embedding": Recipe(
         "teachers without an MLM head: measured in benchmarks/students",
-        LossWeights(kl=1.0, pooled=1.0, similarity=10.0),
+        LossWeights(kl=1.0),
+        warmup=0.1,
         vocabulary="trim",
+        mixed=True,
     ),
     "masked": Recipe(
         "teachers with an MLM head",

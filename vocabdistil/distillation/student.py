@@ -16,7 +16,7 @@ from ..core.errors import need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
-from ..models.shrinking import shrink
+from ..models.shrinking import TOKENS, shrink
 from ..models.start import plan_start
 from ..models.students import Preset, build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
@@ -165,6 +165,7 @@ def make_student(
     texts: Sequence[str],
     kept_layers: list[int],
     preset: Preset | None = None,
+    fitted_tokens: int = TOKENS,
 ) -> Student:
     """The stage of the student's body and its start.
 
@@ -173,6 +174,7 @@ def make_student(
         texts: some of the text, as the models read it: what layers are fitted to, and kinds of starts counted in.
         kept_layers: of the teacher, for a body of its own class.
         preset: a DistilBERT of this shape instead.
+        fitted_tokens: how much of the texts layers are fitted to.
     """
     teacher, tokenizer = source.teacher, vocabulary.tokenizer
     start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
@@ -184,7 +186,8 @@ def make_student(
     else:
         keep, report = kept_layers, {"copied_layers": kept_layers}
         if options.fit:
-            small = shrink(teacher, kept_layers, texts, options.dim, options.heads, options.ffn, options.max_length)
+            shape = options.dim, options.heads, options.ffn
+            small = shrink(teacher, kept_layers, texts, *shape, options.max_length, fitted_tokens)
             teacher, keep = small.teacher, range(len(kept_layers))
             report["explained"] = [round(share, 4) for share in small.explained]
             if small.teacher.width != source.teacher.width:

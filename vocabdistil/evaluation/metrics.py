@@ -338,6 +338,8 @@ class DistillMetrics(_Metrics):
         best_step: the step that the student comes from: of the lowest held-out span loss at a checkpoint.
         checkups: what was seen at step 0 and at every checkpoint: ``step``, ``loss`` (span KL on held-out text),
             ``dev`` (Spearman's correlation on the dev pairs) if there are any.
+        mixed: by the share of the trained weights, the rest being those of the start: Spearman's correlation of the
+            similarities of held-out texts with the teacher's; the best of them is the student. Empty without.
     """
 
     command: Literal["distill"]
@@ -356,3 +358,4 @@ class DistillMetrics(_Metrics):
     lr: float
     best_step: int
     checkups: list[dict[str, float]]
+    mixed: dict[str, float]

@@ -28,7 +28,7 @@ __all__ = ["Shape", "Shrunk", "narrow_shape", "shrink"]
 
 # Tokens to fit on: for all-MiniLM-L6-v2 cut to 3 layers of 264, Spearman on STS-B dev is 0.836 with a third as many
 # and 0.846 with three times as many.
-_TOKENS = 2**14
+TOKENS = 2**14
 _BATCH = 64
 # Relative to the mean variance of what is read. Where a layer is as wide as the teacher's, what the text leaves open
 # stays as in the teacher, else it goes to 0. On MiniLM's layers 0, 2 and 5, STS-B dev is 0.851 with 128 texts and 0.855
@@ -105,15 +105,15 @@ class _Batch(NamedTuple):
     mask: Tensor
 
 
-def _batches(teacher: Teacher, texts: Sequence[str], max_length: int) -> list[_Batch]:
-    """As many of the texts, from the first, as hold the tokens to fit on; texts of like length together."""
+def _batches(teacher: Teacher, texts: Sequence[str], max_length: int, most: int) -> list[_Batch]:
+    """As many of the texts, from the first, as hold so many tokens; texts of like length together."""
     encoded: list[list[int]] = []
     tokens = 0
     for start in range(0, len(texts), _BATCH):
         chunk = list(texts[start : start + _BATCH])
         encoded += teacher.tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
         tokens += sum(map(len, encoded[start:]))
-        if tokens >= _TOKENS:
+        if tokens >= most:
             break
     encoded = sorted(filter(None, encoded), key=len)
     pad = teacher.tokenizer.pad_token_id or 0
@@ -464,6 +464,7 @@ def shrink(
     heads: int | None = None,
     ffn: int | None = None,
     max_length: int = 128,
+    tokens: int = TOKENS,
 ) -> Shrunk:
     """A teacher with some of its layers, and those narrower if asked for, that computes nearly what the whole one does.
 
@@ -477,10 +478,10 @@ def shrink(
 
     Args:
         keep: the teacher's layers that stay, as :func:`keep_layers` gives them.
-        texts: what the student will read is of their kind, prompts included; about 16,000 tokens are used, from the
-            first text on.
+        texts: what the student will read is of their kind, prompts included.
         dim, heads, ffn: see :func:`narrow_shape`.
         max_length: tokens of a text that are read.
+        tokens: how many are read in all, from the first text on: the more, the better the layers fit other text.
 
     Returns:
         The smaller teacher, with the tokenizer and vocabulary of the whole one, for :func:`build_body`; without a
@@ -494,7 +495,7 @@ def shrink(
     shape, keep = narrow_shape(teacher, dim, heads, ffn), list(keep)
     if shape == whole and len(keep) == teacher.num_layers:
         return Shrunk(teacher, torch.arange(whole.dim), torch.eye(whole.dim), torch.zeros(whole.dim), [])
-    batches = _batches(teacher, texts, min(max_length, teacher.max_positions))
+    batches = _batches(teacher, texts, min(max_length, teacher.max_positions), tokens)
     need(bool(batches), "text", "some text to fit the student to", "none")
     student = build_body(teacher, lambda matrix: matrix, teacher.tokenizer, keep)
     coordinates, explained = torch.arange(whole.dim), []

@@ -15,6 +15,8 @@ from transformers import AutoModel, AutoTokenizer
 import vocabdistil as vd
 from vocabdistil import cli
 from vocabdistil.distillation import demo
+from vocabdistil.distillation.recipes import RECIPES
+from vocabdistil.models.students import PRESETS
 
 README = Path(__file__).parent.parent / "README.md"
 SET_UP = ("pip install -e . && vocabdistil demo", 'pip install -e ".[test]" && python -m pytest')
@@ -78,7 +80,9 @@ def test_what_it_names_is_there(readme):
     (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     known = {option for parser in commands.choices.values() for option in parser._option_string_actions}
     # That of the benchmarks.
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme)) - known <= {"--e5"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--e5"}
     assert set(re.findall(r"\bvocabdistil (?=[a-z])(\w+)(?=`| --)", readme)) <= set(commands.choices)
+    rows = set(re.findall(r"^\| `(\w[\w-]*)` \|", readme, re.MULTILINE))
+    assert rows == set(RECIPES) and all(f"`{name}` (" in readme for name in PRESETS)
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (README.parent / link).exists(), link

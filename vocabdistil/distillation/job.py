@@ -648,8 +648,9 @@ class _Run:
         return self.record["before"]
 
     def baselines(self, student: Student, training: _Training, before: dict[str, Any]) -> dict[str, dict[str, float]]:
-        """What a student must beat to be worth its training: the teacher trimmed to its vocabulary and layers, and the
-        mean of the teacher's input embeddings of its tokens; both as :func:`evaluate` measures embeddings."""
+        """What a student must beat to be worth its training: the teacher trimmed to its vocabulary and layers, if its
+        architecture is known, and the mean of the teacher's input embeddings of its tokens; both as :func:`evaluate`
+        measures embeddings."""
         source, config = self.sources[0], self.config
         layers = min(student.as_teacher().num_layers, source.teacher.num_layers)
         found: dict[str, dict[str, float]] = {}
@@ -662,12 +663,14 @@ class _Run:
             return row | ({} if self.dev is None else {"dev": self.dev_score(model)})
 
         start = plan_start(source.teacher.tokenizer, student.tokenizer, None, config.seed)
-        small = student.as_teacher()
-        if not student.kept_layers or student.projection is not None:
-            kept = keep_layers(source.teacher, layers)
-            texts = self.sample(_FITTED_TEXTS)
-            small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
-        found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.model.parameters()))
+        # A teacher with code of its own cannot be trimmed.
+        if source.teacher.architecture is not None:
+            small = student.as_teacher()
+            if not student.kept_layers or student.projection is not None:
+                kept = keep_layers(source.teacher, layers)
+                texts = self.sample(_FITTED_TEXTS)
+                small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
+            found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.model.parameters()))
         static = mean_of_embeddings(source.teacher, start.rows, student.tokenizer)
         width = source.teacher.model.get_input_embeddings().weight.shape[1]
         found["mean of input embeddings"] = measure(static, len(student.tokenizer) * width)

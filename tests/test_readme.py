@@ -1,0 +1,88 @@
+"""What the README shows: its blocks run as they stand, in order, on the demo's folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import vocabdistil as vd
+from vocabdistil import cli
+from vocabdistil.distillation import demo
+from vocabdistil.distillation.recipes import RECIPES
+from vocabdistil.models.students import PRESETS
+
+README = Path(__file__).parent.parent / "README.md"
+SET_UP = ("pip install -e . && vocabdistil demo", 'pip install -e ".[test]" && python -m pytest')
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    if not README.is_file():
+        pytest.skip("the README is not beside the tests")
+    return README.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def blocks(readme) -> list[tuple[str, str]]:
+    """Language and text of each."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch) -> Path:
+    """Where ``vocabdistil demo`` ran, but for the length of its trainings."""
+    train, distill = demo.train_teacher, demo.distill
+    monkeypatch.setattr(demo, "train_teacher", lambda **options: train(**options | {"steps": 2}))
+    monkeypatch.setattr(demo, "distill", lambda config: distill(dataclasses.replace(config, steps=2)))
+    monkeypatch.chdir(tmp_path)
+    demo.demo("vocabdistil-demo", quiet=True)
+    return tmp_path
+
+
+def test_the_blocks_run_in_order(blocks, demo_folder, capsys):
+    names: dict[str, object] = {}
+    printed = ""
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, str(README), "exec"), names)
+        elif language == "text":
+            assert block.rstrip() and set(block.splitlines()) <= {line.rstrip() for line in printed.splitlines()}
+        elif block.rstrip() not in SET_UP:
+            assert language == ""
+            for command in block.replace("\\\n", " ").splitlines():
+                program, *arguments = shlex.split(command)
+                assert program == "vocabdistil"
+                assert cli.main(arguments) == 0, command
+        printed = capsys.readouterr().out
+    assert [language for language, _ in blocks].count("python") >= 3
+    before = AutoModel.from_pretrained("vocabdistil-demo/student").state_dict()
+    after = AutoModel.from_pretrained("looped").state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for folder in ("small", "distilled"):
+        assert AutoModel.from_pretrained(folder).config.num_hidden_layers == 2
+        assert len(AutoTokenizer.from_pretrained(folder)) == 600
+
+
+def test_the_set_up_commands_stand_alone(blocks):
+    assert [block.rstrip() for _, block in blocks if "pip install" in block] == list(SET_UP)
+
+
+def test_what_it_names_is_there(readme):
+    public = set(re.findall(r"\bvd\.(\w+)", readme))
+    assert public and {name for name in public if not hasattr(vd, name)} == set()
+    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    known = {option for parser in commands.choices.values() for option in parser._option_string_actions}
+    # That of the benchmarks.
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--e5"}
+    assert set(re.findall(r"\bvocabdistil (?=[a-z])(\w+)(?=`| --)", readme)) <= set(commands.choices)
+    rows = set(re.findall(r"^\| `(\w[\w-]*)` \|", readme, re.MULTILINE))
+    assert rows == set(RECIPES) and all(f"`{name}` (" in readme for name in PRESETS)
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (README.parent / link).exists(), link

@@ -108,6 +108,7 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
         DistillConfig(
             teacher=out / "teacher",
             out=out / "student",
+            vocabulary="train",
             preset=Preset(layers=2, dim=96, heads=6, ffn=288, vocab_size=200),
             steps=400,
             lr=1e-3,

@@ -46,7 +46,8 @@ def _command(*words: str) -> str:
 @functools.cache
 def environment(device: str) -> dict[str, str]:
     """What a row says about where, with what and when it was measured."""
-    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    own = (":!results", ":!students/results.csv")
+    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", *own)
     cuda = device == "cuda"
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     about = vd.backends()

@@ -21,11 +21,10 @@ def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _plain(value: Any, default: Any) -> Any:
-    """A value as the command line takes it, of a group of numbers those that differ from the default."""
+def _plain(value: Any) -> Any:
+    """A value as the command line takes it, a group of numbers by their names."""
     if is_dataclass(value) and not isinstance(value, Preset):
-        changed = (field.name for field in fields(value))
-        return ",".join(f"{n}={getattr(value, n)}" for n in changed if getattr(value, n) != getattr(default, n))
+        return ",".join(f"{field.name}={getattr(value, field.name)}" for field in fields(value))
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -43,7 +42,7 @@ def command_of(command: str, options: StudentOptions, files: Sequence[str] | Non
     for field in fields(options):
         value, default = getattr(options, field.name), _default(field)
         if field.name not in _FREE and value != default:
-            given[field.name] = _plain(value, default)
+            given[field.name] = _plain(value)
     presets = any(isinstance(value, Preset) for value in given.values())
     if files is None or presets:
         return "python", _call(command, options, files, given, presets)

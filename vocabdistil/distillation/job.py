@@ -75,6 +75,8 @@ _CALIBRATION_TEXTS = 128
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
 # Held-out texts of a look at a checkpoint.
 _CHECKUP_TEXTS = 256
+# The share of all pairs of held-out texts that count as alike.
+_CLOSE = 0.02
 _DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
 
 
@@ -711,9 +713,7 @@ class _Run:
 
     def fit(self, student: Student, training: _Training, steps: int) -> _Fitted:
         """Trains, and gives the student the weights of its best checkpoint."""
-        config, recipe = self.config, RECIPES[self.config.recipe]
-        known = self.checkpoint is not None or student.report.get("copied_layers")
-        lr = config.lr or (recipe.lr_copied if known else recipe.lr_fresh)
+        config, lr = self.config, self.config.lr or self.rate(student)
         checkpoint = last_checkpoint(self.partial) if config.resume else None
         trainer = DistillTrainer(
             model=training.model,
@@ -755,6 +755,13 @@ class _Run:
         checkups.restore()
         return _Fitted(trainer.state.log_history, checkups, seconds, lr, trainer.state.global_step)
 
+    def rate(self, student: Student) -> float:
+        """The recipe's peak learning rate for such a body."""
+        recipe, layers = RECIPES[self.config.recipe], student.report.get("copied_layers", [])
+        if self.checkpoint is not None or len(layers) == self.teachers[0].num_layers and student.projection is None:
+            return recipe.lr_whole
+        return recipe.lr_fewer if layers else recipe.lr_fresh
+
     def examine(self, training: _Training) -> dict[str, float]:
         """What is looked at at every checkpoint: the span loss on held-out text, and the score on the dev pairs."""
         texts = self.held_out[:_CHECKUP_TEXTS]
@@ -785,12 +792,16 @@ class _Run:
         if not start:
             return {}
         source, most = self.sources[0], self.config.max_length
+        self.say.status("Choosing between start and trained weights")
         theirs = pairwise_cosine(pooled(source.teacher, self.held_out, most, source.sentence))
+        # Most pairs of texts have nothing to do with each other; those that have are what vectors are used for.
+        close = theirs >= theirs.quantile(1 - _CLOSE)
 
         def score() -> float:
             reader = training.model.as_teacher(training.collator.student)
             reader.prompt = source.teacher.prompt
-            return float(regression(pairwise_cosine(pooled(reader, self.held_out, most, source.sentence)), theirs)[1])
+            ours = pairwise_cosine(pooled(reader, self.held_out, most, source.sentence))
+            return (float(regression(ours, theirs)[1]) + float(regression(ours[close], theirs[close])[1])) / 2
 
         training.model.eval()
         return mix(training.model, start, score)

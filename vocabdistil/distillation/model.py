@@ -65,9 +65,9 @@ class DistillModel(nn.Module):
         """Whether a projection came with the start."""
         return self.known and self._key(teacher, assignment) == self._key(0, -1)
 
-    def centred(self, taught: Tensor, teacher: int, assignment: int = -1) -> Tensor:
-        """A teacher's hidden states less what its projection adds to every vector: what the weight alone must give."""
-        return taught - self.bias if self.is_known(teacher, assignment) and self.bias is not None else taught
+    def projection_bias(self, teacher: int, assignment: int = -1) -> Tensor | None:
+        """``[D_t]``, what a projection adds; None where it is linear."""
+        return self.bias if self.is_known(teacher, assignment) else None
 
     def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
         """``[D_t, D_s]``, or None where the widths are equal."""

@@ -321,7 +321,7 @@ class Objective:
             if batch["reduce_pairs"]:
                 blocks["reduce"] = slice(t * size, (t + 1) * size), batch["reduce_pairs"][t]
             for i, assignment in enumerate(group):
-                teacher_side = [model.centred(x, t, i) for x in layers_of(reading, assignment.teacher)]
+                teacher_side = layers_of(reading, assignment.teacher)
                 scale = self.scales[t][i]
                 # The cosine has no scale of its own.
                 share = self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
@@ -333,6 +333,7 @@ class Objective:
                         divergence=divergence,
                         temperature=self.temperature * scale,
                         weight=model.projection(t, i),
+                        bias=model.projection_bias(t, i),
                     )
                     totals[which] = totals.get(which, 0) + share * loss
         return totals
@@ -345,11 +346,12 @@ class Objective:
         for t, reading in enumerate(taught):
             loss = pooled_loss(
                 student.last[-size:],
-                model.centred(reading.last, t),
+                reading.last,
                 batch["student_mask"][-size:],
                 batch["teacher_mask"][t],
                 pooling=self.pooling,
                 weight=model.projection(t),
+                bias=model.projection_bias(t),
             )
             total = total + self.teacher_weights[t] * loss
         return total

@@ -73,8 +73,8 @@ class Recipe:
             (``match``); else it reads its own tokenization alone, paired by the text (``boundary``).
         layer_map: which teacher layers teach which student layers; ``"kept"``: each that was copied its own origin.
         temperature: of the span KL and the output distributions.
-        lr_copied, lr_fresh: peak learning rate of a body with copied layers, which must not be shaken out of what they
-            know, and of a fresh one.
+        lr_whole, lr_fewer, lr_fresh: peak learning rate of a body with all layers of the teacher, which must not be
+            shaken out of what they know, of one with fewer or narrower ones, and of a fresh one.
         schedule, warmup: how the rate falls, and in which share of the steps it rises.
         batch_size: texts per step.
         vocabulary: where the student's comes from.
@@ -88,7 +88,8 @@ class Recipe:
     reduce: bool = False
     layer_map: str = "last"
     temperature: float = 2.0
-    lr_copied: float = 1e-4
+    lr_whole: float = 1e-4
+    lr_fewer: float = 1e-4
     lr_fresh: float = 5e-4
     schedule: str = "linear"
     warmup: float = 0.05
@@ -107,6 +108,8 @@ RECIPES: dict[str, Recipe] = {
     "embedding": Recipe(
         "teachers without an MLM head: measured in benchmarks/students",
         LossWeights(kl=1.0),
+        lr_whole=1e-4,
+        lr_fewer=5e-4,
         warmup=0.1,
         vocabulary="trim",
         mixed=True,

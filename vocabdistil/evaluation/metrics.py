@@ -339,7 +339,8 @@ class DistillMetrics(_Metrics):
         checkups: what was seen at step 0 and at every checkpoint: ``step``, ``loss`` (span KL on held-out text),
             ``dev`` (Spearman's correlation on the dev pairs) if there are any.
         mixed: by the share of the trained weights, the rest being those of the start: Spearman's correlation of the
-            similarities of held-out texts with the teacher's; the best of them is the student. Empty without.
+            similarities of held-out texts with the teacher's, over all pairs and over those most alike, the mean of
+            both; the best is the student. Empty where the student is as trained.
     """
 
     command: Literal["distill"]

@@ -253,6 +253,9 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             before, after = metrics["before"][key], metrics["after"][key]
             if after < before if better == "higher" else after > before:
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
+    mixed = metrics["mixed"]
+    if mixed and float(max(mixed, key=lambda share: (mixed[share], float(share)))) == 0:
+        found.append("training did not help: the student is what it started from; try more text or a smaller --lr")
     for name, row in metrics["baselines"].items():
         if row["spearman"] > metrics["after"]["spearman"]:
             theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])

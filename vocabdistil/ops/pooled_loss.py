@@ -17,6 +17,7 @@ def pooled_loss(
     divergence: str = "cosine",
     pooling: str = "mean",
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Distance between what two embedding models make of each text; formulas in
@@ -28,7 +29,7 @@ def pooled_loss(
         student_mask, teacher_mask: bool or integers ``[B, L_s]``, ``[B, L_t]``, 0 for padding on either side of a text.
         divergence: ``"cosine"`` or ``"mse"`` (summed over features).
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.
-        weight: ``[D_t, D_s]``: projection of the student, applied to one row per text.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to one row per text.
         backend: as in :func:`span_loss`.
 
     Returns:
@@ -39,4 +40,5 @@ def pooled_loss(
             with gaps, if it lies in host memory.
     """
     pairs = check_pooled(student_hidden, teacher_hidden, student_mask, teacher_mask, divergence, pooling)
-    return span_loss(student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight, backend=backend)
+    projection = {"weight": weight, "bias": bias}
+    return span_loss(student_hidden, teacher_hidden, pairs, divergence=divergence, **projection, backend=backend)

@@ -20,12 +20,13 @@ def pooled_loss(
     divergence: str = "cosine",
     pooling: str = "mean",
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Distance between what two embedding models make of each text, averaged over the texts.
 
     With ``s_b`` and ``t_b`` the vectors of text b, the mean over its attended tokens or one of them, and
-    ``s_b`` multiplied by ``weight`` if there is one::
+    ``W s_b + bias`` in the place of ``s_b`` if there is a ``weight``::
 
         cosine  L = sum_b (1 - cos(s_b, t_b)) / B        each norm at least 1e-8
         mse     L = sum_b |s_b - t_b|^2 / B
@@ -41,7 +42,7 @@ def pooled_loss(
         student_mask, teacher_mask: bool or integers ``[B, L_s]``, ``[B, L_t]``, 0 for padding on either side of a text.
         divergence: ``"cosine"`` or ``"mse"``.
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.
-        weight: ``[D_t, D_s]``, the student's projection; required when the widths differ.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``, the student's projection; required when the widths differ.
         backend: None or ``"reference"``.
 
     Returns:
@@ -53,7 +54,7 @@ def pooled_loss(
     """
     checks.check_reference_backend(backend)
     pairs = check_pooled(student_hidden, teacher_hidden, student_mask, teacher_mask, divergence, pooling)
-    return span_loss(student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight)
+    return span_loss(student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight, bias=bias)
 
 
 def check_pooled(

@@ -56,8 +56,8 @@ def means(hidden, start, end):
 
 
 def test_each_term_is_its_formula(scene):
-    """SPEC 4: 1 (span KL, MSE), 3 (matched KL at hidden words), 6 (MLM), 7 (cosine), 8 (pooled, similarity, relations)
-    and the attention loss of distilrubert-small, of one masked batch."""
+    """Of one masked batch: span KL, MSE and cosine, KL over the matched vocabulary at hidden words, MLM, pooled,
+    similarity and relations, and the attention loss of distilrubert-small."""
     objective, model, batch = scene
     with torch.no_grad():
         loss, terms = objective.loss(model, batch, 3)

@@ -202,7 +202,7 @@ class StudentOptions:
 
     def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
         """The files and folders that the run reads, by their names."""
-        vocabulary = [] if self.vocabulary in ("train", "trim") else [self.vocabulary]
+        vocabulary = [] if self.vocabulary in ("train", "trim", None) else [self.vocabulary]
         files = [os.fspath(path) for path in text.paths] if isinstance(text, TextFiles) else []
         return [name for name in (*self.teacher, *vocabulary, *files) if os.path.exists(name)]
 

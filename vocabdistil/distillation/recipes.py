@@ -17,18 +17,20 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What each loss counts; 0 leaves it out. Numbers are those of the project's SPEC, section 4.
+    """What each loss counts; 0 leaves it out. The formulas stand in ``vocabdistil.reference``.
 
     Attributes:
-        kl: span KL (1), times T^2, a mean over span pairs.
-        cosine: 1 - cos of the span means (7).
-        mse: squared difference of the span means, summed over features (1).
-        pooled: 1 - cos of the pooled vectors of texts (8).
-        similarity: squared difference of the cosines of all pairs of texts of a batch (8).
-        relations: KL between relations of queries, keys and values over aligned spans (8).
-        attention: squared difference of the attention maps averaged over spans (the model card of distilrubert-small).
-        logits: KL of the output distributions over the matched vocabulary at hidden words (3).
-        mlm: cross-entropy at the hidden words (6).
+        kl: span KL, times T^2, a mean over span pairs: :func:`vocabdistil.span_kl`.
+        cosine, mse: 1 - cos of the span means, or their squared difference, summed over features:
+            :func:`vocabdistil.span_loss`.
+        pooled: 1 - cos of the vectors of texts: :func:`vocabdistil.pooled_loss`.
+        similarity: squared difference of the cosines of all pairs of texts of a batch:
+            :func:`vocabdistil.similarity_loss`.
+        relations: KL between relations of queries, keys and values over span pairs: :func:`vocabdistil.relation_loss`.
+        attention: squared difference of attention maps averaged over spans: :func:`vocabdistil.attention_loss`.
+        logits: KL of the output distributions over the matched vocabulary at hidden words:
+            :meth:`vocabdistil.Objective.logits_loss`.
+        mlm: cross-entropy at the hidden words.
     """
 
     kl: float = 0.0
@@ -106,7 +108,7 @@ _PAPER = LossWeights(kl=2.0, logits=0.5, mlm=0.5)
 
 RECIPES: dict[str, Recipe] = {
     "embedding": Recipe(
-        "teachers without an MLM head: measured in benchmarks/students",
+        "measured in benchmarks/students: with vectors of texts or similarities beside the spans, students agree less",
         LossWeights(kl=1.0),
         lr_whole=1e-4,
         lr_fewer=5e-4,

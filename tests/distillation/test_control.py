@@ -195,3 +195,40 @@ def test_what_got_worse_is_told(embedder, text_file, tmp_path, capsys):
     assert any("got worse" in line for line in result.metrics["warnings"])
     said = capsys.readouterr().out
     assert "Warning: " in said and "To beat: trimmed teacher" in said and "about" in said
+
+
+def test_training_that_only_hurts_still_ends(embedder, text_file, tmp_path, monkeypatch):
+    """No look is better than the start, and later ones are worse: the first is the best that training has."""
+    losses = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(job._Run, "examine", lambda self, training: {"loss": next(losses)})
+    changes = {**EMBEDDING, "steps": 6, "save_every": 2}
+    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    assert result.metrics["best_step"] == 2
+
+
+def test_a_run_that_had_ended_early_stays_ended(embedder, text_file, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(job._Run, "examine", lambda self, training: {"loss": next(losses)})
+    arguments = options(embedder, text_file, tmp_path / "student", **EMBEDDING, save_every=2, patience=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(job._Run, "mix", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            vd.distill(**arguments)
+    result = vd.distill(**arguments, resume=True)
+    assert result.metrics["steps"] == 4
+    assert [row["step"] for row in result.metrics["checkups"]] == [0, 2, 4]
+
+
+def test_what_a_run_reads_is_not_overwritten(embedder, text_file, tmp_path, pairs):
+    for name in ("dev", "cache_teacher"):
+        with pytest.raises(VocabdistilError, match="--out: .* holds .*, which the run reads"):
+            changes = {**EMBEDDING, "overwrite": True, name: pairs if name == "dev" else tmp_path / "cache"}
+            vd.distill(**options(embedder, text_file, tmp_path, **changes))
+    assert pairs.exists()
+
+
+def test_few_texts_are_enough(embedder, demo_lines, tmp_path):
+    """Eight held-out texts: three to choose by, five to report of."""
+    arguments = options(embedder, demo_lines[:200], tmp_path / "student", **EMBEDDING, held_out=0.05)
+    result = vd.distill(**arguments)
+    assert result.metrics["held_out_texts"] >= 5 and len(result.metrics["mixed"]) == 7

@@ -27,7 +27,7 @@ class _Embeddings(Teacher):
     table: Tensor = torch.empty(0)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, *args: object, **kwargs: object) -> Reading:
-        return Reading([self.table[input_ids]])
+        return Reading([self.table.to(input_ids.device)[input_ids]])
 
 
 def mean_of_embeddings(
@@ -56,6 +56,11 @@ def trimmed_teacher(
         kept: the teacher's layers that stay.
         texts: what they are fitted to.
     """
-    small = shrink(teacher, kept, texts).teacher
-    model = build_body(small, rows, tokenizer, range(len(kept))).base_model
+    device = teacher.model.device
+    teacher.whole.to("cpu")
+    try:
+        model = build_body(shrink(teacher, kept, texts).teacher, rows, tokenizer, range(len(kept))).base_model
+    finally:
+        teacher.whole.to(device)
+    model = model.to(device)
     return replace(teacher, name="trimmed teacher", model=model, tokenizer=tokenizer, masked_lm=None)

@@ -53,13 +53,13 @@ class Checkups(TrainerCallback):
         self.model.eval()
         row = {"step": step, **self.examine()}
         self.model.train(training)
-        if step and (not self.rows or row["loss"] < self.best["loss"]):
-            before = self.best["step"] if self.rows else 0
+        before = self.best["step"] if self.rows else 0
+        self.rows.append(row)
+        if step and self.best is row:
             save_model(self.model, str(self._student(step)))
             for path in self.folder.glob("best-*.safetensors"):
                 if path not in (self._student(step), self._student(before)):
                     path.unlink()
-        self.rows.append(row)
         self._write()
         self.tell(step, row)
         return row

@@ -26,15 +26,19 @@ __all__ = ["evaluate", "held_out_loss"]
 def held_out_loss(
     model: DistillModel, objective: Objective, collator: DistillCollator, texts: Sequence[str], batch_size: int
 ) -> float:
-    """The span KL on the student's own tokenization, nothing masked: what checkpoints are compared by."""
+    """What checkpoints are compared by: the span KL on the student's own tokenization, nothing masked; where that is
+    not learned, the loss of training, with the same masks every time."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for start in range(0, len(texts), batch_size):
         batch = to_device(collator(texts[start : start + batch_size]), device)
-        student, _ = model(batch["student_ids"], batch["student_mask"])
-        value = objective.compare(model, student, objective.teach(model, batch), batch, "kl")["own"]
-        pairs = sum(pairs.num_nonempty for pairs in batch["own_pairs"])
-        total, count = total + float(value) * pairs, count + pairs
+        if objective.weights.kl:
+            student, _ = model(batch["student_ids"], batch["student_mask"])
+            value = objective.compare(model, student, objective.teach(model, batch), batch, "kl")["own"]
+            weight = sum(pairs.num_nonempty for pairs in batch["own_pairs"])
+        else:
+            value, weight = objective.loss(model, batch, start)[0], len(batch["student_ids"])
+        total, count = total + float(value) * weight, count + weight
     return total / max(count, 1)
 
 

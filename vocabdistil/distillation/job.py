@@ -69,15 +69,19 @@ from .trainer import DistillTrainer
 __all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
 
 LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
-_MAX_EVAL_TEXTS = 512
+# Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
+_CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
+_MAX_EVAL_TEXTS = _CHOOSING_TEXTS + _REPORTED_TEXTS
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
-# Held-out texts of a look at a checkpoint.
-_CHECKUP_TEXTS = 256
 # The share of all pairs of held-out texts that count as alike.
-_CLOSE = 0.02
+_CLOSE, _FEWEST_CLOSE = 0.02, 28
 _DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
+
+
+class Diverged(VocabdistilError):
+    """The student's losses are not finite."""
 
 
 @dataclass
@@ -114,7 +118,7 @@ class DistillConfig(StudentOptions):
         cache_teacher: a folder that remembers what teachers made of texts, for later epochs, students and runs.
         held_out: the share of texts kept for evaluation, of which at most 512 are used.
         dev: a CSV file of sentence, sentence, score: how the student ranks its pairs is told at every checkpoint.
-        patience: stop after so many checkpoints without a better held-out span loss; None: never.
+        patience: stop after so many checkpoints without a better held-out loss; None: never.
         device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
         save_every, log_every: steps between checkpoints, each of them evaluated and the best kept, and between progress
             lines.
@@ -252,8 +256,11 @@ class DistillConfig(StudentOptions):
                 changes["vocabulary"] = recipe.vocabulary
         return replace(self, weights=self.recipe_weights(recipe), **changes)
 
-    def cache_folders(self, teachers: Sequence[Teacher]) -> list[tuple[str, Teacher]]:
+    def cache_folders(self, teachers: Sequence[Teacher], mode: str) -> list[tuple[str, Teacher]]:
         """A folder for each teacher, if there are to be any.
+
+        Args:
+            mode: where output distributions are compared.
 
         Raises:
             VocabdistilError: what is learned needs more of a teacher than its last hidden states of whole texts.
@@ -261,9 +268,10 @@ class DistillConfig(StudentOptions):
         if self.cache_teacher is None:
             return []
         last = self.layer_map == "last" and not (self.weights.relations or self.weights.attention)
-        hides = self.weights.logits and any(teacher.masked_lm is not None for teacher in teachers)
+        hides = self.weights.logits > 0 and mode != "none"
         needed = "losses of the last hidden states of whole texts, as of --recipe embedding"
-        need(last and not hides, "cache_teacher", needed, f"--recipe {self.recipe} --layer-map {self.layer_map}")
+        given = f"--recipe {self.recipe} --layer-map {self.layer_map} --logits {mode}"
+        need(last and not hides, "cache_teacher", needed, given)
         several = len(teachers) > 1
         return [
             (os.path.join(self.cache_teacher, f"teacher-{t}") if several else self.cache_teacher, teacher)
@@ -284,7 +292,7 @@ class DistillConfig(StudentOptions):
 
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
-        free = {"out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every"}
+        free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
         free |= {"time_batch", "time_length", "language", "license"}
         free |= {"logits", "prompt"}  # what these mean depends on the teachers
         return {name: value for name, value in self.settings().items() if name not in free}
@@ -325,8 +333,8 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
                 stack.enter_context(cache)
             return run.finish()
     except BaseException as error:
-        # Bad input, a learning rate that diverges among it, stays bad: resuming would end the same way.
-        hopeless = isinstance(error, VocabdistilError) or last_checkpoint(run.partial) is None
+        # A learning rate that diverges stays bad: resuming would end the same way. A full disk does not.
+        hopeless = isinstance(error, Diverged) or last_checkpoint(run.partial) is None
         if hopeless and not isinstance(error, Interrupted):
             shutil.rmtree(run.partial, ignore_errors=True)
         raise
@@ -447,8 +455,10 @@ class _Run:
             raise VocabdistilError("--layer-map: kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "--dev") if config.dev is not None else None
-        caches = [TeacherCache.open(folder, teacher) for folder, teacher in config.cache_folders(teachers)]
-        keep_inputs(Path(config.out), [*config.inputs(text), *([config.student] if config.student else [])])
+        others = [os.fspath(name) for name in (config.student, config.dev, config.cache_teacher) if name]
+        keep_inputs(Path(config.out), [*config.inputs(text), *others])
+        folders = config.cache_folders(teachers, mode)
+        caches = [TeacherCache.open(folder, teacher) for folder, teacher in folders]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
         partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
         texts = [first.prompt + text for text in texts]
@@ -526,7 +536,17 @@ class _Run:
 
     @property
     def held_out(self) -> list[str]:
-        return self.split.held_out[:_MAX_EVAL_TEXTS]
+        """What figures are reported of."""
+        return self.split.held_out[:_MAX_EVAL_TEXTS][self._chosen_by :]
+
+    @property
+    def choosing(self) -> list[str]:
+        """What checkpoints and mixtures are chosen by: a third of the held-out texts, none of those reported of."""
+        return self.split.held_out[: self._chosen_by]
+
+    @property
+    def _chosen_by(self) -> int:
+        return max(3, min(len(self.split.held_out), _MAX_EVAL_TEXTS) // 3)
 
     def sample(self, count: int) -> list[str]:
         """Some of the texts to train on."""
@@ -630,17 +650,19 @@ class _Run:
                 else None
                 for teacher in self.teachers
             ]
+            baselines = self.baselines(student, training, before)
+            between = time.monotonic()
+            start = self.examine(training)
+            before |= {name: start[name] for name in ("dev",) if name in start}
             self.store(
                 scales=objective.scales,
                 before=before,
                 teacher_pseudo_perplexity=perplexity,
-                baselines=self.baselines(student, training, before),
-                evaluation_seconds=time.monotonic() - started,
+                baselines=baselines,
+                start=start,
+                evaluation_seconds=between - started,
+                checkup_seconds=time.monotonic() - between,
             )
-            started = time.monotonic()
-            start = self.examine(training)
-            before |= {name: start[name] for name in ("dev",) if name in start}
-            self.store(start=start, before=before, checkup_seconds=time.monotonic() - started)
             self.say.print(*report.baseline_lines(self.record["baselines"], before))
         else:
             objective.scales = self.record["scales"]
@@ -702,10 +724,13 @@ class _Run:
         order = TrainingOrder(self.split.train, size, count, self.config.seed)
         batches = ([order[i] for i in range(k * size, (k + 1) * size)] for k in range(count))
 
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(training.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                return training.model(*args, **kwargs)
+
         def loss_of(batch: Sequence[Any]) -> Tensor:
             rows = to_device(training.collator(batch), training.device)
-            with torch.autocast(training.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                return training.objective.loss(training.model, rows, self.config.seed)[0]
+            return training.objective.loss(training.model, rows, self.config.seed, forward)[0]
 
         training.model.train()
         with torch.random.fork_rng():
@@ -715,6 +740,19 @@ class _Run:
         """Trains, and gives the student the weights of its best checkpoint."""
         config, lr = self.config, self.config.lr or self.rate(student)
         checkpoint = last_checkpoint(self.partial) if config.resume else None
+        checkups = Checkups(
+            self.partial,
+            training.model,
+            lambda: self.examine(training),
+            config.save_every,
+            config.patience,
+            checkpoint_step(checkpoint),
+            lambda step, row: self.say.print(report.checkup_line(step, row)),
+        )
+        if not checkups.rows:
+            checkups.rows.append({"step": 0, **self.record["start"]})
+        if checkups.ended_early:  # and was stopped before it was written
+            steps = checkpoint_step(checkpoint)
         trainer = DistillTrainer(
             model=training.model,
             args=training_arguments(
@@ -739,17 +777,6 @@ class _Run:
             objective=training.objective,
             sequential=True,
         )
-        checkups = Checkups(
-            self.partial,
-            training.model,
-            lambda: self.examine(training),
-            config.save_every,
-            config.patience,
-            checkpoint_step(checkpoint),
-            lambda step, row: self.say.print(report.checkup_line(step, row)),
-        )
-        if not checkups.rows:
-            checkups.rows.append({"step": 0, **self.record["start"]})
         trainer.add_callback(checkups)
         seconds = fit(trainer, self.say, checkpoint)
         checkups.restore()
@@ -763,22 +790,27 @@ class _Run:
         return recipe.lr_fewer if layers else recipe.lr_fresh
 
     def examine(self, training: _Training) -> dict[str, float]:
-        """What is looked at at every checkpoint: the span loss on held-out text, and the score on the dev pairs."""
-        texts = self.held_out[:_CHECKUP_TEXTS]
-        size = self.config.batch_size
-        found = {"loss": held_out_loss(training.model, training.objective, training.collator, texts, size)}
+        """What is looked at at every checkpoint: the loss on held-out text, and the score on the dev pairs."""
+        found = {
+            "loss": held_out_loss(
+                training.model, training.objective, training.collator, self.choosing, self.config.batch_size
+            )
+        }
         if not math.isfinite(found["loss"]):
-            raise VocabdistilError(_DIVERGED)
+            raise Diverged(_DIVERGED)
         if self.dev is not None:
-            found["dev"] = self.dev_score(training.model.as_teacher(training.collator.student))
+            found["dev"] = self.dev_score(training.model.as_teacher(training.collator.student), training.model)
         return found
 
-    def dev_score(self, model: Teacher) -> float:
-        """Spearman's correlation on the dev pairs, of vectors as the student's folder will give them."""
-        model.prompt, first = self.teachers[0].prompt, self.sources[0].sentence
-        if first is not None and model.width != first.width:
-            first = replace(first, modules=())
-        return pairs_score(model, self.dev, self.config.max_length, first)["spearman"]
+    def dev_score(self, reader: Teacher, model: DistillModel | None = None) -> float:
+        """Spearman's correlation on the dev pairs, of vectors as the student's folder will give them.
+
+        Args:
+            model: whose projection stands behind the pooling, where the teacher's folder says how vectors are made.
+        """
+        reader.prompt, settings = self.teachers[0].prompt, self.sources[0].sentence
+        projection = (model.projection(0), model.projection_bias(0)) if model is not None and settings else (None, None)
+        return pairs_score(reader, self.dev, self.config.max_length, settings, *projection)["spearman"]
 
     def begun(self, student: Student, training: _Training) -> dict[str, Tensor]:
         """The weights that the student starts from, if it may end between them and the trained ones."""
@@ -793,14 +825,15 @@ class _Run:
             return {}
         source, most = self.sources[0], self.config.max_length
         self.say.status("Choosing between start and trained weights")
-        theirs = pairwise_cosine(pooled(source.teacher, self.held_out, most, source.sentence))
+        theirs = pairwise_cosine(pooled(source.teacher, self.choosing, most, source.sentence))
         # Most pairs of texts have nothing to do with each other; those that have are what vectors are used for.
-        close = theirs >= theirs.quantile(1 - _CLOSE)
+        count = min(len(theirs), max(round(_CLOSE * len(theirs)), _FEWEST_CLOSE))
+        close = theirs >= theirs.topk(count).values[-1]
 
         def score() -> float:
             reader = training.model.as_teacher(training.collator.student)
             reader.prompt = source.teacher.prompt
-            ours = pairwise_cosine(pooled(reader, self.held_out, most, source.sentence))
+            ours = pairwise_cosine(pooled(reader, self.choosing, most, source.sentence))
             return (float(regression(ours, theirs)[1]) + float(regression(ours[close], theirs[close])[1])) / 2
 
         training.model.eval()
@@ -820,7 +853,7 @@ class _Run:
             self.config.batch_size, self.config.seed, self.config.quiet,
         )  # fmt: skip
         if not all(math.isfinite(value) for value in found.values()):
-            raise VocabdistilError(_DIVERGED)
+            raise Diverged(_DIVERGED)
         return found
 
     def write(
@@ -839,7 +872,7 @@ class _Run:
         reader = student.as_teacher()
         best = fitted.checkups.best
         if self.dev is not None:
-            after["dev"] = self.dev_score(training.model.as_teacher(student.tokenizer))
+            after["dev"] = self.dev_score(training.model.as_teacher(student.tokenizer), training.model)
         metrics = {
             "teacher": [teacher.name for teacher in self.teachers],
             "command": "distill",
@@ -877,7 +910,9 @@ class _Run:
         metrics["warnings"] = report.warnings(metrics)
         projections = training.projections()
         if (weight := training.model.projection(0)) is not None:
-            student.projection = weight.detach().cpu(), training.model.bias
+            bias = training.model.projection_bias(0)
+            student.projection = weight.detach().cpu(), bias
+            projections |= {} if bias is None else {"bias": bias.detach().cpu().contiguous()}
         out = write_student(
             self.partial, self.asked, self.sources[0], student, vocabularies.tables, metrics, projections
         )

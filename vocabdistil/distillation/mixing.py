@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -40,5 +41,6 @@ def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float
     for share in SHARES:
         blend(share)
         found[share] = score()
-    blend(max(SHARES, key=lambda share: (found[share], share)))
+    finite = {share: score if math.isfinite(score) else -math.inf for share, score in found.items()}
+    blend(max(SHARES, key=lambda share: (finite[share], share)))
     return found

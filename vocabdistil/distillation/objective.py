@@ -39,6 +39,8 @@ LOGITS = ("match", "reduce", "reduce-map", "none")
 _HIDDEN = 0.15
 # Logits over the teacher's vocabulary that exist at a time: 64 MiB of float32.
 _REMAP_BUDGET = 1 << 24
+# Into how many heads queries, keys and values are cut, at most, whatever the models have.
+_RELATION_HEADS = 48
 
 
 def layers_of(reading: Reading, numbers: Sequence[int]) -> list[Tensor]:
@@ -62,7 +64,6 @@ class Objective:
         mode: where output distributions are compared, one of ``LOGITS``: see :meth:`logits_loss`.
         tables, matched: one of each per teacher, read unless ``mode`` is ``"none"``.
         pooling: how texts become vectors: ``"mean"``, ``"cls"`` or ``"lasttoken"``.
-        relation_heads: into how many heads queries, keys and values are cut; None: as many as divide both widths.
         caches: of each teacher what it gave before; empty: all read every batch anew.
     """
 
@@ -77,7 +78,6 @@ class Objective:
     tables: Sequence[RemapTable] = ()
     matched: Sequence[MatchedVocab] = ()
     pooling: str = "mean"
-    relation_heads: int | None = None
     caches: Sequence[TeacherCache] = ()
 
     def predicts(self, t: int) -> bool:
@@ -380,7 +380,8 @@ class Objective:
             last = model.assignments[t][-1]
             ours = [x[-size:] for x in student.projections[last.student[-1]]]
             theirs = list(reading.projections[last.teacher[-1]])
-            heads = self.relation_heads or math.gcd(*(x.shape[-1] for x in (*ours, *theirs)))
+            width = math.gcd(*(x.shape[-1] for x in (*ours, *theirs)))
+            heads = max(heads for heads in range(1, _RELATION_HEADS + 1) if width % heads == 0)
             loss = relation_loss(ours, theirs, batch["own_pairs"][t].to(student.last.device), heads=heads)
             total = total + self.teacher_weights[t] * loss
         return total

@@ -110,7 +110,7 @@ RECIPES: dict[str, Recipe] = {
     "embedding": Recipe(
         "measured in benchmarks/students: with vectors of texts or similarities beside the spans, students agree less",
         LossWeights(kl=1.0),
-        lr_whole=1e-4,
+        lr_whole=2e-4,
         lr_fewer=5e-4,
         warmup=0.1,
         vocabulary="trim",

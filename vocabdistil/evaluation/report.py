@@ -231,7 +231,7 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
 def checkup_line(step: int, row: dict[str, float]) -> str:
     """What was seen at a checkpoint."""
     score = f", dev pairs {row['dev']:.4f} (Spearman)" if "dev" in row else ""
-    return f"step {step}: held-out span loss {row['loss']:.4f}{score}"
+    return f"step {step}: held-out loss {row['loss']:.4f}{score}"
 
 
 def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:

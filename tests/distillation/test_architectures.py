@@ -107,5 +107,6 @@ def test_presets_take_any_teacher(name, tmp_path, saved):
     preset = Preset(layers=1, dim=12, heads=2, ffn=24, vocab_size=420)
     teacher = tiny_teacher(name, name in WITH_HEAD)
     result = vd.distill(**SHORT, teacher=teacher, out=tmp_path / name, preset=preset)
-    check(result.path, saved[0], True)
+    # Nobody trains a head without a teacher that has one.
+    check(result.path, saved[0], name in WITH_HEAD)
     assert ("mlm" in result.metrics["after"]) == (name != "t5")  # whose tokenizer has nothing to hide words with

@@ -188,7 +188,7 @@ def test_the_command_makes_the_same_again(line):
 def test_what_no_command_says_is_a_call(tmp_path, monkeypatch):
     config = DistillConfig(teacher=["a", "b"], text=["one text"], out=tmp_path, preset=PRESET, weights="kl=1", lr=0.5)
     language, made = command_of("distill", config, None)
-    assert language == "python" and "\n    weights='kl=1.0',\n" in made
+    assert language == "python" and "\n    weights='kl=1',\n" in made
     called = {}
     monkeypatch.setattr(vd, "distill", lambda **options: called.update(options))
     exec(made, {"texts": config.text})

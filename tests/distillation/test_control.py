@@ -189,12 +189,22 @@ def test_several_teachers_each_with_its_tokens(embedder, teacher_folder, text_fi
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"teacher-0", "teacher-1"}
 
 
-def test_what_got_worse_is_told(embedder, text_file, tmp_path, capsys):
+def test_training_that_did_not_help_is_told(embedder, text_file, tmp_path, capsys):
+    """A rate that ruins the student: it is what it was, and that is said."""
     changes = {**EMBEDDING, "lr": 0.3, "steps": 6, "quiet": False}
     result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
-    assert any("got worse" in line for line in result.metrics["warnings"])
+    assert any("training did not help" in line for line in result.metrics["warnings"])
+    assert result.metrics["after"]["spearman"] == pytest.approx(result.metrics["before"]["spearman"])
     said = capsys.readouterr().out
-    assert "Warning: " in said and "To beat: trimmed teacher" in said and "about" in said
+    assert "Warning: training did not help" in said and "To beat: trimmed teacher" in said and "about" in said
+
+
+def test_what_got_worse_is_told(teacher_folder, text_file, tmp_path):
+    result = vd.distill(**options(teacher_folder, text_file, tmp_path / "student", lr=0.3, steps=6))
+    before, after = result.metrics["before"], result.metrics["after"]
+    worse = after["kl_own"] > before["kl_own"]
+    assert any("span KL, own tokenization got worse" in line for line in result.metrics["warnings"]) == worse
+    assert worse
 
 
 def test_training_that_only_hurts_still_ends(embedder, text_file, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vocabdistil.distillation.mixing import SHARES, mix
+from vocabdistil.distillation.mixing import SHARES, mix, with_words_left_out
 
 
 def scalar(value: float) -> nn.Module:
@@ -33,3 +33,15 @@ def test_what_the_start_lacks_stays():
     model = nn.Sequential(scalar(3.0), scalar(5.0))
     mix(model, {"0.weight": torch.tensor([[1.0]])}, lambda: -float(model[0].weight))
     assert float(model[0].weight) == pytest.approx(1.0) and float(model[1].weight) == 5.0
+
+
+def test_words_are_left_out_in_order():
+    text = "one two three four five six seven eight nine"
+    whole, shorter = with_words_left_out([text, "too short"], 0)
+    assert whole == [text] * 3
+    assert [len(part.split()) for part in shorter] == [8, 7, 6]
+    words = text.split()
+    for part in shorter:
+        rest = iter(words)
+        assert all(word in rest for word in part.split())  # a subsequence
+    assert with_words_left_out([text], 0) == (whole, shorter) != with_words_left_out([text], 1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer
 
 from ..alignment.coverage import coverage
@@ -27,7 +28,7 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole
 from ..core.files import write_json
 from ..evaluation import report
-from ..evaluation.loyalty import pairwise_cosine, regression
+from ..evaluation.loyalty import regression
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.tasks import Pairs, pairs_score, read_pairs
@@ -44,7 +45,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import mix
+from .mixing import mix, with_words_left_out
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
@@ -75,8 +76,6 @@ _MAX_EVAL_TEXTS = _CHOOSING_TEXTS + _REPORTED_TEXTS
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
-# The share of all pairs of held-out texts that count as alike.
-_CLOSE, _FEWEST_CLOSE = 0.02, 28
 _DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
 
 
@@ -819,22 +818,27 @@ class _Run:
         return {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
 
     def mix(self, training: _Training, start: dict[str, Tensor]) -> dict[float, float]:
-        """Leaves the student where its similarities of held-out texts agree best with the teacher's; returns how well
-        they do by the share of the trained weights, nothing where these are all that there is."""
+        """Leaves the student where it tells held-out texts best from nearly the same, as the teacher does; returns how
+        well by the share of the trained weights, nothing where these are all that there is."""
         if not start:
             return {}
         source, most = self.sources[0], self.config.max_length
         self.say.status("Choosing between start and trained weights")
-        theirs = pairwise_cosine(pooled(source.teacher, self.choosing, most, source.sentence))
-        # Most pairs of texts have nothing to do with each other; those that have are what vectors are used for.
-        count = min(len(theirs), max(round(_CLOSE * len(theirs)), _FEWEST_CLOSE))
-        close = theirs >= theirs.topk(count).values[-1]
+        prompt = source.teacher.prompt
+        pairs = with_words_left_out([text.removeprefix(prompt) for text in self.choosing], self.config.seed)
+        if len(pairs[0]) < 3:
+            return {}
+
+        def similarities(reader: Teacher) -> Tensor:
+            reader.prompt = prompt
+            vectors = (pooled(reader, [prompt + text for text in side], most, source.sentence) for side in pairs)
+            return cosine_similarity(*vectors)
+
+        theirs = similarities(source.teacher)
 
         def score() -> float:
-            reader = training.model.as_teacher(training.collator.student)
-            reader.prompt = source.teacher.prompt
-            ours = pairwise_cosine(pooled(reader, self.choosing, most, source.sentence))
-            return (float(regression(ours, theirs)[1]) + float(regression(ours[close], theirs[close])[1])) / 2
+            ours = similarities(training.model.as_teacher(training.collator.student))
+            return float(regression(ours, theirs)[1])
 
         training.model.eval()
         return mix(training.model, start, score)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SHARES", "mix"]
+__all__ = ["SHARES", "mix", "with_words_left_out"]
 
 # Of the trained weights: 0 is the start, 1 the trained student.
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
@@ -44,3 +45,25 @@ def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float
     finite = {share: score if math.isfinite(score) else -math.inf for share, score in found.items()}
     blend(max(SHARES, key=lambda share: (finite[share], share)))
     return found
+
+
+def with_words_left_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Texts, and each of them without one, two and a third of its words: pairs that mean nearly the same.
+
+    Two held-out texts have little to do with each other, and how alike a student finds them says little of what it is
+    worth: on MiniLM with 3 layers, the agreement over such pairs rises with every step away from the start, that on
+    STS-B's dev set has its best at a share of 0.15 to 0.3, and so has the agreement over pairs like these.
+
+    Args:
+        texts: those of fewer than four words, as white space divides them, give no pairs.
+        seed: of the words.
+    """
+    draw = random.Random(seed)
+    whole, shorter = [], []
+    for text in texts:
+        words = text.split()
+        for count in (1, 2, len(words) // 3) if len(words) > 3 else ():
+            dropped = set(draw.sample(range(len(words)), min(count, len(words) - 2)))
+            whole.append(text)
+            shorter.append(" ".join(word for i, word in enumerate(words) if i not in dropped))
+    return whole, shorter

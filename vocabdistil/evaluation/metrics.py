@@ -338,9 +338,9 @@ class DistillMetrics(_Metrics):
         best_step: the step that the student comes from: of the lowest held-out loss at a checkpoint.
         checkups: what was seen at step 0 and at every checkpoint: ``step``, ``loss`` (on other held-out
             text than the figures), ``dev`` (Spearman's correlation on the dev pairs) if there are any.
-        mixed: by the share of the trained weights, the rest being those of the start: Spearman's correlation of the
-            similarities of held-out texts with the teacher's, over all pairs and over those most alike, the mean of
-            both; the best is the student. Empty where the student is as trained.
+        mixed: by the share of the trained weights, the rest being those of the start: Spearman's correlation with the
+            teacher's of the similarities of texts and the same without some words; the best is the student. Empty
+            where the student is as trained.
     """
 
     command: Literal["distill"]

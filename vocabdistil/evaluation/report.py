@@ -257,7 +257,7 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
     if mixed and float(max(mixed, key=lambda share: (mixed[share], float(share)))) == 0:
         found.append("training did not help: the student is what it started from; try more text or a smaller --lr")
     for name, row in metrics["baselines"].items():
-        if row["spearman"] > metrics["after"]["spearman"]:
+        if row["spearman"] > metrics["after"]["spearman"] + 1e-4:  # not by rounding alone
             theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])
             found.append(f"the {name} follows the teacher better: {theirs}, the student {ours} (Spearman)")
     models = metrics["models"]

@@ -105,3 +105,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) ->
     out = tmp_path_factory.mktemp("teacher") / "teacher"
     options = {"vocab_size": 600, "layers": 2, "dim": 48, "heads": 4, "max_length": 32}
     return vd.train_teacher(text=text_file, out=out, steps=40, lr=2e-3, quiet=True, **options)
+
+
+@pytest.fixture(scope="session")
+def headless_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """The same without its MLM head: an embedder."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("headless") / "teacher"
+    AutoModel.from_pretrained(teacher_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+    return folder

@@ -33,6 +33,9 @@ _RECIPES = (
     "student and teacher have an MLM head, else embedding)"
 )
 
+# The default of an option that the recipe gives.
+_ASK = "the recipe's"
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors of usage are one line too."""
@@ -59,10 +62,6 @@ def _file(name: str) -> Path:
 def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
     kind, metavar = (int, "N") if isinstance(default, int) else (float, "X")
     p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
-
-
-# What a recipe says.
-_ASK = "the recipe's"
 
 
 def _add_text_options(p: argparse.ArgumentParser) -> None:

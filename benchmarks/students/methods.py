@@ -15,14 +15,13 @@ import torch
 from transformers import TrainerCallback
 
 import vocabdistil as vd
+from vocabdistil.distillation.job import MOST_HELD_OUT
 from vocabdistil.distillation.text import read_text, split_text
 from vocabdistil.evaluation.loyalty import regression
 from vocabdistil.evaluation.student import load_embedder
 from vocabdistil.evaluation.tasks import Pairs, pairs_score, read_pairs
 
 MAX_LENGTH = 512
-# As vd.distill holds out, so that both train on the same texts.
-_HELD_OUT, _MOST_HELD_OUT = 0.05, 512
 # Steps that are timed before the training, the first of which warm up, and texts that the teacher reads meanwhile.
 _TIMED_STEPS, _WARM_UP, _TIMED_TEXTS = 22, 2, 256
 # What vd.trim says of time is not needed here.
@@ -166,8 +165,9 @@ def pooled(task: Task) -> Made:
     pairs = read_pairs(task.dev)
     before = measure(start.path, pairs, task.prompt)
     texts = read_text([task.text])
-    share = min(_HELD_OUT, _MOST_HELD_OUT / len(texts))
-    train = [task.prompt + text for text in split_text(texts, share, task.seed).train]
+    # As vd.distill holds out, so that both train on the same texts.
+    split = split_text(texts, vd.DistillConfig.held_out, task.seed, most=MOST_HELD_OUT)
+    train = [task.prompt + text for text in split.train]
     random.Random(task.seed).shuffle(train)
     teacher, student = (SentenceTransformer(str(name), device="cpu") for name in (task.teachers[0], start.path))
     for side in (teacher, student):

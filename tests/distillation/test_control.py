@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
 
 import vocabdistil as vd
 from tests.runs import at_step, interrupt, options
@@ -17,15 +16,6 @@ from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.distillation.teacher_cache import TeacherCache
 
 EMBEDDING = {"recipe": "embedding", "preset": None, "layers": 1, "vocabulary": "train", "vocab_size": 150}
-
-
-@pytest.fixture(scope="module")
-def embedder(teacher_folder, tmp_path_factory):
-    """The teacher without its head."""
-    folder = tmp_path_factory.mktemp("embedder") / "teacher"
-    AutoModel.from_pretrained(teacher_folder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -44,10 +34,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_minutes_become_steps_once(embedder, text_file, tmp_path, monkeypatch):
+def test_minutes_become_steps_once(headless_folder, text_file, tmp_path, monkeypatch):
     """The steps that fit are found at the start; a slower machine that goes on keeps them."""
     changes = {**EMBEDDING, "steps": None, "minutes": 5.0, "save_every": 2}
-    arguments = options(embedder, text_file, tmp_path / "student", **changes)
+    arguments = options(headless_folder, text_file, tmp_path / "student", **changes)
     monkeypatch.setattr(job, "seconds_per_step", lambda *args: 20.0)
     at_step(monkeypatch, 3, interrupt)
     with pytest.raises(Interrupted):
@@ -60,7 +50,7 @@ def test_minutes_become_steps_once(embedder, text_file, tmp_path, monkeypatch):
     assert result.metrics["steps"] == record["steps"]
 
 
-def test_timing_teaches_nothing(embedder, text_file, tmp_path, monkeypatch):
+def test_timing_teaches_nothing(headless_folder, text_file, tmp_path, monkeypatch):
     found = []
     original = job.seconds_per_step
 
@@ -72,16 +62,16 @@ def test_timing_teaches_nothing(embedder, text_file, tmp_path, monkeypatch):
         return seconds
 
     monkeypatch.setattr(job, "seconds_per_step", watched)
-    vd.distill(**options(embedder, text_file, tmp_path / "student", **EMBEDDING))
+    vd.distill(**options(headless_folder, text_file, tmp_path / "student", **EMBEDDING))
     assert found == [True]
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"schedule": "cosine"}, {"schedule": "constant"}])
-def test_resuming_is_exact(changes, embedder, text_file, tmp_path, monkeypatch):
+def test_resuming_is_exact(changes, headless_folder, text_file, tmp_path, monkeypatch):
     changes = {**EMBEDDING, **changes, "steps": 8, "save_every": 3}
-    whole = vd.distill(**options(embedder, text_file, tmp_path / "whole", **changes))
+    whole = vd.distill(**options(headless_folder, text_file, tmp_path / "whole", **changes))
     at_step(monkeypatch, 4, interrupt)
-    arguments = options(embedder, text_file, tmp_path / "parts", **changes)
+    arguments = options(headless_folder, text_file, tmp_path / "parts", **changes)
     with pytest.raises(Interrupted):
         vd.distill(**arguments)
     monkeypatch.undo()
@@ -91,7 +81,7 @@ def test_resuming_is_exact(changes, embedder, text_file, tmp_path, monkeypatch):
     assert [row["step"] for row in whole.metrics["checkups"]] == [0, 3, 6, 8]
 
 
-def test_accumulated_batches_are_one_step(embedder, text_file, tmp_path):
+def test_accumulated_batches_are_one_step(headless_folder, text_file, tmp_path):
     """The gradients of two batches are added up before a step: as many texts are read as with twice the batch."""
     seen = []
     for name, changes in (("a", {"batch_size": 4, "accumulate": 2}), ("b", {"batch_size": 8})):
@@ -104,13 +94,13 @@ def test_accumulated_batches_are_one_step(embedder, text_file, tmp_path):
                 return original(self, model, inputs, *args, **kwargs)
 
             patch.setattr(job.DistillTrainer, "training_step", watched)
-            result = vd.distill(**options(embedder, text_file, tmp_path / name, **EMBEDDING | changes, steps=3))
+            result = vd.distill(**options(headless_folder, text_file, tmp_path / name, **EMBEDDING | changes, steps=3))
         assert result.metrics["steps"] == 3
         seen.append(sizes)
     assert seen == [[4] * 6, [8] * 3]
 
 
-def test_patience_ends_the_run_and_the_best_is_kept(embedder, text_file, tmp_path, monkeypatch):
+def test_patience_ends_the_run_and_the_best_is_kept(headless_folder, text_file, tmp_path, monkeypatch):
     losses = iter([5.0, 3.0, 2.0, 2.5, 2.2, 1.0])
     kept = {}
 
@@ -121,7 +111,7 @@ def test_patience_ends_the_run_and_the_best_is_kept(embedder, text_file, tmp_pat
 
     monkeypatch.setattr(job._Run, "examine", examine)
     changes = {**EMBEDDING, "steps": 12, "save_every": 2, "patience": 2}
-    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
     assert result.metrics["steps"] == 8 and result.metrics["best_step"] == 4
     assert [row["loss"] for row in result.metrics["checkups"]] == [5.0, 3.0, 2.0, 2.5, 2.2]
     saved = student_of(result)
@@ -132,32 +122,32 @@ def test_patience_ends_the_run_and_the_best_is_kept(embedder, text_file, tmp_pat
     assert not all(torch.equal(saved[key], kept[2.2][key]) for key in saved)
 
 
-def test_dev_pairs_are_scored_at_every_checkpoint(embedder, text_file, tmp_path, pairs):
+def test_dev_pairs_are_scored_at_every_checkpoint(headless_folder, text_file, tmp_path, pairs):
     changes = {**EMBEDDING, "steps": 4, "save_every": 2, "dev": pairs}
-    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
     rows = result.metrics["checkups"]
     assert [row["step"] for row in rows] == [0, 2, 4] and all(-1 <= row["dev"] <= 1 for row in rows)
     assert result.metrics["before"]["dev"] == rows[0]["dev"]
-    found = vd.evaluate([embedder, result.path], pairs=[pairs], max_length=32)
+    found = vd.evaluate([headless_folder, result.path], pairs=[pairs], max_length=32)
     assert found["tasks"][0]["results"][1]["spearman"] == pytest.approx(
         result.metrics["after"]["dev"], abs=1e-6
     )
     assert {"dev", "parameters", "spearman"} <= set(result.metrics["baselines"]["trimmed teacher"])
 
 
-def test_a_bad_dev_file_is_one_line_before_any_work(embedder, text_file, tmp_path):
+def test_a_bad_dev_file_is_one_line_before_any_work(headless_folder, text_file, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b\n", encoding="utf-8")
     with pytest.raises(VocabdistilError, match="--dev: "):
-        vd.distill(**options(embedder, text_file, tmp_path / "student", **EMBEDDING, dev=file))
+        vd.distill(**options(headless_folder, text_file, tmp_path / "student", **EMBEDDING, dev=file))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
 
 
-def test_a_cached_teacher_is_not_asked_twice(embedder, text_file, tmp_path, monkeypatch):
+def test_a_cached_teacher_is_not_asked_twice(headless_folder, text_file, tmp_path, monkeypatch):
     """The second run, of another student, trains without one pass of the teacher, to the same result as the first."""
     changes = {**EMBEDDING, "cache_teacher": tmp_path / "cache"}
-    plain = vd.distill(**options(embedder, text_file, tmp_path / "plain", **EMBEDDING))
-    first = vd.distill(**options(embedder, text_file, tmp_path / "first", **changes))
+    plain = vd.distill(**options(headless_folder, text_file, tmp_path / "plain", **EMBEDDING))
+    first = vd.distill(**options(headless_folder, text_file, tmp_path / "first", **changes))
     computed = []
     read = TeacherCache.read
 
@@ -167,13 +157,13 @@ def test_a_cached_teacher_is_not_asked_twice(embedder, text_file, tmp_path, monk
         return found
 
     monkeypatch.setattr(TeacherCache, "read", watched)
-    second = vd.distill(**options(embedder, text_file, tmp_path / "second", **changes))
+    second = vd.distill(**options(headless_folder, text_file, tmp_path / "second", **changes))
     assert computed and max(computed) == 0
     assert same(student_of(first), student_of(second))
     ours, theirs = student_of(first), student_of(plain)
     assert all(torch.allclose(ours[key], theirs[key], atol=5e-3) for key in ours if ours[key].is_floating_point())
     narrow = {**changes, "vocab_size": 120}
-    vd.distill(**options(embedder, text_file, tmp_path / "narrow", **narrow))
+    vd.distill(**options(headless_folder, text_file, tmp_path / "narrow", **narrow))
 
 
 def test_a_cache_of_masked_texts_is_refused(teacher_folder, text_file, tmp_path):
@@ -182,17 +172,17 @@ def test_a_cache_of_masked_texts_is_refused(teacher_folder, text_file, tmp_path)
     assert not (tmp_path / "student.partial").exists()
 
 
-def test_several_teachers_each_with_its_tokens(embedder, teacher_folder, text_file, tmp_path):
+def test_several_teachers_each_with_its_tokens(headless_folder, teacher_folder, text_file, tmp_path):
     changes = {**EMBEDDING, "teacher_weights": [3, 1], "cache_teacher": tmp_path / "cache"}
-    result = vd.distill(**options([embedder, teacher_folder], text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options([headless_folder, teacher_folder], text_file, tmp_path / "student", **changes))
     assert result.metrics["after"]["kl_own"] < result.metrics["before"]["kl_own"]
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"teacher-0", "teacher-1"}
 
 
-def test_training_that_did_not_help_is_told(embedder, text_file, tmp_path, capsys):
+def test_training_that_did_not_help_is_told(headless_folder, text_file, tmp_path, capsys):
     """A rate that ruins the student: it is what it was, and that is said."""
     changes = {**EMBEDDING, "lr": 0.3, "steps": 6, "quiet": False}
-    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
     assert any("training did not help" in line for line in result.metrics["warnings"])
     assert result.metrics["after"]["spearman"] == pytest.approx(result.metrics["before"]["spearman"])
     said = capsys.readouterr().out
@@ -207,19 +197,19 @@ def test_what_got_worse_is_told(teacher_folder, text_file, tmp_path):
     assert worse
 
 
-def test_training_that_only_hurts_still_ends(embedder, text_file, tmp_path, monkeypatch):
+def test_training_that_only_hurts_still_ends(headless_folder, text_file, tmp_path, monkeypatch):
     """No look is better than the start, and later ones are worse: the first is the best that training has."""
     losses = iter([1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(job._Run, "examine", lambda self, training: {"loss": next(losses)})
     changes = {**EMBEDDING, "steps": 6, "save_every": 2}
-    result = vd.distill(**options(embedder, text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
     assert result.metrics["best_step"] == 2
 
 
-def test_a_run_that_had_ended_early_stays_ended(embedder, text_file, tmp_path, monkeypatch):
+def test_a_run_that_had_ended_early_stays_ended(headless_folder, text_file, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(job._Run, "examine", lambda self, training: {"loss": next(losses)})
-    arguments = options(embedder, text_file, tmp_path / "student", **EMBEDDING, save_every=2, patience=1)
+    arguments = options(headless_folder, text_file, tmp_path / "student", **EMBEDDING, save_every=2, patience=1)
     with monkeypatch.context() as patch:
         patch.setattr(job._Run, "mix", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -229,16 +219,16 @@ def test_a_run_that_had_ended_early_stays_ended(embedder, text_file, tmp_path, m
     assert [row["step"] for row in result.metrics["checkups"]] == [0, 2, 4]
 
 
-def test_what_a_run_reads_is_not_overwritten(embedder, text_file, tmp_path, pairs):
+def test_what_a_run_reads_is_not_overwritten(headless_folder, text_file, tmp_path, pairs):
     for name in ("dev", "cache_teacher"):
         with pytest.raises(VocabdistilError, match="--out: .* holds .*, which the run reads"):
             changes = {**EMBEDDING, "overwrite": True, name: pairs if name == "dev" else tmp_path / "cache"}
-            vd.distill(**options(embedder, text_file, tmp_path, **changes))
+            vd.distill(**options(headless_folder, text_file, tmp_path, **changes))
     assert pairs.exists()
 
 
-def test_few_texts_are_enough(embedder, demo_lines, tmp_path):
+def test_few_texts_are_enough(headless_folder, demo_lines, tmp_path):
     """Eight held-out texts: three to choose by, five to report of."""
-    arguments = options(embedder, demo_lines[:200], tmp_path / "student", **EMBEDDING, held_out=0.05)
+    arguments = options(headless_folder, demo_lines[:200], tmp_path / "student", **EMBEDDING, held_out=0.05)
     result = vd.distill(**arguments)
     assert result.metrics["held_out_texts"] >= 5 and len(result.metrics["mixed"]) == 7

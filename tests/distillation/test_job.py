@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import vocabdistil as vd
+from tests.models.tiny_teachers import with_code_of_its_own
 from tests.runs import PRESET, at_step, interrupt, options
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation.calibration import calibrate
@@ -172,26 +173,9 @@ def test_several_teachers_and_layer_maps(teacher_folder, text_file, tmp_path):
     assert (result.path / "remap_1.vdrt").exists()
 
 
-OWN = """
-from transformers import BertConfig, BertForMaskedLM, BertModel
-class OwnConfig(BertConfig):
-    model_type = "own"
-class OwnModel(BertModel):
-    config_class = OwnConfig
-class OwnForMaskedLM(BertForMaskedLM):
-    config_class = OwnConfig
-"""
-
-
 def test_a_teacher_with_code_of_its_own_has_students_of_another_body(teacher_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "teacher"
-    shutil.copytree(teacher_folder, folder)
-    (folder / "own.py").write_text(OWN)
-    names = {"AutoConfig": "OwnConfig", "AutoModel": "OwnModel", "AutoModelForMaskedLM": "OwnForMaskedLM"}
-    changes = {"model_type": "own", "auto_map": {key: f"own.{name}" for key, name in names.items()}}
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    folder = with_code_of_its_own(teacher_folder, tmp_path / "teacher")
     small = options(folder, text_file, tmp_path / "student", steps=2, trust_remote_code=True)
     made = vd.distill(**small)
     assert set(made.metrics["baselines"]) == {"mean of input embeddings"}

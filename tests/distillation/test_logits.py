@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
 
 import vocabdistil as vd
 from tests.distillation.test_job import assert_equal, weights
@@ -27,14 +26,6 @@ from vocabdistil.reference.layers import layer_map
 
 MODES = ("match", "reduce", "reduce-map")
 SIZE = 12
-
-
-@pytest.fixture(scope="module")
-def headless_folder(teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("headless") / "teacher"
-    AutoModel.from_pretrained(teacher_folder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from tests.models.test_bodies import batch_of
-from tests.models.tiny_teachers import KINDS, LAYERS, POSITIONS, WITH_HEAD, tiny_teacher
+from tests.models.tiny_teachers import KINDS, LAYERS, POSITIONS, WITH_HEAD, tiny_teacher, with_code_of_its_own
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.models.teachers import load_teacher, load_tokenizer
 
@@ -72,23 +72,10 @@ def with_config(tmp_path, **changes):
     return folder
 
 
-CODE = """
-from transformers import BertConfig, BertForMaskedLM, BertModel
-class OwnConfig(BertConfig):
-    model_type = "own"
-class OwnModel(BertModel):
-    config_class = OwnConfig
-class OwnForMaskedLM(BertForMaskedLM):
-    config_class = OwnConfig
-"""
-
-
 def test_code_of_its_own_runs_only_if_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question at the terminal"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    names = {"AutoConfig": "OwnConfig", "AutoModel": "OwnModel", "AutoModelForMaskedLM": "OwnForMaskedLM"}
-    folder = with_config(tmp_path, model_type="own", auto_map={key: f"own.{name}" for key, name in names.items()})
-    (folder / "own.py").write_text(CODE)
+    folder = with_code_of_its_own(tiny_teacher("bert"), tmp_path / "model")
     with pytest.raises(VocabdistilError, match="--teacher: .* needs code of its own .*--trust-remote-code") as e:
         load_teacher(folder)
     assert "\n" not in str(e.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +283,25 @@ def tiny_teacher(name: str, head: bool = True) -> Path:
 def texts() -> list[str]:
     """A few texts of several lengths, in many scripts."""
     return many_scripts()[-12:] + plain_text()[:12]
+
+
+OWN_CODE = """
+from transformers import BertConfig, BertForMaskedLM, BertModel
+class OwnConfig(BertConfig):
+    model_type = "own"
+class OwnModel(BertModel):
+    config_class = OwnConfig
+class OwnForMaskedLM(BertForMaskedLM):
+    config_class = OwnConfig
+"""
+
+
+def with_code_of_its_own(bert: Path, folder: Path) -> Path:
+    """A copy of a BERT that only code in its folder can load."""
+    shutil.copytree(bert, folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    names = {"AutoConfig": "OwnConfig", "AutoModel": "OwnModel", "AutoModelForMaskedLM": "OwnForMaskedLM"}
+    changes = {"model_type": "own", "auto_map": {key: f"own.{name}" for key, name in names.items()}}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder

@@ -25,6 +25,7 @@ class Checkups(TrainerCallback):
         examine: its figures, ``"loss"`` among them: the lower the better.
         every: steps between looks.
         patience: looks without a better loss after which training ends; None: none.
+        first: the figures of the student before any step.
         start: the step that the run goes on from: later rows are forgotten.
         tell: says the figures of a step.
     """
@@ -36,38 +37,38 @@ class Checkups(TrainerCallback):
         examine: Callable[[], dict[str, float]],
         every: int,
         patience: int | None,
+        first: dict[str, float],
         start: int,
         tell: Callable[[int, dict[str, float]], None],
     ) -> None:
         self.folder, self.model, self.examine = folder, model, examine
         self.every, self.patience, self.tell = every, patience, tell
-        self.rows: list[dict[str, float]] = []
+        self.rows = [{"step": 0, **first}]
         if (folder / _FILE).exists():
             rows = map(json.loads, (folder / _FILE).read_text(encoding="utf-8").splitlines())
-            self.rows = [row for row in rows if row["step"] <= start]
+            self.rows += [row for row in rows if 0 < row["step"] <= start]
         self._write()
 
-    def look(self, step: int) -> dict[str, float]:
-        """Examines the student once."""
+    def look(self, step: int) -> None:
+        """Examines the student once, after some step."""
         training = self.model.training
         self.model.eval()
         row = {"step": step, **self.examine()}
         self.model.train(training)
-        before = self.best["step"] if self.rows else 0
+        before = self.best["step"]
         self.rows.append(row)
-        if step and self.best is row:
+        if self.best is row:
             save_model(self.model, str(self._student(step)))
             for path in self.folder.glob("best-*.safetensors"):
                 if path not in (self._student(step), self._student(before)):
                     path.unlink()
         self._write()
         self.tell(step, row)
-        return row
 
     @property
     def best(self) -> dict[str, float]:
         """The row with the lowest loss, the first of them, the start only where there is no other."""
-        return min([row for row in self.rows if row["step"]] or self.rows, key=lambda row: row["loss"])
+        return min(self.rows[1:] or self.rows, key=lambda row: row["loss"])
 
     @property
     def stale(self) -> int:
@@ -76,7 +77,7 @@ class Checkups(TrainerCallback):
 
     @property
     def ended_early(self) -> bool:
-        return self.patience is not None and bool(self.rows) and self.stale >= self.patience
+        return self.patience is not None and self.stale >= self.patience
 
     def restore(self) -> None:
         """Gives the model the weights of the best student."""

@@ -45,7 +45,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import mix, with_words_left_out
+from .mixing import best_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
@@ -64,15 +64,15 @@ from .runs import (
 )
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
 from .teacher_cache import TeacherCache
-from .text import TextSplit, open_text, split_text
+from .text import GivenTexts, TextFiles, TextSplit, open_text, split_text
 from .trainer import DistillTrainer
 
-__all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
+__all__ = ["MOST_HELD_OUT", "DistillConfig", "DistillResult", "Interrupted", "distill"]
 
 LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
-_MAX_EVAL_TEXTS = _CHOOSING_TEXTS + _REPORTED_TEXTS
+MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
@@ -115,7 +115,7 @@ class DistillConfig(StudentOptions):
         train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
             isometry that :func:`vocabdistil.distillation.calibration.calibrate` fits.
         cache_teacher: a folder that remembers what teachers made of texts, for later epochs, students and runs.
-        held_out: the share of texts kept for evaluation, of which at most 512 are used.
+        held_out: the share of texts kept for evaluation, at most 768: a third of them to choose checkpoints by.
         dev: a CSV file of sentence, sentence, score: how the student ranks its pairs is told at every checkpoint.
         patience: stop after so many checkpoints without a better held-out loss; None: never.
         device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
@@ -289,6 +289,10 @@ class DistillConfig(StudentOptions):
             return self.shape.vocab_size
         return self.vocab_size
 
+    def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
+        others = (self.student, self.dev, self.cache_teacher)
+        return [*super().inputs(text), *(os.fspath(name) for name in others if name)]
+
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
         free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
@@ -356,10 +360,9 @@ def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence
         raise VocabdistilError(f"--logits: {mode} needs a teacher with an MLM head; without: {', '.join(headless)}")
     if mode != "none" and not head:
         raise VocabdistilError(f"--logits: {mode} needs a student with an MLM head, such as a --preset")
-    learned = {name for name, value in asdict(weights).items() if value}
-    possible = (set() if head else {"mlm"}) | (set() if mode != "none" else {"logits"})
-    if learned <= possible:
-        known = sorted(set(asdict(weights)) - possible)
+    left_out = (set() if head else {"mlm"}) | (set() if mode != "none" else {"logits"})
+    if not any(value for name, value in asdict(weights).items() if name not in left_out):
+        known = sorted(set(asdict(weights)) - left_out)
         raise VocabdistilError(f"--weights: expected one above 0 of {', '.join(known)}: nothing else is learned here")
     return mode
 
@@ -438,9 +441,7 @@ class _Run:
         started = time.monotonic()
         text = open_text(config.text, config.unit)
         texts = list(text)
-        # More are never looked at.
-        share = min(config.held_out, _MAX_EVAL_TEXTS / max(len(texts), 1))
-        split = split_text(texts, share, config.seed)
+        split = split_text(texts, config.held_out, config.seed, most=MOST_HELD_OUT)
         sources = load_sources(config)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
         checkpoint = load_student(config.student, config) if config.student is not None else None
@@ -454,8 +455,7 @@ class _Run:
             raise VocabdistilError("--layer-map: kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "--dev") if config.dev is not None else None
-        others = [os.fspath(name) for name in (config.student, config.dev, config.cache_teacher) if name]
-        keep_inputs(Path(config.out), [*config.inputs(text), *others])
+        keep_inputs(Path(config.out), config.inputs(text))
         folders = config.cache_folders(teachers, mode)
         caches = [TeacherCache.open(folder, teacher) for folder, teacher in folders]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
@@ -536,7 +536,7 @@ class _Run:
     @property
     def held_out(self) -> list[str]:
         """What figures are reported of."""
-        return self.split.held_out[:_MAX_EVAL_TEXTS][self._chosen_by :]
+        return self.split.held_out[self._chosen_by :]
 
     @property
     def choosing(self) -> list[str]:
@@ -545,7 +545,7 @@ class _Run:
 
     @property
     def _chosen_by(self) -> int:
-        return max(3, min(len(self.split.held_out), _MAX_EVAL_TEXTS) // 3)
+        return max(3, len(self.split.held_out) // 3)
 
     def sample(self, count: int) -> list[str]:
         """Some of the texts to train on."""
@@ -649,7 +649,7 @@ class _Run:
                 else None
                 for teacher in self.teachers
             ]
-            baselines = self.baselines(student, training, before)
+            baselines = self.baselines(student)
             between = time.monotonic()
             start = self.examine(training)
             before |= {name: start[name] for name in ("dev",) if name in start}
@@ -670,7 +670,7 @@ class _Run:
                     model.projections[key].weight.copy_(weight)
         return self.record["before"]
 
-    def baselines(self, student: Student, training: _Training, before: dict[str, Any]) -> dict[str, dict[str, float]]:
+    def baselines(self, student: Student) -> dict[str, dict[str, float]]:
         """What a student must beat to be worth its training: the teacher trimmed to its vocabulary and layers, if its
         architecture is known, and the mean of the teacher's input embeddings of its tokens; both as :func:`evaluate`
         measures embeddings."""
@@ -745,11 +745,10 @@ class _Run:
             lambda: self.examine(training),
             config.save_every,
             config.patience,
+            self.record["start"],
             checkpoint_step(checkpoint),
             lambda step, row: self.say.print(report.checkup_line(step, row)),
         )
-        if not checkups.rows:
-            checkups.rows.append({"step": 0, **self.record["start"]})
         if checkups.ended_early:  # and was stopped before it was written
             steps = checkpoint_step(checkpoint)
         trainer = DistillTrainer(
@@ -874,9 +873,12 @@ class _Run:
         """Figures, folder, and what is said at the end."""
         config, first = self.config, self.teachers[0]
         reader = student.as_teacher()
-        best = fitted.checkups.best
+        best, share = fitted.checkups.best, best_share(mixed) if mixed else 1.0
         if self.dev is not None:
-            after["dev"] = self.dev_score(training.model.as_teacher(student.tokenizer), training.model)
+            # At its ends a mixture has been scored already.
+            ends = {0.0: before.get("dev"), 1.0: best.get("dev")}
+            reader = training.model.as_teacher(student.tokenizer)
+            after["dev"] = ends[share] if share in ends else self.dev_score(reader, training.model)
         metrics = {
             "teacher": [teacher.name for teacher in self.teachers],
             "command": "distill",
@@ -888,7 +890,8 @@ class _Run:
             "lr": fitted.lr,
             "best_step": best["step"],
             "checkups": fitted.checkups.rows,
-            "mixed": {str(share): score for share, score in mixed.items()},
+            "mixed": {str(part): score for part, score in mixed.items()},
+            "share": share,
             "baselines": self.record["baselines"],
             "train_texts": len(self.split.train),
             "held_out_texts": len(self.held_out),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SHARES", "mix", "with_words_left_out"]
+__all__ = ["SHARES", "best_share", "mix", "with_words_left_out"]
 
 # Of the trained weights: 0 is the start, 1 the trained student.
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
@@ -42,9 +42,13 @@ def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float
     for share in SHARES:
         blend(share)
         found[share] = score()
-    finite = {share: score if math.isfinite(score) else -math.inf for share, score in found.items()}
-    blend(max(SHARES, key=lambda share: (finite[share], share)))
+    blend(best_share(found))
     return found
+
+
+def best_share(scores: Mapping[float, float]) -> float:
+    """The share with the best score that is a number; of equal ones the larger."""
+    return max(scores, key=lambda share: (scores[share] if math.isfinite(scores[share]) else -math.inf, share))
 
 
 def with_words_left_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:

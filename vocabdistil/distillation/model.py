@@ -51,11 +51,11 @@ class DistillModel(nn.Module):
                 linear = nn.Linear(width, teacher_width, bias=False)
                 nn.init.orthogonal_(linear.weight, generator=generator)
                 self.projections[f"{t}_{i}"] = linear.requires_grad_(train_projections)
-        self.known = known is not None and bool(self.projections)
+        self._known = None if known is None else self._key(0, -1)
         self.register_buffer("bias", None, persistent=False)
-        if self.known:
+        if known is not None:
             with torch.no_grad():
-                self.projections[self._key(0, -1)].weight.copy_(known[0])
+                self.projections[self._known].weight.copy_(known[0])
             self.bias = known[1]
 
     def _key(self, teacher: int, assignment: int) -> str:
@@ -63,7 +63,7 @@ class DistillModel(nn.Module):
 
     def is_known(self, teacher: int, assignment: int = -1) -> bool:
         """Whether a projection came with the start."""
-        return self.known and self._key(teacher, assignment) == self._key(0, -1)
+        return self._key(teacher, assignment) == self._known
 
     def projection_bias(self, teacher: int, assignment: int = -1) -> Tensor | None:
         """``[D_t]``, what a projection adds; None where it is linear."""

@@ -229,17 +229,24 @@ class TextSplit:
     digest: str
 
 
-def split_text(examples: Sequence[str], fraction: float, seed: int, minimum: int = 8) -> TextSplit:
+def split_text(
+    examples: Sequence[str], fraction: float, seed: int, minimum: int = 8, most: int | None = None
+) -> TextSplit:
     """Draws the held-out examples without replacement; the same arguments give the same split.
 
     An example whose text also occurs on the other side is taken out of the held-out side, so that repeated lines
     ("First Citizen:") are not scored as unseen text.
+
+    Args:
+        fraction: held out, but no more than ``most`` examples, if there is such a number.
 
     Raises:
         VocabdistilError: too little text to hold out ``minimum`` distinct examples and train on the rest.
     """
     if not 0 < fraction < 1:
         raise VocabdistilError(f"--held-out: expected a fraction between 0 and 1, got {fraction}")
+    if most is not None:
+        fraction = min(fraction, most / max(len(examples), 1))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[: round(len(examples) * fraction)])
     train = [text for i, text in enumerate(examples) if i not in chosen]

@@ -341,6 +341,7 @@ class DistillMetrics(_Metrics):
         mixed: by the share of the trained weights, the rest being those of the start: Spearman's correlation with the
             teacher's of the similarities of texts and the same without some words; the best is the student. Empty
             where the student is as trained.
+        share: of the trained weights in the student.
     """
 
     command: Literal["distill"]
@@ -360,3 +361,4 @@ class DistillMetrics(_Metrics):
     best_step: int
     checkups: list[dict[str, float]]
     mixed: dict[str, float]
+    share: float

@@ -253,8 +253,7 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             before, after = metrics["before"][key], metrics["after"][key]
             if after < before if better == "higher" else after > before:
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
-    mixed = metrics["mixed"]
-    if mixed and float(max(mixed, key=lambda share: (mixed[share], float(share)))) == 0:
+    if metrics["share"] == 0:
         found.append("training did not help: the student is what it started from; try more text or a smaller --lr")
     for name, row in metrics["baselines"].items():
         if row["spearman"] > metrics["after"]["spearman"] + 1e-4:  # not by rounding alone

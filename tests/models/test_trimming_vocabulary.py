@@ -183,3 +183,39 @@ def test_a_note_says_when_the_text_uses_few_of_the_tokens():
     few = trim_vocabulary(teacher, ["the cat"] * 3, 300)
     assert len(few) == 300 and few.notes[0].startswith("The text uses only ")
     assert not any("uses only" in note for note in trim_vocabulary(teacher, many_scripts(), 250).notes)
+
+
+def test_a_token_that_its_pieces_stand_in_for_makes_room():
+    """``inks`` is more frequent than ``oak``, but its row is that of ``ink`` and ``##s``."""
+    words = ["[UNK]", *"oi", *(f"##{letter}" for letter in "aksn"), "ink", "inks", "oak"]
+    teacher = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    teacher.pre_tokenizer = pre_tokenizers.Whitespace()
+    teacher.add_special_tokens(["[UNK]"])
+    text = ["ink"] * 9 + ["inks"] * 5 + ["oak"] * 3
+    rows = torch.randn(len(words), 16, generator=torch.Generator().manual_seed(0))
+    ids = {word: i for i, word in enumerate(words)}
+    size = len(words) - 1
+    by_count = set(trim_vocabulary(teacher, text, size).tokenizer.get_vocab())
+    assert by_count == set(words) - {"oak"}
+    rows -= rows.mean(0)
+    rows[ids["inks"]] = 0.75 * rows[ids["ink"]] + 0.25 * rows[ids["##s"]]
+    needed = set(trim_vocabulary(teacher, text, size, embedding=rows).tokenizer.get_vocab())
+    assert needed == set(words) - {"inks"}
+    # The rows of tokens decide, not that there are any.
+    rows[ids["inks"]] = -rows[ids["ink"]]
+    assert set(trim_vocabulary(teacher, text, size, embedding=rows).tokenizer.get_vocab()) == by_count
+    with pytest.raises(VocabdistilError, match="^--embedding: expected a row for each of 10 ids, got 3$"):
+        trim_vocabulary(teacher, text, size, embedding=rows[:3])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_rows_decide_keeps_what_must_stay(name):
+    teacher = family(name)
+    counts = count_tokens(teacher, many_scripts())
+    rows = torch.randn(len(counts), 8, generator=torch.Generator().manual_seed(1))
+    chosen, plain = (trim_vocabulary(teacher, counts, 320, embedding=given) for given in (rows, None))
+    assert len(chosen) == len(plain)
+    for text in many_scripts():
+        ids = chosen.tokenizer.backend_tokenizer.encode(text).ids
+        if all(token in chosen.tokenizer.get_vocab() for token in teacher.encode(text).tokens):
+            assert [int(chosen.kept[i]) for i in ids] == teacher.encode(text).ids

@@ -514,8 +514,9 @@ class _Run:
             self.say.status("Making the student's vocabulary")
             config, source = self.config, self.sources[0]
             made = make_vocabulary(
-                config.vocabulary, source.teacher.tokenizer, self.texts, config.size, config.family, source.prompts
-            )
+                config.vocabulary, source.teacher.tokenizer, self.texts, config.size, config.family, source.prompts,
+                source.teacher.model.get_input_embeddings().weight,
+            )  # fmt: skip
             save_tokenizer(made.tokenizer, folder)
             if made.kept is not None:
                 save_file({"kept": made.kept}, ids)

@@ -98,7 +98,7 @@ class StudentOptions:
         out: the folder to write.
         vocab_size: tokens of the student.
         vocabulary: ``"train"``: new tokens, in the teacher's family; ``"trim"``: those of the teacher's tokens that are
-            most frequent in the text; or a folder or a name: the tokenizer there.
+            most frequent in the text, and that no others can stand in for; or a folder or a name: the tokenizer there.
         family: of new tokens, if not the teacher's: ``"wordpiece" "byte-bpe" "bpe" "unigram"``.
         layers: how many of the teacher's layers the student keeps, evenly spaced, the last among them.
         keep_layers: which ones instead, counted from 0.

@@ -142,6 +142,7 @@ def make_vocabulary(
     vocab_size: int | None,
     family: str | None = None,
     prompts: Iterable[str] = (),
+    embedding: Tensor | None = None,
 ) -> Vocabulary:
     """The stage of the student's vocabulary.
 
@@ -151,11 +152,13 @@ def make_vocabulary(
         texts: as the models read them, with the prompt; read once, if needed at all.
         vocab_size: None: :data:`VOCAB_SIZE`, or what the folder has.
         prompts: what else may stand before a text: counted often enough for its tokens to be there.
+        embedding: the teacher's input embeddings, if there are any: those of its tokens that others can stand in for
+            then make room.
     """
     if vocab_size is None and source in ("train", "trim"):
         vocab_size = VOCAB_SIZE
     texts = chain(texts, *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
-    return vocabulary_from(source, tokenizer, texts, vocab_size, family)
+    return vocabulary_from(source, tokenizer, texts, vocab_size, family, embedding)
 
 
 def make_student(

@@ -90,7 +90,7 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
     sample = Sample(Prefixed(text, teacher.prompt), _SAMPLE, config.seed)
     vocabulary = make_vocabulary(
         config.vocabulary, teacher.tokenizer, _watched(sample, config.quiet), config.vocab_size, config.family,
-        source.prompts,
+        source.prompts, teacher.model.get_input_embeddings().weight,
     )  # fmt: skip
     if not sample.seen:  # the vocabulary was there already
         for _ in sample:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..alignment.surfaces import BYTE_OF
 from ..core.errors import need
@@ -28,6 +28,8 @@ class _Unigram:
     A character without a token costs the lowest score of the vocabulary and 10 more, so a token of that score stays:
     otherwise a path across such a character could overtake one that was better.
     """
+
+    prefix = ""
 
     def __init__(self, model: dict[str, Any]) -> None:
         self.ids = model_ids(model)
@@ -57,14 +59,15 @@ class _Greedy:
 
     def __init__(self, model: dict[str, Any]) -> None:
         self.ids = model_ids(model)
-        self._prefix = model.get("continuing_subword_prefix")
+        self.prefix = model.get("continuing_subword_prefix") or ""
+        self._whole_words = model.get("continuing_subword_prefix") is None
 
     def symbols(self, token: str) -> list[str]:
-        if self._prefix is None:
+        if self._whole_words:
             return []
-        inside = token.startswith(self._prefix) and len(token) > len(self._prefix)
-        first, *rest = token[len(self._prefix) :] if inside else token
-        return [self._prefix * inside + first, *(self._prefix + character for character in rest)]
+        inside = token.startswith(self.prefix) and len(token) > len(self.prefix)
+        first, *rest = token[len(self.prefix) :] if inside else token
+        return [self.prefix * inside + first, *(self.prefix + character for character in rest)]
 
     def needs(self, token: str) -> set[str]:
         return {token}
@@ -82,20 +85,20 @@ class _Bpe:
     def __init__(self, model: dict[str, Any]) -> None:
         self.ids = model_ids(model)
         self.byte_fallback = bool(model.get("byte_fallback"))
-        self._prefix = model.get("continuing_subword_prefix") or ""
+        self.prefix = model.get("continuing_subword_prefix") or ""
         self._suffix = model.get("end_of_word_suffix") or ""
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         self._merges: list[tuple[str, str]] = merges
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
 
     def _merged(self, left: str, right: str) -> str:
-        return left + right[len(self._prefix) :]
+        return left + right[len(self.prefix) :]
 
     def symbols(self, token: str) -> list[str]:
         ends = bool(self._suffix) and token.endswith(self._suffix) and len(token) > len(self._suffix)
-        inside = bool(self._prefix) and token.startswith(self._prefix) and len(token) > len(self._prefix)
-        body = token[len(self._prefix) * inside : len(token) - len(self._suffix) * ends]
-        symbols = [self._prefix * (inside or i > 0) + character for i, character in enumerate(body)]
+        inside = bool(self.prefix) and token.startswith(self.prefix) and len(token) > len(self.prefix)
+        body = token[len(self.prefix) * inside : len(token) - len(self._suffix) * ends]
+        symbols = [self.prefix * (inside or i > 0) + character for i, character in enumerate(body)]
         symbols[-1] += self._suffix * ends
         return symbols
 
@@ -149,14 +152,54 @@ def _symbols_of_text(family: Any, count: Mapping[str, int], without: Container[s
     return found
 
 
+def _pieces(family: Any, token: str, kept: Container[str]) -> list[tuple[str, int]]:
+    """About how a token's text is read where the token itself is not there: the longest others from the left, and how
+    many characters or bytes each of them spells; empty where they do not spell all of it."""
+    symbols, skip = family.symbols(token), len(family.prefix)
+    found, start = [], 0
+    while start < len(symbols):
+        for end in range(len(symbols), start, -1):
+            piece = symbols[start] + "".join(symbol[skip:] for symbol in symbols[start + 1 : end])
+            if piece in kept and piece != token:
+                found.append((piece, end - start))
+                start = end
+                break
+        else:
+            return []
+    return found
+
+
+def _lost_without(family: Any, tokens: Sequence[str], kept: Container[str], embedding: Tensor) -> list[float]:
+    """For each token how far the mean row of its pieces is from its own, longer ones weighing more: 1 - cosine, of
+    rows without the mean of all; 1 where there are none."""
+    spelled = [_pieces(family, token, kept) for token in tokens]
+    ids = torch.tensor([family.ids[piece] for pieces in spelled for piece, _ in pieces], dtype=torch.int64)
+    sizes = torch.tensor([float(size) for pieces in spelled for _, size in pieces])
+    offsets = torch.tensor([0, *map(len, spelled)]).cumsum(0)[:-1]
+    table = embedding.detach().float().cpu()
+    mean = table.mean(0)
+    # A sum points where the mean does.
+    totals = torch.tensor([float(sum(size for _, size in pieces)) for pieces in spelled])
+    means = nn.functional.embedding_bag(ids, table, offsets, mode="sum", per_sample_weights=sizes)
+    own = table[[family.ids[token] for token in tokens]]
+    distance = 1 - torch.cosine_similarity(means - totals[:, None] * mean, own - mean)
+    return distance.masked_fill(totals == 0, 1.0).clamp(min=0).tolist()
+
+
 def trim_vocabulary(
-    teacher: Any, counts_or_texts: Tensor | Iterable[str], vocab_size: int, spare: int | None = None
+    teacher: Any,
+    counts_or_texts: Tensor | Iterable[str],
+    vocab_size: int,
+    spare: int | None = None,
+    embedding: Tensor | None = None,
 ) -> Vocabulary:
-    """The teacher's own tokens that a text uses most.
+    """The teacher's own tokens that a text needs most.
 
     Always kept: added tokens, special or not; tokens with a role; the tokens of single bytes where the tokenizer has
     them, else those of the single characters of the text (all but the rarest, where they would take more than a
-    quarter of the vocabulary: see :func:`frequent_characters`). The rest goes by count, equal counts by id; with a
+    quarter of the vocabulary: see :func:`frequent_characters`). The rest goes by count, equal counts by id, and where
+    there is an ``embedding`` by the count times the square of the distance between a token's row and the mean of those
+    of the pieces that are read in its place: ``operators`` can go, as ``operator`` and ``##s`` say the same. With a
     token of a BPE vocabulary come those that its merges pass through. A text all of whose teacher tokens are kept
     reads exactly as before, unless the teacher read UNK in it: a word that a longer WordPiece led into a dead end may
     become readable.
@@ -167,6 +210,7 @@ def trim_vocabulary(
         vocab_size: tokens of the result; all that the teacher has if those are fewer.
         spare: how many of them to leave to others, as far as what is always kept allows it; tokens that the text does
             not use are then left out too.
+        embedding: floating point ``[rows, E]``, the teacher's input embeddings, a row for each of its ids or more.
 
     Returns:
         The vocabulary; ``kept`` ascends, but for added tokens that the teacher's model does not hold: they come last.
@@ -193,14 +237,27 @@ def trim_vocabulary(
 
     always = frozenset(kept)
     size = size if spare is None else max(least, vocab_size - spare)
-    for token in sorted(family.ids, key=lambda token: (-count[token], bool(_UNUSED.match(token)), family.ids[token])):
-        if spare is not None and not count[token]:
-            break
-        needed = family.needs(token) - kept
-        if len(needed) <= size - len(kept) - len(outside):
-            kept |= needed
-        if len(kept) + len(outside) == size:
-            break
+    room = size - len(outside)
+
+    def choose(worth: Mapping[str, float]) -> set[str]:
+        chosen = set(always)
+        for token in sorted(family.ids, key=lambda token: (-worth[token], bool(_UNUSED.match(token)), family.ids[token])):
+            if spare is not None and not count[token]:
+                break
+            needed = family.needs(token) - chosen
+            if len(needed) <= room - len(chosen):
+                chosen |= needed
+            if len(chosen) == room:
+                break
+        return chosen
+
+    kept = choose(count)
+    if embedding is not None:
+        rows = max(family.ids.values()) + 1
+        need(embedding.shape[0] >= rows, "embedding", f"a row for each of {rows} ids", embedding.shape[0])
+        used = [token for token in family.ids if count[token] and token not in always]
+        lost = _lost_without(family, used, kept, embedding)
+        kept = choose({**count, **{token: count[token] * far**2 for token, far in zip(used, lost, strict=True)}})
 
     tokens = sorted(kept, key=family.ids.__getitem__)
     model = family.with_tokens(state["model"], tokens)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from ..core.errors import need
 from .counting import count_tokens
 from .rebuilding import Vocabulary, save_tokenizer
@@ -31,16 +33,18 @@ def vocabulary_from(
     texts: Iterable[str] | None = None,
     vocab_size: int | None = None,
     family: str | None = None,
+    embedding: Tensor | None = None,
 ) -> Vocabulary:
     """What ``--vocabulary`` names.
 
     Args:
-        source: ``"train"``: new tokens for the texts; ``"trim"``: those of the teacher's tokens that the texts use
+        source: ``"train"``: new tokens for the texts; ``"trim"``: those of the teacher's tokens that the texts need
             most; else the folder or the name of a fast tokenizer, which is taken as it is.
         teacher: the teacher's tokenizer.
         texts: read once, for ``"train"`` and ``"trim"`` only.
         vocab_size: tokens of the result, for the same two.
         family: for ``"train"``: another family of tokenizers than the teacher's, one of :data:`FAMILIES`.
+        embedding: the teacher's input embeddings, for ``"trim"``: see :func:`trim_vocabulary`.
 
     Raises:
         VocabdistilError: options that ``source`` needs and lacks, or has no use for; as :func:`train_vocabulary`,
@@ -55,4 +59,4 @@ def vocabulary_from(
     if source == "train":
         return train_vocabulary(teacher, texts, vocab_size, family)
     need(family is None, "family", "nothing beside --vocabulary trim", family)
-    return trim_vocabulary(teacher, texts, vocab_size)
+    return trim_vocabulary(teacher, texts, vocab_size, embedding=embedding)

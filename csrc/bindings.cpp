@@ -1,5 +1,5 @@
 // With remap/bindings.cpp and cuda/bindings.cpp the only file that knows pybind11. Everything crosses as addresses,
-// sizes and codes: vocabdistil/_native.py has already checked shapes, dtypes and devices and keeps the tensors alive.
+// sizes and codes: vocabdistil/core/native.py has already checked shapes, dtypes and devices and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -38,9 +38,9 @@ struct Side {
   std::vector<int64_t> stride;
   std::vector<double> coef;
 
-  vd::Layers layers() const {
+  vd::Layers layers(int64_t rows) const {
     return {static_cast<vd::DType>(dtype), static_cast<int64_t>(data.size()),
-            reinterpret_cast<const void* const*>(data.data()), stride.data(), coef.data()};
+            reinterpret_cast<const void* const*>(data.data()), stride.data(), coef.data(), rows};
   }
   vd::LayerGrads grads(const std::vector<Address>& out, int64_t rows) const {
     return {static_cast<vd::DType>(dtype), static_cast<int64_t>(out.size()),
@@ -49,11 +49,11 @@ struct Side {
 };
 
 void span_mean_fwd(int dtype, std::vector<Address> data, std::vector<int64_t> stride, std::vector<double> coef,
-                   Address start, Address end, int64_t pairs, int64_t dim, bool mean, int out_dtype, Address out,
-                   int threads) {
+                   int64_t rows, Address start, Address end, int64_t pairs, int64_t dim, bool mean, int out_dtype,
+                   Address out, int threads) {
   py::gil_scoped_release release;
   const Side x{dtype, std::move(data), std::move(stride), std::move(coef)};
-  vd::span_mean_fwd({x.layers(), spans(start, end), pairs, dim, mean, static_cast<vd::DType>(out_dtype),
+  vd::span_mean_fwd({x.layers(rows), spans(start, end), pairs, dim, mean, static_cast<vd::DType>(out_dtype),
                      at<void>(out), threads});
 }
 
@@ -75,7 +75,7 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
   py::gil_scoped_release release;
   const Side s{s_dtype, std::move(s_data), std::move(s_stride), std::move(s_coef)};
   const Side t{t_dtype, std::move(t_data), std::move(t_stride), std::move(t_coef)};
-  vd::span_loss({s.layers(), t.layers(), spans(s_start, s_end), spans(t_start, t_end), pairs, dim,
+  vd::span_loss({s.layers(s_rows), t.layers(t_rows), spans(s_start, s_end), spans(t_start, t_end), pairs, dim,
                  static_cast<vd::Divergence>(divergence), mean, temperature, beta, at<const void>(scale),
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
 }

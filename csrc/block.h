@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 namespace vocabdistil {
 
 class Block {
@@ -61,9 +65,18 @@ class Block {
     return *list;
   }
   static std::mutex& mutex() {
-    static auto* one = new std::mutex;
+    static std::mutex* const one = make_mutex();
     return *one;
   }
+  static std::mutex* make_mutex() {
+#if defined(__unix__) || defined(__APPLE__)
+    // Held while forking, lest a child find it locked by a thread that it does not have.
+    pthread_atfork(lock, unlock, unlock);
+#endif
+    return new std::mutex;
+  }
+  static void lock() { mutex().lock(); }
+  static void unlock() { mutex().unlock(); }
 
   std::size_t size_, capacity_ = 0;
   void* data_ = nullptr;

@@ -9,7 +9,8 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Divergence : int { kl = 0, reverse_kl = 1, jsd = 2, mse = 3, cosine = 4 };
 enum class Unmatched : int { renormalize = 0, rest = 1, drop = 2 };
 
-// One span per pair, half-open token positions [start, end), ascending and disjoint (checked by the caller).
+// One span per pair, half-open token positions [start, end), ascending and disjoint. Every operation that reads them
+// looks at them itself and raises std::invalid_argument where they are not, or run past the rows.
 struct Spans {
   const int32_t* start;
   const int32_t* end;
@@ -22,6 +23,7 @@ struct Layers {
   const void* const* data;    // [count], each [rows, dim] with unit column stride
   const int64_t* row_stride;  // [count], in elements
   const double* coef;         // [count]
+  int64_t rows;
 };
 
 // Writable gradients of the layers of one side, contiguous [rows, dim] each, in the side's dtype.

@@ -1,5 +1,6 @@
 // parallel_for over the OpenMP runtime that torch has already loaded, so that both share one pool of threads;
-// plain std::thread where there is none. Nothing is linked: a second OpenMP runtime would fight the first.
+// plain std::thread where there is none, and in a forked child. Nothing is linked: a second OpenMP runtime would fight
+// the first.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +11,16 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
+#include <unistd.h>
 #endif
 
 namespace vocabdistil {
+
+#if defined(__unix__) || defined(__APPLE__)
+// A child that was forked has none of its parent's threads, but an OpenMP runtime that waits for them.
+inline const pid_t kLoadedBy = getpid();
+inline bool forked() { return getpid() != kLoadedBy; }
+#endif
 
 // Calls body(begin, end) on `threads` contiguous parts of [0, n). The parts depend on `threads`, so a body must
 // compute each index from that index alone: then the result is the same for any number of threads.
@@ -30,7 +38,7 @@ void parallel_for(int64_t n, int threads, const Body& body) {
   static const auto gomp_parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   static const auto thread_num = reinterpret_cast<ThreadNum>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
   static const auto num_threads = reinterpret_cast<ThreadNum>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-  if (gomp_parallel && thread_num && num_threads) {
+  if (gomp_parallel && thread_num && num_threads && !forked()) {
     struct Job {
       const decltype(part)* run;
       int parts;

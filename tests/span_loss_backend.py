@@ -146,6 +146,40 @@ def test_strides_and_three_dimensions(backend, device):
         torch.testing.assert_close(leaf.grad.reshape(-1, 12), want["d0"])
 
 
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
+def test_kl_at_any_temperature(divergence, temperature, near, backend, device):
+    pairs, n, _ = make_pairs(9, seed=1, same=True)
+    student, teacher = rows(n, 264, 1), rows(n, 264, 2)
+    teacher = student + 1e-2 * teacher if near else teacher
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    got = run(vd, [student.to(device)], teacher.to(device), pairs.to(device), backend=backend, **options)
+    want = run(vd.reference, [student.double()], teacher.double(), pairs, **options)
+    assert (got["loss"] >= 0).all()
+    for name in ("loss", "d0")[: 2 if temperature >= 1 else 1]:
+        assert (got[name].cpu().double() - want[name]).norm() < 1e-4 * want[name].norm(), name
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30])
+def test_cosines_of_rows_of_any_size(size, backend, device):
+    pairs, n_s, n_t = make_pairs(7, seed=3)
+    student, teacher = rows(n_s, 40, 1) * size, rows(n_t, 40, 2)
+    got = run(vd, [student.to(device)], teacher.to(device), pairs.to(device), backend=backend, divergence="cosine")
+    want = run(vd.reference, [student.double()], teacher.double(), pairs, divergence="cosine")
+    torch.testing.assert_close(got["loss"].cpu().double(), want["loss"], rtol=1e-5, atol=1e-6)
+    assert (got["d0"].cpu().double() - want["d0"]).norm() < 1e-4 * want["d0"].norm()
+
+
+def test_jsd_where_a_share_is_subnormal(backend, device):
+    pairs, student, teacher = make_pairs(1, seed=0, same=True)[0], torch.zeros(3, 8), torch.zeros(3, 8)
+    student[:, 7], teacher[:, 7] = -87, 50
+    got = run(vd, [student.to(device)], teacher.to(device), pairs.to(device), backend=backend, divergence="jsd")
+    want = run(vd.reference, [student.double()], teacher.double(), pairs, divergence="jsd")
+    torch.testing.assert_close(got["loss"].cpu().double(), want["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["d0"].cpu().double(), want["d0"], rtol=1e-4, atol=1e-6)
+
+
 def call(backend, student, teacher, spans, grads, **changes):
     loss, total = student.new_full((len(spans[0]),), float("nan")), student.new_full((), float("nan"))
     arguments = {

@@ -75,3 +75,10 @@ def test_relation_loss(tmp_path: Path) -> None:
     isa = native.module().active_isa()
     sources = ["tests/native/fuzz_relation.cpp", "csrc/cpu/relation_loss.cpp"]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
+
+
+def test_spans_that_are_written_to_after_they_were_checked(tmp_path: Path) -> None:
+    isa = native.module().active_isa()
+    names = ("span_mean", "span_loss", "matched_kl", "remapped_kl")
+    sources = ["tests/native/fuzz_spans.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
+    run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])

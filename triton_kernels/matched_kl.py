@@ -9,7 +9,6 @@ ids are kept within the rows and columns, and nothing is atomic. Formulas: vocab
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from vocabdistil.core.values import Seen
 
 from .rows import clamp, on_device
 from .span_loss import total_kernel
@@ -221,7 +222,10 @@ def _row(
     rest, rest_q, rest_r, mass = z_s * 0, z_s * 0, z_s * 0, z_s * 0 + 1
     if UNMATCHED == 0:
         shift_u = shift_s
-        outside, excess = tl.log(ratio), 1 / z_s
+        # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
+        nothing = (z_t == 0) | (z_s == 0)
+        outside, excess = tl.log(ratio), tl.where(nothing, 0.0, 1 / z_s)
+        ratio = tl.where(nothing, 0.0, ratio)
     else:
         # Each class has its own shift, so that neither log q_U nor log r_U underflows.
         a = shift_t * inverse + tl.log(z_t)
@@ -271,6 +275,9 @@ def _row(
                 _store(grad, factor * slope, d, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
     if loss is not None:
         value = tl.sum(terms) / z_t + outside
+        if UNMATCHED == 0:
+            value = tl.where(value < 0, 0.0, value)  # what rounding leaves of rows that are close
+            value = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), value))
         if UNMATCHED != 0:
             value = tl.where(mass == 0, 0.0, mass * value)
         if UNMATCHED == 1:
@@ -368,13 +375,10 @@ class _Tables:
             if torch.cuda.is_current_stream_capturing():
                 return self._make(student_ids, teacher_ids, v_s, v_t, wanted)
             stream = torch.cuda.current_stream(student_ids.device).cuda_stream
-        if student_ids.is_inference() or teacher_ids.is_inference():  # they do not count what is written to them
-            return self._make(student_ids, teacher_ids, v_s, v_t, wanted)
-        versions = student_ids._version, teacher_ids._version
         known = self._of.get(student_ids)
-        if known is None or known[0]() is not teacher_ids or known[1] != versions:
-            known = self._of[student_ids] = weakref.ref(teacher_ids), versions, {}
-        tables, key = known[2], (v_s, v_t, wanted, stream)
+        if known is None or not known[0].are(student_ids, teacher_ids):
+            known = self._of[student_ids] = Seen(student_ids, teacher_ids), {}
+        tables, key = known[1], (v_s, v_t, wanted, stream)
         if key not in tables:
             tables[key] = self._make(student_ids, teacher_ids, v_s, v_t, wanted)
         return tables[key]

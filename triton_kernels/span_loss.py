@@ -31,29 +31,61 @@ KL, REVERSE_KL, JSD, MSE, COSINE = (tl.constexpr(code) for code in range(5))
 
 
 @triton.jit
-def _centred(x, inside):
-    x = tl.where(inside[None, :], x, float("-inf"))
-    return x - tl.max(x, 1)[:, None]
+def _exponentials(x, inside, inverse):
+    """``exp((x - max x) / T)``, the largest, and the sum, of each row."""
+    top = tl.max(tl.where(inside[None, :], x, float("-inf")), 1)
+    exp = tl.where(inside[None, :], tl.exp((x - top[:, None]) * inverse), 0.0)
+    return exp, top, tl.sum(exp, 1)
+
+
+@triton.jit
+def close_step(p, q, scale, d):
+    """``p (exp d - 1)`` and ``p (exp d - 1 - d)``, neither by a difference where d is small; ``scale`` turns q into
+    ``p exp d``. Summed up they are a divergence of which no term is negative (csrc/cpu/softmax.h)."""
+    small = (d < 0.5) & (d > -0.5)
+    e = tl.where(small, d, 0.0)
+    series = 1 + e / 3 * (1 + e / 4 * (1 + e / 5 * (1 + e / 6 * (1 + e / 7 * (1 + e / 8)))))
+    near, far = p * (e * e * series * 0.5), q * scale - p
+    along = tl.where(p == 0, 0.0, p * d)
+    return tl.where(small, near + along, far), tl.where(small, near, far - along)
+
+
+@triton.jit
+def log_above_one(x):
+    """``log(1 + x)`` for ``0 <= x < 0.07``."""
+    return x * (1 - x * (0.5 - x * (0.33333334 - x * (0.25 - x * (0.2 - x * 0.16666667)))))
 
 
 @triton.jit
 def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
     """``s, t [ROWS, BLOCK]`` -> the divergences ``[ROWS]`` and their gradients in s."""
-    s, t = _centred(s, inside), _centred(t, inside)
+    CLOSE: tl.constexpr = 0.0625  # kClose of csrc/cpu/softmax.h
     inverse = 1.0 / temperature
-    exp_s, exp_t = tl.exp(s * inverse), tl.exp(t * inverse)
-    sum_s, sum_t = tl.sum(exp_s, 1), tl.sum(exp_t, 1)
+    exp_s, top_s, sum_s = _exponentials(s, inside, inverse)
+    exp_t, top_t, sum_t = _exponentials(t, inside, inverse)
+    # Of logarithms, up to a constant: taken before either row is shifted, so that rows that are close lose nothing.
+    difference = ((t - s) - (top_t - top_s)[:, None]) * inverse
     if DIVERGENCE == KL:
         # A term without mass is 0, even where the difference is infinite.
-        terms = tl.where(exp_t == 0, 0.0, exp_t * ((t - s) * inverse))
+        mean = tl.sum(tl.where(exp_t == 0, 0.0, exp_t * difference), 1) / sum_t
         ratio = tl.div_rn(sum_s, sum_t)
-        loss = tl.sum(terms, 1) / sum_t + tl.log(ratio)
+        loss = mean + tl.log(ratio)
         grad = (exp_s - exp_t * ratio[:, None]) * (temperature / sum_s)[:, None]
+        if tl.min(loss, 0) < CLOSE:
+            first, rest = close_step(exp_t, exp_s, (tl.exp(loss) / ratio)[:, None], mean[:, None] - difference)
+            excess = tl.sum(rest, 1) / sum_t
+            near = (first - exp_t * excess[:, None]) * (temperature / (sum_t * (1 + excess)))[:, None]
+            grad = tl.where((loss < CLOSE)[:, None], near, grad)
+            loss = tl.where(loss < CLOSE, log_above_one(excess), loss)
     elif DIVERGENCE == REVERSE_KL:
-        difference = (s - t) * inverse
-        expected = tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
-        loss = expected + tl.log(tl.div_rn(sum_t, sum_s))
-        grad = tl.where(exp_s == 0, 0.0, exp_s * (difference - expected[:, None])) * (temperature / sum_s)[:, None]
+        mean = -tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
+        ratio = tl.div_rn(sum_t, sum_s)
+        loss = mean + tl.log(ratio)
+        away = -difference - mean[:, None]
+        grad = tl.where(exp_s == 0, 0.0, exp_s * away) * (temperature / sum_s)[:, None]
+        if tl.min(loss, 0) < CLOSE:
+            first, rest = close_step(exp_s, exp_t, (tl.exp(loss) / ratio)[:, None], -away)
+            loss = tl.where(loss < CLOSE, log_above_one(tl.sum(rest, 1) / sum_s), loss)
     else:
         r, q = exp_s / sum_s[:, None], exp_t / sum_t[:, None]
         mixture = r + beta * (q - r)  # exactly r where q = r
@@ -67,14 +99,25 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
 
 
 @triton.jit
+def _unit_size(x):
+    """Rows that are too large to be squared, brought to the size of 1, and what each was divided by."""
+    top = tl.max(tl.abs(x), 1)
+    size = tl.where((top > 1e15) & (top < float("inf")), top, 1.0)
+    return x / size[:, None], size
+
+
+@triton.jit
 def cosine(s, t):
+    s, size_s = _unit_size(s)
+    t, size_t = _unit_size(t)
     ss, tt, st = tl.sum(s * s, 1), tl.sum(t * t, 1), tl.sum(s * t, 1)
-    floor = 1e-16  # of a squared norm, as torch.nn.functional.cosine_similarity; a clamped norm is a constant
-    root_s, root_t = tl.sqrt(tl.maximum(ss, floor)), tl.sqrt(tl.maximum(tt, floor))
-    norms = tl.where((ss == tt) & (ss > floor), ss, root_s * root_t)  # exactly 1 - 1 where s = t
+    # Of a squared norm, as torch.nn.functional.cosine_similarity; a clamped norm is a constant.
+    floor_s, floor_t = tl.where(size_s == 1, 1e-16, 0.0), tl.where(size_t == 1, 1e-16, 0.0)
+    root_s, root_t = tl.sqrt(tl.maximum(ss, floor_s)), tl.sqrt(tl.maximum(tt, floor_t))
+    norms = tl.where((ss == tt) & (ss > floor_s) & (size_s == size_t), ss, root_s * root_t)  # exactly 1 - 1 where s = t
     loss = 1 - tl.div_rn(st, norms)
-    along = tl.where(ss > floor, tl.div_rn(st, tl.maximum(ss, floor)), 0.0)
-    grad = (s * along[:, None] - t) / norms[:, None]
+    along = tl.where(ss > floor_s, tl.div_rn(st, tl.maximum(ss, 1e-16)), 0.0)
+    grad = (s * along[:, None] - t) / (norms * size_s)[:, None]
     return tl.where((ss != ss) | (tt != tt), ss + tt, loss), grad  # maximum() drops a NaN
 
 

@@ -199,6 +199,11 @@ class Sweep {
   }
 
  private:
+  static Outcome<double> renormalised(const Sums& z) {
+    const Divergent row = divergence_of(z);
+    return {row.loss, row.student, row.teacher, 0};
+  }
+
   static constexpr int64_t kW = kTileColumns<Acc>;
   static constexpr int64_t kStrip = 8 * kTileRows;  // dims of a task of hidden_grad
 
@@ -212,7 +217,7 @@ class Sweep {
   // The matched columns of a side and, where the unmatched ones count, those.
   std::vector<int32_t> columns(const char* name, const LinearSide& side, bool distinct) const {
     std::vector<int32_t> all(side.ids, side.ids + a_.matched);
-    const std::vector<int32_t> others = other_ids(name, side.ids, a_.matched, side.weight.rows, distinct, whole_);
+    const std::vector<int32_t> others = other_ids(name, all.data(), a_.matched, side.weight.rows, distinct, whole_);
     all.insert(all.end(), others.begin(), others.end());
     return all;
   }
@@ -366,10 +371,12 @@ class Sweep {
       const Sums z{s[0].sum, t[0].sum, dot};
       const double top_s = shift_of(s[0].top) * inv_temperature, top_t = shift_of(t[0].top) * inv_temperature;
       const Outcome<double> out =
-          whole_ ? with_unmatched<double>(z, top_s, top_t, s[1].rest(inv_temperature),
+          whole_ ? with_unmatched<double>(divergence_of(z), z, top_s, top_t, s[1].rest(inv_temperature),
                                           t[1].rest(inv_temperature).log_sum, a_.unmatched == Unmatched::drop)
-                 : renormalised<double>(z);
-      loss[r] = scale[r] == 0 ? Acc{0} : static_cast<Acc>(out.loss * a_.temperature * a_.temperature);
+                 : renormalised(z);
+      // Under 0 is what rounding leaves of rows that are close, but for shares of a part of the mass.
+      const bool none = scale[r] == 0 || (out.loss < 0 && a_.unmatched != Unmatched::drop);
+      loss[r] = none ? Acc{0} : static_cast<Acc>(out.loss * a_.temperature * a_.temperature);
       // Rounded once: what is wrong with a factor is wrong with all of its columns.
       const double factor = a_.temperature * static_cast<double>(scale[r]);
       for (int64_t b = 0; b < blocks; ++b) {

@@ -59,23 +59,27 @@ struct Outcome {
   Acc student, teacher, rest;
 };
 
-template <class Acc>
-inline Outcome<Acc> renormalised(const Sums& z) {
-  return {z.dot / z.t + std::log(z.s / z.t), static_cast<Acc>(1 / z.s), static_cast<Acc>(1 / z.t), 0};
-}
-
 // Each class has its own shift, so that neither log q_U nor log r_U underflows.
+// row: of the matched logits alone.
 template <class Acc>
-inline Outcome<Acc> with_unmatched(const Sums& z, double top_s, double top_t, const Rest<Acc>& s, double teacher_rest,
-                            bool drop) {
-  const Shares r = log_shares(top_s + std::log(z.s), s.log_sum), q = log_shares(top_t + std::log(z.t), teacher_rest);
+inline Outcome<Acc> with_unmatched(const Divergent& row, const Sums& z, double top_s, double top_t, const Rest<Acc>& s,
+                                   double teacher_rest, bool drop) {
+  const double none = -std::numeric_limits<double>::infinity();
+  const double matched_s = top_s + std::log(z.s), matched_t = top_t + std::log(z.t);
+  if (matched_t == none && teacher_rest == none) return {0, 0, 0, 0};
+  const Shares q = log_shares(matched_t, teacher_rest);
   const double mass = std::exp(q.matched), rest = std::exp(q.rest);
+  if (matched_s == none && s.log_sum == none) return {-none, 0, 0, 0};
+  const Shares r = log_shares(matched_s, s.log_sum);
   double loss = 0;
-  if (!(mass == 0)) loss += mass * (z.dot / z.t + (q.matched - std::log(z.t)) - (r.matched - std::log(z.s)));
+  if (!(mass == 0)) loss += mass * (row.loss + (z.s == 0 ? 0 : q.matched - r.matched));
   if (!drop && !(rest == 0)) loss += rest * (q.rest - r.rest);
-  const double share = drop ? mass : 1;
-  return {loss, static_cast<Acc>(z.s == 0 ? 0 : share * std::exp(r.matched) / z.s),
-          static_cast<Acc>(z.t == 0 ? 0 : mass / z.t),
+  if (!drop && loss < 0) loss = 0;  // what rounding leaves of rows that are close
+  // Shares of the matched mass differ by what `row` says, the mass itself by the difference of the two.
+  const double share = drop ? mass : 1, own = share * std::exp(r.matched);
+  const bool none_s = z.s == 0, none_t = z.t == 0;
+  return {loss, static_cast<Acc>(none_s ? 0 : none_t ? own / z.s : own * row.student),
+          static_cast<Acc>(none_t ? 0 : own * row.teacher + (mass - own) / z.t),
           static_cast<Acc>(drop ? mass * std::exp(r.rest) : std::exp(r.rest) - rest) * s.inv_sum};
 }
 

@@ -26,8 +26,8 @@ Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature
 
 template <class Acc>
 void run(const MatchedKlArgs& a) {
-  check_spans("student", a.student_spans, a.pairs, a.student.rows);
-  check_spans("teacher", a.teacher_spans, a.pairs, a.teacher.rows);
+  const OwnSpans student_spans(kStudentSpans, a.student_spans, a.pairs, a.student.rows);
+  const OwnSpans teacher_spans(kTeacherSpans, a.teacher_spans, a.pairs, a.teacher.rows);
   const bool whole = a.unmatched != Unmatched::renormalize;
   const std::vector<int32_t> s_others =
       other_ids("student", a.student_ids, a.matched, a.student.columns, true, whole);
@@ -37,7 +37,7 @@ void run(const MatchedKlArgs& a) {
   const Acc* scale = static_cast<const Acc*>(a.scale);
   Acc* loss = static_cast<Acc*>(a.loss);
   const Acc temperature = static_cast<Acc>(a.temperature), inv_temperature = Acc{1} / temperature;
-  const Spans &ss = a.student_spans, &ts = a.teacher_spans;
+  const Spans &ss = student_spans, &ts = teacher_spans;
 
   if (a.grad && a.pairs == 0) zero_grad(a.student, a.grad);
   const int threads = useful_threads(a.threads, a.pairs * 4 * (a.matched + num_s + num_t + 64));
@@ -52,15 +52,19 @@ void run(const MatchedKlArgs& a) {
       if (!empty) {
         const Acc top_s = shift_of(gather(a.student, s_begin, s_end, a.mean, a.student_ids, a.matched, s));
         const Acc top_t = shift_of(gather(a.teacher, t_begin, t_end, a.mean, a.teacher_ids, a.matched, t));
-        const Sums z = exp_both(s, t, a.matched, top_s, top_t, inv_temperature);
+        Sums z;
+        const Divergent row = diverge(s, t, a.matched, top_s, top_t, inv_temperature, z, [&] {
+          gather(a.student, s_begin, s_end, a.mean, a.student_ids, a.matched, s);
+          gather(a.teacher, t_begin, t_end, a.mean, a.teacher_ids, a.matched, t);
+        });
         if (!whole) {
-          out = renormalised<Acc>(z);
+          out = {row.loss, static_cast<Acc>(row.student), static_cast<Acc>(row.teacher), 0};
         } else {
           const Acc top_us = gather(a.student, s_begin, s_end, a.mean, s_others.data(), num_s, us);
           const Rest<Acc> rest_s = exp_rest(us, num_s, top_us, a.temperature);
           const Acc top_ut = gather(a.teacher, t_begin, t_end, a.mean, t_others.data(), num_t, ut);
           const double rest_t = exp_rest(ut, num_t, top_ut, a.temperature).log_sum;
-          out = with_unmatched<Acc>(z, static_cast<double>(top_s) / a.temperature,
+          out = with_unmatched<Acc>(row, z, static_cast<double>(top_s) / a.temperature,
                                     static_cast<double>(top_t) / a.temperature, rest_s, rest_t,
                                     a.unmatched == Unmatched::drop);
         }

@@ -164,12 +164,20 @@ void one_head(const RelationLossArgs& a, const int64_t* pairs, int64_t count, in
     const int64_t end = std::min(count, begin + step);
     scores(begin, end);
     for (int64_t i = begin; i < end; ++i) {
-      std::copy_n(s + (i - begin) * stride, count, spare);
-      std::copy_n(t + (i - begin) * stride, count, spare + stride);
+      auto copy = [&] {
+        std::copy_n(s + (i - begin) * stride, count, spare);
+        std::copy_n(t + (i - begin) * stride, count, spare + stride);
+      };
+      copy();
       of_s.top[i] = max_of(spare, count);
       of_t.top[i] = max_of(spare + stride, count);
       const Sums sums = exp_both(spare, spare + stride, count, of_s.top[i], of_t.top[i], Acc{1});
-      loss[pairs[i]] = static_cast<Acc>(sums.dot / sums.t + std::log(sums.s / sums.t));
+      double value = sums.dot / sums.t + std::log(sums.s / sums.t);
+      if (value < kClose) {
+        copy();
+        value = close_rows(spare, spare + stride, count, of_s.top[i], of_t.top[i], Acc{1}, sums).loss;
+      }
+      loss[pairs[i]] = static_cast<Acc>(value);
       const double weight = static_cast<double>(scale[pairs[i]]) / static_cast<double>(a.heads);
       of_s.factor[i] = static_cast<Acc>(weight / sums.s);
       of_t.factor[i] = static_cast<Acc>(weight / sums.t);

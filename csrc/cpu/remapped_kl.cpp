@@ -77,16 +77,16 @@ Acc share_at(const Acc* __restrict x, const Acc* __restrict z, Acc s, const int3
 
 template <class Acc>
 void run(const RemappedKlArgs& a) {
-  check_spans("student", a.student_spans, a.pairs, a.student.rows);
-  check_spans("teacher", a.teacher_spans, a.pairs, a.teacher.rows);
+  const OwnSpans student_spans(kStudentSpans, a.student_spans, a.pairs, a.student.rows);
+  const OwnSpans teacher_spans(kTeacherSpans, a.teacher_spans, a.pairs, a.teacher.rows);
   const Acc* scale = static_cast<const Acc*>(a.scale);
   Acc* loss = static_cast<Acc*>(a.loss);
   const Acc temperature = static_cast<Acc>(a.temperature), inv_temperature = Acc{1} / temperature;
   const RemapPlan& plan = a.plan;
   const int64_t mapped = plan.mapped, columns = a.student.columns;
-  const Spans &ss = a.student_spans, &ts = a.teacher_spans;
+  const Spans &ss = student_spans, &ts = teacher_spans;
   const double one = 1;
-  const Layers student{a.student.dtype, 1, &a.student.data, &a.student.stride, &one};
+  const Layers student{a.student.dtype, 1, &a.student.data, &a.student.stride, &one, a.student.rows};
 
   if (a.grad && a.pairs == 0) zero_grad(a.student, a.grad);
   const int threads = useful_threads(a.threads, a.pairs * 4 * (mapped + columns + 64));
@@ -98,33 +98,37 @@ void run(const RemappedKlArgs& a) {
       const int64_t t_begin = ts.start ? ts.start[p] : p, t_end = ts.start ? ts.end[p] : p + 1;
       const bool empty = s_end <= s_begin || t_end <= t_begin || mapped == 0;
       loss[p] = 0;
-      Acc factor = 0, inv_s = 0, inv_t = 0;
+      Acc factor = 0;
+      Divergent out{0, 0, 0};
       if (!empty) {
-        load_mean(student, s_begin, s_end, columns, true, s);
-        const int32_t* ids = plan.ids;
-        Acc* out = z;
-        for (int64_t b = 0; b < plan.buckets; ++b) {
-          const int64_t length = plan.shapes[2 * b], count = plan.shapes[2 * b + 1];
-          if (a.logsumexp) {
-            combine_logsumexp(s, ids, length, count, out);
-          } else {
-            combine_sum(s, ids, length, count, out);
+        auto read = [&] {
+          load_mean(student, s_begin, s_end, columns, true, s);
+          const int32_t* ids = plan.ids;
+          Acc* out = z;
+          for (int64_t b = 0; b < plan.buckets; ++b) {
+            const int64_t length = plan.shapes[2 * b], count = plan.shapes[2 * b + 1];
+            if (a.logsumexp) {
+              combine_logsumexp(s, ids, length, count, out);
+            } else {
+              combine_sum(s, ids, length, count, out);
+            }
+            ids += length * count;
+            out += count;
           }
-          ids += length * count;
-          out += count;
-        }
+          return gather(a.teacher, t_begin, t_end, true, plan.rows, mapped, t);
+        };
+        const Acc top_t = shift_of(read());
         if (a.logsumexp && a.grad) std::copy(z, z + mapped, kept);
-        const Acc top_t = shift_of(gather(a.teacher, t_begin, t_end, true, plan.rows, mapped, t));
-        const Sums sums = exp_both(z, t, mapped, shift_of(max_of(z, mapped)), top_t, inv_temperature);
-        loss[p] = static_cast<Acc>(a.temperature * a.temperature * (sums.dot / sums.t + std::log(sums.s / sums.t)));
+        Sums sums;
+        out = diverge(z, t, mapped, shift_of(max_of(z, mapped)), top_t, inv_temperature, sums, read);
+        loss[p] = static_cast<Acc>(a.temperature * a.temperature * out.loss);
         factor = temperature * scale[p] / static_cast<Acc>(s_end - s_begin);
-        inv_s = static_cast<Acc>(1 / sums.s);
-        inv_t = static_cast<Acc>(1 / sums.t);
       }
       if (!a.grad) continue;
       write_grad(a.student, a.grad, ss, p, a.pairs, empty, false, [&](auto* __restrict row) {
         using T = std::remove_reference_t<decltype(*row)>;
-        VD_SIMD for (int64_t i = 0; i < mapped; ++i) t[i] = z[i] * inv_s - t[i] * inv_t;
+        const Acc by_s = static_cast<Acc>(out.student), by_t = static_cast<Acc>(out.teacher);
+        VD_SIMD for (int64_t i = 0; i < mapped; ++i) t[i] = z[i] * by_s - t[i] * by_t;
         for (int64_t j = 0; j < columns; ++j) {
           const int32_t* at = plan.pieces_of + plan.indptr[j];
           const int64_t count = plan.indptr[j + 1] - plan.indptr[j];

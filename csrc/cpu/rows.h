@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../parallel.h"
@@ -10,31 +13,78 @@
 namespace vocabdistil {
 namespace VD_ISA {
 
+// The spans of one side as a kernel reads them, without `start` row p for pair p. A copy: what was looked at is what is
+// read, whoever writes to the caller's memory meanwhile. Raises std::invalid_argument unless they ascend, are disjoint
+// and lie within the rows.
+class OwnSpans {
+ public:
+  OwnSpans(const char* what, const Spans& spans, int64_t pairs, int64_t rows) {
+    bool good = pairs <= rows;
+    if (spans.start) {
+      positions_.reset(new int32_t[2 * pairs]);
+      int32_t *start = positions_.get(), *end = start + pairs;
+      if (pairs > 0) {
+        std::memcpy(start, spans.start, sizeof(int32_t) * pairs);
+        std::memcpy(end, spans.end, sizeof(int32_t) * pairs);
+      }
+      int wrong = pairs > 0 && (start[0] < 0 || end[pairs - 1] > rows);
+      for (int64_t p = 0; p < pairs; ++p) wrong |= end[p] < start[p];
+      for (int64_t p = 1; p < pairs; ++p) wrong |= start[p] < end[p - 1];
+      good = !wrong;
+      view_ = {start, end};
+    }
+    if (!good) {
+      throw std::invalid_argument(std::string(what) + " within " + std::to_string(rows) + " rows");
+    }
+  }
+  operator const Spans&() const { return view_; }
+
+ private:
+  std::unique_ptr<int32_t[]> positions_;
+  Spans view_{nullptr, nullptr};
+};
+
+constexpr const char* kStudentSpans = "pairs: expected ascending disjoint student spans";
+constexpr const char* kTeacherSpans = "pairs: expected ascending disjoint teacher spans";
+
+// out (+)= coef * row, and that over the divisor with kLast.
+template <bool kFirst, bool kLast, class Acc, class T>
+inline void add_row(Acc* __restrict out, const T* __restrict row, Acc coef, Acc divisor, int64_t dim) {
+  VD_SIMD for (int64_t i = 0; i < dim; ++i) {
+    const Acc x = static_cast<Acc>(load(row[i]));
+    const Acc sum = kFirst ? coef * x : madd(coef, x, out[i]);
+    out[i] = kLast ? sum / divisor : sum;
+  }
+}
 template <class Acc, class T>
-inline void add_row(Acc* __restrict out, const T* __restrict row, Acc coef, int64_t dim, bool first) {
-  if (first) {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) out[i] = coef * static_cast<Acc>(load(row[i]));
+inline void add_row(Acc* out, const T* row, Acc coef, Acc divisor, int64_t dim, bool first, bool last) {
+  if (last && divisor != 1) {
+    first ? add_row<true, true>(out, row, coef, divisor, dim) : add_row<false, true>(out, row, coef, divisor, dim);
   } else {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) out[i] = madd(coef, static_cast<Acc>(load(row[i])), out[i]);
+    first ? add_row<true, false>(out, row, coef, divisor, dim) : add_row<false, false>(out, row, coef, divisor, dim);
   }
 }
 
-// out = sum_l coef[l] * sum or mean of layer l's rows [start, end). An empty span gives 0.
+// out = sum_l coef[l] * sum or mean of layer l's rows [start, end). An empty span gives 0. Added up first and divided
+// once: a sum of shares rounds more where rows have a large part in common.
 template <class Acc>
 inline void load_mean(const Layers& x, int64_t start, int64_t end, int64_t dim, bool mean, Acc* out) {
   if (end <= start) {
     std::fill(out, out + dim, Acc{0});
     return;
   }
-  const double share = mean ? 1.0 / static_cast<double>(end - start) : 1.0;
+  const bool uniform = std::all_of(x.coef, x.coef + x.count, [&](double coef) { return coef == x.coef[0]; });
+  const Acc divisor = static_cast<Acc>(static_cast<double>(mean ? end - start : 1) / (uniform ? x.coef[0] : 1));
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     bool first = true;
     for (int64_t l = 0; l < x.count; ++l) {
       const auto* base = static_cast<const T*>(x.data[l]);
-      const Acc coef = static_cast<Acc>(x.coef[l] * share);
-      for (int64_t i = start; i < end; ++i, first = false)
-        add_row(out, base + i * x.row_stride[l], coef, dim, first);
+      const Acc coef = uniform ? Acc{1} : static_cast<Acc>(x.coef[l]);
+      for (int64_t i = start; i < end; ++i, first = false) {
+        const bool last = l + 1 == x.count && i + 1 == end;
+        add_row(out, base + i * x.row_stride[l], coef, divisor, dim, first, last);
+      }
     }
   });
 }

@@ -1,16 +1,64 @@
 // The softmax divergences of rows that lie in the cache: shared by the losses over a vocabulary.
 #pragma once
 
-#include <algorithm>
-#include <stdexcept>
-#include <string>
-
 #include "rows.h"
 
 namespace vocabdistil {
 namespace VD_ISA {
 
 constexpr int64_t kBlock = 1024;  // float32 sums of this many terms are added in double: no drift with the vocabulary
+
+constexpr double kLog2 = 0.6931471805599453;
+
+// A KL under this is left with too few digits by the difference of cross entropy and entropy. It is formed anew: with
+// d = log q - log p less its mean under p,
+//   KL(p || q) = log1p(sum_i p_i (exp d_i - 1 - d_i)),
+// of which no term is negative, and q_i - p_i = p_i (exp(d_i - KL) - 1), which is as exact as d is.
+constexpr double kClose = 0.0625;
+
+// (exp(d) - 1 - d) 2 / d^2 for |d| < 1/2, to the precision of the type.
+template <class Acc, int K = 3>
+inline Acc exp_series(Acc d) {
+  if constexpr (K > (sizeof(Acc) == 8 ? 16 : 8)) {
+    return 1;
+  } else {
+    return madd(d * (Acc{1} / K), exp_series<Acc, K + 1>(d), Acc{1});
+  }
+}
+
+// (y - log(1 + y)) / y^2 for |y| < 0.14, likewise.
+template <class Acc, int K = 2>
+inline Acc log_series(Acc y) {
+  if constexpr (K == (sizeof(Acc) == 8 ? 18 : 9)) {
+    return Acc{1} / K;
+  } else {
+    return Acc{1} / K - y * log_series<Acc, K + 1>(y);
+  }
+}
+
+// Of one column, in units of p's sum of exponentials: p (exp d - 1) and p (exp d - 1 - d).
+template <class Acc>
+struct Step {
+  Acc first, rest;
+};
+// scale: what turns q's exponential into p exp d.
+template <class Acc>
+inline Step<Acc> step_of(Acc ep, Acc eq, Acc scale, Acc d) {
+  const Acc near = ep * (d * d * exp_series(d) * Acc{0.5}), along = ep == 0 ? Acc{0} : ep * d;
+  const Acc far = eq * scale - ep;
+  const bool small = d < Acc{0.5} && d > Acc{-0.5};
+  return {small ? near + along : far, small ? near : far - along};
+}
+
+// The divergence, and what p (exp d - 1) and p, of exponentials whose sum for p is z_p, count in q - p: the former
+// times `step` less the latter times `base`.
+struct Close {
+  double kl, step, base;
+};
+inline Close close_divergence(double sum, double z_p) {
+  const double rest = sum / z_p;
+  return {std::log1p(rest), 1 / ((1 + rest) * z_p), rest / ((1 + rest) * z_p)};
+}
 
 // The largest value; a NaN is left to the sums.
 template <class Acc>
@@ -36,6 +84,7 @@ struct Sums {
 template <class Acc>
 inline Sums exp_both(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc top_s, Acc top_t, Acc inv_temperature) {
   Sums total{0, 0, 0};
+  const Acc apart = top_t - top_s;  // rows that are close lose nothing where their difference is taken first
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(count, begin + kBlock);
     Acc zs = 0, zt = 0, dot = 0;
@@ -43,7 +92,7 @@ inline Sums exp_both(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc to
     for (int64_t i = begin; i < end; ++i) {
       const Acc ls = (s[i] - top_s) * inv_temperature, lt = (t[i] - top_t) * inv_temperature;
       const Acc es = exp_nonpositive(ls), et = exp_nonpositive(lt);
-      const Acc term = et * (lt - ls);
+      const Acc term = et * (((t[i] - s[i]) - apart) * inv_temperature);
       zs += es;
       zt += et;
       dot += et == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
@@ -57,34 +106,70 @@ inline Sums exp_both(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc to
   return total;
 }
 
-// Raises std::invalid_argument unless the spans are ascending, disjoint and within `rows` (without spans: unless
-// there is a row for each pair).
-inline void check_spans(const char* side, const Spans& spans, int64_t pairs, int64_t rows) {
-  bool good = spans.start || pairs <= rows;
-  for (int64_t p = 0; spans.start && p < pairs; ++p) {
-    const int64_t before = p ? spans.end[p - 1] : 0;
-    good = good && before <= spans.start[p] && spans.start[p] <= spans.end[p] && spans.end[p] <= rows;
+// The divergence of two rows of logits, and what their exponentials count in its gradient: student * exp s - teacher *
+// exp t. A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
+struct Divergent {
+  double loss, student, teacher;
+};
+inline Divergent divergence_of(const Sums& z) {
+  if (z.t == 0) return {0, 0, 0};
+  if (z.s == 0) return {std::numeric_limits<double>::infinity(), 0, 0};
+  return {z.dot / z.t + std::log(z.s / z.t), 1 / z.s, 1 / z.t};
+}
+
+// The same where the rows are close, from the logits that exp_both was given: s becomes exp t (exp d - 1), t exp t.
+template <class Acc>
+inline Divergent close_rows(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc top_s, Acc top_t,
+                            Acc inv_temperature, const Sums& z) {
+  const Acc apart = top_s - top_t, mean = static_cast<Acc>(z.dot / z.t);
+  const Acc scale = static_cast<Acc>(z.t / z.s * std::exp(divergence_of(z).loss));
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(count, begin + kBlock);
+    Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) {
+      const Acc es = exp_nonpositive((s[i] - top_s) * inv_temperature);
+      const Acc et = exp_nonpositive((t[i] - top_t) * inv_temperature);
+      const Step<Acc> step = step_of(et, es, scale, ((s[i] - t[i]) - apart) * inv_temperature + mean);
+      s[i] = step.first;
+      t[i] = et;
+      sum += step.rest;
+    }
+    total += static_cast<double>(sum);
   }
-  if (!good) {
-    throw std::invalid_argument(std::string("pairs: expected ascending disjoint ") + side + " spans within " +
-                                std::to_string(rows) + " rows");
-  }
+  const Close close = close_divergence(total, z.t);
+  return {close.kl, close.step, close.base};
+}
+
+// exp_both and the divergence; `again` brings the logits back.
+template <class Acc, class Again>
+inline Divergent diverge(Acc* s, Acc* t, int64_t count, Acc top_s, Acc top_t, Acc inv_temperature, Sums& z,
+                         Again&& again) {
+  z = exp_both(s, t, count, top_s, top_t, inv_temperature);
+  const Divergent out = divergence_of(z);
+  if (!(out.loss < kClose) || z.t == 0) return out;
+  again();
+  return close_rows(s, t, count, top_s, top_t, inv_temperature, z);
 }
 
 // Rows [begin, end) of x, pooled, at the listed columns; returns the largest value (a NaN is left to the sums).
 template <class Acc>
 inline Acc gather(const Rows& x, int64_t begin, int64_t end, bool mean, const int32_t* __restrict ids, int64_t count,
            Acc* __restrict out) {
-  const Acc share = mean ? Acc{1} / static_cast<Acc>(end - begin) : Acc{1};
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     const T* row = static_cast<const T*>(x.data) + begin * x.stride;
-    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = share * static_cast<Acc>(load(row[ids[i]]));
+    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Acc>(load(row[ids[i]]));
     for (int64_t k = begin + 1; k < end; ++k) {
       row += x.stride;
-      VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = madd(share, static_cast<Acc>(load(row[ids[i]])), out[i]);
+      VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] += static_cast<Acc>(load(row[ids[i]]));
     }
   });
+  const Acc divisor = static_cast<Acc>(mean ? end - begin : 1);
+  if (divisor != 1) {
+    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] /= divisor;
+  }
   return max_of(out, count);
 }
 

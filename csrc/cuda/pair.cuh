@@ -101,10 +101,10 @@ struct Pair {
   }
   // All rows of a span in all layers, but for the first: that one was fetched before.
   template <class E>
-  __device__ void add_rest(float (&x)[kSize], const LayerTable& layers, const Span& span, float part) const {
+  __device__ void add_rest(float (&x)[kSize], const LayerTable& layers, const Span& span) const {
 #pragma unroll 1  // registers are dearer here than loads in flight
     for (int l = 0; l < layers.count; ++l) {
-      const float weight = part * layers.weight<float>(l);
+      const float weight = layers.weight<float>(l);
 #pragma unroll 1
       for (int i = span.start + (l == 0); i < span.end; ++i) {
         Pack<E, N> raw[K];
@@ -122,13 +122,22 @@ struct Pair {
     Pack<T, N> first_t[K];
     fetch<S>(first_s, student, 0, student_span.start);
     fetch<T>(first_t, teacher, 0, teacher_span.start);
-    const float part_s = share<float>(student_span, mean), part_t = share<float>(teacher_span, mean);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] = t[e] = inside(e / N) ? 0 : outside;
-    add<S>(s, first_s, part_s * student.weight<float>(0));
-    add<T>(t, first_t, part_t * teacher.weight<float>(0));
-    add_rest<S>(s, student, student_span, part_s);
-    add_rest<T>(t, teacher, teacher_span, part_t);
+    add<S>(s, first_s, student.weight<float>(0));
+    add<T>(t, first_t, teacher.weight<float>(0));
+    add_rest<S>(s, student, student_span);
+    add_rest<T>(t, teacher, teacher_span);
+    if (mean) {
+      divide(s, student_span.end - student_span.start);
+      divide(t, teacher_span.end - teacher_span.start);
+    }
+  }
+  // Once, after adding up: a sum of shares rounds more where rows have a large part in common.
+  static __device__ void divide(float (&x)[kSize], int count) {
+    if (count == 1) return;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) x[e] /= static_cast<float>(count);
   }
 
   // Asks for a span's rows in all layers, to lie in the L2 cache when their turn comes: 128 bytes a thread, and no
@@ -200,6 +209,63 @@ struct Pair {
     return temperature * temperature * (kLn2 * expected + logf(sum_t / sum_s));
   }
 
+  // KL(p || q) of rows that are close, from the averaged rows as they are, p the teacher or (kReverse) the student. Of
+  // its terms none is negative (csrc/cpu/softmax.h).
+  template <bool kReverse>
+  __device__ float close_kl(Group& group, float temperature) {
+    float(&p)[kSize] = kReverse ? s : t;
+    float(&q)[kSize] = kReverse ? t : s;
+    float max_p = -INFINITY, max_q = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      max_p = fmaxf(max_p, p[e]);
+      max_q = fmaxf(max_q, q[e]);
+    }
+    group.max(max_p, max_q);
+    const float inverse = 1 / temperature, factor = kLog2E / temperature, apart = max_p - max_q;
+    float sum_p = 0, sum_q = 0, cross = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float ep = exp2_flushed((p[e] - max_p) * factor);
+      sum_p += ep;
+      sum_q += exp2_flushed((q[e] - max_q) * factor);
+      if (ep != 0) cross += ep * (((p[e] - q[e]) - apart) * inverse);
+    }
+    group.sum(sum_p, sum_q, cross);
+    const float mean = cross / sum_p, ratio = sum_p / sum_q, by_q = ratio * expf(mean - logf(ratio));
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float ep = exp2_flushed((p[e] - max_p) * factor), eq = exp2_flushed((q[e] - max_q) * factor);
+      const float d = mean - ((p[e] - q[e]) - apart) * inverse;
+      const bool small = fabsf(d) < 0.5f;
+      const float near = ep * (d * d * exp_series(d) * 0.5f), along = ep == 0 ? 0 : ep * d, far = eq * by_q - ep;
+      sum += small ? near : far - along;
+      if (kReverse) {
+        s[e] = -along;
+      } else {
+        s[e] = small ? near + along : far;
+        t[e] = ep;
+      }
+    }
+    group.sum(sum);
+    const float excess = sum / sum_p;
+    scale = temperature / sum_p;
+    if (!kReverse) {
+      scale /= 1 + excess;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) s[e] -= t[e] * excess;
+    }
+    return temperature * temperature * log1pf(excess);
+  }
+  // (exp(d) - 1 - d) 2 / d^2 for |d| < 1/2.
+  static __device__ float exp_series(float d) {
+    float x = 1;
+#pragma unroll
+    for (int k = 8; k > 2; --k) x = fmaf(d * (1.0f / k), x, 1.0f);
+    return x;
+  }
+
   __device__ float jsd(Group& group, float temperature, float beta) {
     float sum_s = 0, sum_t = 0, kl_r = 0, kl_q = 0;
     exponents(group, temperature);
@@ -214,20 +280,32 @@ struct Pair {
     const float inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float r = s[e] * inverse_s, q = t[e] * inverse_t;
+      const float r = normal(s[e] * inverse_s), q = normal(t[e] * inverse_t);
       // log(r / m) = -log(1 + beta (q - r) / r): exactly 0 where q = r, and accurate where they are close.
-      const float log_r = r == 0 ? 0 : -log1pf(beta * __fdividef(q - r, r));
-      const float log_q = q == 0 ? 0 : -log1pf((1 - beta) * __fdividef(r - q, q));
-      kl_r += r * log_r;
-      kl_q += q * log_q;
+      const float above_r = r == 0 ? 0 : beta * __fdividef(q - r, r);
+      const float above_q = q == 0 ? 0 : (1 - beta) * __fdividef(r - q, q);
+      // What m is above r adds up to nothing, so that no term need be negative: r (above_r - log(1 + above_r)).
+      kl_r += r == 0 ? beta * q : r * log_excess(above_r);
+      kl_q += q == 0 ? (1 - beta) * r : q * log_excess(above_q);
       s[e] = r;
-      t[e] = log_r;
+      t[e] = r == 0 ? 0 : -log1pf(above_r);
     }
     group.sum(kl_r, kl_q);
     scale = (1 - beta) * temperature;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
     return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
+  }
+
+  // A share under what float divides by without overflow is none.
+  static __device__ float normal(float share) { return share < 1.17549435e-38f ? 0 : share; }
+  // y - log(1 + y)
+  static __device__ float log_excess(float y) {
+    if (!(fabsf(y) < 0.125f)) return y - log1pf(y);
+    float x = 1.0f / 9;
+#pragma unroll
+    for (int k = 8; k > 1; --k) x = 1.0f / k - y * x;
+    return y * y * x;
   }
 
   __device__ float mse(Group& group) {
@@ -243,7 +321,39 @@ struct Pair {
   }
 
   __device__ float cosine(Group& group) {
-    float ss = 0, tt = 0, st = 0;
+    float ss = 0, tt = 0, st = 0, size_s = 1, size_t_ = 1;
+    multiply(group, ss, tt, st);
+    // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
+    float floor_s = 1e-16f, floor_t = 1e-16f;
+    if (!(ss < INFINITY && tt < INFINITY)) {  // too large to be squared, if it is not infinite
+      float max_s = 0, max_t = 0;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        max_s = fmaxf(max_s, fabsf(s[e]));
+        max_t = fmaxf(max_t, fabsf(t[e]));
+      }
+      group.max(max_s, max_t);
+      if (!(ss < INFINITY) && max_s < INFINITY) size_s = max_s, floor_s = 0;
+      if (!(tt < INFINITY) && max_t < INFINITY) size_t_ = max_t, floor_t = 0;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        s[e] /= size_s;
+        t[e] /= size_t_;
+      }
+      multiply(group, ss, tt, st);
+    }
+    const bool same = ss == tt && ss > floor_s && size_s == size_t_;
+    const float norms = same ? ss : sqrtf(fmaxf(ss, floor_s)) * sqrtf(fmaxf(tt, floor_t));
+    const float along = ss > floor_s ? st / ss : 0;
+    scale = 1 / norms / size_s;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] = s[e] * along - t[e];
+    return ss != ss || tt != tt ? ss + tt : 1 - st / norms;  // fmaxf() drops a NaN
+  }
+
+ private:
+  __device__ void multiply(Group& group, float& ss, float& tt, float& st) const {
+    ss = tt = st = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       ss += s[e] * s[e];
@@ -251,17 +361,8 @@ struct Pair {
       st += s[e] * t[e];
     }
     group.sum(ss, tt, st);
-    // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
-    const float floor = 1e-16f;
-    const float norms = ss == tt && ss > floor ? ss : sqrtf(fmaxf(ss, floor)) * sqrtf(fmaxf(tt, floor));
-    const float along = ss > floor ? st / ss : 0;
-    scale = 1 / norms;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) s[e] = s[e] * along - t[e];
-    return ss != ss || tt != tt ? ss + tt : 1 - st / norms;  // fmaxf() drops a NaN
   }
 
- private:
   int column_, dim_;
 };
 

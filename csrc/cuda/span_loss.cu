@@ -34,6 +34,8 @@ __device__ Place place(const LossArgs& a, int64_t p) {
 // Blocks per multiprocessor that share its registers: as many as fit without spilling them.
 constexpr int resident(int n, int columns, int threads) { return threads > 128 ? 1 : columns > 16 || n == 1 ? 3 : 4; }
 
+constexpr float kClose = 0.0625f;  // as that of csrc/cpu/softmax.h
+
 // JSD has kernels of its own: its logarithms would cost the others registers.
 template <class S, class T, int N, int K, bool kJsd, int kThreads>
 __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
@@ -61,8 +63,17 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
         loss = pair.jsd(group, a.temperature, a.beta);
       } else {
         switch (a.divergence) {
-          case Divergence::kl: loss = pair.kl(group, a.temperature); break;
-          case Divergence::reverse_kl: loss = pair.reverse_kl(group, a.temperature); break;
+          case Divergence::kl:
+          case Divergence::reverse_kl: {
+            const bool reverse = a.divergence == Divergence::reverse_kl;
+            loss = reverse ? pair.reverse_kl(group, a.temperature) : pair.kl(group, a.temperature);
+            if (!(loss < kClose * a.temperature * a.temperature)) break;
+            // Read again, from the cache: to keep the rows would cost every pair its registers.
+            pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
+            loss = reverse ? pair.template close_kl<true>(group, a.temperature)
+                           : pair.template close_kl<false>(group, a.temperature);
+            break;
+          }
           case Divergence::mse: loss = pair.mse(group); break;
           default: loss = pair.cosine(group);
         }

@@ -8,8 +8,11 @@
 namespace vocabdistil {
 namespace {
 
-int32_t slot_of(const int32_t* slots, int64_t size, int64_t id) {
-  return static_cast<uint64_t>(id) < static_cast<uint64_t>(size) ? slots[id] : -1;
+// -1 for an id without a slot, and for a slot outside the matched vocabulary.
+int32_t slot_of(const int32_t* slots, int64_t size, int64_t matched, int64_t id) {
+  if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(size)) return -1;
+  const int32_t slot = slots[id];
+  return slot < matched ? slot : -1;
 }
 
 }  // namespace
@@ -29,7 +32,7 @@ int64_t match_plan(const MatchArgs& args) {
       const uint8_t* teacher_mask = args.teacher_mask ? args.teacher_mask + b * args.teacher_length : nullptr;
       for (int64_t j = args.student_length - 1; j >= 0; --j) {
         const bool kept = !student_mask || student_mask[j];
-        const int32_t slot = kept ? slot_of(args.student_slot, args.student_slots, student[j]) : -1;
+        const int32_t slot = kept ? slot_of(args.student_slot, args.student_slots, args.matched, student[j]) : -1;
         slots[j] = slot;
         if (slot < 0) continue;
         next[j] = head[slot];
@@ -41,7 +44,7 @@ int64_t match_plan(const MatchArgs& args) {
       int32_t taken = -1;
       for (int64_t i = 0; i < args.teacher_length; ++i) {
         if (teacher_mask && !teacher_mask[i]) continue;
-        const int32_t slot = slot_of(args.teacher_slot, args.teacher_slots, teacher[i]);
+        const int32_t slot = slot_of(args.teacher_slot, args.teacher_slots, args.matched, teacher[i]);
         if (slot < 0) continue;
         int32_t j = head[slot];
         while (j >= 0 && j <= taken) j = next[j];

@@ -11,6 +11,7 @@ import torch
 import vocabdistil as vd
 from tests.spans import make_pairs
 from tests.vocabularies import make_matched, randn
+from vocabdistil.alignment.spans import text_pairs
 
 contrastive = sys.modules["vocabdistil.ops.contrastive"]
 
@@ -135,3 +136,31 @@ def test_pairs_of_a_batch_take_its_rows_as_they_were_padded():
     spans = (out.pairs.student_start, out.pairs.student_end, out.pairs.teacher_start, out.pairs.teacher_end)
     free = vd.SpanPairs(*spans)
     assert not free.padded and torch.isfinite(vd.span_kl(longer, teacher, free))
+
+
+def test_they_own_their_memory():
+    fields = [torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [2, 4], [0, 1], [1, 3])]
+    p = vd.SpanPairs(*fields)
+    for field in fields:
+        field.fill_(400)
+    assert p.student_end.tolist() == [2, 4] and p.teacher_start.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["student_end", "num_nonempty", "teacher_tokens", "padded", "other"])
+def test_they_stay_as_they_were_made(name):
+    p = pairs([0], [2], [0], [1])
+    with pytest.raises(AttributeError, match=f"^{name}: expected span pairs to stay as they were made"):
+        setattr(p, name, torch.tensor([9], dtype=torch.int32))
+    with pytest.raises(AttributeError, match=f"^{name}: expected"):
+        delattr(p, name)
+
+
+def test_inference_mode_makes_pairs_that_autograd_can_keep():
+    with torch.inference_mode():
+        made = pairs([0], [2], [0], [1])
+        counted = vd.SpanPairs._trusted(*(torch.zeros(1, dtype=torch.int32),) * 4, torch.tensor(0), 0, 0)
+        texts = text_pairs(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))
+    for p in (made, counted, texts, counted.to("cpu")):
+        assert not any(getattr(p, f).is_inference() for f in ("student_start", "student_end", "teacher_end"))
+    assert not counted.num_nonempty.is_inference()
+    assert len(pickle.loads(pickle.dumps(made))) == 1

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerFast
 
 from tests._families import family
 from tests._wordpiece import SPECIALS, small_text, train, wordpiece
+from vocabdistil.alignment.remap import RemapTable
 from vocabdistil.alignment.vocab import MatchedVocab
 
 
@@ -108,3 +110,23 @@ def test_known_matches() -> None:
     assert "s" not in found or found["s"] == "Ġs"
     found = ids("byte-level", "llama")
     assert found["ð"] == "<0xF0>" and found["a"] == "a" and found["Ġ"] == "▁"
+
+
+def test_a_token_of_several_roles_is_its_end_of_text_first() -> None:
+    """GPT-2's <|endoftext|> is eos, bos and unk."""
+    backend = Tokenizer.from_str(family("byte-level").to_str())
+    backend.add_special_tokens(["<|endoftext|>"])
+    gpt2 = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )  # fmt: skip
+    bert = family("wordpiece")
+    end = gpt2.convert_tokens_to_ids("<|endoftext|>")
+    ids = {token: bert.token_to_id(token) for token in ("[SEP]", "[CLS]", "[UNK]")}
+    there = MatchedVocab.from_tokenizers(gpt2, bert)
+    assert dict(zip(there.teacher_ids.tolist(), there.student_ids.tolist(), strict=True))[end] == ids["[SEP]"]
+    back = MatchedVocab.from_tokenizers(bert, gpt2)
+    back = dict(zip(back.teacher_ids.tolist(), back.student_ids.tolist(), strict=True))
+    assert back[ids["[SEP]"]] == end and ids["[UNK]"] not in back and ids["[CLS]"] not in back
+    table = RemapTable.from_tokenizers(gpt2, bert)
+    assert table.ids[table.indptr[end] : table.indptr[end + 1]].tolist() == [ids["[SEP]"]]

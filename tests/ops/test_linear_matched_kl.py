@@ -235,7 +235,7 @@ def test_second_derivatives_are_refused(reduction, backend):
     hidden = tensors["student_hidden"].requires_grad_()
     loss = vd.linear_matched_kl(**tensors, matched=matched, reduction=reduction, backend=backend).square().sum()
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="backend='reference'"):
         grad.square().sum().backward()
 
 
@@ -344,7 +344,6 @@ def test_inputs_are_left_alone(backend):
 BAD = [
     ({"student_hidden": torch.randn(6)}, ValueError, "student_hidden"),
     ({"student_hidden": torch.randn(7, 12)}, ValueError, "student_hidden"),
-    ({"teacher_hidden": torch.randn(6, 20).double()}, TypeError, "teacher_hidden"),
     ({"student_weight": torch.randn(50, 13)}, ValueError, "student_weight"),
     ({"teacher_weight": torch.randn(90, 20).double()}, TypeError, "teacher_weight"),
     ({"student_bias": torch.randn(49)}, ValueError, "student_bias"),

@@ -138,7 +138,7 @@ def test_second_derivatives_are_refused(reduction):
     student = states(shape_s, 8, 1).requires_grad_()
     loss = vd.relation_loss(student, states(shape_t, 8, 2), pairs, heads=2, reduction=reduction).square().sum()
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="backend='reference'"):
         grad.square().sum().backward()
 
 
@@ -154,7 +154,6 @@ BAD = [
      TypeError, r"student\[1\]: expected dtype float32"),
     ({"student": torch.randn(2, 4, 5)}, ValueError, r"student: expected a width that heads \(2\) divides"),
     ({"teacher": torch.randn(2, 3, 0)}, ValueError, r"teacher: expected a width that heads \(2\) divides"),
-    ({"teacher": torch.randn(2, 3, 4).double()}, TypeError, "teacher: .*float64"),
     ({"teacher": torch.randn(3, 3, 4)}, ValueError, r"teacher: expected as many texts as student \(2\), got 3"),
     ({"teacher": torch.randn(2, 2, 4)}, ValueError, "pairs: expected teacher positions up to 4"),
     ({"student": torch.randn(2, 5, 4)}, ValueError, "pairs: expected spans in one text"),

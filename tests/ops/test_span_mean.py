@@ -93,3 +93,30 @@ def test_spans_changed_in_place_are_checked_again():
     end[1] = 400
     with pytest.raises(ValueError, match="^end"):
         vd.span_mean(torch.randn(4, 2), start, end)
+
+
+@pytest.mark.parametrize("write", ["torch", "numpy"])
+def test_spans_written_to_in_any_way_are_refused(write):
+    start, end = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2, 4], dtype=torch.int32)
+    x = torch.randn(4, 2, requires_grad=True)
+    out = vd.span_mean(x, start, end)
+    (end if write == "torch" else end.numpy())[1] = 2**31 - 1
+    with pytest.raises(ValueError, match="^(end: expected positions|start, end: expected ascending disjoint spans)"):
+        vd.span_mean(x, start, end)
+    with pytest.raises((ValueError, RuntimeError), match="start, end: expected|modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_kept_start_with_a_new_end_each_time():
+    """An end that is gone may leave its id to another: it is not told apart by that."""
+    start, x = torch.tensor([0, 2], dtype=torch.int32), torch.randn(8, 2)
+    for step in range(200):
+        good = 2 + step % 7
+        last = good if step % 3 else 400
+        end = torch.tensor([2, last], dtype=torch.int32)
+        if last > 8:
+            with pytest.raises(ValueError, match="^end: expected positions up to 8, got 400"):
+                vd.span_mean(x, start, end)
+        else:
+            torch.testing.assert_close(vd.span_mean(x, start, end), vd.reference.span_mean(x, start, end))
+        del end

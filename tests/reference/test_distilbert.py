@@ -68,5 +68,5 @@ def test_errors():
         distilbert(z_s, z_t, h_s[:1], h_t[:1], LABELS)
     with pytest.raises(ValueError, match="attention_mask: expected shape"):
         distilbert(z_s, z_t, h_s, h_t, LABELS, attention_mask=torch.ones(2, 2))
-    with pytest.raises(TypeError, match="teacher_hidden: expected dtype float64"):
-        distilbert(z_s, z_t, h_s, h_t.float(), LABELS)
+    with pytest.raises(ValueError, match="teacher_hidden: expected device cpu as student_hidden, got meta"):
+        distilbert(z_s, z_t, h_s, h_t.to("meta"), LABELS)

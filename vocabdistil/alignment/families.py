@@ -19,12 +19,14 @@ __all__ = [
     "check_room",
     "chunks",
     "encode",
+    "pairs_by_role",
     "plain_settings",
     "read_tokenizer",
     "template_ends",
 ]
 
-ROLES = ("unk", "pad", "mask", "cls", "sep", "bos", "eos")
+# Of a token that has several (GPT-2's <|endoftext|> is eos, bos and unk) the first that the other side has counts.
+ROLES = ("eos", "bos", "cls", "sep", "mask", "pad", "unk")
 # Roles that stand in for one that a tokenizer does not have.
 SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 # What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.
@@ -159,6 +161,17 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
 # The backends that are being read: how many readers each has, and the settings to give back after the last of them.
 _readers: dict[int, tuple[int, Any, Any]] = {}
 _settings_lock = threading.Lock()
+
+
+def pairs_by_role(source: TokenizerInfo, target: TokenizerInfo) -> list[tuple[int, int]]:
+    """A special token of one side and that of the same role, or of the one in its place, on the other; the pairs that
+    count most first."""
+    pairs = []
+    for role in ROLES:
+        i, j = source.roles.get(role), target.roles.get(role, target.roles.get(SUBSTITUTE.get(role, "")))
+        if i is not None and j is not None:
+            pairs.append((i, j))
+    return pairs
 
 
 @contextmanager

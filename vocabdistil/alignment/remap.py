@@ -18,8 +18,8 @@ from torch import Tensor
 from ..core.dispatch import implementation, resolve
 from ..core.files import whole_file
 from ..core.native import module as _native_module
-from ..core.values import INT32_MAX, check_dense, check_int32, int_array, int_vector, integer
-from .families import SUBSTITUTE, TokenizerInfo
+from ..core.values import INT32_MAX, check_dense, check_int32, int_array, int_vector, integer, kept
+from .families import TokenizerInfo, pairs_by_role
 from .spans import SpanPairs
 from .surfaces import BYTES, Known, Speller, Words, ends_word, known, word_form
 
@@ -108,10 +108,7 @@ def _role_rows(teacher: TokenizerInfo, student: TokenizerInfo, unknown: list[int
         rows.update({ids[token]: [i] for token, i in student.added.items() if token in ids})
     for token, i in teacher.special.items():
         rows[i] = [student.special[token]] if token in student.special else unknown
-    for role, i in reversed(teacher.roles.items()):
-        match = student.roles.get(role, student.roles.get(SUBSTITUTE.get(role, ""), None))
-        if match is not None:
-            rows[i] = [match]
+    rows.update({i: [j] for i, j in reversed(pairs_by_role(teacher, student))})
     # The row rule sends these to UNK even where the student has the same one.
     return {i: row for i, row in rows.items() if not _UNUSED.fullmatch(teacher.tokens[i] or "")}
 
@@ -420,8 +417,8 @@ class RemapTable:
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
         """New ``indptr`` and ``ids``: those that the table shows, anybody can change."""
-        indptr = torch.empty(self._index.rows + 1, dtype=torch.int32)
-        ids = torch.empty(self._index.nnz, dtype=torch.int32)
+        indptr = kept(torch.empty(self._index.rows + 1, dtype=torch.int32))
+        ids = kept(torch.empty(self._index.nnz, dtype=torch.int32))
         self._index.copy_to(indptr.data_ptr(), ids.data_ptr())
         return indptr, ids
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_float, check_index, check_tensor, check_weight_dtype, dtype_name, kind_of
-from ..core.values import INT32_MAX, check_dense, check_int32, int_vector
+from ..core.values import INT32_MAX, Seen, check_dense, check_int32, int_vector, kept
 
 __all__ = ["SpanPairs", "TEXT_POOLINGS", "text_pairs"]
 
@@ -18,17 +18,19 @@ _FIELDS = ("student_start", "student_end", "teacher_start", "teacher_end")
 
 
 def _as_positions(value: Any, name: str) -> Tensor:
+    """int32 in memory of its own: nobody else writes to it."""
     positions = int_vector(value, name)
     # What is left unseen here, check_spans finds without one more wait for a device.
-    if positions.dtype != torch.int32:
+    if positions.dtype != torch.int32 and not torch.compiler.is_compiling():
         check_int32(positions, name)
-    return positions.to(torch.int32).contiguous()
+    return positions.to(torch.int32, copy=True).contiguous()
 
 
 def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
     """Raises unless the spans are non-negative, ascending and disjoint; returns the largest end (0 if none).
 
-    Costs one host synchronisation for spans on a device: done once, when spans are built.
+    Costs one host synchronisation for spans on a device: done once, when spans are built. In compiled code the values
+    are left to the kernels, which look at them too, and the end that they need is taken for 0.
     """
     if start.shape != end.shape:
         raise ValueError(
@@ -38,7 +40,7 @@ def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
         raise ValueError(
             f"{prefix}start and {prefix}end: expected one device, got {start.device} and {end.device}"
         )
-    if not start.numel():
+    if torch.compiler.is_compiling() or not start.numel():
         return 0
     negative = start < 0
     reversed_ = end < start
@@ -64,13 +66,13 @@ def check_spans(start: Tensor, end: Tensor, prefix: str = "") -> int:
 def known_end(start: Tensor, end: Tensor) -> int | None:
     """The positions that these spans need, if they were found right before and have not been written to since."""
     known = getattr(start, "_vocabdistil_checked", None)
-    return known[1] if known is not None and known[0] == (id(end), start._version, end._version) else None
+    return known[1] if known is not None and known[0].are(start, end) else None
 
 
 def mark_checked(start: Tensor, end: Tensor, tokens: int) -> None:
     """Notes on the vectors that their spans are right and need ``tokens`` positions: looking again would cost a
     synchronisation."""
-    start._vocabdistil_checked = ((id(end), start._version, end._version), tokens)  # type: ignore[attr-defined]
+    start._vocabdistil_checked = (Seen(start, end), tokens)  # type: ignore[attr-defined]
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:
@@ -81,6 +83,9 @@ def at_least_one(count: int | Tensor) -> int | Tensor:
 class SpanPairs:
     """Pairs of aligned spans over flattened positions ``b * L + i``, half-open.
 
+    They own their memory and stay as they were made; what is written into their tensors nevertheless, the losses find
+    where they read it. In a compiled function (``torch.compile``) the values are not looked at when pairs are made.
+
     Args:
         student_start, student_end, teacher_start, teacher_end: ``[P]`` integers. The spans of each side are
             ascending and disjoint; a span may be empty (``start == end``): its mean is 0 and its pair counts
@@ -90,7 +95,8 @@ class SpanPairs:
         student_start, student_end, teacher_start, teacher_end: int32 ``[P]``.
         num_nonempty: the number of pairs with both spans non-empty (the ``P`` of ``batchmean``): an int, or an
             int64 tensor ``[]`` where it was counted on a device and the host has not waited for it
-            (:meth:`RemapTable.remap` there). The losses take either; ``int(pairs.num_nonempty)`` waits.
+            (:meth:`RemapTable.remap` there), or in a compiled function. The losses take either;
+            ``int(pairs.num_nonempty)`` waits.
         student_tokens, teacher_tokens: the least number of tokens that a side must have: its largest end,
             or, if ``padded``, all tokens of the batch.
         padded: whether a side must have exactly so many: of pairs that :func:`align`, a collator or a remap table made,
@@ -117,23 +123,17 @@ class SpanPairs:
         self, student_start: Tensor, student_end: Tensor, teacher_start: Tensor, teacher_end: Tensor
     ) -> None:
         values = (student_start, student_end, teacher_start, teacher_end)
-        for name, value in zip(_FIELDS, values, strict=True):
-            setattr(self, name, _as_positions(value, name))
-        if self.student_start.shape != self.teacher_start.shape:
+        fields = [_as_positions(value, name) for name, value in zip(_FIELDS, values, strict=True)]
+        start_s, end_s, start_t, end_t = fields
+        if start_s.shape != start_t.shape:
             raise ValueError(
-                f"teacher_start: expected one span per student span ({self.student_start.numel()}), "
-                f"got {self.teacher_start.numel()}"
+                f"teacher_start: expected one span per student span ({start_s.numel()}), got {start_t.numel()}"
             )
-        if self.student_start.device != self.teacher_start.device:
-            raise ValueError(
-                f"teacher_start: expected device {self.student_start.device}, got {self.teacher_start.device}"
-            )
-        self.student_tokens = check_spans(self.student_start, self.student_end, "student_")
-        self.teacher_tokens = check_spans(self.teacher_start, self.teacher_end, "teacher_")
-        both = (self.student_end > self.student_start) & (self.teacher_end > self.teacher_start)
-        self.num_nonempty = int(both.sum())
-        self.padded = False
-        self._mark()
+        if start_s.device != start_t.device:
+            raise ValueError(f"teacher_start: expected device {start_s.device}, got {start_t.device}")
+        tokens = check_spans(start_s, end_s, "student_"), check_spans(start_t, end_t, "teacher_")
+        count = ((end_s > start_s) & (end_t > start_t)).sum()
+        self._fill(*fields, count if torch.compiler.is_compiling() else int(count), *tokens, False)
 
     @classmethod
     def _trusted(
@@ -149,18 +149,23 @@ class SpanPairs:
     ) -> SpanPairs:
         """Wraps int32 vectors that are right by construction (native alignments), without checking them again."""
         self = cls.__new__(cls)
-        self.student_start, self.student_end = student_start, student_end
-        self.teacher_start, self.teacher_end = teacher_start, teacher_end
-        self.num_nonempty = num_nonempty
-        self.student_tokens, self.teacher_tokens, self.padded = student_tokens, teacher_tokens, padded
-        self._mark()
+        self._fill(
+            student_start, student_end, teacher_start, teacher_end, num_nonempty, student_tokens, teacher_tokens, padded
+        )
         return self
 
-    def _mark(self) -> None:
-        """So that :func:`span_mean` need not look at these vectors again."""
-        if not torch.compiler.is_compiling():
+    def _fill(self, *state: Any) -> None:
+        for name, value in zip(self.__slots__[:-1], state, strict=True):
+            object.__setattr__(self, name, kept(value) if isinstance(value, Tensor) else value)
+        if not torch.compiler.is_compiling():  # so that span_mean need not look at these vectors again
             mark_checked(self.student_start, self.student_end, self.student_tokens)
             mark_checked(self.teacher_start, self.teacher_end, self.teacher_tokens)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: expected span pairs to stay as they were made, got an assignment")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name}: expected span pairs to stay as they were made, got a deletion")
 
     def __len__(self) -> int:
         return self.student_start.numel()
@@ -188,8 +193,7 @@ class SpanPairs:
         return tuple(getattr(self, name) for name in self.__slots__[:-1])
 
     def __setstate__(self, state: tuple) -> None:
-        for name, value in zip(self.__slots__[:-1], state, strict=True):
-            setattr(self, name, value)
+        self._fill(*state)
 
 
 def text_pairs(student_mask: Tensor, teacher_mask: Tensor, pooling: str = "mean") -> SpanPairs:
@@ -287,13 +291,47 @@ def check_row_pairs(
         )
 
 
-def check_pair_weights(pair_weights: Tensor | None, pairs: SpanPairs, student: Tensor) -> None:
+def check_pair_weights(pair_weights: Tensor | None, count: int, student: Tensor) -> None:
     if pair_weights is None:
         return
     check_float(pair_weights, "pair_weights")
     check_weight_dtype(pair_weights, "pair_weights", student)
-    if pair_weights.shape != (len(pairs),):
-        raise ValueError(f"pair_weights: expected shape ({len(pairs)},), got {tuple(pair_weights.shape)}")
+    if pair_weights.shape != (count,):
+        raise ValueError(f"pair_weights: expected shape ({count},), got {tuple(pair_weights.shape)}")
+
+
+def chosen_pairs(
+    pairs: SpanPairs | None, mask: Tensor | None, pair_weights: Tensor | None, student: Tensor, teacher: Tensor,
+    name: str,
+) -> SpanPairs | None:  # fmt: skip
+    """The pairs of a loss over rows of ``student [..., V_s]`` and ``teacher [..., V_t]``, all arguments checked.
+
+    Args:
+        mask: bool or integers ``[...]`` beside no pairs: each row that it has is a pair, and the others are empty ones.
+        name: ``logits`` or ``hidden``, as in the names of the arguments.
+
+    Returns:
+        None for row i with row i.
+    """
+    rows_s, rows_t = student.flatten(0, -2), teacher.flatten(0, -2)
+    check_row_pairs(pairs, rows_s, rows_t, f"student_{name}", f"teacher_{name}")
+    if mask is not None:
+        if pairs is not None:
+            raise ValueError("mask: expected None beside pairs, got a tensor")
+        check_tensor(mask, "mask")
+        check_dense(mask, "mask")
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"mask: expected bool or integers, got {dtype_name(mask.dtype)}")
+        if mask.device != student.device:
+            raise ValueError(f"mask: expected device {student.device}, got {mask.device}")
+        if mask.shape != student.shape[:-1]:
+            raise ValueError(f"mask: expected shape {tuple(student.shape[:-1])}, got {tuple(mask.shape)}")
+        chosen = mask.flatten() != 0
+        start = torch.arange(len(chosen), dtype=torch.int32, device=mask.device)
+        spans = start, start + chosen
+        pairs = SpanPairs._trusted(*spans, *spans, chosen.sum(), len(chosen), len(chosen))
+    check_pair_weights(pair_weights, rows_s.shape[0] if pairs is None else len(pairs), student)
+    return pairs
 
 
 def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:

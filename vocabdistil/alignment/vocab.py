@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.values import check_int32, int_vector
-from .families import SUBSTITUTE
+from ..core.values import check_int32, int_vector, kept
+from .families import pairs_by_role
 from .surfaces import Known, convention, ends_word, known, word_form
 
 __all__ = ["MatchedVocab", "matched_ids"]
@@ -18,7 +18,7 @@ __all__ = ["MatchedVocab", "matched_ids"]
 def _as_ids(value: Any, name: str) -> Tensor:
     tensor = int_vector(value, name)
     check_int32(tensor, name)
-    tensor = tensor.to(torch.int64).contiguous()
+    tensor = kept(tensor.to(torch.int64).contiguous())
     values, counts = tensor.unique(return_counts=True)
     if values.numel() != tensor.numel():
         raise ValueError(f"{name}: expected each id once, got id {int(values[counts > 1][0])} repeatedly")
@@ -42,9 +42,8 @@ def matched_ids(source: Known, target: Known) -> Tensor:
 
 def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
     special: dict[int, int] = {}
-    for role, i in source.info.roles.items():
-        j = target.info.roles.get(role, target.info.roles.get(SUBSTITUTE.get(role, "")))
-        if j is not None and j not in special.values():
+    for i, j in pairs_by_role(source.info, target.info):
+        if j not in special.values():
             special.setdefault(i, j)
     taken = set(special.values())
     for token, i in source.info.special.items():
@@ -133,8 +132,8 @@ class MatchedVocab:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MatchedVocab:
         """The same vocabulary on another device (nothing is checked again)."""
         moved = object.__new__(type(self))
-        moved.teacher_ids = self.teacher_ids.to(device, non_blocking=non_blocking)
-        moved.student_ids = self.student_ids.to(device, non_blocking=non_blocking)
+        moved.teacher_ids = kept(self.teacher_ids.to(device, non_blocking=non_blocking))
+        moved.student_ids = kept(self.student_ids.to(device, non_blocking=non_blocking))
         moved._slots = self._slots
         return moved
 

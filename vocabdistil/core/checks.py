@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "DIVERGENCES",
@@ -25,12 +25,15 @@ __all__ = [
     "REDUCTIONS",
     "UNMATCHED",
     "Matched",
+    "Projection",
     "RemapLike",
+    "as_projection",
     "check_beta",
     "check_choice",
     "check_columns",
     "check_float",
     "check_index_range",
+    "check_keepable",
     "check_layer_weights",
     "check_layers",
     "check_matched",
@@ -38,6 +41,7 @@ __all__ = [
     "check_reference_backend",
     "check_remap",
     "check_same_kind",
+    "check_sides",
     "check_temperature",
     "check_tensor",
     "check_weight_dtype",
@@ -46,6 +50,7 @@ __all__ = [
 
 Layers = Tensor | Sequence[Tensor]
 LayerWeights = Tensor | Sequence[float]
+Projection = tuple[Tensor | None, Tensor | None]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -97,8 +102,26 @@ def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -
         raise ValueError(f"{name}: expected {wanted} dimensions, got shape {tuple(value.shape)}")
 
 
+def check_sides(student: Tensor, student_name: str, teacher: Tensor, teacher_name: str) -> None:
+    """One device; any two dtypes go together. No side of inference mode where a gradient is asked for."""
+    if student.device != teacher.device:
+        raise ValueError(f"{teacher_name}: expected device {student.device} as {student_name}, got {teacher.device}")
+    check_keepable(teacher, teacher_name, student)
+
+
+def check_keepable(x: Tensor, name: str, *learned: object) -> None:
+    """Raises where autograd would have to keep a tensor of inference mode, for the gradient of what is learned."""
+    if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()):
+        return
+    if any(isinstance(value, Tensor) and value.requires_grad for value in learned):
+        raise ValueError(
+            f"{name}: expected a tensor that autograd can keep, got one made under torch.inference_mode(): make it "
+            "under torch.no_grad(), or pass a clone() of it"
+        )
+
+
 def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
-    """One device and one dtype (any floating ones under autocast, which leaves both sides as they come)."""
+    """One device and one dtype (any floating ones under autocast, which leaves both as they come): of one side."""
     if a.device != b.device:
         raise ValueError(f"{b_name}: expected device {a.device} as {a_name}, got {b.device}")
     if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
@@ -182,6 +205,17 @@ def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
     if value.dtype not in (x.dtype, compute_dtype(x.dtype)) and not torch.is_autocast_enabled(x.device.type):
         wanted = dict.fromkeys((dtype_name(x.dtype), dtype_name(compute_dtype(x.dtype))))
         raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(value.dtype)}")
+
+
+def as_projection(weight: Tensor | nn.Linear | None, bias: Tensor | None, name: str = "") -> Projection:
+    """The weight and bias of a projection (or output layer) that may be given as a module; ``name``: before both."""
+    if not isinstance(weight, nn.Module):
+        return weight, bias
+    if not isinstance(weight, nn.Linear):
+        raise TypeError(f"{name}weight: expected a tensor or a torch.nn.Linear, got {kind_of(weight)}")
+    if bias is not None:
+        raise ValueError(f"{name}bias: expected None beside a module, which has its own, got a tensor")
+    return weight.weight, weight.bias
 
 
 def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 ``backend=`` of a call, or the environment variable ``VOCABDISTIL_BACKEND``, overrides the table. An explicit choice
 that cannot run raises and says why; the variable holds for the operations that have such an implementation. An
-automatic fallback to the reference warns once.
+automatic fallback to the reference warns once. Under ``torch.func`` transforms every loss is the reference's.
 """
 
 from __future__ import annotations
@@ -97,12 +97,20 @@ def _resolve(
     return backend, ""
 
 
+def transformed() -> bool:
+    """Whether this runs inside ``torch.func.grad``, ``vmap`` or another of their kind."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _choose(op: str, device: str, backend: str | None, limits: tuple[tuple[str, str], ...]) -> str:
     source = "backend"
     if backend is None and (backend := os.environ.get("VOCABDISTIL_BACKEND") or None):
         source = "VOCABDISTIL_BACKEND"
         if backend in BACKENDS and not _has(op, device, backend):
             backend = None
+    if transformed():
+        why = "torch.func transforms it with backend='reference' alone"
+        limits += tuple((b, why) for b in BACKENDS if b != "reference")
     choice, reasons = _resolve(op, device, backend, source, limits)
     if reasons:
         _warn_fallback(op, device, reasons)
@@ -111,6 +119,7 @@ def _choose(op: str, device: str, backend: str | None, limits: tuple[tuple[str, 
 
 # What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, which takes seconds.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, device: torch.device, backend: str | None, limits: tuple[tuple[str, str], ...] = ()) -> str:

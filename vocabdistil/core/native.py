@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -21,6 +22,11 @@ except ImportError as error:  # kept, to be told by whoever needs the module
     _load_error: str | None = str(error)
 else:
     _load_error = None
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has none of its parent's threads, but an OpenMP runtime that would wait for them: in torch's own
+    # operations too, which stand around every kernel. csrc/parallel.h sees to the kernels whatever is set later.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
@@ -73,9 +79,10 @@ def _coef(coef: Tensor | None, count: int) -> list[float]:
 def span_mean_fwd(
     x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, out: Tensor
 ) -> None:
-    """x: layers [N, D], unit column stride; start, end: int32 [P]; coef: [n] or None (1/n each); out: [P, D]."""
+    """x: layers [N, D], unit column stride; start, end: int32 [P]; coef: [n] or None (1/n each); out: [P, D]. Raises
+    ValueError for bad spans, as do all that take them."""
     module().span_mean_fwd(
-        DTYPE_CODES[x[0].dtype], *_layers(x), _coef(coef, len(x)), start.data_ptr(), end.data_ptr(),
+        DTYPE_CODES[x[0].dtype], *_layers(x), _coef(coef, len(x)), x[0].shape[0], start.data_ptr(), end.data_ptr(),
         start.numel(), x[0].shape[1], mean, DTYPE_CODES[out.dtype], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 

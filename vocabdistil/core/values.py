@@ -7,6 +7,7 @@ and what came.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["INT32_MAX", "check_dense", "check_int32", "check_kind", "int_array", "int_vector", "integer"]
+__all__ = [
+    "INT32_MAX",
+    "Seen",
+    "check_dense",
+    "check_int32",
+    "check_kind",
+    "int_array",
+    "int_vector",
+    "integer",
+    "kept",
+]
 
 INT32_MAX = 2**31 - 1
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Seen:
+    """Tensors that were looked at: whether others are the same, and have not been written to since.
+
+    They are known as long as they live, and not by an ``id``, which a later tensor may get; not by their copies, in
+    another process either. Tensors of inference mode do not count what is written to them: none is known again. What is
+    written past torch (by numpy, say) nothing counts: whoever follows positions checks them where it reads them.
+    """
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, *tensors: Tensor) -> None:
+        counted = not any(x.is_inference() for x in tensors)
+        self._seen = tuple((weakref.ref(x), x._version) for x in tensors) if counted else ()
+
+    def __reduce__(self) -> tuple:
+        return Seen, ()
+
+    def are(self, *tensors: Tensor) -> bool:
+        return bool(self._seen) and all(
+            x is ref() and x._version == version for x, (ref, version) in zip(tensors, self._seen, strict=True)
+        )
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of one of inference mode: autograd cannot keep such a tensor for a backward pass."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def check_kind(value: object, name: str, kind: type) -> None:

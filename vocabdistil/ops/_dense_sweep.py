@@ -124,7 +124,7 @@ def _sweep(
     whole = unmatched != native.UNMATCHED_CODES["renormalize"]
     num_matched, width, wanted = teacher_ids.numel(), columns.numel(), hidden_grad or weight_grad or bias_grad
     w_s = student_weight.index_select(0, columns).to(narrow)
-    w_t = teacher_weight.index_select(0, teacher_ids).to(narrow)
+    w_t = teacher_weight.index_select(0, teacher_ids).to(teacher.dtype)
     b_s, b_t = _with_bias(student_bias, columns, dtype), _with_bias(teacher_bias, teacher_ids, dtype)
     left_out = None
     if whole:
@@ -144,7 +144,7 @@ def _sweep(
         row_scale = scale / unit
 
     size = scale.element_size()
-    traffic = narrow.itemsize * (w_s.numel() + w_t.numel()) + size * d_weight.numel()
+    traffic = w_s.nbytes + w_t.nbytes + size * d_weight.numel()
     in_place = resident is not None and resident(width, dtype)
     per_row = size * (_padded(width) + _padded(num_matched))
     per_row += narrow.itemsize * _padded(width) * (wanted and not in_place)

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a ``backward`` without a derivative of its own: whoever differentiates what it returned is told so.
+
+    torch's decorator of this name tells only where the upstream gradient needs a gradient itself; of a loss that was
+    the last step, whose upstream gradient is 1, it lets a penalty on the gradient be dropped in silence.
+    """
+
+    @functools.wraps(backward)
+    def first_only(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled by create_graph=True alone
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        found = [g.detach().requires_grad_() for g in gradients if g is not None]
+        told = torch._C._functions.DelayedError(
+            "vocabdistil: the gradient of this loss has no gradient of its own (a gradient penalty, a second "
+            "derivative); backend='reference' has one",
+            len(found),
+        )(*found)
+        told = iter(told if isinstance(told, tuple) else (told,))
+        return tuple(None if g is None else next(told) for g in gradients)
+
+    return first_only
 
 
 def formed_early(reduce: bool, *inputs: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._gradient import once_differentiable
 from ._library import define
 from ._products import tf32
 
@@ -56,6 +57,7 @@ class _CpuLinear(torch.autograd.Function):
         return F.linear(rows, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
@@ -73,6 +75,7 @@ class _Tf32Linear(torch.autograd.Function):
         return _op(rows, weight.t(), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad

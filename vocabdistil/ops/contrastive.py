@@ -7,16 +7,15 @@ few of many pairs are drawn, these are gathered instead. Scores become the gradi
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs
-from ..core import native
+from ..core import checks, native
 from ..core.dispatch import resolve
-from ..reference._common import valid_pairs
-from ..reference.contrastive import check_contrastive_arguments, normalise
+from ..reference._common import unit_rows, valid_pairs
+from ..reference.contrastive import check_contrastive_arguments
 from ..reference.contrastive import contrastive as reference_contrastive
-from ._gradient import HALF, hand_out
+from ._gradient import HALF, hand_out, once_differentiable
 from ._library import define
 from ._products import split, sum_product
 from ._projection import project
@@ -144,7 +143,7 @@ def _without_autocast(*args):
 
 _op = define(
     "contrastive(Tensor anchor, Tensor other, Tensor? valid, Tensor? negatives, Tensor scale, float temperature, "
-    "int num_valid, bool halves, bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt num_valid, bool halves, bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _without_autocast,
     _fake,
 )
@@ -209,7 +208,7 @@ def contrastive(
     temperature: float = 1.0,
     negatives: int = -1,
     side: str = "student",
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
@@ -230,7 +229,8 @@ def contrastive(
         temperature: ``T > 0``.
         negatives: K other pairs per pair, drawn without replacement; -1 for all others.
         side: ``"student"`` or ``"teacher"``: where the negatives are taken from.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or a
+            :class:`torch.nn.Linear` as ``weight``.
         generator: draws the negatives, on the device of the student; torch's global one by default. On a CPU the
             reference draws the same from it.
         reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``
@@ -243,6 +243,7 @@ def contrastive(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
     """
+    weight, bias = checks.as_projection(weight, bias)
     student_rows, teacher_rows = check_contrastive_arguments(
         student, teacher, pairs, temperature, negatives, side, weight, bias, reduction
     )
@@ -258,7 +259,7 @@ def contrastive(
     t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)
     if weight is not None:
         s = project(s, weight, bias, half=False)  # not in TF32: scores are more exact than that
-    anchor, other = (normalise(x) for x in ((t, s) if side == "student" else (s, t)))
+    anchor, other = (unit_rows(x) for x in ((t, s) if side == "student" else (s, t)))
     chosen, count = None, pairs.num_nonempty
     # A count on a device is not looked at: where too few are valid, others are drawn and left out.
     if 0 < negatives < (len(pairs) if isinstance(count, Tensor) else count) - 1:

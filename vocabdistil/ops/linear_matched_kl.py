@@ -8,21 +8,20 @@ and a CPU without the native module, take the sweep in ``_dense_sweep.py``.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from ..alignment.spans import SpanPairs, check_row_pairs
+from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import checks, native
 from ..core.checks import Matched
 from ..core.dispatch import resolve
-from ..reference._common import span_pool, valid_pairs
+from ..reference._common import reduce_pairs, span_pool, valid_pairs
 from ..reference.linear_matched_kl import check_output_layer
 from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_matched_kl
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
-from ._gradient import hand_out
+from ._gradient import hand_out, once_differentiable
 from ._library import define
-from .matched_kl import row_scale
+from .matched_kl import pair_count, row_scale
 from .span_mean import native_rows, pooled_rows
 
 # Bytes that the logits of a chunk of rows may take on a CPU, or, where the weights are large, a quarter of what the
@@ -128,14 +127,16 @@ class _LinearMatchedKL(torch.autograd.Function):
 
 def linear_matched_kl(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     matched: Matched,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
@@ -157,11 +158,12 @@ def linear_matched_kl(
     Args:
         student_hidden: ``[..., D_s]``, flattened to rows; float32, float64, bfloat16 or float16.
         student_weight, student_bias: ``[V_s, D_s]``, ``[V_s]`` or None: the student's output layer, which may be
-            its embedding; the dtype of the hidden states, or float32 with half-precision hidden states.
+            its embedding; the dtype of the hidden states, or float32 with half-precision hidden states; or a
+            :class:`torch.nn.Linear` as ``student_weight``.
         teacher_hidden: ``[..., D_t]``. Neither it nor the teacher's weights get a gradient.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
-        matched, pairs, temperature, unmatched, pooling, reduction: as in :func:`matched_kl`; pooling is over hidden
-            states, with which the output layer commutes (a sum of n rows adds the bias n times).
+        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, reduction: as in :func:`matched_kl`;
+            pooling is over hidden states, with which the output layer commutes (a sum of n rows adds the bias n times).
         backend: ``"cpu"``, ``"triton"``, ``"torch"`` (any device, chunked as on a GPU, without a row kernel) or
             ``"reference"``; None chooses by device.
 
@@ -171,25 +173,36 @@ def linear_matched_kl(
     Raises:
         TypeError, ValueError: as :func:`matched_kl`; weights that do not fit the hidden states.
     """
+    student_weight, student_bias = checks.as_projection(student_weight, student_bias, "student_")
+    teacher_weight, teacher_bias = checks.as_projection(teacher_weight, teacher_bias, "teacher_")
     checks.check_columns(student_hidden, "student_hidden")
     checks.check_columns(teacher_hidden, "teacher_hidden")
-    checks.check_same_kind(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
+    checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
     check_output_layer(student_hidden, student_weight, student_bias, "student")
     check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
+    for name, x in (("hidden", teacher_hidden), ("weight", teacher_weight)):
+        checks.check_keepable(x, f"teacher_{name}", student_hidden, student_weight, student_bias)
     student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
-    check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden")
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )
+    if pair_weights is not None and pair_weights.requires_grad:
+        each = linear_matched_kl(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, matched, student_bias=student_bias,
+            teacher_bias=teacher_bias, pairs=pairs, temperature=temperature, unmatched=unmatched, pooling=pooling,
+            reduction="none", backend=backend,
+        )  # fmt: skip
+        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
     choice = resolve("linear_matched_kl", student.device, backend)
     if choice == "reference":
         return reference_linear_matched_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, matched, student_bias=student_bias,
-            teacher_bias=teacher_bias, pairs=pairs, temperature=temperature, unmatched=unmatched, pooling=pooling,
-            reduction=reduction,
+            teacher_bias=teacher_bias, pairs=pairs, pair_weights=pair_weights, temperature=temperature,
+            unmatched=unmatched, pooling=pooling, reduction=reduction,
         )  # fmt: skip
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    scale = row_scale(pairs, student, reduction, dtype)
+    scale = row_scale(pairs, student, reduction, dtype, pair_weights)
     student_lengths = teacher_lengths = None
     if pairs is not None:
         valid = valid_pairs(pairs)

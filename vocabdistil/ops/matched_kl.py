@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..alignment.spans import SpanPairs, at_least_one, check_row_pairs
+from ..alignment.spans import SpanPairs, at_least_one, chosen_pairs
 from ..core import checks, native
 from ..core.checks import Matched
 from ..core.dispatch import implementation, resolve
+from ..reference._common import reduce_pairs
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
 from ._gradient import RowLoss
@@ -72,6 +73,8 @@ def matched_kl(
     matched: Matched,
     *,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
@@ -89,6 +92,8 @@ def matched_kl(
         teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``. It gets no gradient.
         matched: ``.student_ids`` and ``.teacher_ids``, int64 or int32 ``[V_m]``, distinct on each side.
         pairs: span pairs over the flattened rows, whose logits are pooled; None for row i with row i.
+        mask: bool or integers ``[...]``, one per row, beside no pairs: rows where it is 0 count for nothing.
+        pair_weights: ``[P]``, what each pair (or row) counts; may require gradients.
         temperature: ``T > 0``.
         unmatched: ``"renormalize"`` (softmax over the matched columns), ``"rest"`` (one class more for all unmatched
             mass) or ``"drop"`` (softmax over all columns, terms of the matched ones).
@@ -106,20 +111,26 @@ def matched_kl(
     """
     checks.check_columns(student_logits, "student_logits")
     checks.check_columns(teacher_logits, "teacher_logits")
-    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )
+    if pair_weights is not None and pair_weights.requires_grad:
+        each = matched_kl(
+            student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
+            pooling=pooling, reduction="none", backend=backend,
+        )  # fmt: skip
+        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
     choice = resolve("matched_kl", student.device, backend)
     if choice == "reference":
         return reference_matched_kl(
-            student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
-            pooling=pooling, reduction=reduction,
+            student_logits, teacher_logits, matched, pairs=pairs, pair_weights=pair_weights, temperature=temperature,
+            unmatched=unmatched, pooling=pooling, reduction=reduction,
         )  # fmt: skip
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype)
+    spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype, pair_weights)
     options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
     options += (not torch.compiler.is_compiling(),)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
@@ -139,11 +150,15 @@ def span_vectors(pairs: SpanPairs | None) -> tuple[Tensor, ...]:
     return pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end
 
 
-def row_scale(pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+def pair_count(pairs: SpanPairs | None, student: Tensor) -> int | Tensor:
+    """What ``batchmean`` divides by: the pairs with both spans non-empty, or the rows."""
+    return at_least_one(student.shape[0] if pairs is None else pairs.num_nonempty)
+
+
+def row_scale(
+    pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype, pair_weights: Tensor | None = None
+) -> Tensor:
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
-    rows, count = (student.shape[0],) * 2 if pairs is None else (len(pairs), pairs.num_nonempty)
-    if reduction != "batchmean":
-        return torch.ones(rows, dtype=dtype, device=student.device)
-    if isinstance(count, Tensor):
-        return at_least_one(count).to(dtype).reciprocal().expand(rows).contiguous()
-    return torch.full((rows,), 1 / at_least_one(count), dtype=dtype, device=student.device)
+    rows = student.shape[0] if pairs is None else len(pairs)
+    scale = torch.ones(rows, dtype=dtype, device=student.device) if pair_weights is None else pair_weights.to(dtype)
+    return scale / pair_count(pairs, student) if reduction == "batchmean" else scale.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..reference.pooled_loss import check_pooled
 from .span_loss import span_loss
@@ -16,7 +16,7 @@ def pooled_loss(
     *,
     divergence: str = "cosine",
     pooling: str = "mean",
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -10,15 +9,17 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from ..alignment.spans import SpanPairs, check_row_pairs
+from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import checks, native
 from ..core.checks import RemapLike
 from ..core.dispatch import implementation, resolve
+from ..core.values import Seen
+from ..reference._common import reduce_pairs
 from ..reference.remapped_kl import COMBINES
 from ..reference.remapped_kl import remapped_kl as reference_remapped_kl
 from ._gradient import RowLoss
 from ._library import define
-from .matched_kl import row_scale, span_vectors
+from .matched_kl import pair_count, row_scale, span_vectors
 from .span_mean import native_rows
 
 Plan = tuple[Tensor, ...]
@@ -65,14 +66,8 @@ class _Known:
         self.note(indptr, ids)
 
     def note(self, *tensors: Tensor) -> None:
-        """These tensors hold the table. Those of inference mode do not count what is written to them."""
-        counted = not any(x.is_inference() for x in tensors)
-        self._seen = [(weakref.ref(x), x._version) for x in tensors] if counted else []
-
-    def are(self, *tensors: Tensor) -> bool:
-        return bool(self._seen) and all(
-            x is ref() and x._version == version for x, (ref, version) in zip(tensors, self._seen, strict=True)
-        )
+        """These tensors hold the table."""
+        self.seen = Seen(*tensors)
 
 
 class _Plans:
@@ -100,13 +95,13 @@ class _Plans:
         with self._lock:
             known = self._plans.setdefault(key, [])
             self._plans.move_to_end(key)
-            for seen in known:
-                if seen.are(indptr, ids):
-                    return seen.plan
-            for seen in known:
-                if torch.equal(seen.indptr, indptr) and torch.equal(seen.ids, ids):
-                    seen.note(indptr, ids)
-                    return seen.plan
+            for table in known:
+                if table.seen.are(indptr, ids):
+                    return table.plan
+            for table in known:
+                if torch.equal(table.indptr, indptr) and torch.equal(table.ids, ids):
+                    table.note(indptr, ids)
+                    return table.plan
             plan = self._make(indptr, ids, student_columns)
             if device is not None:
                 plan = type(plan)(*(x.to(device) for x in plan))
@@ -171,6 +166,8 @@ def remapped_kl(
     table: RemapLike,
     *,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     combine: str = "sum",
     temperature: float = 1.0,
     reduction: str = "batchmean",
@@ -189,6 +186,8 @@ def remapped_kl(
         teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows. It gets no gradient.
         table: ``.indptr [rows + 1]`` and ``.ids [nnz]``, int32 or int64: a :class:`RemapTable`.
         pairs: span pairs over the flattened rows, whose logits are averaged; None for row i with row i.
+        mask: bool or integers ``[...]``, one per row, beside no pairs: rows where it is 0 count for nothing.
+        pair_weights: ``[P]``, what each pair (or row) counts; may require gradients.
         combine: ``"sum"`` or ``"logsumexp"`` of the student's logits of a row's pieces.
         temperature: ``T > 0``; divides the combined logits.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
@@ -204,20 +203,27 @@ def remapped_kl(
     """
     checks.check_columns(student_logits, "student_logits")
     checks.check_columns(teacher_logits, "teacher_logits")
-    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)
     checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
+    if pair_weights is not None and pair_weights.requires_grad:
+        each = remapped_kl(
+            student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
+            reduction="none", backend=backend,
+        )  # fmt: skip
+        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
     choice = resolve("remapped_kl", student.device, backend)
     if choice == "reference":
         return reference_remapped_kl(
-            student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
-            reduction=reduction,
+            student_logits, teacher_logits, table, pairs=pairs, pair_weights=pair_weights, combine=combine,
+            temperature=temperature, reduction=reduction,
         )  # fmt: skip
-    scale = row_scale(pairs, student, reduction, native.accumulation_dtype(student.dtype, teacher.dtype))
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
+    scale = row_scale(pairs, student, reduction, dtype, pair_weights)
     return RowLoss.apply(
         _op, _again if choice == "triton" else None, native_rows(student), native_rows(teacher), table.indptr,
         table.ids, scale, (combine == "logsumexp", float(temperature), choice), reduction != "none",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..core import native
-from ..reference.contrastive import normalise
+from ..core.dispatch import transformed
+from ..reference._common import unit_rows
 from ..reference.similarity_loss import check_similarity
+from ..reference.similarity_loss import similarity_loss as reference_similarity_loss
+from ._gradient import once_differentiable
 
 
 class _Similarity(torch.autograd.Function):
@@ -45,5 +47,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device, named in the text.
     """
     check_similarity(student, teacher)
+    if transformed():
+        return reference_similarity_loss(student, teacher)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    return _Similarity.apply(normalise(student.to(dtype)), normalise(teacher.detach().to(dtype)))
+    return _Similarity.apply(unit_rows(student.to(dtype)), unit_rows(teacher.detach().to(dtype)))

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs, at_least_one
 from ..core import native
-from ..core.checks import Layers, LayerWeights
+from ..core.checks import Layers, LayerWeights, as_projection
 from ..core.dispatch import implementation, resolve
 from ..reference.span_loss import check_span_loss
 from ..reference.span_loss import span_loss as reference_span_loss
-from ._gradient import HALF
+from ._gradient import HALF, once_differentiable
 from ._library import define
 from ._projection import project
 from .span_mean import native_rows, pooled_rows
@@ -102,9 +101,11 @@ class _SpanLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, weights, student_coef, teacher_coef, base, options, reduce, needs_student, needs_teacher, count,
-        start_s, end_s, start_t, end_t, *layers,
+        *tensors,
     ):  # fmt: skip
-        spans = (start_s, end_s, start_t, end_t)
+        # torch.compile takes a forward with as many parameters as there are arguments for one without ctx: with the
+        # four spans among the last there never are.
+        spans, layers = tensors[:4], tensors[4:]
         compiling = torch.compiler.is_compiling()
         early = reduce and not (compiling and any(x.dtype in HALF for x in layers))
         total, loss, student_grads, teacher_grads = _op(
@@ -192,7 +193,7 @@ def span_loss(
     *,
     divergence: str = "kl",
     temperature: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     beta: float = 0.5,
@@ -212,7 +213,8 @@ def span_loss(
         pairs: the aligned spans, on the same device.
         divergence: ``"kl"`` (teacher to student), ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
         temperature: ``T > 0``; the softmax divergences are multiplied by ``T^2``.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or a
+            :class:`torch.nn.Linear` as ``weight``.
         pair_weights: ``[P]``, what each pair counts.
         beta: weight of the teacher in the mixture of ``"jsd"``, ``0 < beta < 1``.
         pooling: ``"mean"`` or ``"sum"`` over the tokens of a span.
@@ -228,6 +230,7 @@ def span_loss(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
     """
+    weight, bias = as_projection(weight, bias)
     students, teachers = check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
@@ -264,9 +267,9 @@ def span_loss(
         spans[2:] = _row_spans(spans[2], spans[3])
     weights = None if pair_weights is None else pair_weights.to(dtype).contiguous()
     base, count = 1.0, at_least_one(pairs.num_nonempty)
-    if reduction == "batchmean" and isinstance(count, Tensor):  # it stays on the device: a part of the weights
-        each = count.to(dtype).expand(len(pairs))
-        weights = each.reciprocal() if weights is None else weights / each
+    if reduction == "batchmean" and (isinstance(count, Tensor) or torch.compiler.is_compiling()):
+        # A part of the weights: it stays on the device, and compiled code is not made anew for each number.
+        weights = (torch.ones(len(pairs), dtype=dtype, device=device) if weights is None else weights) / count
     elif reduction == "batchmean":
         base = 1.0 / count
     options = (_CODES[divergence], mean, float(temperature), float(beta), choice)
@@ -288,7 +291,7 @@ def span_kl(
     pairs: SpanPairs,
     *,
     temperature: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     pooling: str = "mean",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..alignment.spans import check_span_vectors
 from ..core import checks, native
 from ..core.dispatch import implementation, resolve
 from ..reference.span_mean import span_mean as reference_span_mean
+from ._gradient import once_differentiable
 from ._library import define
 
 
@@ -58,7 +58,8 @@ _backward_op = define(
 
 class _SpanMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, start, end, coef, mean, accumulate, backend, *x):
+    def forward(ctx, coef, mean, accumulate, backend, *tensors):
+        start, end, *x = tensors  # not parameters of their own: see span_loss
         ctx.save_for_backward(start, end, coef, *x)
         ctx.options = (mean, backend)
         return _forward_op(x, start, end, coef, mean, accumulate, backend)
@@ -69,7 +70,7 @@ class _SpanMean(torch.autograd.Function):
         start, end, coef, *x = ctx.saved_tensors
         mean, backend = ctx.options
         grad_coef = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[0]:
             # d out / d coef_l is the span mean of layer l alone.
             grad_coef = torch.stack(
                 [(_forward_op([layer], start, end, None, mean, True, backend) * grad).sum() for layer in x]
@@ -77,14 +78,14 @@ class _SpanMean(torch.autograd.Function):
         grads = (None,) * len(x)
         if any(ctx.needs_input_grad[6:]):
             grads = _backward_op(grad, start, end, coef, mean, len(x), x[0].shape[0], x[0].dtype, backend)
-        return None, None, grad_coef, None, None, None, *grads
+        return grad_coef, None, None, None, None, None, *grads
 
 
 def pooled_rows(
     x: Sequence[Tensor], start: Tensor, end: Tensor, coef: Tensor | None, mean: bool, accumulate: bool, backend: str
 ) -> Tensor:
     """Layers [N, D] -> [P, D], differentiable in the layers and in ``coef`` [n] (None: 1/n each)."""
-    return _SpanMean.apply(start, end, coef, mean, accumulate, backend, *x)
+    return _SpanMean.apply(coef, mean, accumulate, backend, start, end, *x)
 
 
 def native_rows(rows: Tensor) -> Tensor:

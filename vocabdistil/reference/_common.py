@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,9 +70,10 @@ def span_pool(x: Tensor, start: Tensor, end: Tensor, pooling: str) -> Tensor:
 
 
 def valid_pairs(pairs: SpanPairs) -> Tensor | None:
-    """``[P]`` bool: both spans non-empty; None when all are (known without looking at the spans)."""
+    """``[P]`` bool: both spans non-empty; None when all are (known without looking at the spans). Not so in compiled
+    code, which would be made once for either."""
     count = pairs.num_nonempty
-    if not isinstance(count, Tensor) and count == len(pairs):
+    if not (torch.compiler.is_compiling() or isinstance(count, Tensor)) and count == len(pairs):
         return None
     return (pairs.student_end > pairs.student_start) & (pairs.teacher_end > pairs.teacher_start)
 
@@ -94,8 +96,10 @@ def pool_pairs(
 
 
 def log_softmax(x: Tensor, temperature: float) -> Tensor:
-    """``log softmax(x / T)`` over the last dimension; at T = 1 without a pass over ``x`` for the division."""
-    return F.log_softmax(x if temperature == 1 else x / temperature, dim=-1)
+    """``log softmax(x / T)`` over the last dimension; a row of -inf alone has no mass anywhere, and no gradient."""
+    x = x if temperature == 1 else x / temperature
+    empty = (x == float("-inf")).all(-1, keepdim=True)
+    return torch.where(empty, float("-inf"), F.log_softmax(torch.where(empty, 0.0, x), dim=-1))
 
 
 def safe_log(x: Tensor) -> Tensor:
@@ -104,16 +108,56 @@ def safe_log(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).log(), float("-inf"))
 
 
-def kl_rows(log_q: Tensor, log_r: Tensor) -> Tensor:
-    """``sum_v q (log q - log r)`` over the last dimension; a term with q = 0 is 0, and so is its gradient."""
+def log_mixture(log_q: Tensor, log_r: Tensor, beta: float) -> Tensor:
+    """``log(beta q + (1 - beta) r)``, -inf with gradient 0 where both are."""
+    empty = (log_q == float("-inf")) & (log_r == float("-inf"))
+    log_q, log_r = (torch.where(empty, 0.0, x) for x in (log_q, log_r))
+    return torch.where(empty, float("-inf"), torch.logaddexp(log_q + math.log(beta), log_r + math.log1p(-beta)))
+
+
+def excess_rows(log_q: Tensor, log_r: Tensor) -> Tensor:
+    """``sum_v q (log q - log r)`` over the last dimension, of any parts of two distributions; a term with q = 0 is 0,
+    and so is its gradient."""
     q = log_q.exp()
     return (q * torch.where(q > 0, log_q - log_r, 0.0)).sum(-1)
 
 
+def _exp_rest(x: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` for ``|x| < 1``, as exact as x is."""
+    series = torch.ones_like(x)
+    for k in range(11, 2, -1):
+        series = 1 + x / k * series
+    return torch.where(x.abs() < 0.1, x * x / 2 * series, torch.expm1(x) - x)
+
+
+def kl_rows(log_q: Tensor, log_r: Tensor) -> Tensor:
+    """:func:`excess_rows` of two whole distributions: the sum of ``q log(q / r) - q + r``, of which no term is
+    negative, so that it is exact where both are close."""
+    q, r = log_q.exp(), log_r.exp()
+    some = q > 0
+    u = torch.where(some, log_r - log_q, 0.0)
+    small = u.abs() < 1
+    v = torch.where(small, u, 0.0)
+    terms = torch.where(small, q * _exp_rest(v), (r - q) - q * torch.where(small, 0.0, u))
+    empty = (log_q == float("-inf")).all(-1)  # a row without mass asks for nothing
+    return torch.where(empty, 0.0, torch.where(some, terms, r).sum(-1))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``x / max(|x|, eps)`` over the last dimension; rows that are too large to be squared are brought to the size of 1
+    before, by a power of 2."""
+    if not x.shape[-1]:
+        return x
+    top = x.detach().abs().amax(-1, keepdim=True)
+    limit = torch.finfo(x.dtype).max ** 0.5 / (x.shape[-1] + 1)
+    size = torch.where((top > limit) & (top < float("inf")), 2.0 ** top.log2().floor(), 1.0)
+    x = x / size
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=COSINE_EPS)
+
+
 def cosine_rows(a: Tensor, b: Tensor) -> Tensor:
     """``a . b / (max(|a|, eps) max(|b|, eps))`` over the last dimension."""
-    norms = [torch.linalg.vector_norm(v, dim=-1).clamp(min=COSINE_EPS) for v in (a, b)]
-    return (a * b).sum(-1) / (norms[0] * norms[1])
+    return (unit_rows(a) * unit_rows(b)).sum(-1)
 
 
 def divergence_rows(
@@ -130,7 +174,7 @@ def divergence_rows(
     elif divergence == "reverse_kl":
         loss = kl_rows(log_r, log_q)
     else:
-        log_m = safe_log(beta * log_q.exp() + (1 - beta) * log_r.exp())
+        log_m = log_mixture(log_q, log_r, beta)
         loss = beta * kl_rows(log_q, log_m) + (1 - beta) * kl_rows(log_r, log_m)
     return temperature**2 * loss
 

@@ -42,7 +42,7 @@ def attention_loss(
 
     Args:
         student_maps: ``[B, H_s, L_s, L_s]``, or a list of such layers.
-        teacher_maps: ``[B, H_t, L_t, L_t]``, or a list; the dtype and device of the student's.
+        teacher_maps: ``[B, H_t, L_t, L_t]``, or a list, on the device of the student's.
         pairs: P span pairs over positions ``b * L_s + i`` and ``b * L_t + j``.
         average_heads: average over the heads of each side first.
         backend: None or ``"reference"``.
@@ -104,7 +104,7 @@ def check_maps(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Both sides as layers ``[B, H, L, L]``, the teacher's detached."""
     students, teachers = _maps(student, "student"), _maps(teacher, "teacher")
-    checks.check_same_kind(students[0], "student", teachers[0], "teacher")
+    checks.check_sides(students[0], "student", teachers[0], "teacher")
     shape, other = tuple(students[0].shape), tuple(teachers[0].shape)
     if shape[0] != other[0]:
         raise ValueError(f"teacher: expected maps of {shape[0]} texts as student, got shape {other}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vocabdistil.alignment.spans import SpanPairs, check_pairs
 from vocabdistil.core import checks
-from vocabdistil.reference._common import COSINE_EPS, linear, pool_pairs, reduce_pairs, upcast
+from vocabdistil.reference._common import linear, pool_pairs, reduce_pairs, unit_rows, upcast
 
 
 def contrastive(
@@ -18,7 +18,7 @@ def contrastive(
     temperature: float = 1.0,
     negatives: int = -1,
     side: str = "student",
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
@@ -42,7 +42,7 @@ def contrastive(
 
     Args:
         student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``.
-        teacher: ``[N_t, D_t]`` or ``[B, L_t, D_t]``; the student's dtype and device.
+        teacher: ``[N_t, D_t]`` or ``[B, L_t, D_t]``, on the student's device.
         pairs: P span pairs over the flattened positions.
         temperature: T > 0, finite.
         negatives: K >= 1, or -1 for all others; with fewer than K others, all of them.
@@ -56,11 +56,12 @@ def contrastive(
         A scalar, or ``[P]`` for ``"none"``; float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        TypeError: a wrong type or dtype.
         ValueError: wrong shapes, names, devices, temperature, number of negatives, or pairs past the end of a
             side.
     """
     checks.check_reference_backend(backend)
+    weight, bias = checks.as_projection(weight, bias)
     student_rows, teacher_rows = check_contrastive_arguments(
         student, teacher, pairs, temperature, negatives, side, weight, bias, reduction
     )
@@ -68,7 +69,7 @@ def contrastive(
     if weight is not None:
         student_rows = linear(student_rows, weight, bias)
     anchor, other = (teacher_rows, student_rows) if side == "student" else (student_rows, teacher_rows)
-    scores = linear(normalise(anchor), normalise(other)) / temperature
+    scores = linear(unit_rows(anchor), unit_rows(other)) / temperature
     count = pairs.num_nonempty
     # A count on a device is not looked at: where too few are valid, others are drawn and left out.
     others = (len(pairs) if isinstance(count, Tensor) else count) - 1
@@ -93,7 +94,7 @@ def check_contrastive_arguments(
     """Returns both sides as rows ``[N, D]``, the teacher's detached."""
     checks.check_float(student, "student", dims=(2, 3))
     checks.check_float(teacher, "teacher", dims=(2, 3))
-    checks.check_same_kind(student, "student", teacher, "teacher")
+    checks.check_sides(student, "student", teacher, "teacher")
     student_rows, teacher_rows = student.flatten(0, -2), teacher.detach().flatten(0, -2)
     check_pairs(pairs, student_rows, teacher_rows)
     checks.check_projection(weight, bias, student, teacher)
@@ -105,10 +106,6 @@ def check_contrastive_arguments(
     if negatives != -1 and negatives < 1:
         raise ValueError(f"negatives: expected a number >= 1, or -1 for all, got {negatives}")
     return student_rows, teacher_rows
-
-
-def normalise(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=COSINE_EPS)
 
 
 def _draw(

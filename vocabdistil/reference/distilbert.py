@@ -66,7 +66,7 @@ def distilbert(
     ):
         checks.check_columns(a, f"student_{name}")
         checks.check_columns(b, f"teacher_{name}")
-        checks.check_same_kind(a, f"student_{name}", b, f"teacher_{name}")
+        checks.check_sides(a, f"student_{name}", b, f"teacher_{name}")
         if a.shape != b.shape:
             raise ValueError(
                 f"teacher_{name}: expected shape {tuple(a.shape)} as student_{name}, got {tuple(b.shape)}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.alignment.spans import SpanPairs, chosen_pairs
 from vocabdistil.core import checks
 from vocabdistil.core.checks import Matched
 from vocabdistil.reference._common import linear, pool_pairs, reduce_pairs, upcast
@@ -13,14 +13,16 @@ from vocabdistil.reference.matched_kl import check_matched_arguments, matched_id
 
 def linear_matched_kl(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     matched: Matched,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
@@ -40,9 +42,9 @@ def linear_matched_kl(
         student_hidden: ``[..., D_s]``, flattened to rows.
         student_weight, student_bias: ``[V_s, D_s]``, ``[V_s]`` or None; the dtype of the hidden states, or
             float32 with half-precision hidden states.
-        teacher_hidden: ``[..., D_t]``; the student's dtype and device.
+        teacher_hidden: ``[..., D_t]``, on the student's device.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
-        matched, pairs, temperature, unmatched, pooling, reduction, backend: as in `matched_kl`.
+        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, reduction, backend: as in `matched_kl`.
 
     Returns:
         As `matched_kl`. Gradients reach ``student_hidden``, ``student_weight`` and ``student_bias``.
@@ -51,14 +53,16 @@ def linear_matched_kl(
         TypeError, ValueError: as `matched_kl`; weights that do not fit the hidden states.
     """
     checks.check_reference_backend(backend)
+    student_weight, student_bias = checks.as_projection(student_weight, student_bias, "student_")
+    teacher_weight, teacher_bias = checks.as_projection(teacher_weight, teacher_bias, "teacher_")
     checks.check_columns(student_hidden, "student_hidden")
     checks.check_columns(teacher_hidden, "teacher_hidden")
-    checks.check_same_kind(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
+    checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
     check_output_layer(student_hidden, student_weight, student_bias, "student")
     check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
     student = upcast(student_hidden.flatten(0, -2))
     teacher = upcast(teacher_hidden.detach().flatten(0, -2))
-    check_row_pairs(pairs, student, teacher, "student_hidden", "teacher_hidden")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden")
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )
@@ -82,13 +86,14 @@ def linear_matched_kl(
     student = _logits(student, student_weight, student_bias, student_lengths)
     teacher = _logits(teacher, teacher_weight, teacher_bias, teacher_lengths)
     loss = matched_rows(student, teacher, student_ids, teacher_ids, temperature, unmatched)
-    return reduce_pairs(loss, valid, count, reduction)
+    return reduce_pairs(loss, valid, count, reduction, pair_weights)
 
 
 def check_output_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> None:
     name = f"{side}_weight"
     checks.check_float(weight, name, dims=(2,))
     checks.check_weight_dtype(weight, name, hidden)
+    checks.check_keepable(hidden, f"{side}_hidden", weight, bias)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{name}: expected shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.alignment.spans import SpanPairs, chosen_pairs
 from vocabdistil.core import checks
 from vocabdistil.core.checks import Matched
-from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
+from vocabdistil.reference._common import (
+    excess_rows,
+    kl_rows,
+    log_softmax,
+    pool_pairs,
+    reduce_pairs,
+    safe_log,
+    upcast,
+)
 
 
 def matched_kl(
@@ -17,6 +25,8 @@ def matched_kl(
     matched: Matched,
     *,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
@@ -47,10 +57,12 @@ def matched_kl(
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.
-        teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``; the student's dtype,
+        teacher_logits: ``[..., V_t]``; as many rows as the student without ``pairs``; on the student's
             device.
         matched: ``.student_ids`` and ``.teacher_ids``, int64 or int32 ``[V_m]``, distinct on each side.
         pairs: span pairs over the flattened rows, or None for row i with row i.
+        mask: bool or integers ``[...]``, beside no pairs: rows where it is 0 count for nothing.
+        pair_weights: ``[P]`` or None for 1.
         temperature: T > 0, finite.
         unmatched: ``"renormalize"``, ``"rest"`` or ``"drop"``.
         pooling: ``"mean"`` or ``"sum"``, used with ``pairs`` only.
@@ -61,7 +73,7 @@ def matched_kl(
         A scalar, or one loss per pair for ``"none"``; float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        TypeError: a wrong type or dtype.
         ValueError: wrong shapes, names, devices, temperature; ids outside the columns (looked at only in host
             memory); ``"rest"`` where the teacher has unmatched columns and the student has none (the loss
             would be infinite).
@@ -69,10 +81,10 @@ def matched_kl(
     checks.check_reference_backend(backend)
     checks.check_columns(student_logits, "student_logits")
     checks.check_columns(teacher_logits, "teacher_logits")
-    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )
@@ -86,7 +98,7 @@ def matched_kl(
         student, teacher, valid = pool_pairs(student, teacher, pairs, pooling)
         count = pairs.num_nonempty
     loss = matched_rows(student, teacher, student_ids, teacher_ids, temperature, unmatched)
-    return reduce_pairs(loss, valid, count, reduction)
+    return reduce_pairs(loss, valid, count, reduction, pair_weights)
 
 
 def check_matched_arguments(
@@ -132,7 +144,7 @@ def matched_rows(
         log_r = _with_rest(log_r, student_ids)
         log_q = _with_rest(log_q, teacher_ids)
     elif unmatched == "drop":
-        log_r, log_q = log_r[:, student_ids], log_q[:, teacher_ids]
+        return temperature**2 * excess_rows(log_q[:, teacher_ids], log_r[:, student_ids])
     return temperature**2 * kl_rows(log_q, log_r)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vocabdistil.alignment.spans import SpanPairs, text_pairs
 from vocabdistil.core import checks
@@ -19,7 +19,7 @@ def pooled_loss(
     *,
     divergence: str = "cosine",
     pooling: str = "mean",
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def pooled_loss(
 
     Args:
         student_hidden: ``[B, L_s, D_s]``.
-        teacher_hidden: ``[B, L_t, D_t]``; the dtype and device of the student.
+        teacher_hidden: ``[B, L_t, D_t]``, on the device of the student.
         student_mask, teacher_mask: bool or integers ``[B, L_s]``, ``[B, L_t]``, 0 for padding on either side of a text.
         divergence: ``"cosine"`` or ``"mse"``.
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vocabdistil.alignment.spans import SpanPairs, check_pairs
 from vocabdistil.core import checks
-from vocabdistil.reference._common import kl_rows, pool_pairs, reduce_pairs, upcast, valid_pairs
+from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, upcast, valid_pairs
 
 Kinds = Tensor | Sequence[Tensor]
 
@@ -43,7 +43,7 @@ def relation_loss(
     Args:
         student: ``[B, L_s, D_s]``, the states of one kind with the heads side by side, or a list of such tensors, one
             per kind, whose widths may differ; float32, float64, bfloat16 or float16.
-        teacher: ``[B, L_t, D_t]``, or as many such tensors; the student's dtype and device.
+        teacher: ``[B, L_t, D_t]``, or as many such tensors, on the student's device.
         pairs: P span pairs over the flattened positions; the spans of a pair lie in one text, the same on both sides
             (looked at only in host memory).
         heads: how many heads the states are cut into, whatever number the models have; divides every width.
@@ -54,7 +54,7 @@ def relation_loss(
         A scalar, or ``[P]`` for ``"none"``; float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        TypeError: a wrong type or dtype.
         ValueError: wrong shapes, names or devices, a width that ``heads`` does not divide, pairs past the end of a
             side or across texts.
     """
@@ -73,7 +73,7 @@ def relation_loss(
         grid = grid.view(batch, length, heads, width // heads).transpose(1, 2)
         with torch.autocast(rows.device.type, enabled=False):
             scores = grid @ grid.transpose(2, 3) / (width // heads) ** 0.5
-        return scores.masked_fill(~there, float("-inf")).log_softmax(-1)
+        return log_softmax(scores.masked_fill(~there, float("-inf")), 1.0)
 
     total = None
     for s, t in zip(students, teachers, strict=True):
@@ -114,7 +114,7 @@ def check_relation_arguments(
     if len(students) != len(teachers):
         raise ValueError(f"teacher: expected as many kinds as student ({len(students)}), got {len(teachers)}")
     s, t = students[0], teachers[0]
-    checks.check_same_kind(s, "student", t, "teacher")
+    checks.check_sides(s, "student", t, "teacher")
     if s.shape[0] != t.shape[0]:
         raise ValueError(f"teacher: expected as many texts as student ({s.shape[0]}), got {t.shape[0]}")
     check_pairs(pairs, s.flatten(0, 1), t.flatten(0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vocabdistil.alignment.spans import SpanPairs, check_row_pairs
+from vocabdistil.alignment.spans import SpanPairs, chosen_pairs
 from vocabdistil.core import checks
 from vocabdistil.core.checks import RemapLike
 from vocabdistil.reference._common import kl_rows, log_softmax, pool_pairs, reduce_pairs, safe_log, upcast
@@ -19,6 +19,8 @@ def remapped_kl(
     table: RemapLike,
     *,
     pairs: SpanPairs | None = None,
+    mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     combine: str = "sum",
     temperature: float = 1.0,
     reduction: str = "batchmean",
@@ -42,10 +44,12 @@ def remapped_kl(
 
     Args:
         student_logits: ``[..., V_s]``, flattened to rows.
-        teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows; the student's dtype,
+        teacher_logits: ``[..., V_t]``, at least as many columns as the table has rows; on the student's
             device.
         table: ``.indptr [rows + 1]`` and ``.ids [nnz]``, int32 or int64.
         pairs: span pairs over the flattened rows, or None for row i with row i.
+        mask: bool or integers ``[...]``, beside no pairs: rows where it is 0 count for nothing.
+        pair_weights: ``[P]`` or None for 1.
         combine: ``"sum"`` or ``"logsumexp"``.
         temperature: T > 0, finite; divides the combined logits.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
@@ -55,17 +59,17 @@ def remapped_kl(
         A scalar, or one loss per pair for ``"none"``; float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        TypeError: a wrong type or dtype.
         ValueError: wrong shapes, names, devices, temperature; ids outside the student's columns (looked at
             only in host memory).
     """
     checks.check_reference_backend(backend)
     checks.check_columns(student_logits, "student_logits")
     checks.check_columns(teacher_logits, "teacher_logits")
-    checks.check_same_kind(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    check_row_pairs(pairs, student, teacher, "student_logits", "teacher_logits")
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)
@@ -80,7 +84,7 @@ def remapped_kl(
     mapped = lengths.nonzero()[:, 0]
     log_r = log_softmax(_combine(student, table, lengths[mapped], combine), temperature)
     log_q = log_softmax(teacher[:, mapped], temperature)
-    return reduce_pairs(temperature**2 * kl_rows(log_q, log_r), valid, count, reduction)
+    return reduce_pairs(temperature**2 * kl_rows(log_q, log_r), valid, count, reduction, pair_weights)
 
 
 def _combine(logits: Tensor, table: RemapLike, lengths: Tensor, combine: str) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vocabdistil.core import checks
-from vocabdistil.reference._common import linear, upcast
-from vocabdistil.reference.contrastive import normalise
+from vocabdistil.reference._common import linear, unit_rows, upcast
 
 
 def similarity_loss(student: Tensor, teacher: Tensor, *, backend: str | None = None) -> Tensor:
@@ -26,7 +25,7 @@ def similarity_loss(student: Tensor, teacher: Tensor, *, backend: str | None = N
 
     Args:
         student: ``[B, D_s]``, say the pooled vectors of B texts.
-        teacher: ``[B, D_t]``; the dtype and device of the student.
+        teacher: ``[B, D_t]``, on the device of the student.
         backend: None or ``"reference"``.
 
     Returns:
@@ -38,13 +37,13 @@ def similarity_loss(student: Tensor, teacher: Tensor, *, backend: str | None = N
     """
     checks.check_reference_backend(backend)
     check_similarity(student, teacher)
-    s, t = normalise(upcast(student)), normalise(upcast(teacher.detach()))
+    s, t = unit_rows(upcast(student)), unit_rows(upcast(teacher.detach()))
     return (linear(s, s) - linear(t, t)).square().sum() / max(len(s) ** 2, 1)
 
 
 def check_similarity(student: Tensor, teacher: Tensor) -> None:
     checks.check_float(student, "student", dims=(2,))
     checks.check_float(teacher, "teacher", dims=(2,))
-    checks.check_same_kind(student, "student", teacher, "teacher")
+    checks.check_sides(student, "student", teacher, "teacher")
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: expected {student.shape[0]} rows as student, got {teacher.shape[0]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vocabdistil.alignment.spans import SpanPairs, check_pair_weights, check_pairs
 from vocabdistil.core import checks
@@ -14,10 +14,11 @@ from vocabdistil.core.checks import (
     LayerWeights,
     check_beta,
     check_choice,
+    check_keepable,
     check_layer_weights,
     check_layers,
     check_projection,
-    check_same_kind,
+    check_sides,
     check_temperature,
 )
 from vocabdistil.reference._common import divergence_rows, linear, pool_pairs, reduce_pairs, weighted_mean
@@ -30,7 +31,7 @@ def span_loss(
     *,
     divergence: str = "kl",
     temperature: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     beta: float = 0.5,
@@ -68,7 +69,7 @@ def span_loss(
 
     Args:
         student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``, or a list of such layers.
-        teacher: ``[N_t, D_t]`` or ``[B, L_t, D_t]``, or a list; the dtype and device of the student.
+        teacher: ``[N_t, D_t]`` or ``[B, L_t, D_t]``, or a list, on the device of the student.
         pairs: P span pairs over the flattened positions.
         divergence: ``"kl"``, ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
         temperature: T > 0, finite; no effect on ``mse`` and ``cosine``.
@@ -86,10 +87,11 @@ def span_loss(
         A scalar, or ``[P]`` for ``"none"``; float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: a wrong type or dtype, student and teacher of different dtypes.
+        TypeError: a wrong type or dtype.
         ValueError: wrong shapes, names, devices, temperature, beta, or pairs past the end of a side.
     """
     checks.check_reference_backend(backend)
+    weight, bias = checks.as_projection(weight, bias)
     students, teachers = check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
@@ -110,7 +112,7 @@ def span_kl(
     pairs: SpanPairs,
     *,
     temperature: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Tensor | nn.Linear | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     pooling: str = "mean",
@@ -155,12 +157,14 @@ def check_span_loss(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """All that span_loss checks, for every implementation; returns both sides as layers ``[N, D]``."""
     students, teachers = check_layers(student, "student"), check_layers(teacher, "teacher")
-    check_same_kind(students[0], "student", teachers[0], "teacher")
+    check_sides(students[0], "student", teachers[0], "teacher")
+    for layer in teachers:
+        check_keepable(layer, "teacher", *students, weight, pair_weights, student_layer_weights, teacher_layer_weights)
     check_layer_weights(student_layer_weights, students, "student_layer_weights")
     check_layer_weights(teacher_layer_weights, teachers, "teacher_layer_weights")
     check_pairs(pairs, students[0], teachers[0])
     check_projection(weight, bias, students[0], teachers[0])
-    check_pair_weights(pair_weights, pairs, students[0])
+    check_pair_weights(pair_weights, len(pairs), students[0])
     check_choice(divergence, "divergence", DIVERGENCES)
     check_choice(pooling, "pooling", POOLINGS)
     check_choice(reduction, "reduction", REDUCTIONS)

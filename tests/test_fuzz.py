@@ -61,7 +61,7 @@ def run_under_sanitizers(tmp_path: Path, sources: list[str], options: list[str])
 
 
 def test_alignments(tmp_path: Path) -> None:
-    names = ("remap", "match", "boundary", "locate", "words")
+    names = ("remap", "match", "boundary", "layout", "locate", "words")
     run_under_sanitizers(tmp_path, ["tests/native/fuzz_remap.cpp", *(f"csrc/remap/{n}.cpp" for n in names)], [])
 
 

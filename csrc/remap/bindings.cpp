@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
 #include <map>
 #include <memory>
+#include <set>
 
 #include "../parallel.h"
 #include "../block.h"
@@ -109,16 +111,27 @@ MatchArgs match_args(uintptr_t teacher_ids, uintptr_t student_ids, uintptr_t tea
           threads};
 }
 
-using Fold = std::pair<uint32_t, std::vector<std::string>>;
-
-std::shared_ptr<Surfaces> surfaces(const py::list& tokens, const py::bytes& kinds, bool skips,
-                                   const std::vector<Fold>& folds, const std::string& mark) {
+std::shared_ptr<Surfaces> surfaces(const py::list& tokens, const py::bytes& kinds,
+                                   std::vector<std::pair<uint32_t, std::string>> spaces, bool bytes, bool folds,
+                                   bool drops_unknown, bool whole_words) {
   std::vector<std::string_view> views;
   views.reserve(tokens.size());
   for (const auto& token : tokens) views.emplace_back(token.cast<std::string_view>());
   const std::string_view flags = kinds;
-  return std::make_shared<Surfaces>(views, std::vector<uint8_t>(flags.begin(), flags.end()), skips,
-                                    folds.empty() ? Folds() : Folds(folds), mark);
+  return std::make_shared<Surfaces>(
+      views, std::vector<uint8_t>(flags.begin(), flags.end()),
+      Surfaces::Habits{std::move(spaces), bytes, folds, drops_unknown, whole_words});
+}
+
+// What becomes of each character of a page, and its decomposition.
+using FoldPage = std::vector<std::pair<std::vector<std::string>, std::string>>;
+
+void add_folds(Surfaces& surfaces, uint32_t number, FoldPage chars) {
+  Folds::Page page;
+  for (size_t i = 0; i < std::min(page.size(), chars.size()); ++i) {
+    page[i] = {std::move(chars[i].first), std::move(chars[i].second)};
+  }
+  surfaces.folds().add(number, std::move(page));
 }
 
 int32_t to_int(PyObject* value) {
@@ -190,20 +203,23 @@ int64_t bad_text(const py::list& texts) {
 // One side of a batch: what a tokenizer made of each text, located in it.
 class Side {
  public:
-  Side(std::shared_ptr<const Surfaces> surfaces, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
-       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool words_at_spaces,
+  // ask: page -> FoldPage
+  Side(std::shared_ptr<Surfaces> surfaces, py::function ask, int64_t rows, const std::tuple<int64_t, int64_t>& ends,
+       std::vector<std::pair<int32_t, int32_t>> kinds, int64_t max_length, bool keep_last, bool words_at_spaces,
        const py::bytes& places, std::shared_ptr<const WordPattern> pattern)
       : surfaces_(std::move(surfaces)),
-        rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces},
+        ask_(std::move(ask)),
+        rules_{std::get<0>(ends), std::get<1>(ends), std::move(kinds), max_length, words_at_spaces, keep_last},
         places_(places),
         pattern_(std::move(pattern)),
         rows_(static_cast<size_t>(rows)) {}
 
   // Reads the given rows of the texts, each with its encoding by `tokenizers`: with `words`, also what it says of
-  // words; with `offsets`, where the tokens do not spell a text or tell its words, what it says of both. Returns the
-  // rows where they do not; without offsets these have not been read.
+  // words; with `spell`, by what the tokens spell; with `offsets`, where they were not to or do not spell a text or
+  // tell its words, by what it says of both. Returns the rows where they do not; without offsets these have not been
+  // read.
   std::vector<int64_t> read(const py::list& texts, const std::vector<int64_t>& rows, const py::list& encodings,
-                            bool words, bool offsets, int threads) {
+                            bool words, bool spell, bool offsets, int threads) {
     if (encodings.size() != rows.size()) throw py::index_error("encodings: expected one per row");
     const py::str ids_name = interned("ids"), words_name = interned("word_ids"), offsets_name = interned("offsets");
     std::vector<Reading> readings(rows.size());
@@ -219,7 +235,8 @@ class Side {
       if (words) reading.words = to_ints(list_of(encoding, words_name));
       all[r] = r;
     }
-    const std::vector<size_t> left = locate_rows(rows, all, readings, threads, !places_.empty());
+    std::vector<size_t> left = all;
+    if (spell) left = locate_rows(rows, all, readings, threads, !places_.empty());
     std::vector<int64_t> missing;
     for (const size_t r : left) missing.push_back(rows[r]);
     if (!offsets || left.empty()) return missing;
@@ -262,12 +279,13 @@ class Side {
     spans.reserve(rows_.size());
     for (const LocatedRow& row : rows_) {
       spans.push_back({row.start.data(), row.end.data(), 1, static_cast<int64_t>(row.ids.size()), row.lead, row.trail,
-                       row.limit});
+                       row.limit, row.floor});
     }
     return spans;
   }
 
   py::tuple row(size_t b) const { return py::make_tuple(rows_.at(b).start, rows_.at(b).end, rows_.at(b).limit); }
+  int32_t floor(size_t b) const { return rows_.at(b).floor; }
 
   // Bytes of the texts, white space left out: all of them, and those inside the spans [start, end) of tokens, which
   // ascend. Tokens may share bytes; each counts once.
@@ -308,25 +326,39 @@ class Side {
  private:
   // Locates readings[r] for each of `which`; returns those that were not found. tell: the words are what the tokens
   // tell, and a text where they do not is not found.
-  std::vector<size_t> locate_rows(const std::vector<int64_t>& rows, const std::vector<size_t>& which,
+  std::vector<size_t> locate_rows(const std::vector<int64_t>& rows, std::vector<size_t> which,
                                   std::vector<Reading>& readings, int threads, bool tell) {
-    std::vector<uint8_t> found(which.size());
-    py::gil_scoped_release nogil;
-    parallel_for(static_cast<int64_t>(which.size()), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Reading& reading = readings[which[i]];
-        found[i] = (!tell || number_words(*surfaces_, places_, pattern_.get(), rules_, reading.ids, reading.words)) &&
-                   locate(*surfaces_, rules_, reading, rows_[rows[which[i]]]);
-      }
-    });
     std::vector<size_t> left;
-    for (size_t i = 0; i < which.size(); ++i) {
-      if (!found[i]) left.push_back(which[i]);
+    while (!which.empty()) {
+      std::vector<uint8_t> found(which.size());
+      {
+        py::gil_scoped_release nogil;
+        parallel_for(static_cast<int64_t>(which.size()), threads, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            Reading& reading = readings[which[i]];
+            reading.asked.clear();
+            found[i] = (!tell || number_words(*surfaces_, places_, pattern_.get(), rules_, reading.ids, reading.words)) &&
+                       locate(*surfaces_, rules_, reading, rows_[rows[which[i]]]);
+          }
+        });
+      }
+      std::vector<size_t> again;
+      std::set<uint32_t> asked;
+      for (size_t i = 0; i < which.size(); ++i) {
+        if (found[i]) continue;
+        const std::vector<uint32_t>& pages = readings[which[i]].asked;
+        asked.insert(pages.begin(), pages.end());
+        (pages.empty() ? left : again).push_back(which[i]);
+      }
+      for (const uint32_t page : asked) add_folds(*surfaces_, page, ask_(page).cast<FoldPage>());
+      which = std::move(again);
     }
+    std::sort(left.begin(), left.end());
     return left;
   }
 
-  std::shared_ptr<const Surfaces> surfaces_;
+  std::shared_ptr<Surfaces> surfaces_;
+  py::function ask_;
   Rules rules_;
   std::string places_;  // of each id in words; empty: words are not asked for in this way
   std::shared_ptr<const WordPattern> pattern_;
@@ -419,13 +451,14 @@ void bind_remap(py::module_& module) {
         return py::cast(ends);
       });
   py::class_<Side>(module, "Side")
-      .def(py::init<std::shared_ptr<const Surfaces>, int64_t, const std::tuple<int64_t, int64_t>&,
-                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, const py::bytes&,
+      .def(py::init<std::shared_ptr<Surfaces>, py::function, int64_t, const std::tuple<int64_t, int64_t>&,
+                    std::vector<std::pair<int32_t, int32_t>>, int64_t, bool, bool, const py::bytes&,
                     std::shared_ptr<const WordPattern>>())
       .def("read", &Side::read)
       .def("length", &Side::length)
       .def("write", &Side::write)
       .def("row", &Side::row)
+      .def("floor", &Side::floor)
       .def("bytes", &Side::bytes);
   module.def("align_sides", [](const Side& teacher, const Side& student, int64_t teacher_length,
                                int64_t student_length, int threads) {

@@ -71,8 +71,24 @@ void pair_kinds(const TokenSpans& teacher, int64_t i, int64_t i_end, const Token
   }
 }
 
+// Passes over what lies across the end of the tokens that were cut off at the beginning of either side.
+bool leave_floor(Cursor& t, Cursor& s) {
+  int32_t reach = std::max(t.side.floor, s.side.floor);
+  for (bool more = reach > 0; more;) {
+    more = false;
+    for (Cursor* side : {&t, &s}) {
+      while (side->i < side->stop && side->start(side->i) < reach) {
+        side->advance();
+        reach = std::max(reach, side->to);
+        more = true;
+      }
+    }
+  }
+  return t.advance() && s.advance();
+}
+
 void pair_text(Cursor t, Cursor s, Writer& writer) {
-  if (!t.advance() || !s.advance()) return;
+  if (!leave_floor(t, s)) return;
   // Both cursors stand behind a common boundary here. A boundary is anywhere in the gap between two units, so a unit
   // that lies in a gap of the other side has a common boundary on either end: it is a piece of its own, in no pair.
   for (;;) {

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "layout.h"
+
 namespace vocabdistil {
 
 // The tokens of one sequence. A token of the template (CLS, SEP, ...) has start -1 and its kind as its end: two
@@ -21,7 +23,8 @@ struct TokenSpans {
   int64_t stride;  // items from one token to the next, in start and in end
   int64_t size;
   int64_t lead, trail;  // template tokens before and after the text
-  int32_t limit = std::numeric_limits<int32_t>::max();  // where the first token begins that was cut off
+  int32_t limit = std::numeric_limits<int32_t>::max();  // where the first token begins that was cut off at the end
+  int32_t floor = 0;                                    // where the last one ends that was cut off at the beginning
 };
 
 // Pairs of one text, at most min(teacher.size, student.size): student_start, student_end, teacher_start, teacher_end
@@ -64,74 +67,7 @@ SideCoverage cover(const int64_t* ids, const int64_t* mask, int64_t size, const 
                    const int32_t* other_start, const int32_t* other_end, int64_t count, int64_t unknown_id,
                    size_t examples);
 
-// What a character may have become before the model saw it: alternatives in UTF-8, tried in order; "" is a character
-// that was dropped.
-class Folds {
- public:
-  Folds() = default;
-  explicit Folds(const std::vector<std::pair<uint32_t, std::vector<std::string>>>& folds);
-  bool empty() const { return list_.empty(); }
-  const std::string* begin(uint32_t c) const { return list_.data() + first(c); }
-  const std::string* end(uint32_t c) const { return list_.data() + (c < 0x10000 && !first_.empty() ? first_[c + 1] : 0); }
-
- private:
-  size_t first(uint32_t c) const { return c < 0x10000 && !first_.empty() ? first_[c] : 0; }
-  std::vector<uint32_t> first_;
-  std::vector<std::string> list_;
-};
-
-// The text that each token of a vocabulary stands for.
-class Surfaces {
- public:
-  enum Kind : uint8_t {
-    kUnknown,  // stands for text that its string does not tell (UNK, a hole of the vocabulary)
-    kText,     // whole characters
-    kBytes,    // bytes, maybe parts of characters
-  };
-
-  // skips: white space may be missing between tokens. mark: what a space is inside tokens, or empty.
-  Surfaces(const std::vector<std::string_view>& surfaces, const std::vector<uint8_t>& kinds, bool skips, Folds folds,
-           std::string_view mark = {});
-
-  // Finds the tokens ids[0...size) in text[from, to) by what they stand for, without knowing their offsets: true if
-  // they spell all of it, in which case there is only one way to lay them out. `inserted`: the first token starts
-  // with a space that is not in the text.
-  bool spell(std::string_view text, int64_t from, int64_t to, const int32_t* ids, int64_t size, bool inserted,
-             int32_t* start, int32_t* end) const;
-
-  // Makes byte-exact spans of approximate ones: start and end hold what a tokenizer reports (whole characters; white
-  // space trimmed or not; all tokens of an unknown run with the offsets of the run; composed characters without what
-  // follows their first). Tokens that no byte boundary separates get equal spans. Text between tokens that is not
-  // white space belongs to the token before it.
-  void refine(std::string_view text, const int32_t* ids, int64_t size, int32_t* start, int32_t* end) const;
-
-  bool known(int32_t id) const {
-    return static_cast<uint32_t>(id) < kinds_.size() && kinds_[static_cast<uint32_t>(id)] != kUnknown;
-  }
-  // Of a known token.
-  std::string_view surface(int32_t id) const {
-    return {bytes_.data() + bounds_[id], static_cast<size_t>(bounds_[id + 1] - bounds_[id])};
-  }
-
- private:
-  // Whether the space that byte-level token k begins with is not in the text at `at`, where the added token before it
-  // ends: some tokenizers put one before every text between added tokens.
-  bool puts_space(std::string_view text, int64_t at, const int32_t* ids, int64_t k) const;
-
-  // Lays `count` unknown tokens in a row out at text[at]: one over all characters there that no token has, or one on
-  // each. False where neither fits.
-  bool spell_unknown(std::string_view text, int64_t at, int64_t count, int32_t* start, int32_t* end) const;
-
-  std::string bytes_;
-  std::vector<int64_t> bounds_;
-  std::vector<uint8_t> kinds_;
-  std::vector<bool> chars_;  // those that any token has
-  bool skips_;
-  bool marked_;  // spaces are parts of tokens
-  Folds folds_;
-};
-
-// Character offsets of `text` -> byte offsets, in place; an offset past the end becomes the end.
+// Character offsets of `text` -> byte offsets, in place: within the text, none ending before it starts.
 void chars_to_bytes(std::string_view text, int32_t* start, int32_t* end, int64_t size);
 
 // One side of a batch: token ids and where they lie in the texts.
@@ -139,14 +75,16 @@ struct LocatedRow {
   std::vector<int32_t> ids, start, end;
   int64_t lead = 0, trail = 0;
   int32_t limit = std::numeric_limits<int32_t>::max();
+  int32_t floor = 0;
 };
 
 // A tokenizer's report on one text, template tokens included.
 struct Reading {
   std::string_view text;
   std::vector<int32_t> ids;
-  std::vector<int32_t> start, end;  // in characters, or empty: not known
+  std::vector<int32_t> start, end;  // in characters, or empty: the tokens must spell the text
   std::vector<int32_t> words;       // the word of each token, or empty: every token by itself; -1: no word
+  std::vector<uint32_t> asked;      // pages of Folds that have to be there first
 };
 
 // How the texts of a batch are read.
@@ -156,9 +94,11 @@ struct Rules {
   std::vector<std::pair<int32_t, int32_t>> kinds;
   int64_t max_length;    // < 0: no limit
   bool words_at_spaces;  // the tokens between two white spaces are one word
+  bool keep_last = false;  // of what is too long, not the beginning
 };
 
-// False, and the reading is as it was, if the tokens do not spell the text and no offsets are given; else it is used up.
+// False, and ids and offsets are as they were, if the tokens do not spell the text and no offsets are given, or if
+// characters have to be asked for; else the reading is used up.
 bool locate(const Surfaces& surfaces, const Rules& rules, Reading& reading, LocatedRow& row);
 
 }  // namespace vocabdistil

@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import match_rule, russian_text, small_text, train
 from vocabdistil.alignment.align import align
-from vocabdistil.alignment.families import encode
+from vocabdistil.alignment.families import encode, template_ends
 from vocabdistil.alignment.methods import match_pairs
 from vocabdistil.alignment.remap import RemapTable
 from vocabdistil.alignment.spans import SpanPairs
 from vocabdistil.alignment.surfaces import known
-from vocabdistil.alignment.vocab import MatchedVocab
+from vocabdistil.alignment.vocab import MatchedVocab, matched_ids
+from vocabdistil.core.errors import VocabdistilError
 
 
 def positions(pairs: SpanPairs) -> list[tuple[int, int]]:
@@ -191,6 +196,49 @@ def test_cut_as_the_tokenizer_cuts(name: str) -> None:
         assert encode(tokenizer, lines, "teacher", limit) == want
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_cut_at_the_beginning_as_the_tokenizer_cuts(name: str) -> None:
+    raw = Tokenizer.from_str(family(name).to_str())
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=family(name), truncation_side="left")
+    lines = [*SCRIPTS, "", "a"]
+    for limit in (2, 3, 7):
+        raw.enable_truncation(limit, direction="left")
+        want = [encoding.ids for encoding in raw.encode_batch(lines)]
+        assert encode(raw, lines, "teacher", limit) == encode(fast, lines, "teacher", limit) == want
+        for side in (raw, fast):
+            for method in ("boundary", "word", "match"):
+                batch = align(lines, side, family("wordpiece"), method, (limit, None))
+                kept = batch.teacher.attention_mask.bool()
+                assert [ids[mask].tolist() for ids, mask in zip(batch.teacher.input_ids, kept, strict=True)] == want
+    assert raw.truncation["direction"] == "left"
+
+
+@pytest.mark.parametrize("teacher", ["wordpiece", "byte-level", "llama", "unigram NFKC"])
+@pytest.mark.parametrize("method", ["boundary", "word"])
+def test_pairs_of_what_is_left_are_those_of_the_whole_text(teacher: str, method: str) -> None:
+    """Cut at the beginning: of the pairs of the whole text those whose tokens are all there."""
+    sides = [
+        transformers.PreTrainedTokenizerFast(tokenizer_object=family(name), truncation_side="left")
+        for name in (teacher, "byte-level small")
+    ]
+    for line in [*SCRIPTS, "Walking home, it's 12 walks", "語" * 9, "walk " * 9]:
+        whole = align([line], *sides, method)
+        lengths = whole.teacher.input_ids.shape[1], whole.student.input_ids.shape[1]
+        for limits in ((7, 9), (9, 5), (12, 12), (None, 8)):
+            cut = align([line], *sides, method, limits)
+            fields = ("teacher_start", "teacher_end", "student_start", "student_end")
+            rows = [list(zip(*(getattr(p, f).tolist() for f in fields), strict=True)) for p in (whole.pairs, cut.pairs)]
+            gone = lengths[0] - cut.teacher.input_ids.shape[1], lengths[1] - cut.student.input_ids.shape[1]
+            leads = [template_ends(side.backend_tokenizer, [])[0] for side in sides]
+            want = []
+            for a, b, c, d in rows[0]:
+                if b <= leads[0] and d <= leads[1]:
+                    want.append((a, b, c, d))
+                elif a - gone[0] >= leads[0] and c - gone[1] >= leads[1]:
+                    want.append((a - gone[0], b - gone[0], c - gone[1], d - gone[1]))
+            assert rows[1] == want, (line, limits)
+
+
 def swap(tokenizer: Tokenizer) -> None:
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     count = len(vocab)
@@ -231,7 +279,6 @@ def test_a_changed_tokenizer_is_read_again(change: Callable[[Tokenizer], None]) 
 
 
 def test_align_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
     texts = small_text(8)
     raw, student = train(texts, 300), train(texts, 100)
     fast = transformers.PreTrainedTokenizerFast(
@@ -365,3 +412,95 @@ def test_lengths_that_no_text_reaches_limit_nothing(method: str) -> None:
         assert torch.equal(batch.student.input_ids, free.student.input_ids)
         assert torch.equal(batch.pairs.student_end, free.pairs.student_end)
     assert align(texts, side, side, method, np.int64(4)).teacher.input_ids.shape[1] == 4
+
+
+def test_a_side_is_a_mapping() -> None:
+    texts = small_text(4)
+    teacher, student = train(texts, 300), train(texts, 100)
+    batch = align(texts, teacher, student)
+    for side in (batch.teacher, batch.student):
+        assert dict(side) == {"input_ids": side.input_ids, "attention_mask": side.attention_mask}
+        assert side["input_ids"] is side.input_ids and list(side) == ["input_ids", "attention_mask"]
+        assert side.get("labels") is None and "labels" not in side and "to" not in side and len(side) == 2
+        with pytest.raises(KeyError, match="pairs"):
+            side["pairs"]
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    assert transformers.BertModel(config)(**batch.teacher).last_hidden_state.shape[:2] == batch.teacher.input_ids.shape
+    assert type(batch.to("meta").teacher) is type(batch.teacher)
+
+
+def test_a_template_of_ids_that_are_no_tokens_is_refused() -> None:
+    good, bad = train(small_text(20), 100), train(small_text(20), 100)
+    ids = [("[CLS]", 2), ("[X]", 777)]
+    bad.post_processor = processors.TemplateProcessing(single="[CLS] $A [X]", special_tokens=ids)
+    for method in ("boundary", "word", "match", "reduce"):
+        for sides, name in (((bad, good), "teacher"), ((good, bad), "student")):
+            with pytest.raises(ValueError, match=f"^{name}: expected a tokenizer whose template .* got id 777"):
+                align(["walk"], *sides, method)
+    bad.post_processor = good.post_processor
+    assert align(["walk"], bad, good).coverage.pairs
+
+
+def test_many_tokenizers_in_turn_are_read_once(monkeypatch) -> None:
+    texts = small_text(20)
+    raw = [train(texts, 60 + n) for n in range(12)]
+    sides = [*raw, *(transformers.PreTrainedTokenizerFast(tokenizer_object=one) for one in raw)]
+    before = [known(side, "teacher") for side in sides]
+    for side in sides:
+        align(texts[:2], side, raw[0])
+    matched = [matched_ids(one, before[0]) for one in before]
+    assert [known(side, "teacher") for side in sides] == before
+    assert all(a is matched_ids(one, before[0]) for a, one in zip(matched, before, strict=True))
+
+
+def test_what_is_known_of_a_tokenizer_of_transformers_goes_with_it() -> None:
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=train(small_text(20), 80))
+    found = weakref.ref(known(fast, "teacher"))
+    del fast
+    gc.collect()
+    assert found() is None
+
+
+def test_names_of_folders(tmp_path) -> None:
+    texts = small_text(20)
+    sides = [
+        transformers.PreTrainedTokenizerFast(tokenizer_object=train(texts, size), unk_token="[UNK]")
+        for size in (300, 100)
+    ]
+    for name, side in zip(("teacher", "student"), sides, strict=True):
+        side.save_pretrained(tmp_path / name)
+    places = str(tmp_path / "teacher"), tmp_path / "student"
+    want = align(texts, *sides)
+    for method in ("boundary", "word", "match", "reduce"):
+        ours, theirs = align(texts, *places, method), align(texts, *sides, method)
+        assert torch.equal(ours.student.input_ids, theirs.student.input_ids)
+        assert torch.equal(ours.pairs.student_end, theirs.pairs.student_end)
+    assert RemapTable.from_tokenizers(*places) == RemapTable.from_tokenizers(*sides)
+    pairs = [MatchedVocab.from_tokenizers(*both) for both in (places, sides)]
+    assert torch.equal(pairs[0].teacher_ids, pairs[1].teacher_ids)
+    assert vd.coverage(texts, *places).as_dict() == vd.coverage(texts, *sides).as_dict()
+    collator = vd.AlignmentCollator(*places)
+    assert torch.equal(collator(texts)["student"]["input_ids"], want.student.input_ids)
+    assert known(places[0], "teacher") is known(places[0], "teacher")
+    sides[1].save_pretrained(tmp_path / "teacher")  # another one in its place
+    assert align(texts, *places).coverage == align(texts, sides[1], sides[1]).coverage
+    for place, message in (
+        (tmp_path / "nowhere", "teacher: no such folder"),
+        (tmp_path, "teacher: no tokenizer in"),
+        ("no-such-model-here", "teacher: cannot load a tokenizer from no-such-model-here"),
+    ):
+        with pytest.raises(VocabdistilError, match=message):
+            align(texts, place, sides[1])
+
+
+def test_texts_in_words() -> None:
+    teacher, student = family("byte-level"), family("wordpiece")
+    words = [["It's", "quiet", "here", "."], [], ["walk"]]
+    for method in ("boundary", "word", "match", "reduce"):
+        ours, theirs = (align(texts, teacher, student, method) for texts in (words, [" ".join(w) for w in words]))
+        assert torch.equal(ours.teacher.input_ids, theirs.teacher.input_ids)
+        assert torch.equal(ours.pairs.student_start, theirs.pairs.student_start)
+    with pytest.raises(TypeError, match=r"^texts\[1\]: expected a string, got list"):
+        align(["a", ["b", 3]], teacher, student)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,8 +209,101 @@ def test_trains_in_a_trainer(tmp_path, kind: str) -> None:
         dataloader_num_workers=1 if kind == "list" else 0,
     )
     collator = AlignmentCollator(teacher, student, max_length=32, mlm_probability=0.15)
-    Distiller(model=model, args=arguments, train_dataset=dataset, data_collator=collator).train()
+    trainer = Distiller(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
+    trainer.train()
     assert len(seen) == 12 and sum(seen[-3:]) < 0.7 * sum(seen[:3])
+    if kind != "streaming":
+        before = len(seen)
+        # Whatever the student's class and the collator: neither labels nor a loss are there but that of compute_loss.
+        for masked in (0.0, 0.15):
+            trainer.data_collator = AlignmentCollator(teacher, student, max_length=32, mlm_probability=masked)
+            for names in (["labels"], []):
+                trainer.label_names = names
+                metrics = trainer.evaluate(eval_dataset=dataset)
+                assert 0 < metrics["eval_loss"] < sum(seen[:3]) / 3
+        assert len(seen) > before + 8
+
+
+def features_with(**columns: list) -> list[dict[str, object]]:
+    count = len(next(iter(columns.values())))
+    return [{"text": TEXTS[i], **{name: values[i] for name, values in columns.items()}} for i in range(count)]
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_other_columns_pass_through(of_rows: bool) -> None:
+    teacher, student = family("byte-level"), family("wordpiece")
+    collator = AlignmentCollator(teacher, student, mlm_probability=0.1)
+    columns = {
+        "label": [2, 0, 1], "score": [0.5, 1, 2], "flag": [True, False, True], "id": ["a", "b", "c"],
+        "vector": [np.ones(2, np.float32)] * 3, "tensor": [torch.eye(2)] * 3, "ragged": [[1], [1, 2], []],
+        "none": [None] * 3,
+    }  # fmt: skip
+    features = features_with(**columns)
+    if of_rows:
+        rows = rows_of(vd.align(TEXTS[:3], teacher, student))
+        features = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(rows)]
+    batch = collator(features)
+    for name, value in (
+        ("labels", torch.tensor([2, 0, 1])), ("score", torch.tensor([0.5, 1.0, 2.0])),
+        ("flag", torch.tensor([1, 0, 1])), ("vector", torch.ones(3, 2)), ("tensor", torch.eye(2).expand(3, 2, 2)),
+    ):  # fmt: skip
+        assert same(batch[name], value), name
+    assert batch["id"] == ["a", "b", "c"] and batch["ragged"] == [[1], [1, 2], []] and batch["none"] == [None] * 3
+    assert not same(batch["student"]["labels"], batch["labels"]) and batch.get("labels") is batch["labels"]
+    moved = batch.to("meta")
+    assert moved["labels"].device.type == "meta" and moved["id"] == batch["id"]
+    assert batch.keys() == {"teacher", "student", "pairs", "labels", *columns} - {"label"}
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "label_ids"])
+def test_labels_of_words_are_padded(name: str) -> None:
+    collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
+    batch = collator(features_with(**{name: [[3, 4], [5], []]}))
+    assert batch["labels"].tolist() == [[3, 4], [5, -100], [-100, -100]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_texts_in_words_tell_the_words_of_tokens(teacher: str, student: str, method: str) -> None:
+    teacher, student = family(teacher), family(student)
+    texts = [["walk", "home", ",", "déjà"], ["東京", "a", "b"], [], ["walk"]]
+    whole = [" ".join(words) for words in texts]
+    collator = AlignmentCollator(teacher, student, method, (14, 12), pad_to_multiple_of=4)
+    batch = collator([{"text": words, "labels": list(range(len(words)))} for words in texts])
+    plain = collator(whole)
+    assert all(same(batch[name], plain[name]) for name in plain) and "teacher_words" not in plain
+    assert same(batch["teacher_words"], collator(texts)["teacher_words"])
+    for name, side in (("teacher", teacher), ("student", student)):
+        ids, of = batch[name]["input_ids"], batch[f"{name}_words"]
+        assert of.shape == ids.shape and of.dtype == torch.int64
+        for b, words in enumerate(texts):
+            told = of[b][of[b] >= 0].tolist()
+            assert told == sorted(told)
+            if name == "student" and method == "reduce":
+                continue
+            left_out = set(range(len(words))) - set(told)
+            assert not left_out or min(left_out) > max(told, default=-1)  # cut off
+            alone = side.encode(whole[b]).special_tokens_mask
+            assert all(w < 0 for w, special in zip(of[b].tolist(), alone, strict=False) if special)
+    if method == "reduce":
+        of, by = batch["teacher_words"].flatten(), batch["student_words"].flatten()
+        fields = (getattr(batch["pairs"], name).tolist() for name in (*SPANS[2:], SPANS[0]))
+        for start, end, at in zip(*fields, strict=True):
+            assert set(by[start:end].tolist()) <= {int(of[at])}
+
+
+def test_what_cannot_be_passed_through_is_refused() -> None:
+    collator = AlignmentCollator(family("byte-level"), family("wordpiece"))
+    for features, message in (
+        ([{"text": "a", "text_pair": "b"}], r"features\[0\]: expected one text, got a 'text_pair' too"),
+        ([{"text": "a", "label": 1}, {"text": "b"}], r"features\[1\]: .* of features\[0\] \('labels'\), got none"),
+        ([{"text": "a", "label": 1}, "b"], r"features\[1\]: .*, got none"),
+        (["b", {"text": "a", "x": 1}], r"features\[1\]: .* \(none\), got 'x'"),
+        ([{"text": "a", "pairs": 1}], r"features\[0\]: expected columns that a batch does not have, got 'pairs'"),
+        ([{"text": "a", "label": 1, "labels": 2}], r"features\[0\]: expected columns that a batch does not have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collator(features)
 
 
 def test_features_need_not_be_a_list() -> None:
@@ -291,4 +385,4 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="student: expected a tokenizer with a mask token"):
         AlignmentCollator(b, family("llama"), mlm_probability=0.1)
     with pytest.raises(TypeError, match="teacher: expected a fast tokenizer"):
-        AlignmentCollator("bert", b)
+        AlignmentCollator(3, b)

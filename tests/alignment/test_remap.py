@@ -367,8 +367,10 @@ def test_bad_tokenizers(sides: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]
 
     with pytest.raises(TypeError, match="teacher.*Slow.*slow"):
         RemapTable.from_tokenizers(Slow(), sides[1])
-    with pytest.raises(TypeError, match="student.*str"):
-        RemapTable.from_tokenizers(sides[0], "bert")
+    with pytest.raises(TypeError, match="student.*list"):
+        RemapTable.from_tokenizers(sides[0], ["bert"])
+    with pytest.raises(ValueError, match="^student: no such folder"):
+        RemapTable.from_tokenizers(sides[0], "./bert")
     with pytest.raises(ValueError, match="student.*unknown token"):
         RemapTable.from_tokenizers(sides[0], tokenizers.Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match="student.*unknown token"):

@@ -193,11 +193,9 @@ def test_plain_text_is_encoded_once_without_offsets(name: str) -> None:
     told.needs_offsets = False
     backend = TOKENIZERS[name]()
     lines = ["It's  quiet here:\n\tdéjà-vu 東京 12345 homes", "снег <|eot|> 😀"] * 8
-    side = native.module().Side(
-        told.surfaces.native, len(lines), (0, 0), [], -1, False, told.word_places, told.word_pattern
-    )  # fmt: skip
+    side = module.new_side(told, len(lines), (0, 0), places=told.word_places)
     encodings = backend.encode_batch_fast(lines, add_special_tokens=False)
-    assert side.read(lines, range(len(lines)), encodings, False, False, 1) == []
+    assert side.read(lines, range(len(lines)), encodings, False, True, False, 1) == []
 
 
 def test_words_are_the_same_for_any_number_of_threads(monkeypatch) -> None:

@@ -42,7 +42,8 @@ from ..core.shards import (
 from ..core.values import INT32_MAX
 from .collator import SPANS, Rows, one_thread_in_workers, text_of
 from .families import plain_settings
-from .methods import METHODS, align_texts, check_lengths, check_method, check_ready, check_text, ready
+from .loading import tokenizer_of
+from .methods import METHODS, align_texts, check_lengths, check_method, check_ready, check_text, joined, ready
 from .remap import RemapTable
 from .surfaces import known
 from .vocab import MatchedVocab
@@ -111,7 +112,7 @@ def _texts(source: Any, column: str) -> Iterator[str]:
         names = getattr(source, "column_names", None)
         source = source.select_columns([column]) if names is None or column in names else source
     for i, feature in enumerate(source):
-        text = text_of(feature, column, f"texts[{i}]")
+        text = joined(text_of(feature, column, f"texts[{i}]"))
         check_text(text, f"texts[{i}]")
         yield text
 
@@ -147,10 +148,11 @@ def cache_aligned(
     first.
 
     Args:
-        texts: strings, or mappings with ``text_column``: a list, a data set of ``datasets`` (streamed or not), any
-            iterable that gives the same texts in the same order every time. It is read once, in order, a few shards
-            ahead at most.
-        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
+        texts: strings, lists of words, or mappings with either in ``text_column``: a list, a data set of ``datasets``
+            (streamed or not), any iterable that gives the same texts in the same order every time. It is read once, in
+            order, a few shards ahead at most.
+        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, or names of models or folders
+            that have one.
         folder: where to write; made if it is not there.
         method, max_length: as in :func:`align`.
         text_column: the key of the text in mappings.
@@ -178,6 +180,7 @@ def cache_aligned(
     check_method(method)
     limits = check_lengths(max_length)
     check_ready(table, matched)
+    teacher, student = tokenizer_of(teacher, "teacher"), tokenizer_of(student, "student")
     for name, value, least in (("shard_size", shard_size, 1), ("num_proc", num_proc, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

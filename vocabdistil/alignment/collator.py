@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,20 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..core.values import INT32_MAX, integer
+from .loading import tokenizer_of
 from .masking import mask_tokens
-from .methods import Aligned, Tokens, align_texts, check_lengths, check_method, check_ready, ready
+from .methods import (
+    Aligned,
+    Tokens,
+    align_texts,
+    check_lengths,
+    check_method,
+    check_ready,
+    is_split,
+    joined,
+    locate,
+    ready,
+)
 from .remap import RemapTable
 from .spans import SpanPairs
 from .surfaces import known
@@ -25,17 +37,37 @@ from .vocab import MatchedVocab
 __all__ = ["AlignmentBatch", "AlignmentCollator", "Rows", "one_thread_in_workers", "restride", "text_of", "widen"]
 
 SPANS = ("teacher_start", "teacher_end", "student_start", "student_end")
+# Of a batch.
+_PARTS = ("teacher", "student", "pairs", "teacher_words", "student_words")
 
 
 class AlignmentBatch(dict[str, Any]):
-    """A ``dict`` whose values go to a device, or into pinned memory, together."""
+    """A ``dict`` whose values go to a device, or into pinned memory, together; lists stay where they are."""
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AlignmentBatch:
         """The same batch on another device, span pairs included."""
-        return type(self)({key: value.to(device, non_blocking=non_blocking) for key, value in self.items()})
+        return self._each("to", device, non_blocking=non_blocking)
 
     def pin_memory(self) -> AlignmentBatch:
-        return type(self)({key: value.pin_memory() for key, value in self.items()})
+        return self._each("pin_memory")
+
+    def _each(self, method: str, *args: Any, **options: Any) -> AlignmentBatch:
+        return type(self)(
+            {k: getattr(v, method)(*args, **options) if hasattr(v, method) else v for k, v in self.items()}
+        )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of any ``dict``; but where there are no labels, what the student is to predict or reads is in their place.
+
+        A ``Trainer`` that evaluates asks in this way whether there is a loss, and calls the model by itself if not,
+        which does not know what to do with two sides.
+        """
+        if key not in self and "student" in self:
+            if key == "labels":
+                return self["student"].get("labels", self["student"]["input_ids"])
+            if key == "return_loss":
+                return True
+        return super().get(key, default)
 
 
 def one_thread_in_workers() -> None:
@@ -48,9 +80,19 @@ def one_thread_in_workers() -> None:
 
 
 def text_of(feature: Any, column: str, name: str) -> Any:
-    """The text of a feature that is one or, as the rows of data sets are, a mapping that has one."""
-    if isinstance(feature, str):
+    """The text of a feature that is one, whole or in words, or, as the rows of data sets are, a mapping that has one.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it has two.
+    """
+    if isinstance(feature, str) or is_split(feature):
         return feature
+    if isinstance(feature, Mapping) and "text_pair" in feature and column != "text_pair":
+        raise ValueError(
+            f"{name}: expected one text, got a 'text_pair' too: sequences of two texts cannot be aligned; make them "
+            "one text or two features"
+        )
     if isinstance(feature, Mapping):
         if column in feature:
             return feature[column]
@@ -76,6 +118,48 @@ def restride(pairs: SpanPairs, batch: int, student: tuple[int, int], teacher: tu
         for position in (getattr(pairs, f"{side}_start"), getattr(pairs, f"{side}_end"))
     ]
     return SpanPairs._trusted(*moved, pairs.num_nonempty, batch * student[1], batch * teacher[1])
+
+
+# What transformers calls labels.
+_LABELS = {"label": "labels", "label_ids": "labels"}
+_NO_LABEL = -100
+
+
+def _column(values: list[Any], name: str) -> Any:
+    """A column of the features as one tensor, if it can be: labels of different lengths are padded with -100."""
+    if all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in values):
+        floating = any(isinstance(value, (float, np.floating)) for value in values)
+        return torch.tensor(values, dtype=torch.float32 if floating else torch.int64)
+    try:
+        tensors = [value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value)) for value in values]
+    except (TypeError, ValueError):
+        return values
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(tensors)
+    if name == "labels" and all(tensor.dim() == 1 for tensor in tensors):
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=_NO_LABEL)
+    return values
+
+
+def _other_columns(features: Sequence[Any], own: Collection[str]) -> dict[str, Any]:
+    """What features have beside what is aligned, column by column.
+
+    Raises:
+        ValueError: not the same columns in all of them, or names that a batch has already.
+    """
+    columns: dict[str, list[Any]] = {}
+    for i, feature in enumerate(features):
+        names = [name for name in feature if name not in own] if isinstance(feature, Mapping) else []
+        renamed = [_LABELS.get(name, name) for name in names]
+        if i and set(renamed) != columns.keys():
+            expected = ", ".join(map(repr, columns)) or "none"
+            got = ", ".join(map(repr, renamed)) or "none"
+            raise ValueError(f"features[{i}]: expected the other columns of features[0] ({expected}), got {got}")
+        for name, new in zip(names, renamed, strict=True):
+            if new in _PARTS or renamed.count(new) > 1:
+                raise ValueError(f"features[{i}]: expected columns that a batch does not have, got {name!r}")
+            columns.setdefault(new, []).append(feature[name])
+    return {name: _column(values, name) for name, values in columns.items()}
 
 
 @dataclass
@@ -207,7 +291,8 @@ class AlignmentCollator:
     ``Trainer(data_collator=...)``.
 
     Args:
-        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
+        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, or names of models or folders
+            that have one.
         method: ``"boundary"``, ``"word"``, ``"match"`` or ``"reduce"``, see :func:`align`.
         max_length: tokens of each side at most, special tokens included, or those of (teacher, student).
         pad_to_multiple_of: both sides are padded to the longest of their sequences, rounded up to a multiple of
@@ -226,22 +311,29 @@ class AlignmentCollator:
           call a model with: ``model(**batch["student"])``;
         - ``"pairs"``: :class:`SpanPairs` over positions ``b * L + i``;
         - ``"labels"`` among the student's, with ``mlm_probability``: int64 ``[B, L_s]``, the original ids where the
-          inputs were masked, -100 elsewhere.
+          inputs were masked, -100 elsewhere;
+        - of texts in words ``"teacher_words"``, ``"student_words"``: int64 ``[B, L_t]`` and ``[B, L_s]``, which word
+          each token is of, -1 where it is of none;
+        - all other columns of the features, ``label`` and ``label_ids`` as ``"labels"``: numbers and arrays of one
+          shape as a tensor, labels of different lengths padded with -100, anything else as a list.
 
         ``batch.to(device)`` moves all of it.
 
-    Features are strings, mappings with ``text_column`` (as the rows of ``datasets`` are, streamed or not), or rows of a
-    cache (:func:`cache_aligned`), which are taken as they are: method and lengths are those of the cache.
+    Features are strings, lists of words (which stand for the words with spaces between them), mappings with either in
+    ``text_column`` (as the rows of ``datasets`` are, streamed or not), or rows of a cache (:func:`cache_aligned`),
+    which are taken as they are: method and lengths are those of the cache.
 
     A ``Trainer`` needs ``remove_unused_columns=False``, and for a streamed data set
-    ``accelerator_config={"dispatch_batches": False}``. It then moves the pairs to its device too.
+    ``accelerator_config={"dispatch_batches": False}``. It then moves the pairs to its device too, and trains and
+    evaluates by its ``compute_loss``.
 
     Raises:
         TypeError, ValueError: a setting that cannot work, named with what was expected.
 
     Raises (of a call):
         TypeError: features that are none of these.
-        ValueError: no features, or a row of a cache that does not fit the tokenizers.
+        ValueError: no features, a ``text_pair``, other columns than those of the first feature, or a row of a cache
+            that does not fit the tokenizers.
 
     Example::
 
@@ -282,6 +374,7 @@ class AlignmentCollator:
             raise ValueError(f"mlm_probability: expected a number from 0 to 1, got {mlm_probability}")
         if not isinstance(text_column, str):
             raise TypeError(f"text_column: expected a string, got {type(text_column).__name__}")
+        teacher, student = tokenizer_of(teacher, "teacher"), tokenizer_of(student, "student")
         self.teacher, self.student, self.method = teacher, student, method
         self.max_length = check_lengths(max_length)
         self.multiple = pad_to_multiple_of or 1
@@ -308,17 +401,20 @@ class AlignmentCollator:
             raise TypeError(f"features: expected a list of texts or of rows, got {type(features).__name__}")
         if not len(features):
             raise ValueError("features: expected at least one, got none")
+        words: dict[str, Tensor] = {}
         if all(isinstance(feature, Mapping) and "teacher_ids" in feature for feature in features):
+            own = {"teacher_ids", "student_ids", *SPANS}
             teacher, student, pairs, _ = self._from_rows(features)
         else:
-            teacher, student, pairs = self._from_texts(
-                [text_of(feature, self.text_column, f"features[{i}]") for i, feature in enumerate(features)]
-            )
+            own = {self.text_column}
+            texts = [text_of(feature, self.text_column, f"features[{i}]") for i, feature in enumerate(features)]
+            teacher, student, pairs = self._from_texts(texts)
+            if any(map(is_split, texts)):
+                words = self._words(texts, teacher, student, pairs)
         batch = AlignmentBatch(
-            teacher=AlignmentBatch(input_ids=teacher.input_ids, attention_mask=teacher.attention_mask),
-            student=AlignmentBatch(input_ids=student.input_ids, attention_mask=student.attention_mask),
-            pairs=pairs,
+            teacher=AlignmentBatch(teacher), student=AlignmentBatch(student), pairs=pairs, **words
         )
+        batch.update(_other_columns(features, own))
         if self.mlm_probability:
             batch["student"]["input_ids"], batch["student"]["labels"] = mask_tokens(
                 student.input_ids,
@@ -329,7 +425,7 @@ class AlignmentCollator:
             )
         return batch
 
-    def _from_texts(self, texts: list[str]) -> tuple[Tokens, Tokens, SpanPairs]:
+    def _from_texts(self, texts: list[str | Sequence[str]]) -> tuple[Tokens, Tokens, SpanPairs]:
         one_thread_in_workers()
         *sides, pairs, _ = align_texts(
             texts, self.teacher, self.student, self.method, self.max_length, self.table, self.matched
@@ -343,6 +439,32 @@ class AlignmentCollator:
             ]
             pairs = restride(pairs, len(texts), (widths[1], wider[1]), (widths[0], wider[0]))
         return sides[0], sides[1], pairs
+
+    def _words(
+        self, texts: list[str | Sequence[str]], teacher: Tokens, student: Tokens, pairs: SpanPairs
+    ) -> dict[str, Tensor]:
+        """Which of the given words each token is of."""
+        found = {}
+        for name, side, limit in zip(("teacher", "student"), (teacher, student), self.max_length, strict=True):
+            words = torch.full_like(side.input_ids, -1)
+            if name == "student" and self.method == "reduce":  # its tokens are of those of the teacher
+                of = found["teacher_words"].flatten()[pairs.teacher_start.long()]
+                sizes = (pairs.student_end - pairs.student_start).long()
+                at = torch.repeat_interleave(pairs.student_start - (sizes.cumsum(0) - sizes), sizes)
+                words.view(-1)[at + torch.arange(len(at))] = of.repeat_interleave(sizes)
+            else:
+                whole = [joined(text) for text in texts]
+                located, _ = locate(whole, known(getattr(self, name), name), name, limit, by_word=False)
+                for b, text in enumerate(texts):
+                    if not is_split(text):
+                        continue
+                    start, end, _ = map(np.asarray, located.row(b))
+                    ends = np.cumsum([len(word.encode()) + 1 for word in text]) - 1
+                    # A space before a word is a part of its first token.
+                    first = np.searchsorted(ends, start, side="right")
+                    words[b, : len(start)] = torch.from_numpy(np.where((start >= 0) & (start < end), first, -1))
+            found[f"{name}_words"] = words
+        return found
 
     def _from_rows(self, features: Sequence[Mapping[str, Any]]) -> Aligned:
         rows = Rows.gather(features)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.checks import check_index_range
 from ..core.native import module as _native_module
 from .families import chunks
+from .loading import tokenizer_of
 from .methods import (
     METHODS,
     Aligned,
@@ -145,7 +146,8 @@ def coverage(
 
     Args:
         texts: strings.
-        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, of any family.
+        teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, of any family, or names of
+            models or folders that have one.
         methods: the alignments to count, see :func:`align`.
         table, matched: the remap table and the matched vocabulary, if there are some already.
         quiet: show no progress.
@@ -163,6 +165,7 @@ def coverage(
     check_ready(table, matched)
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
+    teacher, student = tokenizer_of(teacher, "teacher"), tokenizer_of(student, "student")
     sources = known(teacher, "teacher"), known(student, "student")
     if matched is None:
         matched = MatchedVocab.from_tokenizers(teacher, student)

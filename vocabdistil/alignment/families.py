@@ -68,6 +68,7 @@ class TokenizerInfo:
         roles: ids of the special tokens by role (``unk pad mask cls sep bos eos``), those that exist.
         special: ids of special tokens by string, with and without a role.
         added: ids of the other added tokens by string.
+        keeps_last: whether texts that are too long lose their beginning (``truncation_side="left"``).
     """
 
     backend: tokenizers.Tokenizer
@@ -79,6 +80,7 @@ class TokenizerInfo:
     roles: dict[str, int]
     special: dict[str, int]
     added: dict[str, int]
+    keeps_last: bool = False
 
     @property
     def unk_id(self) -> int | None:
@@ -155,7 +157,19 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
         roles=roles,
         special=special,
         added={token.content: i for i, token in added.items() if not token.special},
+        keeps_last=keeps_last(tokenizer, backend),
     )
+
+
+def keeps_last(tokenizer: Any, backend: tokenizers.Tokenizer) -> bool:
+    """Whether the tokenizer cuts long texts off at their beginning."""
+    side = getattr(tokenizer, "truncation_side", None)
+    if side is None:
+        # While a reader has switched the settings off, they are there.
+        with _settings_lock:
+            _, truncation, _ = _readers.get(id(backend), (0, backend.truncation, None))
+        side = (truncation or {}).get("direction", "right")
+    return str(side).lower() == "left"
 
 
 # The backends that are being read: how many readers each has, and the settings to give back after the last of them.
@@ -240,8 +254,24 @@ def check_room(backend: tokenizers.Tokenizer, name: str, max_length: int | None)
         )
 
 
-def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None = None) -> list[list[int]]:
+def check_template(info: TokenizerInfo, name: str) -> None:
+    """Raises ValueError if the template puts tokens around a text that the vocabulary does not have."""
+    with plain_settings(info.backend):
+        ids = info.backend.encode("").ids
+    for i in ids:
+        if i >= len(info.tokens) or info.tokens[i] is None:
+            raise ValueError(
+                f"{name}: expected a tokenizer whose template puts tokens of its vocabulary around a text, got id {i}, "
+                "which it does not have"
+            )
+
+
+def encode(
+    tokenizer: Any, texts: list[str], name: str, max_length: int | None = None, keep_last: bool | None = None
+) -> list[list[int]]:
     """Token ids of each text with special tokens, cut to ``max_length``, not padded.
+
+    ``keep_last``: what is too long loses its beginning; None: as the tokenizer says.
 
     Raises:
         ValueError: ``max_length`` without room for the special tokens.
@@ -253,8 +283,9 @@ def encode(tokenizer: Any, texts: list[str], name: str, max_length: int | None =
         rows = [encoding.ids for encoding in encodings]
         # Not by the tokenizer's own truncation: another thread may want another length of it.
         if max_length is not None and any(len(row) > max_length for row in rows):
-            _, trail = template_ends(backend, encodings)
-            rows = [
-                row[: max_length - trail] + row[len(row) - trail :] if len(row) > max_length else row for row in rows
-            ]
+            lead, trail = template_ends(backend, encodings)
+            if keep_last is None:
+                keep_last = keeps_last(tokenizer, backend)
+            ends = (lead, max_length - lead) if keep_last else (max_length - trail, trail)
+            rows = [row[: ends[0]] + row[len(row) - ends[1] :] if len(row) > max_length else row for row in rows]
     return rows

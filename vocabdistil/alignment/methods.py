@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,13 @@ _TRIAL, _CHUNK = 32, 1024
 # The share of the text from which on it is cheaper to ask for offsets at once than to encode again: they make an
 # encoding a quarter to a third dearer.
 _WORTH_ASKING = 0.25
-@dataclass(frozen=True)
-class Tokens:
-    """One side of an aligned batch.
+
+_FIELDS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Mapping[str, Tensor]):
+    """One side of an aligned batch: also a mapping, so that ``model(**batch.student)`` calls a model with it.
 
     Attributes:
         input_ids: int64 ``[B, L]``, padded to the longest sequence.
@@ -38,6 +42,21 @@ class Tokens:
 
     input_ids: Tensor
     attention_mask: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in _FIELDS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FIELDS)
+
+    def __len__(self) -> int:
+        return len(_FIELDS)
+
+    # By identity, as tensors are.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
@@ -198,7 +217,8 @@ Aligned = tuple[Tokens, Tokens, SpanPairs, "tuple[int, int] | None"]
 
 def read_side(texts: list[str], source: Known, name: str, max_length: int | None) -> Tokens:
     """What one side makes of texts, without looking at where its tokens lie."""
-    return _tokens(encode(source.info.backend, texts, name, max_length), source.info.pad_id or 0)
+    rows = encode(source.info.backend, texts, name, max_length, source.info.keeps_last)
+    return _tokens(rows, source.info.pad_id or 0)
 
 
 def _kinds(side: Known) -> list[tuple[int, int]]:
@@ -209,6 +229,16 @@ def _kinds(side: Known) -> list[tuple[int, int]]:
         for role in ("cls", "bos", "sep", "eos")
         if role in roles
     ]
+
+
+def new_side(
+    source: Known, rows: int, ends: tuple[int, int], limit: int = -1, at_spaces: bool = False, places: bytes = b""
+) -> Any:
+    """What the native code makes of so many texts by one tokenizer; nothing is read yet."""
+    return _native_module().Side(
+        source.surfaces.native, source.surfaces.folds.page, rows, ends, _kinds(source), limit,
+        source.info.keeps_last, at_spaces, places, source.word_pattern if places else None,
+    )  # fmt: skip
 
 
 def locate(
@@ -238,14 +268,11 @@ def locate(
             if side is None:
                 ends = template_ends(backend, encodings)
                 limit = -1 if max_length is None else max_length
-                side = _native_module().Side(
-                    source.surfaces.native, len(texts), ends, _kinds(source), limit, at_spaces, places,
-                    source.word_pattern if places else None,
-                )  # fmt: skip
-            missing = side.read(texts, range(first, last), encodings, numbered, whole, threads)
+                side = new_side(source, len(texts), ends, limit, at_spaces, places)
+            missing = side.read(texts, range(first, last), encodings, numbered, True, whole, threads)
             if missing and not whole:
                 encodings = backend.encode_batch([texts[b] for b in missing])
-                side.read(texts, missing, encodings, numbered, True, threads)
+                side.read(texts, missing, encodings, numbered, False, True, threads)
             if first < last:
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size
             del encodings  # not beside those of the next texts: they are large
@@ -378,8 +405,18 @@ def check_text(text: object, name: str) -> None:
         raise ValueError(f"{name}: expected text that UTF-8 can hold, got {error.reason}") from None
 
 
+def is_split(text: object) -> bool:
+    """Whether a text is given as its words."""
+    return isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text)
+
+
+def joined(text: Any) -> Any:
+    """The words of a text with spaces between them; anything else as it is."""
+    return " ".join(text) if is_split(text) else text
+
+
 def align_texts(
-    texts: Sequence[str],
+    texts: Sequence[str | Sequence[str]],
     teacher: Any,
     student: Any,
     method: str,
@@ -394,10 +431,12 @@ def align_texts(
     check_ready(table, matched)
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
-    texts = list(texts)
-    if (bad := _native_module().align_bad_text(texts)) >= 0:
-        check_text(texts[bad], f"texts[{bad}]")
+    whole = list(texts)
+    if _native_module().align_bad_text(whole) >= 0:
+        whole = list(map(joined, whole))
+        if (bad := _native_module().align_bad_text(whole)) >= 0:
+            check_text(whole[bad], f"texts[{bad}]")
     sources = sources or (known(teacher, "teacher"), known(student, "student"))
-    return _METHODS[method](texts, sources, limits, *ready(method, teacher, student, table, matched))
+    return _METHODS[method](whole, sources, limits, *ready(method, teacher, student, table, matched))
 
 

@@ -229,13 +229,15 @@ class RemapTable:
         pre-tokenizer, and white space alone is an empty row.
 
         Args:
-            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``. A student without
-                a padding token is padded with id 0, which its attention mask hides; where it has no unknown
-                token, its padding or else its end-of-text token stands in. Where it has none of these and
-                spells every byte, rows that would be UNK are empty, and ``unk_id`` is the padding.
+            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, or names of models or
+                folders that have one. A student without a padding token is padded with id 0, which its attention
+                mask hides; where it has no unknown token, its padding or else its end-of-text token stands in. Where
+                it has none of these and spells every byte, rows that would be UNK are empty, and ``unk_id`` is the
+                padding.
 
         Raises:
             TypeError: not a fast tokenizer.
+            VocabdistilError: no such tokenizer.
             ValueError: a student without an unknown token, one to stand in, or all bytes.
         """
         source, target = known(teacher, "teacher"), known(student, "student")

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import unicodedata
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import tokenizers
 
 from ..core.native import module as _native_module
-from .families import ROLES, TokenizerInfo, backend_of, read_tokenizer
+from .families import ROLES, TokenizerInfo, backend_of, check_template, keeps_last, read_tokenizer
+from .loading import tokenizer_of
 from .words import word_pattern
 
 __all__ = ["Known", "Surfaces", "known", "read_surfaces"]
@@ -37,6 +39,84 @@ BYTE_OF = _byte_alphabet()
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 
 
+_PAGE = 256  # characters, that of csrc/remap/layout.h
+_BETWEEN = "."  # what no character composes with
+_WHITE_SPACE = [
+    *range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000
+]  # fmt: skip
+# What may go with the character that it stands after.
+_MAY_VANISH = frozenset(("Cc", "Cf", "Co", "Cn", "Mn", "Me"))
+
+
+class Folding:
+    """What a tokenizer makes of single characters before its model sees them: it is asked."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, mark: str, byte_level: bool) -> None:
+        self.normalizer, self.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        self.mark, self.byte_level = mark, byte_level
+        self.needed = self.normalizer is not None or bool(mark)
+        self.in_bytes = any(part.get("type") == "ByteLevel" for part in _parts(_state(self.normalizer)))
+
+    def spaces(self) -> dict[int, str]:
+        """White space that is not itself to the model: what it becomes, nothing or a space."""
+        found = {}
+        for code in _WHITE_SPACE:
+            text = f"a{chr(code)}a"
+            if self.normalizer is not None:
+                text = self.normalizer.normalize_str(text)
+            words = [text] if self.pre_tokenizer is None else [w for w, _ in self.pre_tokenizer.pre_tokenize_str(text)]
+            became = "".join(words)
+            if self.byte_level:
+                became = _from_bytes(became)
+            # A space may have been put before the first word.
+            _, *between = (became.replace(self.mark, " ") if self.mark else became).split("a")
+            if len(between) == 2 and between[0] != chr(code) and between[0] in ("", " "):
+                found[code] = between[0]
+        return found
+
+    def page(self, number: int) -> list[tuple[list[str], str]]:
+        """Of each of 256 characters what it becomes, as alternatives, none if it stays what it is; and its canonical
+        decomposition."""
+        chars = [chr(code) for code in range(number * _PAGE, (number + 1) * _PAGE)]
+        if "\ud800" <= chars[0] <= "\udfff":
+            return [([], "")] * _PAGE
+        return [
+            (self._alternatives(c, became), "" if (apart := unicodedata.normalize("NFD", c)) == c else apart)
+            for c, became in zip(chars, self._normalized(chars), strict=True)
+        ]
+
+    def _alternatives(self, char: str, became: str) -> list[str]:
+        if self.mark:
+            became = became.replace(self.mark, " ")
+        if not char.isspace() and became.strip(" "):
+            became = became.strip(" ")  # as around Chinese characters
+        if became != char:
+            return [became]
+        return [char, ""] if self.normalizer is not None and unicodedata.category(char) in _MAY_VANISH else []
+
+    def _normalized(self, chars: list[str]) -> list[str]:
+        if self.normalizer is None:
+            return chars
+        text = _BETWEEN.join(("", *chars, ""))
+        became = self._normalize(text).split(_BETWEEN)
+        if len(became) == len(chars) + 2:
+            return became[1:-1]
+        if len(chars) > 1:
+            half = len(chars) // 2
+            return self._normalized(chars[:half]) + self._normalized(chars[half:])
+        return [self._normalize(chars[0])]
+
+    def _normalize(self, text: str) -> str:
+        assert self.normalizer is not None
+        became = self.normalizer.normalize_str(text)
+        return _from_bytes(became) if self.in_bytes else became
+
+
+def _from_bytes(text: str) -> str:
+    """What is spelled in the byte alphabet."""
+    return bytes(BYTE_OF[c] for c in text if c in BYTE_OF).decode(errors="replace")
+
+
 @dataclass(frozen=True)
 class Surfaces:
     """The text behind each token of one tokenizer.
@@ -51,6 +131,7 @@ class Surfaces:
         byte_ids: the ids of single bytes by value, for tokenizers that fall back to bytes.
         types: the types of the normalizer, the pre-tokenizer and the decoder and of what they consist of.
         native: the same, for the native code.
+        folds: what the native code asks of characters, see :class:`Folding`.
     """
 
     byte_level: bool
@@ -63,6 +144,7 @@ class Surfaces:
     byte_ids: dict[int, int]
     types: frozenset[str]
     native: Any
+    folds: Folding
 
 
 def _state(component: Any) -> Any:
@@ -82,43 +164,8 @@ def _parts(state: Any) -> list[dict[str, Any]]:
     return [state, *(part for value in state.values() for part in _parts(value))]
 
 
-@functools.lru_cache(maxsize=1)
-def _folds() -> list[tuple[int, list[str]]]:
-    """What normalizers make of single characters: lower case, compatibility forms, accents apart or none, nothing."""
-    folds = []
-    for code in range(0x10000):
-        if 0xD800 <= code < 0xE000:
-            continue
-        c = chr(code)
-        category = unicodedata.category(c)
-        if category in ("Cc", "Cf", "Co", "Cn", "Mn"):
-            folds.append((code, [""]))
-            continue
-        if code < 0x80:
-            if c.isupper():
-                folds.append((code, [c.lower()]))
-            continue
-        lower, compatible = c.lower(), unicodedata.normalize("NFKC", c)
-        apart = [unicodedata.normalize(form, lower) for form in ("NFD", "NFKD")]
-        stripped = ["".join(d for d in form if unicodedata.category(d) != "Mn") for form in apart]
-        # Whole forms before those that are the beginning of one.
-        options = dict.fromkeys((lower, compatible, compatible.lower(), *apart, *stripped))
-        options.pop(c, None)
-        options.pop("", None)
-        if options:
-            folds.append((code, list(options)))
-    return folds
-
-
 def _without(token: str, suffix: str) -> str:
     return token[: -len(suffix)] if suffix and len(token) > len(suffix) and token.endswith(suffix) else token
-
-
-def _keeps_spaces(backend: tokenizers.Tokenizer) -> bool:
-    """Whether white space reaches a byte-level model: CLIP tells words by their ends and drops it."""
-    if backend.pre_tokenizer is None:
-        return True
-    return any(CHAR_OF[0x20] in word for word, _ in backend.pre_tokenizer.pre_tokenize_str("a a"))
 
 
 def read_surfaces(info: TokenizerInfo) -> Surfaces:
@@ -169,12 +216,17 @@ def read_surfaces(info: TokenizerInfo) -> Surfaces:
             byte_ids[text[0]] = i
         texts.append(text)
         kinds.append(kind)
-    folds = _folds() if normalizer is not None else []
-    keeps = byte_level and (not suffix or _keeps_spaces(backend))
-    # Spaces that are marks and nothing else reach the model, if nothing but that happens to a text.
-    kept = keeps or (normalizer is None and _type(pre_tokenizer) == "Metaspace")
-    native = _native_module().Surfaces(texts, bytes(kinds), not kept, folds, mark)
-    return Surfaces(byte_level, keeps or bool(mark), mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native)
+    folds = Folding(backend, mark, byte_level)
+    spaces = folds.spaces()
+    no_unknown = info.kind == "BPE" and getattr(model, "unk_token", None) is None and not falls_back
+    native = _native_module().Surfaces(
+        texts, bytes(kinds), list(spaces.items()), byte_level, folds.needed, no_unknown,
+        info.kind in ("WordPiece", "WordLevel"),
+    )  # fmt: skip
+    marks_words = bool(mark) or (byte_level and spaces.get(ord(" ")) != "")
+    return Surfaces(
+        byte_level, marks_words, mark, prefix, suffix, texts, bytes(kinds), byte_ids, types, native, folds
+    )
 
 
 def convention(known: Known) -> tuple:
@@ -306,6 +358,8 @@ class Known:
         # Whether many of the texts seen last could not be laid out without the tokenizer's offsets. Either way the
         # result is the same.
         self.needs_offsets = False
+        # By the tokenizer on the other side.
+        self.matched: weakref.WeakKeyDictionary[Known, Any] = weakref.WeakKeyDictionary()
         self.few_added = len(info.added) + len(info.special) <= _FEW_ADDED
         self.short_normalizer = len(_sign(info.backend.normalizer)) <= _SHORT_NORMALIZER
 
@@ -390,9 +444,11 @@ def _word_mark(state: Any, pieces: list[str | None]) -> str | None:
     return last["replacement"] if alone or (spaces_cut and last.get("prepend_scheme") == "always") else None
 
 
-_CACHE_SIZE = 8
+# What is known of a tokenizer of transformers goes with it. One of tokenizers is a part of what is known of it, so the
+# last ones are kept.
+_KEPT = 64
 _cache: OrderedDict[int, tuple[Any, tuple, Known]] = OrderedDict()
-_lock = threading.Lock()
+_lock = threading.RLock()
 # What would take longer to look at than a text takes to align is not looked at: thousands of added tokens, and a
 # normalizer with a map of all characters. Of these only the number and the type count.
 _FEW_ADDED, _SHORT_NORMALIZER = 512, 1 << 14
@@ -428,27 +484,42 @@ def _signs(tokenizer: Any, of: Known) -> tuple:
         _sign(normalizer) if of.short_normalizer else type(normalizer),
         _sign(backend.pre_tokenizer),
         _sign(backend.decoder),
+        keeps_last(tokenizer, backend),
+        _sign(backend.post_processor),
     )
 
 
 def known(tokenizer: Any, name: str) -> Known:
-    """``read_tokenizer``, once per tokenizer: again only if the tokenizer has changed.
+    """``read_tokenizer``, once per tokenizer: again only if the tokenizer has changed. The name of a model and a folder
+    stand for the tokenizer there.
 
     Raises:
         TypeError: not a fast tokenizer.
+        ValueError: one that puts tokens around a text that it does not have.
+        VocabdistilError: no such tokenizer.
     """
+    tokenizer = tokenizer_of(tokenizer, name)
     backend = backend_of(tokenizer, name)
+    key = id(tokenizer)
     with _lock:
-        entry = _cache.get(id(tokenizer))
+        entry = _cache.get(key)
         if entry is not None:
-            _cache.move_to_end(id(tokenizer))
+            _cache.move_to_end(key)
     if entry is not None and entry[2].info.backend is backend and entry[1] == _signs(tokenizer, entry[2]):
         return entry[2]
     result = Known(read_tokenizer(tokenizer, name))
-    state = _signs(tokenizer, result)
+    check_template(result.info, name)
+    signs = _signs(tokenizer, result)
+    # Held one way or the other, so that no other tokenizer can take its id.
+    held = tokenizer if tokenizer is backend else weakref.ref(tokenizer, lambda _: _forget(key))
     with _lock:
-        # The tokenizer itself is kept, so that no other can take its id.
-        _cache[id(tokenizer)] = tokenizer, state, result
-        while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
+        _cache[key] = held, signs, result
+        kept = [other for other, (held, _, of) in _cache.items() if held is of.info.backend]
+        for other in kept[: len(kept) - _KEPT]:
+            del _cache[other]
     return result
+
+
+def _forget(key: int) -> None:
+    with _lock:
+        _cache.pop(key, None)

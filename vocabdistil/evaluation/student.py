@@ -96,6 +96,11 @@ def pooled(
         limits.append(settings.max_seq_length)
     rows = encode(model.tokenizer, lowered(texts, settings), "tokenizer", min(limits))
     leading = prompt_length(model.tokenizer, model.prompt, settings)
+    # What reads alike is read once.
+    numbers: dict[tuple[int, ...], int] = {}
+    which = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
+    rows = list(numbers)
+    advance(len(which) - len(rows))
     # Texts of a batch are alike in length, so that little padding is read.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found = []
@@ -104,7 +109,7 @@ def pooled(
         ids, mask = (x.to(model.model.device) for x in pad(chosen, model.tokenizer.pad_token_id or 0))
         found.append(pool(model.read(ids, mask).layers[0], mask, settings, leading).float().cpu())
         advance(len(chosen))
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    return torch.cat(found)[torch.tensor(order).argsort()][torch.tensor(which)]
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ def tier_of(path: Path) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[counts_key] = dict.fromkeys(TIERS, 0)
+    config.pluginmanager.register(_Count(config))
 
 
 counts_key = pytest.StashKey[dict[str, int]]()
@@ -53,16 +54,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    report = yield
-    if report.when == "call" and not report.skipped:
-        # A test that runs others in a process of their own says how many.
-        item.config.stash[counts_key][tier_of(item.path)] += dict(report.user_properties).get("tests", 1)
-    return report
+class _Count:
+    """Counts reports rather than tests, as these may run in several processes (``-n 2``), which report to the first."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and not report.skipped:
+            path = self.config.rootpath / report.nodeid.split("::")[0]
+            # A test that runs others in a process of their own says how many.
+            self.config.stash[counts_key][tier_of(path)] += dict(report.user_properties).get("tests", 1)
 
 
 def _empty_tiers(config: pytest.Config) -> list[str]:
+    if hasattr(config, "workerinput"):  # one of several processes
+        return []
     whole = not config.option.keyword and not config.option.markexpr and not config.option.collectonly
     whole = whole and config.args_source is pytest.Config.ArgsSource.TESTPATHS
     counts = config.stash[counts_key]

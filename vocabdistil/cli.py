@@ -97,7 +97,7 @@ def _add_teachers(p: argparse.ArgumentParser, about: str) -> None:
 
 def _add_vocabulary(p: argparse.ArgumentParser, default: str | None, size: str) -> None:
     vocabulary = (
-        "train: new tokens in the teacher's family; trim: the teacher's most frequent ones; or a tokenizer's folder "
+        "train: new tokens in the teacher's family; trim: those of the teacher that the text needs; or a tokenizer's folder "
         f"(default {default or _ASK})"
     )
     p.add_argument("--vocabulary", default=default, metavar="train|trim|DIR", help=vocabulary)

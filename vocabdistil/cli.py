@@ -97,8 +97,8 @@ def _add_teachers(p: argparse.ArgumentParser, about: str) -> None:
 
 def _add_vocabulary(p: argparse.ArgumentParser, default: str | None, size: str) -> None:
     vocabulary = (
-        "train: new tokens in the teacher's family; trim: those of the teacher that the text needs; or a tokenizer's folder "
-        f"(default {default or _ASK})"
+        "train: new tokens in the teacher's family; trim: those of the teacher that the text needs; or a "
+        f"tokenizer's folder (default {default or _ASK})"
     )
     p.add_argument("--vocabulary", default=default, metavar="train|trim|DIR", help=vocabulary)
     p.add_argument("--vocab-size", type=int, metavar="N", help=f"tokens of the student (default {size})")

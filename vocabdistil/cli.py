@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .alignment.picture import AlignmentPicture
@@ -57,6 +57,19 @@ def _file(name: str) -> Path:
     if not name:
         raise argparse.ArgumentTypeError("expected a file, got nothing")
     return Path(name)
+
+
+def _print_line(text: str, stream: TextIO | None) -> None:
+    from .core.console import LastingStream
+    from .core.errors import printable
+
+    lasting = LastingStream(stream)
+    lasting.write(printable(text) + "\n")
+    lasting.flush()
+
+
+def _print_json(value: Any) -> None:
+    _print_line(json.dumps(value, indent=2), sys.stdout)
 
 
 def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
@@ -290,7 +303,7 @@ def _coverage(args: argparse.Namespace) -> None:
         found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False, **ready)
         if args.json:
             listed = {method: [asdict(text) for text in chosen] for method, chosen in worst.items()}
-            print(json.dumps(found.as_dict() | ({"worst": listed} if listed else {}), indent=2))
+            _print_json(found.as_dict() | ({"worst": listed} if listed else {}))
         else:
             say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
 
@@ -317,7 +330,7 @@ def _coverage(args: argparse.Namespace) -> None:
         except OSError as error:
             raise VocabdistilError(f"--html: cannot write {args.html}: {error.strerror}") from None
         wrote = f"Wrote {args.html} ({len(page)} picture{'s' * (len(page) != 1)})"
-        print(wrote, file=sys.stderr if args.json else sys.stdout)
+        _print_line(wrote, sys.stderr if args.json else sys.stdout)
 
 
 def _add_loyalty(p: argparse.ArgumentParser) -> None:
@@ -358,7 +371,7 @@ def _loyalty(args: argparse.Namespace) -> None:
         vectors = embedding_loyalty(embed(student, texts, args.max_length, own), theirs)
         found[student.name] = vectors | compare_predictions(teacher, student, read, args.max_length, args.seed)
     if args.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         Reporter().print(loyalty_table(found, f"{len(texts)} texts"))
 
@@ -388,7 +401,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         picture=args.picture, threads=args.threads, trust_remote_code=args.trust_remote_code, quiet=False,
     )  # fmt: skip
     if args.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         Reporter().print(*task_tables(found))
 
@@ -421,7 +434,7 @@ def _bench(args: argparse.Namespace) -> None:
     models = [load_teacher(name, "models", head=False) for name in args.models]
     rows = bench_models(models, texts, args.batch, args.length)
     if args.json:
-        print(json.dumps(rows, indent=2))
+        _print_json(rows)
     else:
         Reporter().print(bench_table(rows, args.batch, args.length))
 
@@ -433,7 +446,7 @@ def _add_env(p: argparse.ArgumentParser) -> None:
 def _env(args: argparse.Namespace) -> None:
     from .core.backends import backends
 
-    print(json.dumps(backends(), indent=2))
+    _print_json(backends())
 
 
 _COMMANDS = {
@@ -483,8 +496,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         return 0
     except VocabdistilError as error:
-        print(f"vocabdistil: {error}", file=sys.stderr)
+        _print_line(f"vocabdistil: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"vocabdistil: {error or 'interrupted'}", file=sys.stderr)
+        _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
         return _INTERRUPTED

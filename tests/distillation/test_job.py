@@ -140,17 +140,16 @@ def test_a_crash_before_any_checkpoint_leaves_nothing(teacher_folder, text_file,
 
 def test_overwrite_replaces_the_folder_only_at_the_end(teacher_folder, text_file, tmp_path, monkeypatch):
     out = tmp_path / "student"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    before = weights(vd.distill(**options(teacher_folder, text_file, out, steps=1)).path)
     with pytest.raises(VocabdistilError, match="--out: .*exists"):
         vd.distill(**options(teacher_folder, text_file, out))
     with monkeypatch.context() as patch:
         at_step(patch, 3, interrupt)
         with pytest.raises(Interrupted):
             vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
-    assert (out / "mine.txt").read_text() == "keep"
+    assert_equal(weights(out), before)
     vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
-    assert (out / "config.json").exists() and not (out / "mine.txt").exists()
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 12
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 

@@ -1,11 +1,8 @@
-"""Long runs: everything random follows from (seed, step), a signal saves a checkpoint, a folder appears when whole."""
+"""Long runs: everything random follows from (seed, step), a signal saves a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import signal
 import threading
 import time
@@ -22,30 +19,19 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError
 from ..core.seeds import mix_seed
+from .run_folder import Interrupted, seal
 
 __all__ = [
-    "Interrupted",
     "SeededTrainer",
     "TrainingOrder",
-    "checkpoint_step",
     "fit",
-    "keep_inputs",
-    "last_checkpoint",
-    "move_into_place",
-    "open_partial",
     "seconds_per_step",
     "training_arguments",
 ]
 
-RUN_FILE = "run.json"
 # What transformers calls them.
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on a signal after it saved a checkpoint; the text says how to go on."""
 
 
 class TrainingOrder(Dataset):
@@ -127,13 +113,21 @@ class SeededTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = self.accelerator.unwrap_model(model or self.model)
         load_model(plain, str(Path(resume_from_checkpoint) / "model.safetensors"))
 
 
 class _StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    """SIGINT, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint; a second one ends it at
+    once. What the process was told to ignore, as nohup does, stays ignored."""
+
+    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -148,7 +142,8 @@ class _StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        old = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield
         finally:
@@ -234,7 +229,7 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
     """Trains to the end or to a signal, with a progress bar; returns the seconds that it took.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
     steps, stop = trainer.args.max_steps, _StopOnSignal()
     # What the trainer prints of itself would break the progress bar.
@@ -251,84 +246,6 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
             "the same command with --resume continues"
         )
     return done.metrics.get("train_runtime", 0.0)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the trainer's state is what it writes last)."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    """The step of a checkpoint; 0 without one."""
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-
-
-def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
-    """Raises if ``out``, which ``--overwrite`` would replace, is or holds a file or folder that the run reads."""
-    for name in inputs:
-        path = Path(name).resolve()
-        if out.resolve() in (path, *path.parents):
-            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
-
-
-def open_partial(
-    out: Path, identity: dict[str, Any], resume: bool | None, overwrite: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Makes ``out.partial`` or, to resume, checks that it belongs to the same run; returns it and its record.
-
-    Args:
-        identity: what must not change between an interrupted run and its continuation, by the name of its option.
-        resume: continue; None: this kind of run cannot be.
-
-    Raises:
-        VocabdistilError: ``out`` exists and is not to be replaced, or there is an interrupted run that was neither
-            to be resumed nor overwritten, or the run to resume is another one.
-    """
-    if not out.name:
-        raise VocabdistilError(f"--out: expected the name of a folder, got {out}")
-    if out.exists() and not overwrite:
-        raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
-    if out.exists() and not out.is_dir():
-        raise VocabdistilError(f"--out: {out} is not a folder")
-    partial = out.with_name(out.name + ".partial")
-    identity = json.loads(json.dumps(identity))
-    if partial.exists():
-        if resume:
-            try:
-                record = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise VocabdistilError(f"--resume: {partial} holds no run to continue") from None
-            for name, value in identity.items():
-                before = record.get("identity", {}).get(name)
-                if before != value:
-                    option = "--" + name.replace("_", "-")
-                    what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
-                    raise VocabdistilError(f"{option}: {what} the run that --resume would continue")
-            return partial, record
-        if not overwrite:
-            raise VocabdistilError(
-                f"--out: {partial} holds an interrupted run; "
-                f"{'' if resume is None else '--resume continues it, '}--overwrite starts anew"
-            )
-        shutil.rmtree(partial)
-    elif resume:
-        raise VocabdistilError(f"--resume: no interrupted run at {partial}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise VocabdistilError(f"--out: cannot make {partial}: {error.strerror}") from None
-    return partial, {"identity": identity}
-
-
-def move_into_place(final: Path, out: Path) -> None:
-    """Renames; an old folder steps aside first and is removed last."""
-    old = out.with_name(out.name + ".old.partial")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(out, old)
-    os.rename(final, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # What transformers logs beside the terms of the loss.

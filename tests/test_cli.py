@@ -158,7 +158,8 @@ def test_control_c_saves_a_checkpoint_and_exits_130(teacher_folder, text_file, t
 
 
 def test_a_closed_pipe_does_not_end_training(teacher_folder, text_file, tmp_path):
-    command = [sys.executable, "-m", "vocabdistil", "distill", "--teacher", str(teacher_folder), "--text", str(text_file)]
+    command = [sys.executable, "-m", "vocabdistil", "distill", "--teacher", str(teacher_folder)]
+    command += ["--text", str(text_file)]
     sizes = ["--vocab-size", "150", "--steps", "3", "--batch-size", "4", "--max-length", "32", "--log-every", "1"]
     timing = ["--time-batch", "1", "--time-length", "8", "--out", str(tmp_path / "student")]
     run = subprocess.Popen(

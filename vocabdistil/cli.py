@@ -85,7 +85,7 @@ def _add_text_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     _number(p, "--seed", 0, "of everything random")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
-    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    p.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 

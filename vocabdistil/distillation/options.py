@@ -113,7 +113,7 @@ class StudentOptions:
         seed: of everything random.
         threads: of torch on the CPU; None: leave it.
         time_batch, time_length: the batch and the length in tokens at which CPU time is measured.
-        overwrite, quiet: replace ``out``; print nothing.
+        overwrite, quiet: replace ``out``, if it is empty or a run wrote all that is in it; print nothing.
     """
 
     teacher: str | os.PathLike | Sequence[str | os.PathLike]

@@ -47,14 +47,10 @@ from .mixing import best_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
+from .order import TrainingOrder
 from .recipes import RECIPES, SCHEDULES, LossWeights, Recipe
 from .run_folder import Diverged, Interrupted, RunFolder, check_out, checkpoint_step, last_checkpoint
-from .runs import (
-    TrainingOrder,
-    fit,
-    seconds_per_step,
-    training_arguments,
-)
+from .runs import fit, seconds_per_step, training_arguments
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
 from .teacher_cache import TeacherCache
 from .text import GivenTexts, TextFiles, TextSplit, open_text, split_text

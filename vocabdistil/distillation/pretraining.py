@@ -23,8 +23,9 @@ from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
 from .options import check_run_options, configured
+from .order import TrainingOrder
 from .run_folder import Diverged, RunFolder, check_out, last_checkpoint
-from .runs import SeededTrainer, TrainingOrder, fit, training_arguments
+from .runs import SeededTrainer, fit, training_arguments
 from .text import TextSplit, read_text, split_text
 
 __all__ = ["TeacherConfig", "train_teacher"]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
@@ -24,7 +24,6 @@ from .run_folder import Interrupted, seal
 
 __all__ = [
     "SeededTrainer",
-    "TrainingOrder",
     "fit",
     "seconds_per_step",
     "training_arguments",
@@ -34,43 +33,13 @@ __all__ = [
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-class TrainingOrder(Dataset):
-    """A whole run's texts in the order in which they are read: one item per text and epoch.
-
-    Every epoch is a fresh permutation. Texts of similar length share a batch, drawn from windows of 32 batches, so
-    that little padding is computed. As the order of the run is one sequence, continuing it means skipping items.
-    """
-
-    def __init__(self, texts: Sequence[str], batch_size: int, steps: int, seed: int) -> None:
-        self.texts = texts
-        lengths = torch.tensor([len(text) for text in texts])
-        generator = torch.Generator().manual_seed(seed)
-        order: list[Tensor] = []
-        while sum(map(len, order)) < steps * batch_size:
-            order.append(torch.randperm(len(texts), generator=generator))
-        indices = torch.cat(order)[: steps * batch_size]
-        window = 32 * batch_size
-        batches: list[Tensor] = []
-        for start in range(0, len(indices), window):
-            part = indices[start : start + window]
-            part = part[lengths[part].argsort(stable=True)].view(-1, batch_size)
-            batches.append(part[torch.randperm(len(part), generator=generator)].flatten())
-        self.indices = torch.cat(batches).tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> dict[str, str]:
-        return {"text": self.texts[self.indices[i]]}
-
-
 class SeededTrainer(Trainer):
     """``transformers.Trainer`` that draws everything random in a step from the seed and the step's number.
 
     Subclasses compute the loss with ``self.step_seed`` and report its parts with :meth:`note`.
 
     Args:
-        sequential: the data set is in the order in which to read it (as :class:`TrainingOrder` is).
+        sequential: the data set is in the order in which to read it (as :class:`.order.TrainingOrder` is).
     """
 
     step_seed: int

@@ -181,3 +181,26 @@ def test_errors_steer_no_terminal(capsys):
     assert line.isprintable() and "none\\x07.txt" in line
     assert main(["distil\x1b[2J"]) == 2
     assert last_line(capsys.readouterr().err).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["loyalty", "--texts", "2"], "--texts: expected a number above 2, got 2"),
+        (["loyalty", "--texts", "9" * 20], "--texts: expected a number up to 2147483647"),
+        (["loyalty", "--max-length", "9" * 20], "--max-length: expected a number up to 2147483647"),
+        (["loyalty", "--seed", "-1"], "--seed: expected a number from 0"),
+        (["bench", "--batch", "9" * 11], "--batch: expected a number up to 2048"),
+        (["bench", "--batch", "0"], "--batch: expected a number above 0"),
+        (["bench", "--length", "9" * 20], "--length: expected a number up to 1048576"),
+        (["bench", "--length", "2"], "--length: expected a number above 2"),
+        (["bench", "--threads", "1000000"], "--threads: expected a number up to 4096"),
+        (["bench", "--threads", "0"], "--threads: expected a number above 0"),
+    ],
+)
+def test_numbers_that_cannot_be(command, message, teacher_folder, text_file, capsys):
+    name, *changes = command
+    folder = str(teacher_folder)
+    models = ["--teacher", folder, "--student", folder] if name == "loyalty" else [folder]
+    assert main([name, *models, "--text", str(text_file), *changes]) == 2
+    assert message in last_line(capsys.readouterr().err)

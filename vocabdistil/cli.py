@@ -351,7 +351,7 @@ def _loyalty(args: argparse.Namespace) -> None:
     import random
 
     from .core.console import Reporter
-    from .core.errors import need, need_prompt
+    from .core.errors import need_prompt, need_seed, need_whole
     from .distillation.text import read_text
     from .evaluation.predictions import compare_predictions
     from .evaluation.report import loyalty_table
@@ -359,7 +359,8 @@ def _loyalty(args: argparse.Namespace) -> None:
 
     need_prompt(args.prompt)
     for name in ("texts", "max_length"):
-        need(getattr(args, name) > 2, name, "a number above 2", getattr(args, name))
+        need_whole(getattr(args, name), name, above=2)
+    need_seed(args.seed)
     texts = sorted(set(read_text(args.text, args.unit)))
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher, settings = load_embedder(args.teacher, "--teacher", args.prompt, head=True)
@@ -419,15 +420,16 @@ def _bench(args: argparse.Namespace) -> None:
     import torch
 
     from .core.console import Reporter
-    from .core.errors import need
+    from .core.errors import need, need_threads
+    from .distillation.options import check_timing
     from .distillation.text import read_text
     from .evaluation.report import bench_table
     from .evaluation.timing import bench_models
     from .models.teachers import load_teacher
 
-    need(args.batch > 0, "batch", "a number above 0", args.batch)
+    check_timing(args.batch, args.length, ("batch", "length"))
     need(args.length > 2, "length", "a number above 2", args.length)
-    need(args.threads is None or args.threads > 0, "threads", "a number above 0", args.threads)
+    need_threads(args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
     texts = read_text(args.text)

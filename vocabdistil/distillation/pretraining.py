@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -18,7 +18,7 @@ from ..alignment.collator import pad
 from ..alignment.families import encode
 from ..alignment.masking import mask_tokens, masking_probabilities
 from ..core.console import Reporter
-from ..core.errors import need
+from ..core.errors import need, need_whole
 from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
@@ -30,6 +30,8 @@ from .text import TextSplit, read_text, split_text
 
 __all__ = ["TeacherConfig", "train_teacher"]
 
+# Beyond these no memory is enough to train a model.
+_MOST_WEIGHTS = 2**33 - 1
 _SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 
 
@@ -74,7 +76,9 @@ class TeacherConfig:
         self.out = os.fspath(self.out)
         check_run_options(self)
         for name in ("vocab_size", "layers", "dim", "heads"):
-            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+            need_whole(getattr(self, name), name)
+        weights = 12 * self.layers * self.dim**2 + self.max_length * self.dim
+        need(weights <= _MOST_WEIGHTS, "dim", "layers and positions of fewer than 2^33 weights", f"{weights}")
         need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)
 
     def identity(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def bert_tokenizer(texts: Sequence[str], vocab_size: int, cased: bool, max_lengt
     base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     base.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    base.decoder = decoders.WordPiece()
     vocab = train_wordpiece(texts, vocab_size, base, list(_SPECIALS.values()), "[UNK]")
     base.model = models.WordPiece(vocab, unk_token="[UNK]")
     base.post_processor = processors.TemplateProcessing(

@@ -155,3 +155,52 @@ def test_control_c_saves_a_checkpoint_and_exits_130(teacher_folder, text_file, t
     assert err.startswith("vocabdistil: interrupted at step ") and "--resume" in err
     assert list((tmp_path / "student.partial").glob("checkpoint-*/trainer_state.json"))
     assert not out.exists()
+
+
+def test_a_closed_pipe_does_not_end_training(teacher_folder, text_file, tmp_path):
+    command = [sys.executable, "-m", "vocabdistil", "distill", "--teacher", str(teacher_folder)]
+    command += ["--text", str(text_file)]
+    sizes = ["--vocab-size", "150", "--steps", "3", "--batch-size", "4", "--max-length", "32", "--log-every", "1"]
+    timing = ["--time-batch", "1", "--time-length", "8", "--out", str(tmp_path / "student")]
+    run = subprocess.Popen(
+        [*command, *sizes, *timing],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    run.stdout.readline()
+    run.stdout.close()
+    assert "Traceback" not in run.stderr.read()
+    assert run.wait() == 0 and (tmp_path / "student" / "metrics.json").exists()
+
+
+def test_errors_steer_no_terminal(capsys):
+    assert main(["trim", "--teacher", "a\x1b[2J", "--text", "none\x07.txt", "--out", "o\x1b]0;title"]) == 2
+    line = last_line(capsys.readouterr().err)
+    assert line.isprintable() and "none\\x07.txt" in line
+    assert main(["distil\x1b[2J"]) == 2
+    assert last_line(capsys.readouterr().err).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["loyalty", "--texts", "2"], "--texts: expected a number above 2, got 2"),
+        (["loyalty", "--texts", "9" * 20], "--texts: expected a number up to 2147483647"),
+        (["loyalty", "--max-length", "9" * 20], "--max-length: expected a number up to 2147483647"),
+        (["loyalty", "--seed", "-1"], "--seed: expected a number from 0"),
+        (["bench", "--batch", "9" * 11], "--batch: expected a number up to 2048"),
+        (["bench", "--batch", "0"], "--batch: expected a number above 0"),
+        (["bench", "--length", "9" * 20], "--length: expected a number up to 1048576"),
+        (["bench", "--length", "2"], "--length: expected a number above 2"),
+        (["bench", "--threads", "1000000"], "--threads: expected a number up to 4096"),
+        (["bench", "--threads", "0"], "--threads: expected a number above 0"),
+    ],
+)
+def test_numbers_that_cannot_be(command, message, teacher_folder, text_file, capsys):
+    name, *changes = command
+    folder = str(teacher_folder)
+    models = ["--teacher", folder, "--student", folder] if name == "loyalty" else [folder]
+    assert main([name, *models, "--text", str(text_file), *changes]) == 2
+    assert message in last_line(capsys.readouterr().err)

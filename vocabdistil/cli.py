@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .alignment.picture import AlignmentPicture
@@ -59,6 +59,19 @@ def _file(name: str) -> Path:
     return Path(name)
 
 
+def _print_line(text: str, stream: TextIO | None) -> None:
+    from .core.console import LastingStream
+    from .core.errors import printable
+
+    lasting = LastingStream(stream)
+    lasting.write(printable(text) + "\n")
+    lasting.flush()
+
+
+def _print_json(value: Any) -> None:
+    _print_line(json.dumps(value, indent=2), sys.stdout)
+
+
 def _number(p: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
     kind, metavar = (int, "N") if isinstance(default, int) else (float, "X")
     p.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default {default})")
@@ -72,7 +85,7 @@ def _add_text_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--unit", default="line", help="what one text is: line or paragraph (default %(default)s)")
     _number(p, "--seed", 0, "of everything random")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
-    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    p.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -290,7 +303,7 @@ def _coverage(args: argparse.Namespace) -> None:
         found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False, **ready)
         if args.json:
             listed = {method: [asdict(text) for text in chosen] for method, chosen in worst.items()}
-            print(json.dumps(found.as_dict() | ({"worst": listed} if listed else {}), indent=2))
+            _print_json(found.as_dict() | ({"worst": listed} if listed else {}))
         else:
             say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
 
@@ -317,7 +330,7 @@ def _coverage(args: argparse.Namespace) -> None:
         except OSError as error:
             raise VocabdistilError(f"--html: cannot write {args.html}: {error.strerror}") from None
         wrote = f"Wrote {args.html} ({len(page)} picture{'s' * (len(page) != 1)})"
-        print(wrote, file=sys.stderr if args.json else sys.stdout)
+        _print_line(wrote, sys.stderr if args.json else sys.stdout)
 
 
 def _add_loyalty(p: argparse.ArgumentParser) -> None:
@@ -338,7 +351,7 @@ def _loyalty(args: argparse.Namespace) -> None:
     import random
 
     from .core.console import Reporter
-    from .core.errors import need, need_prompt
+    from .core.errors import need_prompt, need_seed, need_whole
     from .distillation.text import read_text
     from .evaluation.predictions import compare_predictions
     from .evaluation.report import loyalty_table
@@ -346,7 +359,8 @@ def _loyalty(args: argparse.Namespace) -> None:
 
     need_prompt(args.prompt)
     for name in ("texts", "max_length"):
-        need(getattr(args, name) > 2, name, "a number above 2", getattr(args, name))
+        need_whole(getattr(args, name), name, above=2)
+    need_seed(args.seed)
     texts = sorted(set(read_text(args.text, args.unit)))
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher, settings = load_embedder(args.teacher, "--teacher", args.prompt, head=True)
@@ -358,7 +372,7 @@ def _loyalty(args: argparse.Namespace) -> None:
         vectors = embedding_loyalty(embed(student, texts, args.max_length, own), theirs)
         found[student.name] = vectors | compare_predictions(teacher, student, read, args.max_length, args.seed)
     if args.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         Reporter().print(loyalty_table(found, f"{len(texts)} texts"))
 
@@ -388,7 +402,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         picture=args.picture, threads=args.threads, trust_remote_code=args.trust_remote_code, quiet=False,
     )  # fmt: skip
     if args.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         Reporter().print(*task_tables(found))
 
@@ -406,22 +420,23 @@ def _bench(args: argparse.Namespace) -> None:
     import torch
 
     from .core.console import Reporter
-    from .core.errors import need
+    from .core.errors import need, need_threads
+    from .distillation.options import check_timing
     from .distillation.text import read_text
     from .evaluation.report import bench_table
     from .evaluation.timing import bench_models
     from .models.teachers import load_teacher
 
-    need(args.batch > 0, "batch", "a number above 0", args.batch)
+    check_timing(args.batch, args.length, ("batch", "length"))
     need(args.length > 2, "length", "a number above 2", args.length)
-    need(args.threads is None or args.threads > 0, "threads", "a number above 0", args.threads)
+    need_threads(args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
     texts = read_text(args.text)
     models = [load_teacher(name, "models", head=False) for name in args.models]
     rows = bench_models(models, texts, args.batch, args.length)
     if args.json:
-        print(json.dumps(rows, indent=2))
+        _print_json(rows)
     else:
         Reporter().print(bench_table(rows, args.batch, args.length))
 
@@ -433,7 +448,7 @@ def _add_env(p: argparse.ArgumentParser) -> None:
 def _env(args: argparse.Namespace) -> None:
     from .core.backends import backends
 
-    print(json.dumps(backends(), indent=2))
+    _print_json(backends())
 
 
 _COMMANDS = {
@@ -483,8 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         return 0
     except VocabdistilError as error:
-        print(f"vocabdistil: {error}", file=sys.stderr)
+        _print_line(f"vocabdistil: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"vocabdistil: {error or 'interrupted'}", file=sys.stderr)
+        _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
         return _INTERRUPTED

@@ -57,10 +57,13 @@ def test_the_folder_loads_without_the_package(student):
         "hidden = AutoModel.from_pretrained(folder)(**batch).last_hidden_state\n"
         "logits = AutoModelForMaskedLM.from_pretrained(folder)(**batch).logits\n"
         "print(len(tokenizer), hidden.shape[-1], logits.shape[-1], bool(hidden.isfinite().all()))\n"
+        "print(tokenizer.decode(tokenizer('The sailor mends.')['input_ids'], skip_special_tokens=True))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(PRESET.vocab_size), str(PRESET.dim), str(PRESET.vocab_size), "True"]
+    figures, decoded = run.stdout.splitlines()
+    assert figures.split() == [str(PRESET.vocab_size), str(PRESET.dim), str(PRESET.vocab_size), "True"]
+    assert decoded == "the sailor mends."
 
 
 def test_the_folder_says_what_was_done(student):
@@ -76,6 +79,7 @@ def test_the_folder_says_what_was_done(student):
     log = [json.loads(line) for line in (student.path / "training_log.jsonl").read_text().splitlines()]
     assert {"kl_reduce", "kl_own", "mlm"} <= log[0].keys()
     assert not student.path.with_name("student.partial").exists()
+    assert sorted(files) == metrics["files"]
     assert vd.RemapTable.load(student.path / "remap.vdrt").indptr[-1] > 0
 
 
@@ -140,17 +144,16 @@ def test_a_crash_before_any_checkpoint_leaves_nothing(teacher_folder, text_file,
 
 def test_overwrite_replaces_the_folder_only_at_the_end(teacher_folder, text_file, tmp_path, monkeypatch):
     out = tmp_path / "student"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    before = weights(vd.distill(**options(teacher_folder, text_file, out, steps=1)).path)
     with pytest.raises(VocabdistilError, match="--out: .*exists"):
         vd.distill(**options(teacher_folder, text_file, out))
     with monkeypatch.context() as patch:
         at_step(patch, 3, interrupt)
         with pytest.raises(Interrupted):
             vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
-    assert (out / "mine.txt").read_text() == "keep"
+    assert_equal(weights(out), before)
     vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
-    assert (out / "config.json").exists() and not (out / "mine.txt").exists()
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 12
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 

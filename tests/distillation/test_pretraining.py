@@ -25,6 +25,8 @@ def test_a_teacher_learns_and_loads(teacher_folder):
     assert len(tokenizer) == 600 == model.config.vocab_size
     assert tokenizer.is_fast
     assert tokenizer.tokenize("The SAILOR") == tokenizer.tokenize("the sailor")
+    ids = tokenizer("The sailor, unbelievably, mends.")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the sailor, unbelievably, mends."
 
 
 def test_cased_keeps_case(text_file, tmp_path):
@@ -52,9 +54,18 @@ def test_resuming_gives_the_same_teacher(text_file, tmp_path, monkeypatch):
         ({"lr": float("inf")}, "--lr"),
         ({"log_every": 0}, "--log-every"),
         ({"vocab_size": 10**6}, "--vocab-size"),
+        ({"vocab_size": 10**20}, "--vocab-size: expected a number up to"),
+        ({"vocab_size": "300"}, "--vocab-size: expected a whole number, got '300'"),
+        ({"layers": 10**20}, "--layers: expected a number up to"),
+        ({"layers": 10**9}, "--dim: expected layers and positions of fewer than 2.33 weights, got"),
+        ({"dim": 10**6, "heads": 1}, "--dim: expected layers and positions of fewer than"),
+        ({"max_length": 2**31 - 1}, "--dim: expected layers and positions of fewer than"),
+        ({"heads": 0}, "--heads: expected a number above 0, got 0"),
+        ({"batch_size": 10**11}, "--batch-size: expected a number up to"),
+        ({"out": ""}, "--out: expected the name of a folder, got nothing"),
     ],
 )
 def test_bad_options(text_file, tmp_path, changes, message):
     with pytest.raises(VocabdistilError, match=message):
-        vd.train_teacher(text=text_file, out=tmp_path / "t", quiet=True, **SMALL | changes)
+        vd.train_teacher(**{"text": text_file, "out": tmp_path / "t", "quiet": True, **SMALL, **changes})
     assert list(tmp_path.iterdir()) == []

@@ -2,23 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
-if TYPE_CHECKING:
-    pass
+from .errors import printable
 
-__all__ = ["Reporter"]
+__all__ = ["LastingConsole", "LastingStream", "Reporter"]
+
+# Of a pipe that nobody reads any more, and of a terminal that is gone: these do not come back.
+_GONE = (errno.EPIPE, errno.EIO)
+
+
+class LastingStream:
+    """Standard output or error, of which no error ends a job: what cannot be printed any more is dropped, and what the
+    encoding lacks is escaped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._attempt("write", text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except ValueError:  # closed
+            return False
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self.stream.fileno()
+
+    def _attempt(self, method: str, *args: Any) -> None:
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, method)(*args)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) in _GONE:
+                # What the stream still holds would fail once more when the interpreter ends.
+                with contextlib.suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, self.stream.fileno())
+                    os.close(null)
+                self.stream = None
+
+
+class LastingConsole(Console):
+    """A console on a :class:`LastingStream` that takes strings as they are: no markup and no emoji codes, control
+    characters escaped."""
+
+    def __init__(self, stream: TextIO | None, width: int | None = None) -> None:
+        super().__init__(file=LastingStream(stream), width=width, markup=False, emoji=False)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        return super().render_str(printable(text), **kwargs)
 
 
 class Reporter:
     """Prints to standard output unless quiet."""
 
     def __init__(self, quiet: bool = False) -> None:
-        width = None if sys.stdout.isatty() else 110
-        self.console = None if quiet else Console(width=width)
+        width = None if LastingStream(sys.stdout).isatty() else 110
+        self.console = None if quiet else LastingConsole(sys.stdout, width)
 
     def print(self, *objects: Any) -> None:
         if self.console is not None:

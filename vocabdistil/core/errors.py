@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "need_threads",
     "need_whole",
     "one_line",
+    "printable",
     "utf8",
 ]
 
@@ -24,9 +26,18 @@ _LONGEST_LINE = 600
 _MOST_THREADS = 4096
 
 
+# What moves a cursor, colours, hides or turns around what stands beside it, and lone surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """With control characters, but for tabs and line feeds, as escapes: a name from outside cannot steer a terminal."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def one_line(text: str) -> str:
-    """Without line breaks, and without the middle of what is too long to read."""
-    text = " ".join(text.splitlines())
+    """Without line breaks and control characters, and without the middle of what is too long to read."""
+    text = printable(" ".join(text.splitlines()))
     half = _LONGEST_LINE // 2
     return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 

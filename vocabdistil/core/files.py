@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -10,30 +11,90 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["whole_file", "write_json"]
+from safetensors import SafetensorError
+
+from .errors import VocabdistilError
+
+__all__ = ["files_in", "finish_folder", "told", "whole_file", "whole_path", "write_json"]
+
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def _usual_mode() -> int:
+    """The permissions of a new file: libraries that write by way of a temporary one leave it to its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name, ``path``, only when it is complete and on the disk.
+def whole_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name under which to write a file, which gets its own, ``path``, only when it is complete and on the disk.
 
     Until then it is called ``.NAME.`` and something random, in the same folder; after an error it is removed.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads; this one is to be like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        yield Path(temporary)
+        _sync(temporary)
+        os.chmod(temporary, _usual_mode())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write by way of :func:`whole_path`."""
+    with whole_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """The size in bytes of every file in a folder and those below it, by its path from there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in files}
+
+
+def finish_folder(folder: Path) -> None:
+    """Gives all files in a folder the permissions of new ones, and waits until they are on the disk."""
+    mode = _usual_mode()
+    for name in files_in(folder):
+        os.chmod(folder / name, mode)
+        _sync(folder / name)
+
+
+@contextmanager
+def told(option: str, place: str | os.PathLike[str]) -> Iterator[None]:
+    """What the disk refuses while something is written below ``place``, in one line that begins with ``option``.
+
+    Raises:
+        VocabdistilError: the disk is full or broken, or must not be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise VocabdistilError(f"{option}: cannot write {place}: {error.strerror}") from None
+    except (SafetensorError, RuntimeError) as error:
+        # Rust and C++ tell of the same in exceptions of their own.
+        found = str(error)
+        if not ("I/O error" in found or "PytorchStreamWriter" in found or "inline_container" in found):
+            raise
+        problem = found if "I/O error" in found else "the disk is full or broken"
+        raise VocabdistilError(f"{option}: cannot write {place}: {problem}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .console import LastingConsole
 
 __all__ = ["counted", "counting"]
 
@@ -24,7 +26,7 @@ def counting(label: str, total: int | None = None, quiet: bool = False) -> Itera
 
     A bar on a terminal or in a notebook; elsewhere a line now and then; nothing if quiet.
     """
-    console = Console(stderr=True)
+    console = LastingConsole(sys.stderr)
     if quiet:
         yield lambda count: None
     elif console.is_terminal or console.is_jupyter:

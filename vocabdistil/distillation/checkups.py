@@ -10,6 +10,8 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
 
+from ..core.files import whole_file, whole_path
+
 __all__ = ["Checkups"]
 
 _FILE = "checkups.jsonl"
@@ -58,7 +60,8 @@ class Checkups(TrainerCallback):
         before = self.best["step"]
         self.rows.append(row)
         if self.best is row:
-            save_model(self.model, str(self._student(step)))
+            with whole_path(self._student(step)) as path:
+                save_model(self.model, str(path))
             for path in self.folder.glob("best-*.safetensors"):
                 if path not in (self._student(step), self._student(before)):
                     path.unlink()
@@ -89,7 +92,8 @@ class Checkups(TrainerCallback):
 
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (self.folder / _FILE).write_text(text, encoding="utf-8")
+        with whole_file(self.folder / _FILE) as file:
+            file.write(text.encode())
 
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step

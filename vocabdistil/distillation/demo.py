@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 from ..core.console import Reporter
+from ..core.errors import VocabdistilError, need, need_place, need_seed
+from ..core.files import told, whole_file
 from ..models.students import Preset
 from .job import DistillConfig, DistillResult, distill
 from .pretraining import train_teacher
+from .run_folder import check_out
 
 __all__ = ["demo", "demo_text"]
 
@@ -93,13 +97,24 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
     """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; about a minute on two cores, nothing downloaded.
 
     Raises:
-        VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced.
+        VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced, or ``out/text.txt`` is
+            another text.
     """
+    need_place(out, "out", "the name of a folder")
+    need_seed(seed)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    say = Reporter(quiet)
-    text = out / "text.txt"
-    text.write_text("\n".join(demo_text(seed=seed)) + "\n", encoding="utf-8")
+    need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
+    for part in ("teacher", "student"):
+        check_out(out / part, overwrite)
+    say, text = Reporter(quiet), out / "text.txt"
+    data = ("\n".join(demo_text(seed=seed)) + "\n").encode()
+    if not os.path.lexists(text):
+        with told("--out", out):
+            out.mkdir(parents=True, exist_ok=True)
+            with whole_file(text) as file:
+                file.write(data)
+    elif not text.is_file() or text.read_bytes() != data:
+        raise VocabdistilError(f"--out: {text} is not the text of this demo; name another folder")
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
     common = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
     train_teacher(out=out / "teacher", vocab_size=1200, layers=4, dim=192, heads=6, steps=400, lr=1e-3, **common)

@@ -12,13 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..alignment.remap import RemapTable
-from ..core.files import write_json
 from ..evaluation.card import model_card
 from ..models.sentence import write_sentence_settings
 from ..models.vocabularies import save_tokenizer
 from .command import command_of
 from .options import StudentOptions
-from .runs import move_into_place
+from .run_folder import RunFolder
 from .student import Source, Student
 from .text import files_of
 
@@ -26,7 +25,7 @@ __all__ = ["write_student"]
 
 
 def write_student(
-    partial: Path,
+    folder: RunFolder,
     options: StudentOptions,
     source: Source,
     student: Student,
@@ -37,19 +36,17 @@ def write_student(
     """The last stage: everything is written beside ``options.out`` and gets its name when it is whole.
 
     Args:
-        partial: the folder of the run; removed at the end.
+        folder: of the run; removed at the end.
         source: the first teacher.
         tables: the remap table of each teacher.
-        metrics: for ``metrics.json`` and the model card.
+        metrics: for ``metrics.json`` and the model card; gets ``"files"``, those of the folder.
         projections: from the student's hidden states to each teacher's, ``[D_t, D_s]``, where they differ in width; and
             a ``bias``, ``[D_t]``, if there is one.
 
     Returns:
         ``options.out``.
     """
-    out, final = Path(options.out), partial / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    final.mkdir()
+    final = folder.begin_result()
     student.model.to("cpu").save_pretrained(final)
     save_tokenizer(student.tokenizer, final)
     if source.sentence is not None:
@@ -58,14 +55,11 @@ def write_student(
         table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
     if projections:
         save_file(projections, final / "projection.safetensors")
-    for log in partial.glob("*.jsonl"):
+    for log in folder.path.glob("*.jsonl"):
         shutil.copy(log, final)
-    write_json(final / "metrics.json", metrics)
     given = files_of(options.text)
     files = None if given is None else list(map(os.fspath, given))
     made = command_of(metrics["command"], options, files)
-    card = model_card(out.resolve().name, metrics, files, made)
+    card = model_card(folder.out.resolve().name, metrics, files, made)
     (final / "README.md").write_text(card, encoding="utf-8")
-    move_into_place(final, out)
-    shutil.rmtree(partial)
-    return out
+    return folder.publish(final, metrics)

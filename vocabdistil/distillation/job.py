@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,6 @@ from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole
-from ..core.files import write_json
 from ..evaluation import report
 from ..evaluation.loyalty import regression
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
@@ -49,19 +47,10 @@ from .mixing import SHARES, best_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import LOGITS, Objective
 from .options import MOST_READ, StudentOptions, check_run_options, configured
+from .order import TrainingOrder
 from .recipes import RECIPES, SCHEDULES, LossWeights, Recipe
-from .runs import (
-    RUN_FILE,
-    Interrupted,
-    TrainingOrder,
-    checkpoint_step,
-    fit,
-    keep_inputs,
-    last_checkpoint,
-    open_partial,
-    seconds_per_step,
-    training_arguments,
-)
+from .run_folder import Diverged, Interrupted, RunFolder, check_out, checkpoint_step, last_checkpoint
+from .runs import fit, seconds_per_step, training_arguments
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
 from .teacher_cache import TeacherCache
 from .text import GivenTexts, TextFiles, TextSplit, open_text, split_text
@@ -77,10 +66,6 @@ _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
 _DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
-
-
-class Diverged(VocabdistilError):
-    """The student's losses are not finite."""
 
 
 @dataclass
@@ -320,7 +305,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
 
     Raises:
         VocabdistilError: bad input; nothing is left half-written.
-        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
 
     Example::
 
@@ -330,17 +315,11 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
     """
     config = configured(DistillConfig, config, options)
     run = _Run.begin(config)
-    try:
-        with contextlib.ExitStack() as stack:
-            for cache in run.caches:
-                stack.enter_context(cache)
-            return run.finish()
-    except BaseException as error:
-        # A learning rate that diverges stays bad: resuming would end the same way. A full disk does not.
-        hopeless = isinstance(error, Diverged) or last_checkpoint(run.partial) is None
-        if hopeless and not isinstance(error, Interrupted):
-            shutil.rmtree(run.partial, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.folder.held())
+        for cache in run.caches:
+            stack.enter_context(cache)
+        return run.finish()
 
 
 def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence[Teacher], head: bool) -> str:
@@ -416,7 +395,7 @@ class _Run:
         mode: where output distributions are compared.
         dev: pairs that the student is scored on at every checkpoint.
         caches: of each teacher what it gave before; or none.
-        partial, record: the folder of the run, and what its stages stored there.
+        folder: of the run, with what its stages stored there.
         started: on the monotonic clock.
     """
 
@@ -430,8 +409,7 @@ class _Run:
     mode: str
     dev: Pairs | None
     caches: list[TeacherCache]
-    partial: Path
-    record: dict[str, Any]
+    folder: RunFolder
     say: Reporter
     started: float
 
@@ -440,6 +418,7 @@ class _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
         started = time.monotonic()
         text = open_text(config.text, config.unit)
+        check_out(Path(config.out), config.overwrite, config.inputs(text))
         texts = list(text)
         split = split_text(texts, config.held_out, config.seed, most=MOST_HELD_OUT)
         sources = load_sources(config)
@@ -455,18 +434,25 @@ class _Run:
             raise VocabdistilError("--layer-map: kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "--dev") if config.dev is not None else None
-        keep_inputs(Path(config.out), config.inputs(text))
         folders = config.cache_folders(teachers, mode)
         caches = [TeacherCache.open(folder, teacher) for folder, teacher in folders]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
-        partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
+        folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
         texts = [first.prompt + text for text in texts]
         train, held_out = ([first.prompt + text for text in part] for part in (split.train, split.held_out))
         split = TextSplit(train, held_out, split.digest)
         say = Reporter(config.quiet)
         return cls(
-            asked, config, texts, split, sources, kept, checkpoint, mode, dev, caches, partial, record, say, started
+            asked, config, texts, split, sources, kept, checkpoint, mode, dev, caches, folder, say, started
         )
+
+    @property
+    def partial(self) -> Path:
+        return self.folder.path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.folder.record
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -520,14 +506,9 @@ class _Run:
             save_tokenizer(made.tokenizer, folder)
             if made.kept is not None:
                 save_file({"kept": made.kept}, ids)
-            self.store(vocabulary={"source": config.vocabulary, "notes": list(made.notes)})
+            self.folder.store(vocabulary={"source": config.vocabulary, "notes": list(made.notes)})
         found, kept = self.record["vocabulary"], load_file(ids)["kept"] if ids.exists() else None
         return Vocabulary(AutoTokenizer.from_pretrained(folder), found["source"], kept, tuple(found["notes"]))
-
-    def store(self, **found: Any) -> None:
-        """What a later stage, or a run that is resumed, needs of this one."""
-        self.record |= found
-        write_json(self.partial / RUN_FILE, self.record)
 
     @property
     def reduces(self) -> bool:
@@ -654,7 +635,7 @@ class _Run:
             between = time.monotonic()
             start = self.examine(training)
             before |= {name: start[name] for name in ("dev",) if name in start}
-            self.store(
+            self.folder.store(
                 scales=objective.scales,
                 before=before,
                 teacher_pseudo_perplexity=perplexity,
@@ -713,7 +694,7 @@ class _Run:
                 left = config.minutes * 60 - (time.monotonic() - self.started) - after
                 steps = max(1, int(left / (seconds + self.record["checkup_seconds"] / config.save_every)))
                 need(steps <= MOST_READ // config.batch_size, "minutes", "fewer", config.minutes)
-            self.store(steps=steps, seconds_per_step=seconds)
+            self.folder.store(steps=steps, seconds_per_step=seconds)
         steps, seconds = self.record["steps"], self.record["seconds_per_step"]
         self.say.print(report.plan_line(steps, config.batch_size * config.accumulate, len(self.split.train), seconds))
         return steps
@@ -929,13 +910,13 @@ class _Run:
             student.projection = weight.detach().cpu(), bias
             projections |= {} if bias is None else {"bias": bias.detach().cpu().contiguous()}
         out = write_student(
-            self.partial, self.asked, self.sources[0], student, vocabularies.tables, metrics, projections
+            self.folder, self.asked, self.sources[0], student, vocabularies.tables, metrics, projections
         )
         self.say.print(*report.result_tables(metrics))
         for warning in metrics["warnings"]:
             self.say.print(f"Warning: {warning}")
         which = "" if best["step"] == fitted.steps else f"; the best was step {best['step']}, which is kept"
-        self.say.print(f"{fitted.steps} steps in {fitted.seconds:.0f} s{which}. The student is in {out}")
+        self.say.print(f"{fitted.steps} steps in {fitted.seconds:.0f} s{which}. The student is {self.folder.place}")
         return DistillResult(out, metrics)
 
 

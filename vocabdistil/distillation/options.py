@@ -18,7 +18,7 @@ from ..models.teachers import Teacher
 from ..models.vocabularies import FAMILIES
 from .text import GivenTexts, TextFiles, TextSource
 
-__all__ = ["StudentOptions", "check_reading", "check_run_options", "configured", "plain"]
+__all__ = ["StudentOptions", "check_reading", "check_run_options", "check_timing", "configured", "plain"]
 
 _Config = TypeVar("_Config")
 
@@ -52,6 +52,12 @@ def check_reading(config: Any) -> None:
     need_threads(config.threads)
     need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
     need_seed(config.seed)
+
+
+def check_timing(batch: Any, length: Any, names: tuple[str, str] = ("time_batch", "time_length")) -> None:
+    """What every timing asks of its batch and its length in tokens, by the names of these options."""
+    need_whole(length, names[1], most=_MOST_TIMED)
+    need_whole(batch, names[0], most=_MOST_TIMED // length)
 
 
 def check_run_options(config: Any) -> None:
@@ -113,7 +119,7 @@ class StudentOptions:
         seed: of everything random.
         threads: of torch on the CPU; None: leave it.
         time_batch, time_length: the batch and the length in tokens at which CPU time is measured.
-        overwrite, quiet: replace ``out``; print nothing.
+        overwrite, quiet: replace ``out``, if it is empty or a run wrote all that is in it; print nothing.
     """
 
     teacher: str | os.PathLike | Sequence[str | os.PathLike]
@@ -176,8 +182,7 @@ class StudentOptions:
         need(layers is None or isinstance(layers, str), "keep_layers", "layers with commas between them", layers)
         need_prompt(self.prompt)
         check_reading(self)
-        need_whole(self.time_length, "time_length", most=_MOST_TIMED)
-        need_whole(self.time_batch, "time_batch", most=_MOST_TIMED // self.time_length)
+        check_timing(self.time_batch, self.time_length)
         codes = self.language
         named = codes is None or isinstance(codes, (list, tuple)) and all(isinstance(code, str) for code in codes)
         need(named, "language", "codes such as en", codes)

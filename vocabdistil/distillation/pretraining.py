@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -19,28 +18,20 @@ from ..alignment.collator import pad
 from ..alignment.families import encode
 from ..alignment.masking import mask_tokens, masking_probabilities
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need
-from ..core.files import write_json
+from ..core.errors import need, need_whole
 from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
 from .options import check_run_options, configured
-from .runs import (
-    RUN_FILE,
-    Interrupted,
-    SeededTrainer,
-    TrainingOrder,
-    fit,
-    keep_inputs,
-    last_checkpoint,
-    move_into_place,
-    open_partial,
-    training_arguments,
-)
+from .order import TrainingOrder
+from .run_folder import Diverged, RunFolder, check_out, last_checkpoint
+from .runs import SeededTrainer, fit, training_arguments
 from .text import TextSplit, read_text, split_text
 
 __all__ = ["TeacherConfig", "train_teacher"]
 
+# Beyond these no memory is enough to train a model.
+_MOST_WEIGHTS = 2**33 - 1
 _SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 
 
@@ -85,7 +76,9 @@ class TeacherConfig:
         self.out = os.fspath(self.out)
         check_run_options(self)
         for name in ("vocab_size", "layers", "dim", "heads"):
-            need(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+            need_whole(getattr(self, name), name)
+        weights = 12 * self.layers * self.dim**2 + self.max_length * self.dim
+        need(weights <= _MOST_WEIGHTS, "dim", "layers and positions of fewer than 2^33 weights", f"{weights}")
         need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)
 
     def identity(self) -> dict[str, Any]:
@@ -99,6 +92,7 @@ def bert_tokenizer(texts: Sequence[str], vocab_size: int, cased: bool, max_lengt
     base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     base.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    base.decoder = decoders.WordPiece()
     vocab = train_wordpiece(texts, vocab_size, base, list(_SPECIALS.values()), "[UNK]")
     base.model = models.WordPiece(vocab, unk_token="[UNK]")
     base.post_processor = processors.TemplateProcessing(
@@ -152,24 +146,18 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
 
     Raises:
         VocabdistilError: bad input; nothing is left half-written.
-        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
     config = configured(TeacherConfig, config, options)
+    check_out(Path(config.out), config.overwrite, config.text)
     split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
-    keep_inputs(Path(config.out), config.text)
     identity = {**config.identity(), "text": split.digest}
-    partial, record = open_partial(Path(config.out), identity, config.resume, config.overwrite)
-    try:
-        return _run(config, split, partial, record)
-    except BaseException as error:
-        # Bad input, a learning rate that diverges among it, stays bad: resuming would end the same way.
-        hopeless = isinstance(error, VocabdistilError) or last_checkpoint(partial) is None
-        if hopeless and not isinstance(error, Interrupted):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
+    with folder.held():
+        return _run(config, split, folder)
 
 
-def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[str, Any]) -> Path:
+def _run(config: TeacherConfig, split: TextSplit, folder: RunFolder) -> Path:
     say = Reporter(config.quiet)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say.status("Training the teacher's vocabulary")
@@ -199,13 +187,12 @@ def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[st
             losses.append(_mlm(model, batch, probabilities, tokenizer.mask_token_id, mix_seed(config.seed, start)))
         return float(torch.stack(losses).mean())
 
-    if "before" not in record:
-        record["before"] = held_out_loss()
-        write_json(partial / RUN_FILE, record)
+    if "before" not in folder.record:
+        folder.store(before=held_out_loss())
     trainer = _MlmTrainer(
         model=model,
         args=training_arguments(
-            partial,
+            folder.path,
             steps=config.steps,
             batch_size=config.batch_size,
             lr=config.lr,
@@ -220,18 +207,15 @@ def _run(config: TeacherConfig, split: TextSplit, partial: Path, record: dict[st
         mask_id=tokenizer.mask_token_id,
         sequential=True,
     )
-    seconds = fit(trainer, say, last_checkpoint(partial) if config.resume else None, "Training")
+    seconds = fit(trainer, say, last_checkpoint(folder.path) if config.resume else None, "Training")
     after = held_out_loss()
     if not math.isfinite(after):
-        raise VocabdistilError("--lr: the training diverged, the held-out loss is not finite; try a smaller one")
-    final = partial / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    final.mkdir()
+        raise Diverged("--lr: the training diverged, the held-out loss is not finite; try a smaller one")
+    final = folder.begin_result()
     model.to("cpu").save_pretrained(final)
     save_tokenizer(tokenizer, final)
-    metrics = {"held_out_mlm": {"before": record["before"], "after": after}, "train_seconds": round(seconds, 1)}
-    write_json(final / "metrics.json", metrics)
-    move_into_place(final, Path(config.out))
-    shutil.rmtree(partial)
-    say.print(f"Held-out MLM loss {record['before']:.3f} -> {after:.3f}. The teacher is in {config.out}")
-    return Path(config.out)
+    before = folder.record["before"]
+    figures = {"held_out_mlm": {"before": before, "after": after}, "train_seconds": round(seconds, 1)}
+    out = folder.publish(final, figures)
+    say.print(f"Held-out MLM loss {before:.3f} -> {after:.3f}. The teacher is {folder.place}")
+    return out

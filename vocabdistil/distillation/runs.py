@@ -1,11 +1,8 @@
-"""Long runs: everything random follows from (seed, step), a signal saves a checkpoint, a folder appears when whole."""
+"""Long runs: everything random follows from (seed, step), a signal saves a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import signal
 import threading
 import time
@@ -18,64 +15,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError
 from ..core.seeds import mix_seed
+from .run_folder import Interrupted, seal
 
 __all__ = [
-    "Interrupted",
     "SeededTrainer",
-    "TrainingOrder",
-    "checkpoint_step",
     "fit",
-    "keep_inputs",
-    "last_checkpoint",
-    "move_into_place",
-    "open_partial",
     "seconds_per_step",
     "training_arguments",
 ]
 
-RUN_FILE = "run.json"
 # What transformers calls them.
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on a signal after it saved a checkpoint; the text says how to go on."""
-
-
-class TrainingOrder(Dataset):
-    """A whole run's texts in the order in which they are read: one item per text and epoch.
-
-    Every epoch is a fresh permutation. Texts of similar length share a batch, drawn from windows of 32 batches, so
-    that little padding is computed. As the order of the run is one sequence, continuing it means skipping items.
-    """
-
-    def __init__(self, texts: Sequence[str], batch_size: int, steps: int, seed: int) -> None:
-        self.texts = texts
-        lengths = torch.tensor([len(text) for text in texts])
-        generator = torch.Generator().manual_seed(seed)
-        order: list[Tensor] = []
-        while sum(map(len, order)) < steps * batch_size:
-            order.append(torch.randperm(len(texts), generator=generator))
-        indices = torch.cat(order)[: steps * batch_size]
-        window = 32 * batch_size
-        batches: list[Tensor] = []
-        for start in range(0, len(indices), window):
-            part = indices[start : start + window]
-            part = part[lengths[part].argsort(stable=True)].view(-1, batch_size)
-            batches.append(part[torch.randperm(len(part), generator=generator)].flatten())
-        self.indices = torch.cat(batches).tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> dict[str, str]:
-        return {"text": self.texts[self.indices[i]]}
 
 
 class SeededTrainer(Trainer):
@@ -84,7 +39,7 @@ class SeededTrainer(Trainer):
     Subclasses compute the loss with ``self.step_seed`` and report its parts with :meth:`note`.
 
     Args:
-        sequential: the data set is in the order in which to read it (as :class:`TrainingOrder` is).
+        sequential: the data set is in the order in which to read it (as :class:`.order.TrainingOrder` is).
     """
 
     step_seed: int
@@ -127,13 +82,21 @@ class SeededTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = self.accelerator.unwrap_model(model or self.model)
         load_model(plain, str(Path(resume_from_checkpoint) / "model.safetensors"))
 
 
 class _StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    """SIGINT, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint; a second one ends it at
+    once. What the process was told to ignore, as nohup does, stays ignored."""
+
+    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -148,7 +111,8 @@ class _StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        old = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield
         finally:
@@ -234,7 +198,7 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
     """Trains to the end or to a signal, with a progress bar; returns the seconds that it took.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
     steps, stop = trainer.args.max_steps, _StopOnSignal()
     # What the trainer prints of itself would break the progress bar.
@@ -251,84 +215,6 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
             "the same command with --resume continues"
         )
     return done.metrics.get("train_runtime", 0.0)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the trainer's state is what it writes last)."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    """The step of a checkpoint; 0 without one."""
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-
-
-def keep_inputs(out: Path, inputs: Sequence[str]) -> None:
-    """Raises if ``out``, which ``--overwrite`` would replace, is or holds a file or folder that the run reads."""
-    for name in inputs:
-        path = Path(name).resolve()
-        if out.resolve() in (path, *path.parents):
-            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
-
-
-def open_partial(
-    out: Path, identity: dict[str, Any], resume: bool | None, overwrite: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Makes ``out.partial`` or, to resume, checks that it belongs to the same run; returns it and its record.
-
-    Args:
-        identity: what must not change between an interrupted run and its continuation, by the name of its option.
-        resume: continue; None: this kind of run cannot be.
-
-    Raises:
-        VocabdistilError: ``out`` exists and is not to be replaced, or there is an interrupted run that was neither
-            to be resumed nor overwritten, or the run to resume is another one.
-    """
-    if not out.name:
-        raise VocabdistilError(f"--out: expected the name of a folder, got {out}")
-    if out.exists() and not overwrite:
-        raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
-    if out.exists() and not out.is_dir():
-        raise VocabdistilError(f"--out: {out} is not a folder")
-    partial = out.with_name(out.name + ".partial")
-    identity = json.loads(json.dumps(identity))
-    if partial.exists():
-        if resume:
-            try:
-                record = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise VocabdistilError(f"--resume: {partial} holds no run to continue") from None
-            for name, value in identity.items():
-                before = record.get("identity", {}).get(name)
-                if before != value:
-                    option = "--" + name.replace("_", "-")
-                    what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
-                    raise VocabdistilError(f"{option}: {what} the run that --resume would continue")
-            return partial, record
-        if not overwrite:
-            raise VocabdistilError(
-                f"--out: {partial} holds an interrupted run; "
-                f"{'' if resume is None else '--resume continues it, '}--overwrite starts anew"
-            )
-        shutil.rmtree(partial)
-    elif resume:
-        raise VocabdistilError(f"--resume: no interrupted run at {partial}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise VocabdistilError(f"--out: cannot make {partial}: {error.strerror}") from None
-    return partial, {"identity": identity}
-
-
-def move_into_place(final: Path, out: Path) -> None:
-    """Renames; an old folder steps aside first and is removed last."""
-    old = out.with_name(out.name + ".old.partial")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(out, old)
-    os.rename(final, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # What transformers logs beside the terms of the loss.

@@ -123,7 +123,7 @@ class TeacherCache:
             shard_bytes: bytes of vectors in a shard, and held in memory before it is written.
 
         Raises:
-            ImportError: ``pyarrow`` or ``filelock`` is missing.
+            ImportError: ``pyarrow`` is missing.
             ValueError: ``what`` or ``shard_bytes`` is something else.
             VocabdistilError: the folder holds the states of another teacher, is damaged, or is not one of these.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..models.vocabularies import Vocabulary
 from .folder import write_student
 from .job import DistillResult
 from .options import StudentOptions, configured
-from .runs import keep_inputs, open_partial
+from .run_folder import RunFolder, check_out
 from .student import Source, Student, load_sources, make_student, make_vocabulary
 from .text import Prefixed, Sample, open_text
 
@@ -74,18 +73,17 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     """
     config = configured(TrimConfig, config, options)
     text = open_text(config.text, config.unit, once=True)
-    keep_inputs(Path(config.out), config.inputs(text))
+    check_out(Path(config.out), config.overwrite, config.inputs(text))
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher, source.teacher.num_layers)
-    partial, _ = open_partial(Path(config.out), {}, None, config.overwrite)
-    try:
-        return _run(config, source, layers, text, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder = RunFolder.open(config.out, {}, None, config.overwrite)
+    with folder.held():
+        return _run(config, source, layers, text, folder)
 
 
-def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], partial: Path) -> DistillResult:
+def _run(
+    config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], folder: RunFolder
+) -> DistillResult:
     say, teacher = Reporter(config.quiet), source.teacher
     sample = Sample(Prefixed(text, teacher.prompt), _SAMPLE, config.seed)
     vocabulary = make_vocabulary(
@@ -127,10 +125,10 @@ def _run(config: TrimConfig, source: Source, layers: list[int], text: Iterable[s
         ),
     }
     projections = dict(zip(("0_0", "bias"), student.projection or (), strict=False))
-    out = write_student(partial, config, source, student, [table], metrics, projections)
+    out = write_student(folder, config, source, student, [table], metrics, projections)
     about = f"{len(held)} texts of those that the vocabulary was made for"
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
-    say.print(f"The student is in {out}")
+    say.print(f"The student is {folder.place}")
     return DistillResult(out, metrics)
 
 

@@ -274,6 +274,7 @@ class _Metrics(TypedDict):
     initialisation: Initialisation
     coverage: list[CoverageFigures]
     models: Models
+    files: list[str]
     baselines: NotRequired[dict[str, dict[str, float]]]
     warnings: NotRequired[list[str]]
 
@@ -297,6 +298,7 @@ class TrimMetrics(_Metrics):
         loyalty: by ``"N layers"`` the agreement with the teacher; where layers were left out or made narrower also
             ``"all layers"``: before that.
         models: sizes and times.
+        files: those of the folder, by which a later run knows what it may replace.
         baselines: by name, what others reach on the same measures.
         warnings: what the user should know before using the student.
     """
@@ -331,6 +333,7 @@ class DistillMetrics(_Metrics):
         teacher_pseudo_perplexity: by teacher, per character; None without an MLM head.
         train_seconds: of the training.
         models: sizes and times.
+        files: those of the folder, by which a later run knows what it may replace.
         baselines: by name, what others reach on the same held-out text, and their parameters.
         warnings: what the user should know before using the student.
         recipe: the name of the recipe that settings came from.

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..alignment.families import backend_of
 from ..alignment.picture import readable
+from ..core.errors import printable
 from ..core.names import display_names
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _share(value: float | None, digits: int = 1) -> str:
 def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report: CoverageReport) -> list[Table]:
     """The vocabularies and their text, and a column for every alignment; names and tokenizers of both sides."""
     title = f"{' and '.join(display_names(names))} ({report.texts:,} texts)"
-    vocabularies = Table(title=escape(title), title_justify="left")
+    vocabularies = Table(title=_verbatim(title), title_justify="left")
     for column in ("", "teacher", "student"):
         vocabularies.add_column(column, justify="right" if column else "left")
     for label, *values in (
@@ -130,8 +131,13 @@ def _lowers(tokenizer: Any, name: str) -> bool:
     return normalizer is not None and "A" not in normalizer.normalize_str("A")
 
 
-def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> str:
-    return "\n".join(f"{escape(readable(tokenizer, token))} {count:,}" for token, count in examples[:5])
+def _verbatim(text: str) -> Text:
+    """A name from outside as it is: on no console markup, nor control characters."""
+    return Text(printable(text))
+
+
+def _examples(examples: Sequence[tuple[str, int]], tokenizer: Any) -> Text:
+    return _verbatim("\n".join(f"{readable(tokenizer, token)} {count:,}" for token, count in examples[:5]))
 
 
 def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
@@ -149,7 +155,7 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
         cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
         if "teacher_pseudo_perplexity" in row:
             cells[-1] += f" ({row['teacher_pseudo_perplexity']:.4f})"
-        table.add_row(escape(name), *cells)
+        table.add_row(_verbatim(name), *cells)
     return table
 
 
@@ -161,7 +167,7 @@ def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in zip(display_names([row["model"] for row in rows]), rows, strict=True):
         table.add_row(
-            escape(name),
+            _verbatim(name),
             f"{row['parameters'] / 1e6:.2f}",
             f"{row['vocab']:,}",
             f"{row['mb']:.1f}",
@@ -185,7 +191,7 @@ def task_tables(found: dict[str, Any]) -> list[Table]:
             about = f"{size['pairs']:,} pairs"
         else:
             about = f"{size['classes']} classes, probes of {size['train']:,} texts tested on {size['test']:,}"
-        table = Table(title=escape(f"{task['name']} ({about}; threads: {found['threads']})"), title_justify="left")
+        table = Table(title=_verbatim(f"{task['name']} ({about}; threads: {found['threads']})"), title_justify="left")
         # The figures' heads give way first: a name must be told from the others.
         longest = max(len(model["name"]) for model in found["models"])
         table.add_column("model", overflow="fold", min_width=min(longest, _LONGEST_NAME))
@@ -194,7 +200,7 @@ def task_tables(found: dict[str, Any]) -> list[Table]:
             table.add_column(head, justify="right")
         for model, row in zip(found["models"], task["results"], strict=True):
             table.add_row(
-                escape(model["name"]),
+                _verbatim(model["name"]),
                 f"{model['parameters'] / 1e6:.2f}",
                 *(_figure(row[key]) for key in columns),
                 _figure(row["relative"], ".1%"),

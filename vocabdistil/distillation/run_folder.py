@@ -1,0 +1,286 @@
+"""The folder of a run while it lasts, ``out.partial``, held by one process; ``out`` appears when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..core.errors import VocabdistilError, need
+from ..core.files import files_in, finish_folder, told, write_json
+
+__all__ = [
+    "METRICS",
+    "Diverged",
+    "Interrupted",
+    "RunFolder",
+    "check_out",
+    "checkpoint_step",
+    "is_whole",
+    "last_checkpoint",
+    "seal",
+]
+
+METRICS = "metrics.json"
+_RECORD, _LOCK, _SEAL = "run.json", ".lock", "whole.json"
+# Of the record and of what makes a run go on as if it had not stopped: the order of its texts, what a checkpoint is.
+_FORMAT = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on a signal after it saved a checkpoint; the text says how to go on."""
+
+
+class Diverged(VocabdistilError):
+    """The losses are not finite: going on would end the same way."""
+
+
+def seal(checkpoint: Path) -> None:
+    """Says of a checkpoint that it is whole; for when all of its files are written."""
+    finish_folder(checkpoint)
+    (checkpoint / _SEAL).unlink(missing_ok=True)
+    write_json(checkpoint / _SEAL, files_in(checkpoint))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was sealed, and has the files that it had then."""
+    try:
+        sizes = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))
+        found = files_in(checkpoint)
+        return all(found[name] == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole."""
+    return max(filter(is_whole, folder.glob("checkpoint-*")), key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """The step of a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file of a finished folder that no run wrote, if there is one."""
+    try:
+        ours = set(json.loads((folder / METRICS).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return next((name for name in files_in(folder) if name not in ours), None)
+
+
+def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Raises unless a run may write ``out``: nothing is there, or with ``overwrite`` what a run wrote, or an empty
+    folder.
+
+    Args:
+        inputs: the files and folders that the run reads, which must stay.
+    """
+    for name in inputs:
+        path = Path(name).resolve()
+        if out.resolve() in (path, *path.parents):
+            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
+    need(out.name not in ("", ".."), "out", "the name of a folder", out)
+    # These cannot be renamed, and a link would be replaced instead of what it leads to.
+    need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {out.resolve()}")
+    need(not os.path.ismount(out), "out", "a folder that can be replaced", f"{out}, where something is mounted")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
+    if not out.is_dir():
+        raise VocabdistilError(f"--out: {out} is not a folder")
+    if (foreign := _foreign(out)) is not None:
+        raise VocabdistilError(f"--out: {out} holds {foreign}, which no run wrote there; --overwrite leaves it alone")
+
+
+@dataclass
+class RunFolder:
+    """``out.partial``, and what the stages of a run stored there.
+
+    Attributes:
+        out: what the run is to write.
+        path: its folder until then.
+        record: what its stages found.
+        replaces: whether there is an ``out`` that it takes the place of.
+    """
+
+    out: Path
+    path: Path
+    record: dict[str, Any]
+    replaces: bool
+    _lock: FileLock
+
+    @classmethod
+    def open(
+        cls, out: str | os.PathLike[str], identity: dict[str, Any], resume: bool | None, overwrite: bool
+    ) -> RunFolder:
+        """Makes the folder or, to resume, checks that it belongs to the same run; :meth:`held` gives it free again.
+
+        Args:
+            identity: what must not change between an interrupted run and its continuation, by the name of its option.
+            resume: continue; None: this kind of run cannot be.
+
+        Raises:
+            VocabdistilError: ``out`` is not to be replaced, another process writes it, there is an interrupted run that
+                was neither to be resumed nor overwritten, or the run to resume is another one.
+        """
+        out = Path(out)
+        check_out(out, overwrite)
+        path = out.with_name(out.name + ".partial")
+        fresh = not os.path.lexists(path)
+        if not fresh and not _is_run(path):
+            raise VocabdistilError(f"--out: {path}, where the run would be while it lasts, holds something else")
+        if resume and fresh:
+            raise VocabdistilError(f"--resume: no interrupted run at {path}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(path / _LOCK))
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise VocabdistilError(f"--out: {out} is being written by {_holder(path)}") from None
+        except OSError as error:
+            raise VocabdistilError(f"--out: cannot make {path}: {error.strerror}") from None
+        self = cls(out, path, {}, False, lock)
+        try:
+            self._restore()
+            check_out(out, overwrite)
+            self.replaces = out.exists()
+            self._begin(json.loads(json.dumps(identity)), resume, overwrite)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+            raise
+        return self
+
+    @property
+    def _aside(self) -> Path:
+        """Where an earlier ``out`` is while the new one takes its name."""
+        return self.path / "replaced"
+
+    def _restore(self) -> None:
+        if self._aside.exists() and not self.out.exists():
+            os.rename(self._aside, self.out)
+
+    def _begin(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> None:
+        if resume:
+            self.record = self._resumed(identity)
+            for checkpoint in self.path.glob("checkpoint-*"):
+                if not is_whole(checkpoint):
+                    # It would count as one of those that are kept.
+                    shutil.rmtree(checkpoint)
+        elif (self.path / _RECORD).exists() and not overwrite:
+            raise VocabdistilError(
+                f"--out: {self.path} holds an interrupted run; "
+                f"{'' if resume is None else '--resume continues it, '}--overwrite starts anew"
+            )
+        else:
+            for left_over in self.path.iterdir():
+                if left_over.is_dir() and not left_over.is_symlink():
+                    shutil.rmtree(left_over)
+                elif left_over.name != _LOCK:
+                    left_over.unlink()
+            self.record = {"format": _FORMAT, "identity": identity}
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with told("--out", self.path):
+            self.store(holder=f"process {os.getpid()} on {socket.gethostname()} since {since}")
+
+    def _resumed(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The record of the run that is continued."""
+        try:
+            record = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
+            known = record["identity"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise VocabdistilError(f"--resume: {self.path} holds no run to continue") from None
+        if record.get("format") != _FORMAT:
+            raise VocabdistilError(f"--resume: {self.path} holds a run of another version; --overwrite starts anew")
+        for name, value in identity.items():
+            before = known.get(name)
+            if before != value:
+                option = "--" + name.replace("_", "-")
+                what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
+                raise VocabdistilError(f"{option}: {what} the run that --resume would continue")
+        return record
+
+    def store(self, **found: Any) -> None:
+        """What a later stage, or a run that is resumed, needs of this one."""
+        self.record.update(found)
+        write_json(self.path / _RECORD, self.record)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While the run writes to its folder; after an error the folder stays only if the run can be resumed.
+
+        Raises:
+            VocabdistilError: the disk is full.
+        """
+        try:
+            with told("--out", self.path):
+                yield
+        except BaseException as error:
+            hopeless = isinstance(error, Diverged) or last_checkpoint(self.path) is None
+            if hopeless and not isinstance(error, Interrupted):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        finally:
+            self._lock.release()
+
+    def begin_result(self) -> Path:
+        """An empty folder for what ``out`` is to hold."""
+        final = self.path / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        return final
+
+    def publish(self, final: Path, metrics: dict[str, Any]) -> Path:
+        """The last of a run: ``final`` gets ``metrics.json`` and its name; the folder of the run is removed.
+
+        Args:
+            metrics: gets ``"files"``, the files of the folder, by which a later run knows what it may replace.
+
+        Returns:
+            ``out``.
+        """
+        metrics["files"] = sorted([*files_in(final), METRICS])
+        write_json(final / METRICS, metrics)
+        finish_folder(final)
+        try:
+            if self.out.exists():
+                os.rename(self.out, self._aside)
+            os.rename(final, self.out)
+        finally:
+            self._restore()
+        shutil.rmtree(self.path)
+        return self.out
+
+    @property
+    def place(self) -> str:
+        """Where the result is, in words."""
+        return f"in {self.out}" + (", in place of what was there" if self.replaces else "")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is the folder of a run, or an empty one."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {file.name for file in path.iterdir()}
+    return _RECORD in names or names <= {_LOCK}
+
+
+def _holder(path: Path) -> str:
+    try:
+        return json.loads((path / _RECORD).read_text(encoding="utf-8"))["holder"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"

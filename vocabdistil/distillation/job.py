@@ -819,7 +819,7 @@ class _Run:
         if "start_score" not in self.record:
             started = time.monotonic()
             value = score()
-            self.store(start_score=value, score_seconds=time.monotonic() - started)
+            self.folder.store(start_score=value, score_seconds=time.monotonic() - started)
         weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
         return _Begun(weights, score)
 

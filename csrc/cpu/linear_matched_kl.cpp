@@ -2,7 +2,8 @@
 // [panel][column][row]: so the products read the weights row by row where they lie, by the index, and each row has a
 // lane, down which its softmax runs. Threads share out the tasks of one step after the other: the logits, with the sums
 // of exponentials of each block of columns; the sums of each row; the logits' gradient, in the memory of the student's
-// logits; its product with the hidden states, and with the weight. Formulas: vocabdistil/reference/matched_kl.py.
+// logits; its product with the hidden states, and with the weight. The exponentials are formed twice rather than kept:
+// those of rows that are close have lost what the rows differ by. Formulas: vocabdistil/reference/matched_kl.py.
 #include "../block.h"
 #include "matched.h"
 #include "tiles.h"
@@ -43,9 +44,26 @@ void find_rows(const Rows& weight, const int32_t* ids, int64_t count, int64_t fr
 template <class Acc>
 struct Partial {
   static constexpr int64_t kRows = kTileColumns<Acc>;
-  // top: the largest logit. s, t: first sum exp((x - top) / T), then the factors of these exponentials in the gradient.
-  // dot: sum exp(t) (t - s) of the shifted, divided logits.
-  Acc top_s[kRows], top_t[kRows], s[kRows], t[kRows], dot[kRows];
+  // top: the largest logit. s, t: sum exp((x - top) / T). dot: sum exp(t) (t - s) of the shifted, divided logits. less:
+  // of unmatched logits, see ExpSum.
+  Acc top_s[kRows], top_t[kRows], s[kRows], t[kRows], dot[kRows], less[kRows];
+};
+
+// What the gradient of a panel's rows is formed of.
+template <class Acc>
+struct Slopes {
+  static constexpr int64_t kRows = kTileColumns<Acc>;
+  Acc top_s[kRows], top_t[kRows], top_rest[kRows];  // what the logits are shifted by, each class by its own
+  Acc student[kRows], teacher[kRows], rest[kRows];  // factors: see Outcome
+  Acc mean[kRows], scale[kRows], close[kRows];      // of close rows (1, others 0): see close_rows
+
+  bool any_close() const {
+    return std::any_of(close, close + kRows, [](Acc is) { return is != 0; });
+  }
+  // Of row r at a matched column with logits s and t. es, et: their exponentials.
+  Step<Acc> step(int64_t r, Acc s, Acc t, Acc es, Acc et, Acc inv_temperature) const {
+    return step_of(et, es, scale[r], ((s - t) - (top_s[r] - top_t[r])) * inv_temperature + mean[r]);
+  }
 };
 
 template <class Acc>
@@ -68,43 +86,48 @@ void tops(const Acc* __restrict z, int64_t count, Acc* __restrict top) {
   for (int64_t r = 0; r < w; ++r) top[r] = m[r];
 }
 
-// Turns the logits of one side into exp((z - top) / T).
+// The sums of exponentials of one side's logits.
 template <class Acc>
-void exp_one(Acc* __restrict z, int64_t count, const Acc* top, Acc inv_temperature, Acc* __restrict sum) {
+void sum_one(const Acc* __restrict z, int64_t count, const Acc* top, Acc inv_temperature, Acc* __restrict sum,
+             Acc* __restrict less) {
   constexpr int64_t w = kTileColumns<Acc>;
-  Acc shift[w], total[w];
-  for (int64_t r = 0; r < w; ++r) shift[r] = shift_of(top[r]), total[r] = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Acc* __restrict row = z + i * w;
-    VD_SIMD for (int64_t r = 0; r < w; ++r) {
-      row[r] = exp_nonpositive((row[r] - shift[r]) * inv_temperature);
-      total[r] += row[r];
-    }
+  Acc shift[w];
+  for (int64_t r = 0; r < w; ++r) shift[r] = shift_of(top[r]);
+  auto add_up = [&](Acc* __restrict out, auto&& of) {
+    Acc total[w] = {};
+    for (int64_t i = 0; i < count; ++i)
+      VD_SIMD for (int64_t r = 0; r < w; ++r) total[r] += of((z[i * w + r] - shift[r]) * inv_temperature);
+    std::copy_n(total, w, out);
+  };
+  add_up(sum, [](Acc x) { return exp_nonpositive(x); });
+  bool near_count = false;
+  for (int64_t r = 0; r < w; ++r) {
+    less[r] = sum[r] - static_cast<Acc>(count);
+    near_count |= ExpSum::is_near_count(less[r], static_cast<Acc>(count));
   }
-  for (int64_t r = 0; r < w; ++r) sum[r] = total[r];
+  if (near_count) add_up(less, [](Acc x) { return less_one(x); });
 }
 
 // Of both sides.
 template <class Acc>
-void exp_two(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc inv_temperature, Partial<Acc>& out) {
+void sum_two(const Acc* __restrict s, const Acc* __restrict t, int64_t count, Acc inv_temperature, Partial<Acc>& out) {
   constexpr int64_t w = kTileColumns<Acc>;
-  Acc shift_s[w], shift_t[w], sum_s[w], sum_t[w], dot[w];
+  Acc shift_s[w], shift_t[w], apart[w], sum_s[w], sum_t[w], dot[w];
   for (int64_t r = 0; r < w; ++r) {
     shift_s[r] = shift_of(out.top_s[r]);
     shift_t[r] = shift_of(out.top_t[r]);
+    apart[r] = shift_t[r] - shift_s[r];
     sum_s[r] = sum_t[r] = dot[r] = 0;
   }
   for (int64_t i = 0; i < count; ++i) {
-    Acc *__restrict x = s + i * w, *__restrict y = t + i * w;
+    const Acc *__restrict x = s + i * w, *__restrict y = t + i * w;
     VD_SIMD for (int64_t r = 0; r < w; ++r) {
-      const Acc ls = (x[r] - shift_s[r]) * inv_temperature, lt = (y[r] - shift_t[r]) * inv_temperature;
-      const Acc es = exp_nonpositive(ls), et = exp_nonpositive(lt);
-      const Acc term = et * (lt - ls);
+      const Acc es = exp_nonpositive((x[r] - shift_s[r]) * inv_temperature);
+      const Acc et = exp_nonpositive((y[r] - shift_t[r]) * inv_temperature);
+      const Acc term = et * (((y[r] - x[r]) - apart[r]) * inv_temperature);
       sum_s[r] += es;
       sum_t[r] += et;
       dot[r] += et == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
-      x[r] = es;
-      y[r] = et;
     }
   }
   for (int64_t r = 0; r < w; ++r) out.s[r] = sum_s[r], out.t[r] = sum_t[r], out.dot[r] = dot[r];
@@ -113,15 +136,19 @@ void exp_two(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc inv_temper
 // A class of logits of one row (one side's matched or unmatched ones) over all its blocks: the largest, and the sum
 // of exponentials shifted by it.
 struct Class {
-  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+  double top = -std::numeric_limits<double>::infinity();
+  ExpSum of;  // `less` and `count` of unmatched logits only
 
   void meet(double other) { top = other > top ? other : top; }
-  // What a block's exponentials count in the sum.
-  double weight(double block_top, double inv_temperature) const {
-    return block_top == -std::numeric_limits<double>::infinity() ? 0 : std::exp((block_top - top) * inv_temperature);
+  // Adds the sums of a block, and returns what turns its exponentials into those shifted by the largest.
+  double add(double block_top, double sum, double less, double count, double inv_temperature) {
+    const bool none = block_top == -std::numeric_limits<double>::infinity();
+    const double low = (block_top - top) * inv_temperature, weight = none ? 0 : std::exp(low);
+    of.add(weight * sum, count == 0 ? 0 : weight * less + count * (none ? -1 : std::expm1(low)), count);
+    return weight;
   }
   Rest<double> rest(double inv_temperature) const {
-    return {shift_of(top) * inv_temperature + std::log(sum), sum == 0 ? 0 : 1 / sum};
+    return {shift_of(top) * inv_temperature + of.log(), of.sum == 0 ? 0 : 1 / of.sum};
   }
 };
 
@@ -158,11 +185,12 @@ class Sweep {
     panels_ = step / kW;
     x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
     const int64_t partials = static_cast<int64_t>(blocks_.size()) * panels_;
-    Acc* partial = nullptr;
+    Acc *partial = nullptr, *slopes = nullptr;
     const std::pair<Acc**, int64_t> parts[] = {
         {&s_, step * width_},    {&t_, step * a_.matched}, {&xs_, step * ds},
         {&xt_, step * dt},       {&x_, step * x_stride_},  {&lengths_, 2 * step},
         {&partial, partials * static_cast<int64_t>(sizeof(Partial<Acc>) / sizeof(Acc))},
+        {&slopes, panels_ * static_cast<int64_t>(sizeof(Slopes<Acc>) / sizeof(Acc))},
     };
     auto aligned = [](int64_t size) { return ceil_div(size, 64) * 64; };
     int64_t total = 0;
@@ -174,6 +202,7 @@ class Sweep {
       at += aligned(part.second);
     }
     partial_ = reinterpret_cast<Partial<Acc>*>(partial);
+    slopes_ = reinterpret_cast<Slopes<Acc>*>(slopes);
     for (begin_ = 0; begin_ < rows; begin_ += step) {
       count_ = std::min(step, rows - begin_);
       panels_ = ceil_div(count_, kW);
@@ -199,11 +228,6 @@ class Sweep {
   }
 
  private:
-  static Outcome<double> renormalised(const Sums& z) {
-    const Divergent row = divergence_of(z);
-    return {row.loss, row.student, row.teacher, 0};
-  }
-
   static constexpr int64_t kW = kTileColumns<Acc>;
   static constexpr int64_t kStrip = 8 * kTileRows;  // dims of a task of hidden_grad
 
@@ -324,83 +348,139 @@ class Sweep {
         tops(t_at(panel), count, out.top_t);
       }
       if (c.matched()) {
-        exp_two(s_at(panel), t_at(panel), count, inv_temperature, out);
+        sum_two(s_at(panel), t_at(panel), count, inv_temperature, out);
       } else if (c.student) {
-        exp_one(s_at(panel), count, out.top_s, inv_temperature, out.s);
+        sum_one(s_at(panel), count, out.top_s, inv_temperature, out.s, out.less);
       } else {
-        exp_one(t_at(panel), count, out.top_t, inv_temperature, out.t);
+        sum_one(t_at(panel), count, out.top_t, inv_temperature, out.t, out.less);
       }
     }
   }
 
-  // The loss of each row of a panel from its blocks' sums, and the factors of its gradient.
+  // The sums of row r of a panel over its blocks; s, t: its matched and its unmatched logits.
+  Sums sums_of(int64_t panel, int64_t r, Class (&s)[2], Class (&t)[2]) const {
+    const double inv_temperature = 1 / a_.temperature;
+    const int64_t blocks = static_cast<int64_t>(blocks_.size());
+    for (int64_t b = 0; b < blocks; ++b) {
+      const bool rest = !blocks_[b].matched();
+      if (blocks_[b].student) s[rest].meet(static_cast<double>(partial(b, panel).top_s[r]));
+      if (blocks_[b].teacher) t[rest].meet(static_cast<double>(partial(b, panel).top_t[r]));
+    }
+    double dot = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Partial<Acc>& p = partial(b, panel);
+      const bool rest = !blocks_[b].matched();
+      const double count = rest ? static_cast<double>(blocks_[b].end - blocks_[b].begin) : 0;
+      const double less = rest ? static_cast<double>(p.less[r]) : 0;
+      const double top_s = static_cast<double>(p.top_s[r]), top_t = static_cast<double>(p.top_t[r]);
+      if (blocks_[b].student) s[rest].add(top_s, static_cast<double>(p.s[r]), less, count, inv_temperature);
+      if (!blocks_[b].teacher) continue;
+      const double weight = t[rest].add(top_t, static_cast<double>(p.t[r]), less, count, inv_temperature);
+      if (!rest && weight != 0 && p.t[r] != 0) {
+        const double moved = (top_t - t[0].top) - (shift_of(top_s) - shift_of(s[0].top));
+        dot += weight * (static_cast<double>(p.dot[r]) + static_cast<double>(p.t[r]) * moved * inv_temperature);
+      }
+    }
+    return {s[0].of.sum, t[0].of.sum, dot};
+  }
+
+  // Of each close row of a panel the sum of Step.rest.
+  void close_sums(int64_t panel, double* total) const {
+    const Slopes<Acc>& p = slopes_[panel];
+    const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
+    std::fill_n(total, kW, 0.0);
+    for (int64_t begin = 0; begin < a_.matched; begin += kBlockColumns) {
+      const int64_t end = std::min(a_.matched, begin + kBlockColumns);
+      Acc sum[kW] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const Acc *__restrict s = student(panel, i), *__restrict t = teacher(panel, i);
+        VD_SIMD for (int64_t r = 0; r < kW; ++r) {
+          const Acc es = exp_nonpositive((s[r] - p.top_s[r]) * inv_temperature);
+          const Acc et = exp_nonpositive((t[r] - p.top_t[r]) * inv_temperature);
+          sum[r] += p.step(r, s[r], t[r], es, et, inv_temperature).rest;
+        }
+      }
+      for (int64_t r = 0; r < kW; ++r) total[r] += static_cast<double>(sum[r]);
+    }
+  }
+
+  // The loss of each row of a panel from its blocks' sums, and what its gradient is formed of.
   void sums(int64_t panel) const {
     const double inv_temperature = 1 / a_.temperature;
     const Acc* scale = static_cast<const Acc*>(a_.scale) + begin_ + panel * kW;
     Acc* loss = static_cast<Acc*>(a_.loss) + begin_ + panel * kW;
-    const int64_t blocks = static_cast<int64_t>(blocks_.size());
-    std::vector<double> weights(2 * blocks);
+    Slopes<Acc>& out = slopes_[panel];
+    out = {};
+    Sums z[kW];
+    Rest<double> rest_s[kW];
+    double rest_t[kW], close[kW];
     for (int64_t r = 0; r < in_panel(panel); ++r) {
-      Class s[2], t[2];  // matched, unmatched
-      double dot = 0;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const bool rest = !blocks_[b].matched();
-        if (blocks_[b].student) s[rest].meet(static_cast<double>(partial(b, panel).top_s[r]));
-        if (blocks_[b].teacher) t[rest].meet(static_cast<double>(partial(b, panel).top_t[r]));
-      }
-      for (int64_t b = 0; b < blocks; ++b) {
-        const Partial<Acc>& p = partial(b, panel);
-        const bool rest = !blocks_[b].matched();
-        double &ws = weights[2 * b], &wt = weights[2 * b + 1];
-        double top_s = 0, top_t = 0;
-        if (blocks_[b].student) {
-          top_s = static_cast<double>(p.top_s[r]);
-          ws = s[rest].weight(top_s, inv_temperature);
-          s[rest].sum += ws * static_cast<double>(p.s[r]);
-        }
-        if (blocks_[b].teacher) {
-          top_t = static_cast<double>(p.top_t[r]);
-          wt = t[rest].weight(top_t, inv_temperature);
-          t[rest].sum += wt * static_cast<double>(p.t[r]);
-        }
-        if (!rest && wt != 0 && p.t[r] != 0) {
-          const double moved = (shift_of(top_t) - t[0].top) - (shift_of(top_s) - shift_of(s[0].top));
-          dot += wt * (static_cast<double>(p.dot[r]) + static_cast<double>(p.t[r]) * moved * inv_temperature);
-        }
-      }
-      const Sums z{s[0].sum, t[0].sum, dot};
-      const double top_s = shift_of(s[0].top) * inv_temperature, top_t = shift_of(t[0].top) * inv_temperature;
-      const Outcome<double> out =
-          whole_ ? with_unmatched<double>(divergence_of(z), z, top_s, top_t, s[1].rest(inv_temperature),
-                                          t[1].rest(inv_temperature).log_sum, a_.unmatched == Unmatched::drop)
-                 : renormalised(z);
-      // Under 0 is what rounding leaves of rows that are close, but for shares of a part of the mass.
-      const bool none = scale[r] == 0 || (out.loss < 0 && a_.unmatched != Unmatched::drop);
-      loss[r] = none ? Acc{0} : static_cast<Acc>(out.loss * a_.temperature * a_.temperature);
+      Class s[2], t[2];
+      z[r] = sums_of(panel, r, s, t);
+      rest_s[r] = s[1].rest(inv_temperature);
+      rest_t[r] = t[1].rest(inv_temperature).log_sum;
+      out.top_s[r] = static_cast<Acc>(shift_of(s[0].top));
+      out.top_t[r] = static_cast<Acc>(shift_of(t[0].top));
+      out.top_rest[r] = static_cast<Acc>(shift_of(s[1].top));
+      if (scale[r] == 0 || !is_close(divergence_of(z[r]), z[r])) continue;
+      out.close[r] = 1;
+      out.mean[r] = static_cast<Acc>(z[r].dot / z[r].t);
+      out.scale[r] = static_cast<Acc>(std::exp(z[r].dot / z[r].t));
+    }
+    if (out.any_close()) close_sums(panel, close);
+    for (int64_t r = 0; r < in_panel(panel); ++r) {
+      const Divergent row = out.close[r] != 0 ? close_sum(close[r], z[r]) : divergence_of(z[r]);
+      const Outcome<double> of =
+          whole_ ? with_unmatched<double>(row, z[r], static_cast<double>(out.top_s[r]) * inv_temperature,
+                                          static_cast<double>(out.top_t[r]) * inv_temperature, rest_s[r], rest_t[r],
+                                          a_.unmatched == Unmatched::drop)
+                 : Outcome<double>{row.loss, row.student, row.teacher, 0};
+      loss[r] = scale[r] == 0 ? Acc{0} : static_cast<Acc>(of.loss * a_.temperature * a_.temperature);
       // Rounded once: what is wrong with a factor is wrong with all of its columns.
       const double factor = a_.temperature * static_cast<double>(scale[r]);
-      for (int64_t b = 0; b < blocks; ++b) {
-        Partial<Acc>& p = partial(b, panel);
-        p.s[r] = static_cast<Acc>(factor * (blocks_[b].matched() ? out.student : out.rest) * weights[2 * b]);
-        p.t[r] = static_cast<Acc>(factor * out.teacher * weights[2 * b + 1]);
-      }
+      out.student[r] = static_cast<Acc>(factor * of.student);
+      out.teacher[r] = static_cast<Acc>(factor * of.teacher);
+      out.rest[r] = static_cast<Acc>(factor * of.rest);
     }
   }
 
   void gradient(int64_t block, int64_t first, int64_t last) const {
     const Columns c = blocks_[block];
     for (int64_t panel = first; c.student && panel < last; ++panel) {
-      const Partial<Acc>& p = partial(block, panel);
-      Acc* __restrict s = student(panel, c.begin);
-      const Acc* __restrict t = c.teacher ? teacher(panel, c.begin) : nullptr;
-      for (int64_t i = 0; i < (c.end - c.begin) * kW; i += kW) {
-        if (t) {
-          VD_SIMD for (int64_t r = 0; r < kW; ++r) s[i + r] = p.s[r] * s[i + r] - p.t[r] * t[i + r];
-        } else {
-          VD_SIMD for (int64_t r = 0; r < kW; ++r) s[i + r] *= p.s[r];
-        }
-        // Exactly 0 where there is no row, even if a weight is infinite: the weight's gradient sums over all lanes.
-        for (int64_t r = in_panel(panel); r < kW; ++r) s[i + r] = 0;
+      const Slopes<Acc> p = slopes_[panel];  // a copy, which the gradient's memory cannot be taken for
+      Acc* s = student(panel, c.begin);
+      const int64_t count = c.end - c.begin;
+      if (!c.teacher) {
+        rest_slopes(p, s, count);
+      } else if (p.any_close()) {
+        matched_slopes<true>(p, s, teacher(panel, c.begin), count);
+      } else {
+        matched_slopes<false>(p, s, teacher(panel, c.begin), count);
+      }
+      // Exactly 0 where there is no row, even if a weight is infinite: the weight's gradient sums over all lanes.
+      for (int64_t i = 0; in_panel(panel) < kW && i < count; ++i)
+        std::fill(s + i * kW + in_panel(panel), s + (i + 1) * kW, Acc{0});
+    }
+  }
+
+  void rest_slopes(const Slopes<Acc>& p, Acc* __restrict s, int64_t count) const {
+    const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
+    for (int64_t i = 0; i < count; ++i, s += kW)
+      VD_SIMD for (int64_t r = 0; r < kW; ++r)
+        s[r] = p.rest[r] * exp_nonpositive((s[r] - p.top_rest[r]) * inv_temperature);
+  }
+
+  template <bool kAnyClose>
+  void matched_slopes(const Slopes<Acc>& p, Acc* __restrict s, const Acc* __restrict t, int64_t count) const {
+    const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
+    for (int64_t i = 0; i < count; ++i, s += kW, t += kW) {
+      VD_SIMD for (int64_t r = 0; r < kW; ++r) {
+        const Acc es = exp_nonpositive((s[r] - p.top_s[r]) * inv_temperature);
+        const Acc et = exp_nonpositive((t[r] - p.top_t[r]) * inv_temperature);
+        Acc own = es;
+        if constexpr (kAnyClose)
+          own = p.close[r] != 0 ? p.step(r, s[r], t[r], es, et, inv_temperature).first : es;
+        s[r] = p.student[r] * own - p.teacher[r] * et;
       }
     }
   }
@@ -484,6 +564,7 @@ class Sweep {
   Acc* x_ = nullptr;                   // [panels * kW][x_stride]
   Acc* lengths_ = nullptr;             // [panels][2][kW]
   Partial<Acc>* partial_ = nullptr;    // [panels][blocks]
+  Slopes<Acc>* slopes_ = nullptr;      // [panels]
 };
 
 }  // namespace

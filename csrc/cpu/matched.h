@@ -41,11 +41,12 @@ struct Rest {
   Acc inv_sum;
 };
 
-// log of the matched and of the unmatched share of a row: a and b minus log(exp a + exp b).
+// log of the matched and of the unmatched share of a row.
 struct Shares {
   double matched, rest;
 };
 
+// They are a and b minus log(exp a + exp b).
 inline Shares log_shares(double a, double b) {
   const double top = std::max(a, b);
   const double total = top + std::log(std::exp(a - top) + std::exp(b - top));
@@ -59,6 +60,9 @@ struct Outcome {
   Acc student, teacher, rest;
 };
 
+// Log odds further apart than this are taken from the logs of the shares: exponentials of the difference may overflow.
+constexpr double kFar = 30;
+
 // Each class has its own shift, so that neither log q_U nor log r_U underflows.
 // row: of the matched logits alone.
 template <class Acc>
@@ -70,17 +74,31 @@ inline Outcome<Acc> with_unmatched(const Divergent& row, const Sums& z, double t
   const Shares q = log_shares(matched_t, teacher_rest);
   const double mass = std::exp(q.matched), rest = std::exp(q.rest);
   if (matched_s == none && s.log_sum == none) return {-none, 0, 0, 0};
-  const Shares r = log_shares(matched_s, s.log_sum);
-  double loss = 0;
-  if (!(mass == 0)) loss += mass * (row.loss + (z.s == 0 ? 0 : q.matched - r.matched));
-  if (!drop && !(rest == 0)) loss += rest * (q.rest - r.rest);
-  if (!drop && loss < 0) loss = 0;  // what rounding leaves of rows that are close
-  // Shares of the matched mass differ by what `row` says, the mass itself by the difference of the two.
-  const double share = drop ? mass : 1, own = share * std::exp(r.matched);
+  // Of the two classes alone: log(r / q) and r of the matched one, r - q of the other, KL(q || r).
+  double more, own, moved, kl;
+  const double apart = ((top_s - top_t) + row.ratio) - (s.log_sum - teacher_rest);  // of the log odds
+  if (std::abs(apart) < kFar) {
+    const double up = rest * apart, down = -mass * apart;
+    const Step<double> of_mass = step_of(mass, mass, std::exp(up), up);
+    const Step<double> of_rest = step_of(rest, rest, std::exp(down), down);
+    const Close close = close_divergence(of_mass.rest + of_rest.rest, 1);
+    more = up - close.kl, kl = close.kl;
+    own = mass + (close.step * of_mass.first - close.base * mass);
+    moved = close.step * of_rest.first - close.base * rest;
+  } else {
+    const Shares r = log_shares(matched_s, s.log_sum);
+    more = r.matched - q.matched, own = std::exp(r.matched), moved = std::exp(r.rest) - rest;
+    const double sum = (rest == 0 ? 0 : rest * (q.rest - r.rest)) - (mass == 0 ? 0 : mass * more);
+    kl = std::max(sum, 0.0);  // a share of almost all of the mass on both sides leaves a rounding; a NaN stays
+  }
+  const double inside = mass == 0 ? 0 : mass * row.loss;
+  const double loss = !drop ? inside + kl : mass == 0 ? 0 : inside - mass * more;
+  // Shares of the matched mass differ by what `row` says, the mass itself by what has moved.
+  const double gives = drop ? mass * (rest + moved) : moved;
+  if (drop) own *= mass;
   const bool none_s = z.s == 0, none_t = z.t == 0;
   return {loss, static_cast<Acc>(none_s ? 0 : none_t ? own / z.s : own * row.student),
-          static_cast<Acc>(none_t ? 0 : own * row.teacher + (mass - own) / z.t),
-          static_cast<Acc>(drop ? mass * std::exp(r.rest) : std::exp(r.rest) - rest) * s.inv_sum};
+          static_cast<Acc>(none_t ? 0 : own * row.teacher + gives / z.t), static_cast<Acc>(gives) * s.inv_sum};
 }
 
 }  // namespace VD_ISA

@@ -6,11 +6,11 @@ namespace vocabdistil {
 namespace VD_ISA {
 namespace {
 
-// Turns the unmatched logits of one side into exp((x - top) / T).
-template <class Acc>
-Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature) {
+// Turns the unmatched logits of one side into exp((x - top) / T); `again` brings them back.
+template <class Acc, class Again>
+Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature, Again&& again) {
   const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
-  double total = 0;
+  double sum = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(count, begin + kBlock);
     Acc z = 0;
@@ -19,9 +19,26 @@ Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature
       x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
       z += x[i];
     }
-    total += static_cast<double>(z);
+    sum += static_cast<double>(z);
   }
-  return {static_cast<double>(shift) / temperature + std::log(total), static_cast<Acc>(total == 0 ? 0 : 1 / total)};
+  double less = sum - static_cast<double>(count);
+  if (ExpSum::is_near_count(less, static_cast<double>(count))) {
+    again();
+    less = 0;
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t end = std::min(count, begin + kBlock);
+      Acc z = 0;
+#pragma omp simd reduction(+ : z)
+      for (int64_t i = begin; i < end; ++i) {
+        const Acc low = (x[i] - shift) * inv_temperature;
+        z += less_one(low);
+        x[i] = exp_nonpositive(low);
+      }
+      less += static_cast<double>(z);
+    }
+  }
+  const ExpSum total{sum, less, static_cast<double>(count)};
+  return {static_cast<double>(shift) / temperature + total.log(), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};
 }
 
 template <class Acc>
@@ -60,10 +77,10 @@ void run(const MatchedKlArgs& a) {
         if (!whole) {
           out = {row.loss, static_cast<Acc>(row.student), static_cast<Acc>(row.teacher), 0};
         } else {
-          const Acc top_us = gather(a.student, s_begin, s_end, a.mean, s_others.data(), num_s, us);
-          const Rest<Acc> rest_s = exp_rest(us, num_s, top_us, a.temperature);
-          const Acc top_ut = gather(a.teacher, t_begin, t_end, a.mean, t_others.data(), num_t, ut);
-          const double rest_t = exp_rest(ut, num_t, top_ut, a.temperature).log_sum;
+          auto read_s = [&] { return gather(a.student, s_begin, s_end, a.mean, s_others.data(), num_s, us); };
+          auto read_t = [&] { return gather(a.teacher, t_begin, t_end, a.mean, t_others.data(), num_t, ut); };
+          const Rest<Acc> rest_s = exp_rest(us, num_s, read_s(), a.temperature, read_s);
+          const double rest_t = exp_rest(ut, num_t, read_t(), a.temperature, read_t).log_sum;
           out = with_unmatched<Acc>(row, z, static_cast<double>(top_s) / a.temperature,
                                     static_cast<double>(top_t) / a.temperature, rest_s, rest_t,
                                     a.unmatched == Unmatched::drop);

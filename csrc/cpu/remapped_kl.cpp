@@ -99,7 +99,7 @@ void run(const RemappedKlArgs& a) {
       const bool empty = s_end <= s_begin || t_end <= t_begin || mapped == 0;
       loss[p] = 0;
       Acc factor = 0;
-      Divergent out{0, 0, 0};
+      Divergent out{0, 0, 0, 0};
       if (!empty) {
         auto read = [&] {
           load_mean(student, s_begin, s_end, columns, true, s);

@@ -110,11 +110,22 @@ inline Sums exp_both(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc to
 // exp t. A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
 struct Divergent {
   double loss, student, teacher;
+  double ratio;  // log of the student's sum of exponentials over the teacher's
 };
 inline Divergent divergence_of(const Sums& z) {
-  if (z.t == 0) return {0, 0, 0};
-  if (z.s == 0) return {std::numeric_limits<double>::infinity(), 0, 0};
-  return {z.dot / z.t + std::log(z.s / z.t), 1 / z.s, 1 / z.t};
+  const double ratio = std::log(z.s / z.t);
+  if (z.t == 0) return {0, 0, 0, ratio};
+  if (z.s == 0) return {std::numeric_limits<double>::infinity(), 0, 0, ratio};
+  return {z.dot / z.t + ratio, 1 / z.s, 1 / z.t, ratio};
+}
+
+// Is it close? Of a NaN and of a teacher without mass no.
+inline bool is_close(const Divergent& row, const Sums& z) { return row.loss < kClose && z.t != 0; }
+
+// The divergence of close rows, of the sum of Step.rest.
+inline Divergent close_sum(double sum, const Sums& z) {
+  const Close close = close_divergence(sum, z.t);
+  return {close.kl, close.step, close.base, close.kl - z.dot / z.t};
 }
 
 // The same where the rows are close, from the logits that exp_both was given: s becomes exp t (exp d - 1), t exp t.
@@ -122,7 +133,7 @@ template <class Acc>
 inline Divergent close_rows(Acc* __restrict s, Acc* __restrict t, int64_t count, Acc top_s, Acc top_t,
                             Acc inv_temperature, const Sums& z) {
   const Acc apart = top_s - top_t, mean = static_cast<Acc>(z.dot / z.t);
-  const Acc scale = static_cast<Acc>(z.t / z.s * std::exp(divergence_of(z).loss));
+  const Acc scale = static_cast<Acc>(std::exp(z.dot / z.t));
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(count, begin + kBlock);
@@ -138,8 +149,7 @@ inline Divergent close_rows(Acc* __restrict s, Acc* __restrict t, int64_t count,
     }
     total += static_cast<double>(sum);
   }
-  const Close close = close_divergence(total, z.t);
-  return {close.kl, close.step, close.base};
+  return close_sum(total, z);
 }
 
 // exp_both and the divergence; `again` brings the logits back.
@@ -148,10 +158,30 @@ inline Divergent diverge(Acc* s, Acc* t, int64_t count, Acc top_s, Acc top_t, Ac
                          Again&& again) {
   z = exp_both(s, t, count, top_s, top_t, inv_temperature);
   const Divergent out = divergence_of(z);
-  if (!(out.loss < kClose) || z.t == 0) return out;
+  if (!is_close(out, z)) return out;
   again();
   return close_rows(s, t, count, top_s, top_t, inv_temperature, z);
 }
+
+// exp(x) - 1 for x <= 0.
+template <class Acc>
+inline Acc less_one(Acc x) {
+  return x > Acc{-0.5} ? madd(x * x * Acc{0.5}, exp_series(x), x) : exp_nonpositive(x) - 1;
+}
+
+// The sum of `count` exponentials, of which each is at most 1, and `less`, which is `sum - count`, with the digits that
+// a sum near `count` has not.
+struct ExpSum {
+  double sum = 0, less = 0, count = 0;
+
+  void add(double s, double l, double n) { sum += s, less += l, count += n; }
+  double log() const {
+    return is_near_count(less, count) ? std::log(count) + std::log1p(less / count) : std::log(sum);
+  }
+  // Is it worth adding up what each exponential lacks of 1?
+  template <class Acc>
+  static bool is_near_count(Acc less, Acc count) { return less > Acc{-0.5} * count; }
+};
 
 // Rows [begin, end) of x, pooled, at the listed columns; returns the largest value (a NaN is left to the sums).
 template <class Acc>

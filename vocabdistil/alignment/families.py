@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # Of a token that has several (GPT-2's <|endoftext|> is eos, bos and unk) the first that the other side has counts.
-ROLES = ("eos", "bos", "cls", "sep", "mask", "pad", "unk")
+ROLES = ("eos", "sep", "bos", "cls", "mask", "pad", "unk")
 # Roles that stand in for one that a tokenizer does not have.
 SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 # What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.

@@ -43,7 +43,7 @@ def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_fil
     assert found[str(teacher_folder)]["pearson"] == pytest.approx(1)
     assert found[str(teacher_folder)]["label"] == found[str(teacher_folder)]["probability"] == 1
     other = found[str(untrained)]
-    assert -1 <= other["spearman"] < 0.999 and 0 <= other["label"] < 1
+    assert -1 <= other["spearman"] < 0.999 and 0 < other["probability"] < 0.999
     assert other["pseudo_perplexity"] > other["teacher_pseudo_perplexity"] > 1
     assert main([*command, "--text", str(text_file), "--texts", "3", "--max-length", "32"]) == 0
     assert "pseudo-perplexity" in capsys.readouterr().out.replace("\n", "")

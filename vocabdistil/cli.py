@@ -60,12 +60,9 @@ def _file(name: str) -> Path:
 
 
 def _print_line(text: str, stream: TextIO | None) -> None:
-    from .core.console import LastingStream
-    from .core.errors import printable
+    from .core.console import print_line  # takes a while to import
 
-    lasting = LastingStream(stream)
-    lasting.write(printable(text) + "\n")
-    lasting.flush()
+    print_line(text, stream)
 
 
 def _print_json(value: Any) -> None:

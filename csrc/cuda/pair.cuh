@@ -152,15 +152,21 @@ struct Pair {
         for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.address<E>(l, i) + d);
   }
 
-  // s and t become base-2 exponents: (x - max x) / (T ln 2).
-  __device__ void exponents(Group& group, float temperature) {
-    float max_s = -INFINITY, max_t = -INFINITY;
+  // The largest values of both rows.
+  __device__ void tops(Group& group, float& max_s, float& max_t) const {
+    max_s = max_t = -INFINITY;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       max_s = fmaxf(max_s, s[e]);
       max_t = fmaxf(max_t, t[e]);
     }
     group.max(max_s, max_t);
+  }
+
+  // s and t become base-2 exponents: (x - max x) / (T ln 2).
+  __device__ void exponents(Group& group, float temperature) {
+    float max_s, max_t;
+    tops(group, max_s, max_t);
     const float factor = kLog2E / temperature;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
@@ -215,13 +221,8 @@ struct Pair {
   __device__ float close_kl(Group& group, float temperature) {
     float(&p)[kSize] = kReverse ? s : t;
     float(&q)[kSize] = kReverse ? t : s;
-    float max_p = -INFINITY, max_q = -INFINITY;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      max_p = fmaxf(max_p, p[e]);
-      max_q = fmaxf(max_q, q[e]);
-    }
-    group.max(max_p, max_q);
+    float max_p, max_q;
+    kReverse ? tops(group, max_p, max_q) : tops(group, max_q, max_p);
     const float inverse = 1 / temperature, factor = kLog2E / temperature, apart = max_p - max_q;
     float sum_p = 0, sum_q = 0, cross = 0;
 #pragma unroll

@@ -3,7 +3,6 @@
 // instruction set that VD_ISA names. Checks that all of the gradients is written, and one row's loss and gradient
 // against plain sums in double.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -156,15 +155,8 @@ bool one_case(DType dtype) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 1;
-  rng.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const auto begin = std::chrono::steady_clock::now();
-  int64_t cases = 0, refused = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+  return run_cases(argc, argv, [] {
     const auto dtype = static_cast<DType>(pick(0, 3));
-    const bool done = dtype == DType::f64 ? one_case<double>(dtype) : one_case<float>(dtype);
-    ++cases;
-    refused += !done;
-  }
-  std::printf("%lld cases, %lld refused\n", static_cast<long long>(cases), static_cast<long long>(refused));
+    return dtype == DType::f64 ? one_case<double>(dtype) : one_case<float>(dtype);
+  });
 }

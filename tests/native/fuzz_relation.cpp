@@ -1,7 +1,6 @@
 // Runs csrc/cpu/relation_loss.cpp on random sizes, labels (sane and wild) and wishes for the given seconds, every array
 // of exactly its size; meant to be built with the address and undefined behaviour sanitizers, for the instruction set
 // that VD_ISA names. Checks that all of the gradient is written, and one pair's loss against plain sums in double.
-#include <chrono>
 #include <cmath>
 #include <vector>
 
@@ -95,13 +94,8 @@ void one_case() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 1;
-  rng.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const auto begin = std::chrono::steady_clock::now();
-  int64_t cases = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+  return run_cases(argc, argv, [] {
     pick(0, 1) ? one_case<double>() : one_case<float>();
-    ++cases;
-  }
-  std::printf("%lld cases\n", static_cast<long long>(cases));
+    return true;
+  });
 }

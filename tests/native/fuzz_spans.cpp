@@ -4,7 +4,6 @@
 // they do not ascend, overlap or leave the rows, and that else every loss and all of the gradients are written.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -180,14 +179,4 @@ bool one_case() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 1;
-  rng.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const auto begin = std::chrono::steady_clock::now();
-  int64_t cases = 0, refused = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
-    refused += !one_case();
-    ++cases;
-  }
-  std::printf("%lld cases, %lld refused\n", static_cast<long long>(cases), static_cast<long long>(refused));
-}
+int main(int argc, char** argv) { return run_cases(argc, argv, one_case); }

@@ -13,7 +13,6 @@ import tokenizers
 
 __all__ = [
     "ROLES",
-    "SUBSTITUTE",
     "TokenizerInfo",
     "backend_of",
     "check_room",
@@ -28,7 +27,7 @@ __all__ = [
 # Of a token that has several (GPT-2's <|endoftext|> is eos, bos and unk) the first that the other side has counts.
 ROLES = ("eos", "sep", "bos", "cls", "mask", "pad", "unk")
 # Roles that stand in for one that a tokenizer does not have.
-SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
+_SUBSTITUTE = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 # What a bare tokenizers.Tokenizer does not say is taken from the strings that everybody uses.
 _CONVENTION = {
     "[UNK]": "unk",
@@ -182,7 +181,7 @@ def pairs_by_role(source: TokenizerInfo, target: TokenizerInfo) -> list[tuple[in
     count most first."""
     pairs = []
     for role in ROLES:
-        i, j = source.roles.get(role), target.roles.get(role, target.roles.get(SUBSTITUTE.get(role, "")))
+        i, j = source.roles.get(role), target.roles.get(role, target.roles.get(_SUBSTITUTE.get(role, "")))
         if i is not None and j is not None:
             pairs.append((i, j))
     return pairs

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .errors import printable
 
-__all__ = ["LastingConsole", "LastingStream", "Reporter"]
+__all__ = ["LastingConsole", "LastingStream", "Reporter", "print_line"]
 
 # Of a pipe that nobody reads any more, and of a terminal that is gone: these do not come back.
 _GONE = (errno.EPIPE, errno.EIO)
@@ -61,6 +61,13 @@ class LastingStream:
                     os.dup2(null, self.stream.fileno())
                     os.close(null)
                 self.stream = None
+
+
+def print_line(text: str, stream: TextIO | None) -> None:
+    """A line as it is, but for control characters, on a :class:`LastingStream`."""
+    lasting = LastingStream(stream)
+    lasting.write(printable(text) + "\n")
+    lasting.flush()
 
 
 class LastingConsole(Console):

@@ -102,7 +102,9 @@ def locked(folder: Path, quiet: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if not quiet:
-            print(f"Waiting for another process that writes {folder}", file=sys.stderr)
+            from .console import print_line  # rich takes a while to import
+
+            print_line(f"Waiting for another process that writes {folder}", sys.stderr)
         lock.acquire()
     try:
         yield

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.families import SUBSTITUTE, TokenizerInfo
+from ..alignment.families import TokenizerInfo, pairs_by_role
 from ..alignment.remap import RemapTable
 from ..alignment.surfaces import UNKNOWN, Known, known, word_form
 from ..alignment.vocab import matched_ids
@@ -108,10 +108,7 @@ def _roles(teacher: TokenizerInfo, student: TokenizerInfo) -> dict[int, int]:
     # A token that is the text itself (a byte) may be marked as special, and the teacher's may be an ordinary one.
     ids = teacher.ids()
     found = {i: ids[token] for token, i in (student.added | student.special).items() if token in ids}
-    for role, i in reversed(student.roles.items()):
-        match = teacher.roles.get(role, teacher.roles.get(SUBSTITUTE.get(role, "")))
-        if match is not None:
-            found[i] = match
+    found.update(reversed(pairs_by_role(student, teacher)))
     # One token may hold several roles (``<s>`` is CLS and BOS): its own name for one counts before a substitute.
     found.update({i: teacher.roles[role] for role, i in reversed(student.roles.items()) if role in teacher.roles})
     return found

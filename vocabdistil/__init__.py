@@ -3,78 +3,108 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import reference
-from .alignment.align import AlignedBatch, align
-from .alignment.coverage import Coverage, CoverageReport, coverage
-from .alignment.methods import boundary_pairs, match_pairs
-from .alignment.remap import RemapOutput, RemapTable
-from .alignment.spans import SpanPairs, text_pairs
-from .alignment.vocab import MatchedVocab
-from .core.backends import backends
-from .evaluation import loyalty
-from .ops import (
-    attention_loss,
-    contrastive,
-    linear_matched_kl,
-    matched_kl,
-    pooled_loss,
-    relation_loss,
-    remapped_kl,
-    similarity_loss,
-    span_kl,
-    span_loss,
-    span_mean,
-)
-
 if TYPE_CHECKING:
+    from . import reference
+    from .alignment.align import AlignedBatch, align
     from .alignment.cache import AlignedDataset, cache_aligned
     from .alignment.collator import AlignmentBatch, AlignmentCollator
+    from .alignment.coverage import Coverage, CoverageReport, coverage
+    from .alignment.methods import boundary_pairs, match_pairs
     from .alignment.picture import AlignmentPicture, show_alignment
+    from .alignment.remap import RemapOutput, RemapTable
+    from .alignment.spans import SpanPairs, text_pairs
+    from .alignment.vocab import MatchedVocab
+    from .core.backends import backends
     from .distillation.batches import DistillCollator
-    from .distillation.job import DistillConfig, DistillResult, distill
+    from .distillation.job import DistillResult, distill
     from .distillation.model import DistillModel
     from .distillation.objective import Objective
-    from .distillation.pretraining import TeacherConfig, train_teacher
+    from .distillation.options import DistillConfig, TeacherConfig, TrimConfig
+    from .distillation.pretraining import train_teacher
     from .distillation.recipes import LossWeights, Recipe
     from .distillation.trainer import DistillTrainer
-    from .distillation.trim import TrimConfig, trim
+    from .distillation.trim import trim
+    from .evaluation import loyalty
     from .evaluation.tasks import evaluate
+    from .ops import (
+        attention_loss,
+        contrastive,
+        linear_matched_kl,
+        matched_kl,
+        pooled_loss,
+        relation_loss,
+        remapped_kl,
+        similarity_loss,
+        span_kl,
+        span_loss,
+        span_mean,
+    )
 
 __version__ = "0.1.0"
 
-# Loaded on first use: transformers' trainer takes seconds to import, and the losses do not need it.
-_LAZY = {
+# Loaded on first use: torch and transformers take seconds to import, and options and their help need neither.
+_HOMES = {
+    "AlignedBatch": "alignment.align",
     "AlignedDataset": "alignment.cache",
     "AlignmentBatch": "alignment.collator",
     "AlignmentCollator": "alignment.collator",
     "AlignmentPicture": "alignment.picture",
+    "Coverage": "alignment.coverage",
+    "CoverageReport": "alignment.coverage",
     "DistillCollator": "distillation.batches",
-    "DistillConfig": "distillation.job",
+    "DistillConfig": "distillation.options",
     "DistillModel": "distillation.model",
     "DistillResult": "distillation.job",
     "DistillTrainer": "distillation.trainer",
     "LossWeights": "distillation.recipes",
+    "MatchedVocab": "alignment.vocab",
     "Objective": "distillation.objective",
     "Recipe": "distillation.recipes",
-    "TeacherConfig": "distillation.pretraining",
+    "RemapOutput": "alignment.remap",
+    "RemapTable": "alignment.remap",
+    "SpanPairs": "alignment.spans",
+    "TeacherConfig": "distillation.options",
+    "TrimConfig": "distillation.options",
+    "align": "alignment.align",
+    "attention_loss": "ops",
+    "backends": "core.backends",
+    "boundary_pairs": "alignment.methods",
     "cache_aligned": "alignment.cache",
+    "contrastive": "ops",
+    "coverage": "alignment.coverage",
     "distill": "distillation.job",
     "evaluate": "evaluation.tasks",
+    "linear_matched_kl": "ops",
+    "match_pairs": "alignment.methods",
+    "matched_kl": "ops",
+    "pooled_loss": "ops",
+    "relation_loss": "ops",
+    "remapped_kl": "ops",
     "show_alignment": "alignment.picture",
+    "similarity_loss": "ops",
+    "span_kl": "ops",
+    "span_loss": "ops",
+    "span_mean": "ops",
+    "text_pairs": "alignment.spans",
     "train_teacher": "distillation.pretraining",
-    "TrimConfig": "distillation.trim",
     "trim": "distillation.trim",
 }
+_MODULES = {"loyalty": "evaluation.loyalty", "reference": "reference"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        found: Any = import_module(f".{_MODULES[name]}", __name__)
+    elif name in _HOMES:
+        found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 __all__ = [

@@ -195,7 +195,7 @@ def test_command_prints_a_table_and_json(folders, text_file, capsys) -> None:
     share = found["methods"]["word"]["teacher_covered"]
     assert f"{share:.1%}" in out and "word" in out and "boundary" not in out and "[CLS]" in out
     assert main([*command, "--method", "words"]) == 2
-    assert "--method: expected boundary or word or match or reduce, got 'words'\n" in capsys.readouterr().err
+    assert "--method: expected boundary, word, match or reduce, got 'words'\n" in capsys.readouterr().err
 
 
 def test_command_trains_a_vocabulary_of_the_teacher_s_family(folders, text_file, capsys) -> None:

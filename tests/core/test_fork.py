@@ -39,7 +39,7 @@ def work():
         found += [loss.detach(), student.grad]
     out = table.remap(ids)
     matched = vd.MatchedVocab(torch.arange(1000), torch.arange(1000))
-    aligned = vd.alignment.methods.match_pairs(ids, ids, matched)
+    aligned = vd.match_pairs(ids, ids, matched)
     (ids.double().sqrt() + 1).sum()  # torch's own threads
     return [*found, out.input_ids, out.pairs.student_end, aligned.student_start]
 

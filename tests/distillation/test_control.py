@@ -139,7 +139,7 @@ def test_dev_pairs_are_scored_at_every_checkpoint(headless_folder, text_file, tm
 def test_a_bad_dev_file_is_one_line_before_any_work(headless_folder, text_file, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b\n", encoding="utf-8")
-    with pytest.raises(VocabdistilError, match="--dev: "):
+    with pytest.raises(VocabdistilError, match="dev: "):
         vd.distill(**options(headless_folder, text_file, tmp_path / "student", **EMBEDDING, dev=file))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
 
@@ -168,7 +168,7 @@ def test_a_cached_teacher_is_not_asked_twice(headless_folder, text_file, tmp_pat
 
 
 def test_a_cache_of_masked_texts_is_refused(teacher_folder, text_file, tmp_path):
-    with pytest.raises(VocabdistilError, match="--cache-teacher: expected losses of the last hidden states of whole"):
+    with pytest.raises(VocabdistilError, match="cache_teacher: expected losses of the last hidden states of whole"):
         vd.distill(**options(teacher_folder, text_file, tmp_path / "student", cache_teacher=tmp_path / "cache"))
     assert not (tmp_path / "student.partial").exists()
 
@@ -222,7 +222,7 @@ def test_a_run_that_had_ended_early_stays_ended(headless_folder, text_file, tmp_
 
 def test_what_a_run_reads_is_not_overwritten(headless_folder, text_file, tmp_path, pairs):
     for name in ("dev", "cache_teacher"):
-        with pytest.raises(VocabdistilError, match="--out: .* holds .*, which the run reads"):
+        with pytest.raises(VocabdistilError, match="out: .* holds .*, which the run reads"):
             changes = {**EMBEDDING, "overwrite": True, name: pairs if name == "dev" else tmp_path / "cache"}
             vd.distill(**options(headless_folder, text_file, tmp_path, **changes))
     assert pairs.exists()

@@ -30,5 +30,5 @@ def test_the_text_supports_both_vocabularies():
 
 def test_an_earlier_demo_is_not_overwritten(tmp_path):
     (tmp_path / "teacher").mkdir()
-    with pytest.raises(VocabdistilError, match="--out: .*teacher exists"):
+    with pytest.raises(VocabdistilError, match="out: .*teacher exists"):
         demo.demo(tmp_path, quiet=True)

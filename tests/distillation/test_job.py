@@ -104,12 +104,12 @@ def test_a_signal_saves_and_resuming_gives_the_same_student(
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
         at_step(patch, 6, interrupt)
-        with pytest.raises(Interrupted, match="step 7 of 12.*--resume"):
+        with pytest.raises(Interrupted, match="step 7 of 12.*resume=True"):
             vd.distill(**options(teacher_folder, text_file, out))
     assert not out.exists()
-    with pytest.raises(VocabdistilError, match="--out: .*interrupted run.*--resume"):
+    with pytest.raises(VocabdistilError, match="out: .*interrupted run.*resume=True"):
         vd.distill(**options(teacher_folder, text_file, out))
-    with pytest.raises(VocabdistilError, match="--lr: .*resume"):
+    with pytest.raises(VocabdistilError, match="lr: .*resume"):
         vd.distill(**options(teacher_folder, text_file, out, resume=True, lr=1e-3))
     resumed = vd.distill(**options(teacher_folder, text_file, out, resume=True))
     assert_equal(weights(resumed.path), weights(uninterrupted.path))
@@ -145,7 +145,7 @@ def test_a_crash_before_any_checkpoint_leaves_nothing(teacher_folder, text_file,
 def test_overwrite_replaces_the_folder_only_at_the_end(teacher_folder, text_file, tmp_path, monkeypatch):
     out = tmp_path / "student"
     before = weights(vd.distill(**options(teacher_folder, text_file, out, steps=1)).path)
-    with pytest.raises(VocabdistilError, match="--out: .*exists"):
+    with pytest.raises(VocabdistilError, match="out: .*exists"):
         vd.distill(**options(teacher_folder, text_file, out))
     with monkeypatch.context() as patch:
         at_step(patch, 3, interrupt)
@@ -159,7 +159,7 @@ def test_overwrite_replaces_the_folder_only_at_the_end(teacher_folder, text_file
 
 def test_a_folder_with_the_teacher_or_the_text_is_not_replaced(teacher_folder, text_file):
     for out in (teacher_folder, teacher_folder.parent, text_file.parent):
-        with pytest.raises(VocabdistilError, match="--out: .* holds .*, which the run reads"):
+        with pytest.raises(VocabdistilError, match="out: .* holds .*, which the run reads"):
             vd.distill(**options(teacher_folder, text_file, out, overwrite=True))
     assert (teacher_folder / "config.json").exists() and text_file.exists()
 
@@ -182,7 +182,7 @@ def test_a_teacher_with_code_of_its_own_has_students_of_another_body(teacher_fol
     small = options(folder, text_file, tmp_path / "student", steps=2, trust_remote_code=True)
     made = vd.distill(**small)
     assert set(made.metrics["baselines"]) == {"mean of input embeddings"}
-    with pytest.raises(VocabdistilError, match="no rule for layers of model_type 'own'; --preset makes"):
+    with pytest.raises(VocabdistilError, match="no rule for layers of model_type 'own'; preset makes"):
         vd.distill(**small | {"preset": None, "layers": 1, "overwrite": True})
 
 
@@ -192,7 +192,7 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
     state = load_file(broken / "model.safetensors")
     state["bert.encoder.layer.1.output.dense.bias"][0] = float("nan")
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VocabdistilError, match="--teacher: .*broken gives NaN"):
+    with pytest.raises(VocabdistilError, match="teacher: .*broken gives NaN"):
         vd.distill(**options(broken, text_file, tmp_path / "student"))
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
@@ -200,23 +200,23 @@ def test_nan_in_the_teacher_is_told_and_nothing_is_left(teacher_folder, text_fil
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "--preset: expected base or small"),
-        ({"vocab_size": 0}, "--vocab-size: expected a number above 0, got 0"),
-        ({"steps": -1}, "--steps"),
-        ({"lr": float("nan")}, "--lr"),
-        ({"held_out": 1.0}, "--held-out"),
-        ({"weight_decay": float("inf")}, "--weight-decay"),
-        ({"seed": -1}, "--seed: expected a number from 0"),
-        ({"seed": 2**40}, "--seed"),
-        ({"max_length": 2}, "--max-length: expected a number above 2, got 2"),
-        ({"out": "."}, "--out: expected the name of a folder"),
-        ({"weights": "kl=0,mlm=0,logits=0"}, "--weights"),
-        ({"weights": "kul=1"}, "--weights: unknown loss 'kul'"),
-        ({"weights": "kl=x"}, "--weights: kl: expected a number"),
-        ({"teacher_weights": [1, 2]}, "--teacher-weights"),
-        ({"layer_map": "first"}, "--layer-map"),
-        ({"vocab_size": 9}, "--vocab-size: expected at least .* special tokens and characters"),
-        ({"resume": True}, "--resume: no interrupted run"),
+        ({"preset": "huge"}, "preset: expected base, small"),
+        ({"vocab_size": 0}, "vocab_size: expected a number above 0, got 0"),
+        ({"steps": -1}, "steps"),
+        ({"lr": float("nan")}, "lr"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"seed": -1}, "seed: expected a number from 0"),
+        ({"seed": 2**40}, "seed"),
+        ({"max_length": 2}, "max_length: expected a number above 2, got 2"),
+        ({"out": "."}, "out: expected the name of a folder"),
+        ({"weights": "kl=0,mlm=0,logits=0"}, "weights"),
+        ({"weights": "kul=1"}, "weights: unknown loss 'kul'"),
+        ({"weights": "kl=x"}, "weights: kl: expected a number"),
+        ({"teacher_weights": [1, 2]}, "teacher_weights"),
+        ({"layer_map": "first"}, "layer_map"),
+        ({"vocab_size": 9}, "vocab_size: expected at least .* special tokens and characters"),
+        ({"resume": True}, "resume: no interrupted run"),
     ],
 )
 def test_bad_options(teacher_folder, text_file, tmp_path, changes, message):

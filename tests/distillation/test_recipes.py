@@ -224,7 +224,7 @@ def test_each_layer_learns_from_its_own(teacher_folder, text_file, tmp_path):
     result = vd.distill(**options(teacher_folder, text_file, tmp_path / "student", **changes, log_every=1))
     assert len(result.metrics["teacher_scales"][0]) == 2
     assert result.metrics["before"]["kl_own"] < 1e-9
-    with pytest.raises(VocabdistilError, match="--layer-map: kept needs a student with layers of its teacher"):
+    with pytest.raises(VocabdistilError, match="layer_map: kept needs a student with layers of its teacher"):
         vd.distill(**options(teacher_folder, text_file, tmp_path / "other", layer_map="kept"))
 
 
@@ -232,7 +232,7 @@ def test_attention_maps_that_nobody_gives_are_one_line(scene):
     objective, model, batch = scene
     model.student.base_model.set_attn_implementation("sdpa")
     try:
-        with pytest.raises(VocabdistilError, match="--weights: attention needs models that give their maps"):
+        with pytest.raises(VocabdistilError, match="weights: attention needs models that give their maps"):
             objective.loss(model, batch, 0)
     finally:
         give_attention_maps(model.student.base_model)

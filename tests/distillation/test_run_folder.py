@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(text_file, tmp_pa
         told = stopped(text_file, tmp_path / "t", monkeypatch, action=fill, error=VocabdistilError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert told.startswith("--out: cannot write ") and "\n" not in told
+    assert told.startswith("out: cannot write ") and "\n" not in told
     assert last_checkpoint(tmp_path / "t.partial").name == "checkpoint-4"
     assert_same(teach(text_file, tmp_path / "t", resume=True), whole)
 
@@ -129,7 +129,7 @@ def test_a_run_of_another_version_is_not_continued(text_file, tmp_path, monkeypa
     stopped(text_file, tmp_path / "t", monkeypatch)
     file = tmp_path / "t.partial" / "run.json"
     file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "format"}))
-    with pytest.raises(VocabdistilError, match="--resume: .* holds a run of another version"):
+    with pytest.raises(VocabdistilError, match="resume: .* holds a run of another version"):
         teach(text_file, tmp_path / "t", resume=True)
 
 
@@ -168,7 +168,7 @@ def _linked_beside(out: Path) -> None:
 def test_what_no_run_wrote_is_not_replaced(make, text_file, tmp_path):
     make(tmp_path / "t")
     before = contents(tmp_path)
-    with pytest.raises(VocabdistilError, match="--out: "):
+    with pytest.raises(VocabdistilError, match="out: "):
         teach(text_file, tmp_path / "t", overwrite=True)
     assert contents(tmp_path) == before
     assert all(path.is_symlink() == (make in (_link, _dangling)) for path in [tmp_path / "t"])
@@ -182,7 +182,7 @@ def test_what_a_run_wrote_is_replaced_until_something_else_is_beside_it(text_fil
     assert f"The teacher is in {out}, in place of what was there" in capsys.readouterr().out
     assert_same(out, whole)
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(VocabdistilError, match="--out: .* holds thesis.txt, which no run wrote there"):
+    with pytest.raises(VocabdistilError, match="out: .* holds thesis.txt, which no run wrote there"):
         teach(text_file, out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["t"] and (out / "thesis.txt").exists()
 
@@ -217,20 +217,20 @@ def test_files_have_the_permissions_of_new_ones(mask, text_file, tmp_path):
 def test_the_demo_overwrites_nothing_of_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(VocabdistilError, match="--out: expected the name of a folder, got file, which is a file"):
+    with pytest.raises(VocabdistilError, match="out: expected the name of a folder, got file, which is a file"):
         demo("file", quiet=True)
-    with pytest.raises(VocabdistilError, match="--out: expected the name of a folder, got nothing"):
+    with pytest.raises(VocabdistilError, match="out: expected the name of a folder, got nothing"):
         demo("", quiet=True)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "text.txt").write_text("mine")
-    with pytest.raises(VocabdistilError, match="--out: .*text.txt is not the text of this demo"):
+    with pytest.raises(VocabdistilError, match="out: .*text.txt is not the text of this demo"):
         demo("d", overwrite=True, quiet=True)
     (tmp_path / "d" / "text.txt").unlink()
     (tmp_path / "d" / "student").mkdir()
     (tmp_path / "d" / "student" / "thesis.txt").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(VocabdistilError, match="--out: .*student holds thesis.txt"):
+    with pytest.raises(VocabdistilError, match="out: .*student holds thesis.txt"):
         demo("d", overwrite=True, quiet=True)
-    with pytest.raises(VocabdistilError, match="--seed: "):
+    with pytest.raises(VocabdistilError, match="seed: "):
         demo("d", seed=-1, quiet=True)
     assert contents(tmp_path) == before

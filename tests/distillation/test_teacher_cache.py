@@ -185,7 +185,7 @@ def test_another_teacher_is_refused(teacher, tmp_path, field) -> None:
         other.model.half()
         message = "of other (weights|dtype)"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: .* holds the states of another teacher") as raised:
+    with pytest.raises(VocabdistilError, match="^cache_teacher: .* holds the states of another teacher") as raised:
         TeacherCache.open(tmp_path, other)
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
     raised.match(message)
@@ -200,7 +200,7 @@ def test_what_does_not_fit_float16_is_noticed(tmp_path) -> None:
         norm.weight[2] = 1e6
     for what in ("hidden", "pooled"):
         with TeacherCache.open(tmp_path, teacher, what) as cache:
-            with pytest.raises(VocabdistilError, match="^--cache-teacher: .*up to .*; float16, .* ends at 65504$"):
+            with pytest.raises(VocabdistilError, match="^cache_teacher: .*up to .*; float16, .* ends at 65504$"):
                 cache.read(ids, mask)
             assert cache.known == cache.computed == 0
         assert not shards(tmp_path)
@@ -301,7 +301,7 @@ def test_damage_is_noticed(teacher, tmp_path, damage: str) -> None:
     else:
         manifest.write_text("{}" if damage == "manifest" else manifest.read_text()[:50])
         message = "manifest.json is damaged"
-    with pytest.raises(VocabdistilError, match=f"^--cache-teacher: .*{message}") as raised:
+    with pytest.raises(VocabdistilError, match=f"^cache_teacher: .*{message}") as raised:
         with TeacherCache.open(tmp_path, teacher) as cache:
             cache.read(ids, mask)
     assert "\n" not in str(raised.value)
@@ -329,7 +329,7 @@ def test_every_field_of_the_manifest_is_checked(teacher, tmp_path) -> None:
             place = place[key]
         place[keys[-1]] = value
         path.write_text(json.dumps(manifest))
-        with pytest.raises(VocabdistilError, match=f"^--cache-teacher: .*{message}"):
+        with pytest.raises(VocabdistilError, match=f"^cache_teacher: .*{message}"):
             TeacherCache.open(tmp_path, teacher)
     path.write_text("[" * 100_000)
     with pytest.raises(VocabdistilError, match="manifest.json is damaged"):
@@ -342,7 +342,7 @@ def test_a_folder_that_goes_while_it_is_open(teacher, tmp_path) -> None:
     cache.flush()
     cache.read(*batch(teacher, TEXTS[3:6]))
     (tmp_path / "cache").rename(tmp_path / "moved")
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: "):
+    with pytest.raises(VocabdistilError, match="^cache_teacher: "):
         cache.flush()
     TeacherCache.open(tmp_path / "cache", teacher).close()
     with pytest.raises(VocabdistilError, match="was made anew while it was open"):
@@ -351,13 +351,13 @@ def test_a_folder_that_goes_while_it_is_open(teacher, tmp_path) -> None:
 
 def test_bad_input(teacher, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: .* has other files and no manifest.json"):
+    with pytest.raises(VocabdistilError, match="^cache_teacher: .* has other files and no manifest.json"):
         TeacherCache.open(tmp_path, teacher)
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: .* is not a folder"):
+    with pytest.raises(VocabdistilError, match="^cache_teacher: .* is not a folder"):
         TeacherCache.open(tmp_path / "file", teacher)
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: "):
+    with pytest.raises(VocabdistilError, match="^cache_teacher: "):
         TeacherCache.open(tmp_path / "file" / "below", teacher)
-    with pytest.raises(VocabdistilError, match="^--cache-teacher: expected a folder, got int"):
+    with pytest.raises(VocabdistilError, match="^cache_teacher: expected a folder, got int"):
         TeacherCache.open(3, teacher)
     with pytest.raises(ValueError, match="^what: expected one of 'hidden', 'pooled', got 'logits'"):
         TeacherCache.open(tmp_path / "new", teacher, "logits")

@@ -125,7 +125,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(VocabdistilError, match="--vocab-size: expected at least the"):
+    with pytest.raises(VocabdistilError, match="vocab_size: expected at least the"):
         vd.trim(teacher=tiny_teacher("bert"), text=texts(), out=tmp_path / "student", **SMALL | {"vocab_size": 3})
     assert list(tmp_path.iterdir()) == []
 

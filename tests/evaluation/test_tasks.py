@@ -89,7 +89,7 @@ GOOD = "a,b,1\nc,d,2\n"
     ids=lambda value: ascii(value)[:30],
 )
 def test_malformed_pairs(tmp_path, text, message):
-    with pytest.raises(VocabdistilError, match=f"^--pairs: .*{message}") as caught:
+    with pytest.raises(VocabdistilError, match=f"^pairs: .*{message}") as caught:
         read_pairs(csv_file(tmp_path, text))
     assert "\n" not in str(caught.value)
 
@@ -121,7 +121,7 @@ CLASSES = "one,x\ntwo,x\nthree,y\n"
     ids=lambda value: ascii(value)[:30],
 )
 def test_malformed_labels(tmp_path, text, message):
-    with pytest.raises(VocabdistilError, match=f"^--labels: .*{message}") as caught:
+    with pytest.raises(VocabdistilError, match=f"^labels: .*{message}") as caught:
         read_labels(csv_file(tmp_path, text))
     assert "\n" not in str(caught.value)
 
@@ -287,7 +287,7 @@ def test_loyalty_projects_each_of_several_poolings():
     ours, projection = torch.randn(5, 2, 3, generator=generator), torch.randn(4, 3, generator=generator)
     theirs = (ours @ projection.T).flatten(1)
     assert embedding_loyalty(ours.flatten(1), theirs, projection)["cosine"] == pytest.approx(1)
-    with pytest.raises(VocabdistilError, match="--text: expected at least 3 distinct texts, got 2"):
+    with pytest.raises(VocabdistilError, match="text: expected at least 3 distinct texts, got 2"):
         embedding_loyalty(ours[:2].flatten(1), theirs[:2])
 
 
@@ -338,17 +338,17 @@ def test_in_python(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": []}, "--model: expected at least one, got none"),
-        ({"models": None}, "--model: expected a folder or a model's name, got NoneType"),
-        ({"models": [3]}, "--model: expected a folder or a model's name, got int"),
-        ({"pairs": ()}, "--pairs: expected a file here or with --labels, got neither"),
-        ({"pairs": 5}, "--pairs: expected a CSV file, got int"),
-        ({"labels": [None]}, "--labels: expected a CSV file, got NoneType"),
-        ({"prompt": 5}, "--prompt: expected text, got int"),
-        ({"max_length": 64.0}, "--max-length: expected a whole number, got 64.0"),
-        ({"seed": "0"}, "--seed: expected a whole number, got '0'"),
-        ({"threads": 0}, "--threads: expected a number above 0, got 0"),
-        ({"picture": 5}, "--picture: expected an .svg or .png file to write, got int"),
+        ({"models": []}, "models: expected at least one, got none"),
+        ({"models": None}, "models: expected a folder or a model's name, got NoneType"),
+        ({"models": [3]}, "models: expected a folder or a model's name, got int"),
+        ({"pairs": ()}, "pairs: expected a file here or with labels, got neither"),
+        ({"pairs": 5}, "pairs: expected a CSV file, got int"),
+        ({"labels": [None]}, "labels: expected a CSV file, got NoneType"),
+        ({"prompt": 5}, "prompt: expected text, got int"),
+        ({"max_length": 64.0}, "max_length: expected a whole number, got 64.0"),
+        ({"seed": "0"}, "seed: expected a whole number, got '0'"),
+        ({"threads": 0}, "threads: expected a number above 0, got 0"),
+        ({"picture": 5}, "picture: expected an .svg or .png file to write, got int"),
     ],
     ids=lambda value: f"{value!r:.40}",
 )

@@ -168,7 +168,7 @@ def test_what_a_layer_attends_to_stays(name, tmp_path):
         assert config["global_rope_theta"] == 160000.0
     check_body(teacher, [0, 1, 2, 4])
     for keep in ([0, 3, 4], [1, 3]):
-        with pytest.raises(VocabdistilError, match=r"--keep-layers: expected layers of which .* \(0, 3, 6 do\), got"):
+        with pytest.raises(VocabdistilError, match=r"keep_layers: expected layers of which .* \(0, 3, 6 do\), got"):
             check_body(teacher, keep)
 
 
@@ -240,26 +240,26 @@ def test_choice_of_layers():
         assert attention_period([kinds[i] for i in chosen])
     assert choose_layers(22, 11, kinds) == [0, 2, 3, 7, 9, 10, 12, 14, 18, 19, 21]
     for layers in (0, 7, -1):
-        with pytest.raises(VocabdistilError, match=f"--layers: expected a number from 1 to 6.*, got {layers}"):
+        with pytest.raises(VocabdistilError, match=f"layers: expected a number from 1 to 6.*, got {layers}"):
             choose_layers(6, layers)
     assert parse_keep_layers("0, 2,5", 6) == [0, 2, 5]
     for text in ("", "0,2,2", "2,0", "0,6", "a", "0,,2", "-1,2", "0;2"):
-        with pytest.raises(VocabdistilError, match="--keep-layers: expected ascending layers from 0 to 5"):
+        with pytest.raises(VocabdistilError, match="keep_layers: expected ascending layers from 0 to 5"):
             parse_keep_layers(text, 6)
 
 
 def test_a_body_that_cannot_be_is_one_line():
     mpnet = load_teacher(tiny_teacher("mpnet"))
-    with pytest.raises(VocabdistilError, match="--vocabulary: expected padding at id 1, .*, got 5"):
+    with pytest.raises(VocabdistilError, match="vocabulary: expected padding at id 1, .*, got 5"):
         check_body(mpnet, [0], shuffled(mpnet, pad=5))
     roberta = load_teacher(tiny_teacher("roberta"))
     own = shuffled(roberta)
     own.pad_token_id = None
-    with pytest.raises(VocabdistilError, match="--vocabulary: expected a padding token.*got none"):
+    with pytest.raises(VocabdistilError, match="vocabulary: expected a padding token.*got none"):
         check_body(roberta, [0], own)
     for keep in ([], [1, 1], [2, 1], [0, 4], [-1, 2]):
-        with pytest.raises(VocabdistilError, match="--keep-layers: expected ascending layers from 0 to 3, got"):
+        with pytest.raises(VocabdistilError, match="keep_layers: expected ascending layers from 0 to 3, got"):
             check_body(roberta, keep)
-    with pytest.raises(VocabdistilError, match="--keep-layers: expected no --layers besides it"):
+    with pytest.raises(VocabdistilError, match="keep_layers: expected no layers besides it"):
         keep_layers(roberta, 2, "0,3")
     assert keep_layers(roberta) == [0, 1, 2, 3]

@@ -120,16 +120,16 @@ def test_a_plain_folder_has_none_and_nothing_is_written(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be_followed(tmp_path: Path) -> None:
     write(tmp_path, "modules.json", modules("Transformer", "LSTM", "Pooling"))
-    with pytest.raises(VocabdistilError, match="--teacher: expected .* got Transformer, LSTM, Pooling"):
+    with pytest.raises(VocabdistilError, match="teacher: expected .* got Transformer, LSTM, Pooling"):
         read_sentence_settings(tmp_path)
     write(tmp_path, "modules.json", modules("Transformer", "Pooling"))
-    with pytest.raises(VocabdistilError, match="--teacher: expected the width"):
+    with pytest.raises(VocabdistilError, match="teacher: expected the width"):
         read_sentence_settings(tmp_path)
     write(tmp_path, "1_Pooling/config.json", {"embedding_dimension": 8, "pooling_mode": "median"})
-    with pytest.raises(VocabdistilError, match="--teacher: expected a pooling of cls, .*median"):
+    with pytest.raises(VocabdistilError, match="teacher: expected a pooling of cls, .*median"):
         read_sentence_settings(tmp_path)
     (tmp_path / "modules.json").write_text("[{")
-    with pytest.raises(VocabdistilError, match="--teacher: cannot read .*modules.json"):
+    with pytest.raises(VocabdistilError, match="teacher: cannot read .*modules.json"):
         read_sentence_settings(tmp_path)
 
 

@@ -85,18 +85,18 @@ def test_layers_without_a_rule_are_copied(name):
     batch = batch_of(teacher)
     assert all_equal(computed(small.teacher.whole, batch), computed(copied, batch)) and small.explained == []
     assert narrow_shape(teacher, dim=16) == narrow_shape(teacher)
-    with pytest.raises(VocabdistilError, match="--dim: expected the teacher's width, heads and .*narrower, got 12"):
+    with pytest.raises(VocabdistilError, match="dim: expected the teacher's width, heads and .*narrower, got 12"):
         shrink(teacher, keep, TEXTS, dim=12)
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"dim": 17}, "--dim: expected a number from 1 to 16, the teacher's, got 17"),
-        ({"dim": 0}, "--dim: expected a number from 1 to 16, the teacher's, got 0"),
-        ({"heads": 3}, "--heads: expected a number from 1 to 2, the teacher's, got 3"),
-        ({"dim": 9, "heads": 2}, "--heads: expected a number that divides the width 9, got 2"),
-        ({"ffn": 33}, "--ffn: expected a number from 1 to 32, the teacher's, got 33"),
+        ({"dim": 17}, "dim: expected a number from 1 to 16, the teacher's, got 17"),
+        ({"dim": 0}, "dim: expected a number from 1 to 16, the teacher's, got 0"),
+        ({"heads": 3}, "heads: expected a number from 1 to 2, the teacher's, got 3"),
+        ({"dim": 9, "heads": 2}, "heads: expected a number that divides the width 9, got 2"),
+        ({"ffn": 33}, "ffn: expected a number from 1 to 32, the teacher's, got 33"),
     ],
 )
 def test_shapes_that_cannot_be(options, error):
@@ -108,7 +108,7 @@ def test_shapes_and_text():
     teacher = load_teacher(tiny_teacher("bert"))
     assert narrow_shape(teacher) == (16, 2, 32) and narrow_shape(teacher, 9) == (9, 1, 18)
     assert narrow_shape(teacher, 8, ffn=5) == (8, 2, 5)
-    with pytest.raises(VocabdistilError, match="--text: expected some text to fit the student to, got none"):
+    with pytest.raises(VocabdistilError, match="text: expected some text to fit the student to, got none"):
         shrink(teacher, [0], [])
-    with pytest.raises(VocabdistilError, match="--heads: expected 2, the teacher's, as each .* distances, got 1"):
+    with pytest.raises(VocabdistilError, match="heads: expected 2, the teacher's, as each .* distances, got 1"):
         narrow_shape(load_teacher(tiny_teacher("mpnet")), 8, heads=1)

@@ -70,7 +70,7 @@ def test_rows_are_float32_whatever_comes_and_need_a_row_for_every_id() -> None:
     torch.testing.assert_close(rows[5], (4 * matrix[12].float() + 3 * matrix[6].float()) / 7)
     expected = torch.tensor([0, 1, 2, 3, 4, (4 * 12 + 3 * 6) / 7, 5])
     torch.testing.assert_close(start.rows(torch.arange(13.0)), expected)
-    with pytest.raises(VocabdistilError, match="--teacher: expected a row for each of its tokenizer's 13 ids, got 12"):
+    with pytest.raises(VocabdistilError, match="teacher: expected a row for each of its tokenizer's 13 ids, got 12"):
         start.rows(matrix[:12])
 
 
@@ -153,7 +153,7 @@ def test_kept_tokens_take_their_own_rows() -> None:
     kept[6] = -1
     assert plan_start(teacher, student, kept).kind.tolist() == [SHARED] * 6 + [NONE, SHARED]
     for bad in (kept[:5], kept + 3):
-        with pytest.raises(VocabdistilError, match="--vocabulary: expected one id of the teacher's 13"):
+        with pytest.raises(VocabdistilError, match="vocabulary: expected one id of the teacher's 13"):
             plan_start(teacher, student, bad)
 
 

@@ -60,7 +60,7 @@ def test_a_decoder_is_no_teacher(tmp_path):
     teacher = load_teacher(tiny_teacher("roberta"))
     GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     teacher.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(VocabdistilError, match="--teacher: .* has model_type 'gpt2'; expected an encoder: bert, "):
+    with pytest.raises(VocabdistilError, match="teacher: .* has model_type 'gpt2'; expected an encoder: bert, "):
         load_teacher(tmp_path)
 
 
@@ -76,7 +76,7 @@ def test_code_of_its_own_runs_only_if_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question at the terminal"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = with_code_of_its_own(tiny_teacher("bert"), tmp_path / "model")
-    with pytest.raises(VocabdistilError, match="--teacher: .* needs code of its own .*--trust-remote-code") as e:
+    with pytest.raises(VocabdistilError, match="teacher: .* needs code of its own .*trust_remote_code=True") as e:
         load_teacher(folder)
     assert "\n" not in str(e.value)
     teacher = load_teacher(folder, trust_remote_code=True)
@@ -92,12 +92,12 @@ def test_a_tokenizer_with_code_of_its_own(tmp_path, monkeypatch):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(VocabdistilError, match="--student: .* needs code of its own to load a tokenizer"):
+    with pytest.raises(VocabdistilError, match="student: .* needs code of its own to load a tokenizer"):
         load_tokenizer(folder, "--student")
 
 
 def test_an_architecture_that_transformers_does_not_know(tmp_path):
-    with pytest.raises(VocabdistilError, match="--teacher: cannot load a .*nonsense") as e:
+    with pytest.raises(VocabdistilError, match="teacher: cannot load a .*nonsense") as e:
         load_teacher(with_config(tmp_path, model_type="nonsense"))
     assert "\n" not in str(e.value)
 
@@ -108,7 +108,7 @@ def test_ids_beyond_the_embeddings(tmp_path):
     teacher.model.save_pretrained(tmp_path)
     teacher.tokenizer.save_pretrained(tmp_path)
     rows = teacher.model.config.vocab_size
-    with pytest.raises(VocabdistilError, match=f"--teacher: .* has ids up to {rows + 1}, its model {rows} embeddings"):
+    with pytest.raises(VocabdistilError, match=f"teacher: .* has ids up to {rows + 1}, its model {rows} embeddings"):
         load_teacher(tmp_path)
 
 
@@ -118,6 +118,6 @@ def test_weights_that_are_not_there(tmp_path):
     state = {key: value for key, value in teacher.model.state_dict().items() if not key.startswith(gone)}
     teacher.model.save_pretrained(tmp_path, state_dict=state)
     teacher.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(VocabdistilError, match=f"--teacher: .*has no {gone}"):
+    with pytest.raises(VocabdistilError, match=f"teacher: .*has no {gone}"):
         load_teacher(tmp_path)
     assert AutoModel.from_pretrained(tmp_path) is not None  # with weights drawn at random

@@ -122,7 +122,7 @@ def test_sizes(name):
     teacher = family(name)
     made = train_vocabulary(teacher, many_scripts(), 50_000)
     assert len(made) < 5000 and f"supports only {len(made):,} tokens" in made.notes[0]
-    with pytest.raises(VocabdistilError, match="--vocab-size: expected at least the") as caught:
+    with pytest.raises(VocabdistilError, match="vocab_size: expected at least the") as caught:
         train_vocabulary(teacher, many_scripts(), 20)
     least = int(str(caught.value).split("least the ")[1].split()[0])
     assert len(train_vocabulary(teacher, many_scripts(), least)) == least
@@ -164,10 +164,10 @@ def test_tokens_that_the_teacher_added_keep_their_flags_and_stay_whole():
 
 
 def test_bad_families():
-    with pytest.raises(VocabdistilError, match="--family: expected wordpiece or byte-bpe or bpe or unigram, got 'x'"):
+    with pytest.raises(VocabdistilError, match="family: expected wordpiece, byte-bpe, bpe or unigram, got 'x'"):
         train_vocabulary(family("wordpiece"), [], 100, "x")
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(VocabdistilError, match="--family: .* another kind, got WordLevel"):
+    with pytest.raises(VocabdistilError, match="family: .* another kind, got WordLevel"):
         train_vocabulary(words, [], 100)
     assert len(train_vocabulary(words, ["b c"] * 5, 100, "unigram")) > 2
 
@@ -186,5 +186,5 @@ def test_a_wordpiece_vocabulary_for_a_new_model():
     base = family("wordpiece")
     vocab = train_wordpiece(text(), 420, base, ["[PAD]", "[UNK]"], "[UNK]")
     assert list(vocab.values()) == list(range(420)) and list(vocab)[:2] == ["[PAD]", "[UNK]"]
-    with pytest.raises(VocabdistilError, match="--vocab-size: expected at most the .* that this text supports"):
+    with pytest.raises(VocabdistilError, match="vocab_size: expected at most the .* that this text supports"):
         train_wordpiece(many_scripts(), 50_000, base, ["[PAD]", "[UNK]"], "[UNK]")

@@ -104,7 +104,7 @@ def test_the_text_stays_free_of_unk(name):
     teacher, texts = made(name), many_scripts() + SCRIPTS * 40
     unk = {"<unk>", "[UNK]"}
     counts = count_tokens(teacher, texts)
-    with pytest.raises(VocabdistilError, match="--vocab-size: expected at least the") as caught:
+    with pytest.raises(VocabdistilError, match="vocab_size: expected at least the") as caught:
         trim_vocabulary(teacher, counts, 0)
     least = int(re.search(r"least the (\d+)", str(caught.value))[1])
     with pytest.raises(VocabdistilError):
@@ -204,7 +204,7 @@ def test_a_token_that_its_pieces_stand_in_for_makes_room():
     # The rows of tokens decide, not that there are any.
     rows[ids["inks"]] = -rows[ids["ink"]]
     assert set(trim_vocabulary(teacher, text, size, embedding=rows).tokenizer.get_vocab()) == by_count
-    with pytest.raises(VocabdistilError, match="^--embedding: expected a row for each of 10 ids, got 3$"):
+    with pytest.raises(VocabdistilError, match="^embedding: expected a row for each of 10 ids, got 3$"):
         trim_vocabulary(teacher, text, size, embedding=rows[:3])
 
 

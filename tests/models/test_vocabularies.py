@@ -154,14 +154,14 @@ def test_what_the_option_names(tmp_path):
     assert given.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
     assert "Ġ" in vocabulary_from("train", teacher, texts, 420, "byte-bpe").tokenizer.get_vocab()
     for arguments, message in (
-        (("train", teacher), "--text"),
-        (("trim", teacher, texts), "--vocab-size"),
-        (("trim", teacher, texts, -3), "--vocab-size: .* got -3"),
-        (("trim", teacher, texts, 300, "bpe"), "--family: expected nothing beside --vocabulary trim, got bpe"),
-        ((str(tmp_path), teacher, None, 300), "--vocab-size: expected nothing beside --vocabulary"),
-        ((str(tmp_path), teacher, None, None, "bpe"), "--family"),
-        ((str(tmp_path / "none"), teacher), "--vocabulary: no such folder"),
-        (("trim", object(), texts, 300), "--teacher: expected a fast tokenizer"),
+        (("train", teacher), "text"),
+        (("trim", teacher, texts), "vocab_size"),
+        (("trim", teacher, texts, -3), "vocab_size: .* got -3"),
+        (("trim", teacher, texts, 300, "bpe"), "family: expected nothing beside vocabulary='trim', got bpe"),
+        ((str(tmp_path), teacher, None, 300), "vocab_size: expected nothing beside vocabulary="),
+        ((str(tmp_path), teacher, None, None, "bpe"), "family"),
+        ((str(tmp_path / "none"), teacher), "vocabulary: no such folder"),
+        (("trim", object(), texts, 300), "teacher: expected a fast tokenizer"),
     ):
         with pytest.raises(VocabdistilError, match=message) as caught:
             vocabulary_from(*arguments)

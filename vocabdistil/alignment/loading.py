@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import VocabdistilError, need_place
+from ..core.errors import VocabdistilError, need_place, spell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,15 +20,15 @@ LOADING_ERRORS = Exception
 
 def check_source(source: str | os.PathLike, argument: str) -> str:
     """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
-    need_place(source, argument.removeprefix("--"), "a folder or a model's name")
+    need_place(source, argument, "a folder or a model's name")
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise VocabdistilError(f"{argument}: expected a model folder, got the file {name}")
+        raise VocabdistilError.of(argument, f"expected a model folder, got the file {name}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise VocabdistilError(f"{argument}: no such folder: {name}")
+        raise VocabdistilError.of(argument, f"no such folder: {name}")
     return name
 
 
@@ -39,12 +39,13 @@ def first_line(error: BaseException) -> str:
 def cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
     """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
     if "trust_remote_code" in str(error):
-        return VocabdistilError(f"{argument}: {name} needs code of its own to load {what}; --trust-remote-code runs it")
-    return VocabdistilError(f"{argument}: cannot load {what} from {name}: {first_line(error)}")
+        allowed = f"{spell('trust_remote_code', True)} runs it"
+        return VocabdistilError.of(argument, f"{name} needs code of its own to load {what}; {allowed}")
+    return VocabdistilError.of(argument, f"cannot load {what} from {name}: {first_line(error)}")
 
 
 def load_tokenizer(
-    source: str | os.PathLike, argument: str = "--teacher", trust_remote_code: bool = False
+    source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a folder or of a model's name.
 
@@ -56,7 +57,7 @@ def load_tokenizer(
     if Path(source).is_dir():
         files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
         if not any((Path(source) / name).exists() for name in files):
-            raise VocabdistilError(f"{argument}: no tokenizer in {source}")
+            raise VocabdistilError.of(argument, f"no tokenizer in {source}")
     from transformers import AutoTokenizer  # takes a while to import, and who brings tokenizers does not need it
 
     try:
@@ -65,8 +66,9 @@ def load_tokenizer(
     except LOADING_ERRORS as error:
         raise cannot_load("a tokenizer", source, argument, error) from None
     if not tokenizer.is_fast:
-        raise VocabdistilError(
-            f"{argument}: {source} has a slow tokenizer ({type(tokenizer).__name__}); "
+        raise VocabdistilError.of(
+            argument,
+            f"{source} has a slow tokenizer ({type(tokenizer).__name__}); "
             "a fast one (tokenizer.json) is needed"
         )
     return tokenizer

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import native
 from ..core.native import module as _native_module
+from ..core.options import METHODS
 from ..core.values import INT32_MAX, check_dense, check_kind, integer
 from .families import check_room, encode, plain_settings, template_ends
 from .remap import RemapTable, _checked_batch, thread_count
@@ -340,13 +341,8 @@ def _align_reduce(
     return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
 
-_METHODS: dict[str, Callable[..., Aligned]] = {
-    "boundary": _align_boundary,
-    "word": functools.partial(_align_boundary, by_word=True),
-    "match": _align_match,
-    "reduce": _align_reduce,
-}
-METHODS = tuple(_METHODS)
+_BY_NAME = (_align_boundary, functools.partial(_align_boundary, by_word=True), _align_match, _align_reduce)
+_METHODS: dict[str, Callable[..., Aligned]] = dict(zip(METHODS, _BY_NAME, strict=True))
 
 
 def check_method(method: str) -> None:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
+    "MOST_THREADS",
     "VocabdistilError",
     "is_real",
     "need",
     "need_place",
-    "need_prompt",
-    "need_seed",
-    "need_threads",
+    "need_text",
     "need_whole",
+    "on_command_line",
     "one_line",
     "printable",
+    "spell",
     "utf8",
 ]
 
+_Error = TypeVar("_Error", bound="VocabdistilError")
+
 _LONGEST_LINE = 600
 # More threads than any machine has: a million of them would take all its memory.
-_MOST_THREADS = 4096
+MOST_THREADS = 4096
 
 
 # What moves a cursor, colours, hides or turns around what stands beside it, and lone surrogates.
@@ -48,11 +54,44 @@ class VocabdistilError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
+    @classmethod
+    def of(cls: type[_Error], name: str, problem: str) -> _Error:
+        """What is wrong with an option, by its name in Python."""
+        return cls(f"{spell(name)}: {problem}")
+
+
+# While a command runs: what its options are called there. In Python None.
+_flags: ContextVar[Mapping[str, str] | None] = ContextVar("flags", default=None)
+
+
+@contextmanager
+def on_command_line(flags: Mapping[str, str]) -> Iterator[None]:
+    """Errors raised meanwhile spell options as the command line does.
+
+    Args:
+        flags: what they are called there, by their names in Python.
+    """
+    token = _flags.set(flags)
+    try:
+        yield
+    finally:
+        _flags.reset(token)
+
+
+def spell(name: str, value: object = None) -> str:
+    """An option as its user writes it, with its value if there is one: ``keep_layers='0,3'`` in Python,
+    ``--keep-layers 0,3`` on the command line."""
+    flags = _flags.get()
+    if flags is None:
+        return name if value is None else f"{name}={value!r}"
+    flag = flags.get(name, f"--{name.replace('_', '-')}")
+    return flag if value is None or isinstance(value, bool) else f"{flag} {value}"
+
 
 def need(ok: bool, name: str, expected: str, value: object) -> None:
-    """Raises unless ``ok``: the option ``--name`` was expected to be something else than ``value``."""
+    """Raises unless ``ok``: the option ``name`` was expected to be something else than ``value``."""
     if not ok:
-        raise VocabdistilError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+        raise VocabdistilError.of(name, f"expected {expected}, got {value}")
 
 
 def is_real(value: Any) -> bool:
@@ -64,21 +103,8 @@ def need_whole(value: Any, name: str, above: int = 0, most: int = 2**31 - 1) -> 
     """Raises unless ``value`` is a whole number from ``above + 1`` to ``most``."""
     whole = is_real(value) and isinstance(value, Integral)
     need(whole, name, "a whole number", repr(value))
-    need(value > above, name, f"a number above {above}", value)
+    need(value > above, name, f"a number above {above}" if above >= 0 else f"a number from {above + 1}", value)
     need(value <= most, name, f"a number up to {most}", value)
-
-
-def need_seed(value: Any) -> None:
-    """Raises unless ``value`` can be the seed of a run."""
-    need(is_real(value), "seed", "a whole number", repr(value))
-    need(0 <= value < 2**32, "seed", "a number from 0 to 2^32 - 1", value)
-    need_whole(value, "seed", above=-1, most=2**32 - 1)
-
-
-def need_threads(value: Any) -> None:
-    """Raises unless ``value`` can be the number of torch's threads; None leaves it as it is."""
-    if value is not None:
-        need_whole(value, "threads", most=_MOST_THREADS)
 
 
 def utf8(text: str) -> bool:
@@ -90,11 +116,10 @@ def utf8(text: str) -> bool:
     return True
 
 
-def need_prompt(value: Any) -> None:
-    """Raises unless ``value`` can stand before every text; None: nobody said."""
-    if value is not None:
-        need(isinstance(value, str), "prompt", "text", type(value).__name__)
-        need(utf8(value), "prompt", "text that UTF-8 can hold", ascii(value))
+def need_text(value: Any, name: str) -> None:
+    """Raises unless ``value`` is text that a file can hold."""
+    need(isinstance(value, str), name, "text", type(value).__name__)
+    need(utf8(value), name, "text that UTF-8 can hold", ascii(value))
 
 
 def need_place(value: Any, name: str, expected: str) -> None:
@@ -109,4 +134,4 @@ def need_place(value: Any, name: str, expected: str) -> None:
         pass
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise VocabdistilError(f"--{name.replace('_', '-')}: expected {expected}, got {place!r}: {problem}") from None
+        raise VocabdistilError.of(name, f"expected {expected}, got {place!r}: {problem}") from None

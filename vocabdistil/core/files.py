@@ -87,14 +87,14 @@ def told(option: str, place: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        raise VocabdistilError(f"{option}: cannot write {place}: {error.strerror}") from None
+        raise VocabdistilError.of(option, f"cannot write {place}: {error.strerror}") from None
     except (SafetensorError, RuntimeError) as error:
         # Rust and C++ tell of the same in exceptions of their own.
         found = str(error)
         if not ("I/O error" in found or "PytorchStreamWriter" in found or "inline_container" in found):
             raise
         problem = found if "I/O error" in found else "the disk is full or broken"
-        raise VocabdistilError(f"{option}: cannot write {place}: {problem}") from None
+        raise VocabdistilError.of(option, f"cannot write {place}: {problem}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -86,10 +86,10 @@ def prepare(folder: Path, name: str) -> None:
         VocabdistilError: it is no folder, or has other files.
     """
     if folder.exists() and not folder.is_dir():
-        raise VocabdistilError(f"{name}: {folder} is not a folder")
+        raise VocabdistilError.of(name, f"{folder} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise VocabdistilError(f"{name}: {folder} has other files and no {MANIFEST}; a new or empty one is needed")
+        raise VocabdistilError.of(name, f"{folder} has other files and no {MANIFEST}; a new or empty one is needed")
 
 
 @contextmanager
@@ -139,24 +139,25 @@ def read_manifest(folder: Path, name: str, holds: str, form: int, fields: Fields
 
     def check(values: Any, where: str, wanted: Fields) -> None:
         if not isinstance(values, dict):
-            raise VocabdistilError(f"{name}: {path} is damaged: {where}expected an object, got {values!r:.80}")
+            raise VocabdistilError.of(name, f"{path} is damaged: {where}expected an object, got {values!r:.80}")
         for field, (expected, fits) in wanted.items():
             if field not in values:
-                raise VocabdistilError(f"{name}: {path} is damaged: {where}{field}: expected {expected}, got nothing")
+                raise VocabdistilError.of(name, f"{path} is damaged: {where}{field}: expected {expected}, got nothing")
             if not fits(values[field]):
-                raise VocabdistilError(
-                    f"{name}: {path} is damaged: {where}{field}: expected {expected}, got {values[field]!r:.80}"
+                raise VocabdistilError.of(
+                    name,
+                    f"{path} is damaged: {where}{field}: expected {expected}, got {values[field]!r:.80}"
                 )
 
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise VocabdistilError(f"{name}: {folder} holds no {holds} (no {MANIFEST})") from None
+        raise VocabdistilError.of(name, f"{folder} holds no {holds} (no {MANIFEST})") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise VocabdistilError(f"{name}: {path} is damaged: {error}") from None
+        raise VocabdistilError.of(name, f"{path} is damaged: {error}") from None
     check(manifest, "", {"format": COUNT})
     if manifest["format"] != form:
-        raise VocabdistilError(f"{name}: {path}: format: expected {form}, got {manifest['format']}")
+        raise VocabdistilError.of(name, f"{path}: format: expected {form}, got {manifest['format']}")
     check(manifest, "", {**fields, "shards": ("a list", lambda value: isinstance(value, list))})
     for k, shard in enumerate(manifest["shards"]):
         check(shard, f"shards[{k}]: ", record)
@@ -176,11 +177,11 @@ def verify_shard(path: Path, name: str, record: dict[str, Any], contents: bool =
     try:
         size = path.stat().st_size
     except OSError:
-        raise VocabdistilError(f"{name}: {path} is missing") from None
+        raise VocabdistilError.of(name, f"{path} is missing") from None
     if size != record["bytes"]:
-        raise VocabdistilError(f"{name}: {path} is damaged: expected {record['bytes']} bytes, got {size}")
+        raise VocabdistilError.of(name, f"{path} is damaged: expected {record['bytes']} bytes, got {size}")
     if contents and (found := _checksum(path)) != record["crc32"]:
-        raise VocabdistilError(f"{name}: {path} is damaged: expected checksum {record['crc32']:08x}, got {found:08x}")
+        raise VocabdistilError.of(name, f"{path} is damaged: expected checksum {record['crc32']:08x}, got {found:08x}")
 
 
 def read_shard(path: Path, name: str, record: dict[str, Any], columns: dict[str, Any]) -> list[Any]:
@@ -201,5 +202,5 @@ def read_shard(path: Path, name: str, record: dict[str, Any], columns: dict[str,
         if batch.num_rows != record["rows"]:
             raise ValueError(f"expected {record['rows']} rows, got {batch.num_rows}")
     except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException) as error:
-        raise VocabdistilError(f"{name}: {path} is damaged: {error}") from None
+        raise VocabdistilError.of(name, f"{path} is damaged: {error}") from None
     return found

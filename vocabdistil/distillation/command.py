@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-from ..models.students import Preset
+from ..models.presets import Preset
 from .options import StudentOptions
 
 __all__ = ["command_of"]

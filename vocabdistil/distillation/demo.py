@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need, need_place, need_seed
+from ..core.errors import VocabdistilError
 from ..core.files import told, whole_file
-from ..models.students import Preset
-from .job import DistillConfig, DistillResult, distill
+from ..models.presets import Preset
+from .job import DistillResult, distill
+from .options import DemoOptions, DistillConfig
 from .pretraining import train_teacher
-from .run_folder import check_out
 
 __all__ = ["demo", "demo_text"]
 
@@ -100,21 +100,17 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
         VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced, or ``out/text.txt`` is
             another text.
     """
-    need_place(out, "out", "the name of a folder")
-    need_seed(seed)
+    DemoOptions(out, seed, overwrite, quiet).look()
     out = Path(out)
-    need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
-    for part in ("teacher", "student"):
-        check_out(out / part, overwrite)
     say, text = Reporter(quiet), out / "text.txt"
     data = ("\n".join(demo_text(seed=seed)) + "\n").encode()
     if not os.path.lexists(text):
-        with told("--out", out):
+        with told("out", out):
             out.mkdir(parents=True, exist_ok=True)
             with whole_file(text) as file:
                 file.write(data)
     elif not text.is_file() or text.read_bytes() != data:
-        raise VocabdistilError(f"--out: {text} is not the text of this demo; name another folder")
+        raise VocabdistilError.of("out", f"{text} is not the text of this demo; name another folder")
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
     common = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
     train_teacher(out=out / "teacher", vocab_size=1200, layers=4, dim=192, heads=6, steps=400, lr=1e-3, **common)

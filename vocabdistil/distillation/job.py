@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..alignment.masking import masking_probabilities
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole
+from ..core.errors import VocabdistilError, need, spell
 from ..evaluation import report
 from ..evaluation.loyalty import regression
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
@@ -33,7 +33,6 @@ from ..evaluation.tasks import Pairs, pairs_score, read_pairs
 from ..evaluation.timing import compare_models
 from ..models.bodies import keep_layers
 from ..models.start import plan_start
-from ..models.students import PRESETS, Preset
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
 from ..reference.layers import LayerAssignment, layer_map
@@ -45,245 +44,26 @@ from .folder import write_student
 from .held_out import evaluate, held_out_loss
 from .mixing import SHARES, best_share, mix, with_words_left_out
 from .model import DistillModel
-from .objective import LOGITS, Objective
-from .options import MOST_READ, StudentOptions, check_run_options, configured
+from .objective import Objective
+from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
-from .recipes import RECIPES, SCHEDULES, LossWeights, Recipe
-from .run_folder import Diverged, Interrupted, RunFolder, check_out, checkpoint_step, last_checkpoint
+from .recipes import RECIPES, LossWeights
+from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
 from .runs import fit, seconds_per_step, training_arguments
-from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
+from .student import Source, Student, kept_layers, load_sources, load_student, make_student, make_vocabulary
 from .teacher_cache import TeacherCache
-from .text import GivenTexts, TextFiles, TextSplit, open_text, split_text
+from .text import TextSplit, split_text
 from .trainer import DistillTrainer
 
-__all__ = ["MOST_HELD_OUT", "DistillConfig", "DistillResult", "Interrupted", "distill"]
+__all__ = ["MOST_HELD_OUT", "DistillResult", "Interrupted", "distill"]
 
-LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
 MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
-_DIVERGED = "--lr: the training diverged, the student's losses are not finite; try a smaller one"
-
-
-@dataclass
-class DistillConfig(StudentOptions):
-    """Everything that :func:`distill` needs to know: :class:`StudentOptions`, and of the training:
-
-    Attributes:
-        recipe: what is learned and how, a name of :data:`vocabdistil.distillation.recipes.RECIPES`: ``"auto"``:
-            ``"masked"`` where the student has an MLM head and so has a teacher, else ``"embedding"``. It gives every
-            option whose default is None here, unless something else is said of it.
-        layers: None: half of the teacher's.
-        vocabulary: None: the recipe's.
-        vocab_size: None: the preset's, else 8,000.
-        preset: a DistilBERT instead of the teacher's own kind of body: ``base small tiny tiny-5k``, or a
-            :class:`vocabdistil.models.students.Preset`. None: the recipe's, if nothing else is said of the body.
-        student: the folder of a checkpoint to go on from instead, with its own vocabulary.
-        steps, epochs, minutes: how long; ``steps`` wins over ``epochs``. ``minutes``: as many steps as fit into the
-            time that the whole job may take, found by timing some first.
-        batch_size: texts per step.
-        accumulate: batches whose gradients are added up before a step.
-        student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read.
-        lr, warmup, schedule, weight_decay: AdamW's peak rate (None: the recipe's for a body with copied layers, or for
-            a fresh one), the share of steps in which it rises, how it falls then (``linear cosine constant``), decay.
-        temperature: of the span KL and of the output distributions.
-        weights: a :class:`vocabdistil.LossWeights`, or in text form what differs from the recipe's.
-        logits: where the student learns the output distributions of teachers with an MLM head: ``match reduce
-            reduce-map none``, see :meth:`vocabdistil.Objective.logits_loss`; None: ``match`` if student and a teacher
-            have a head.
-        teacher_weights: what each teacher counts; None: alike.
-        layer_map: which teacher layers teach which student layers: ``last skip average average_all``, or ``kept``: the
-            one that each was copied from.
-        train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
-            isometry that :func:`vocabdistil.distillation.calibration.calibrate` fits.
-        cache_teacher: a folder that remembers what teachers made of texts, for later epochs, students and runs.
-        held_out: the share of texts kept for evaluation, at most 768: a third of them to choose checkpoints by.
-        dev: a CSV file of sentence, sentence, score: how the student ranks its pairs is told at every checkpoint.
-        patience: stop after so many checkpoints without a better held-out loss; None: never.
-        device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
-        save_every, log_every: steps between checkpoints, each of them evaluated and the best kept, and between progress
-            lines.
-        resume: continue from ``out + ".partial"``, which holds the run while it lasts.
-    """
-
-    recipe: str = "auto"
-    vocabulary: str | os.PathLike | None = None
-    preset: str | Preset | None = None
-    student: str | None = None
-    steps: int | None = None
-    epochs: float = 3.0
-    minutes: float | None = None
-    batch_size: int | None = None
-    accumulate: int = 1
-    student_max_length: int | None = None
-    lr: float | None = None
-    warmup: float | None = None
-    schedule: str | None = None
-    weight_decay: float = 0.01
-    temperature: float | None = None
-    weights: LossWeights | str = ""
-    logits: str | None = None
-    teacher_weights: Sequence[float] | None = None
-    layer_map: str | None = None
-    train_projection: bool = False
-    cache_teacher: str | None = None
-    held_out: float = 0.05
-    dev: str | None = None
-    patience: int | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    save_every: int = 500
-    log_every: int = 50
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weights, str):
-            LossWeights.parse(self.weights)
-        if self.vocabulary is None and self.family is not None:
-            self.vocabulary = "train"
-        super().__post_init__()
-
-    def check(self) -> None:
-        super().check()
-        check_run_options(self)
-        need(self.recipe in ("auto", *RECIPES), "recipe", f"auto or {', '.join(RECIPES)}", repr(self.recipe))
-        known = self.preset is None or isinstance(self.preset, Preset) or self.preset in list(PRESETS)
-        need(known, "preset", " or ".join(PRESETS), repr(self.preset))
-        if (shape := self.shape) is not None:
-            for name, value in asdict(shape).items():
-                need_whole(value, f"preset: {name}")
-            need(shape.dim % shape.heads == 0, "preset: heads", f"a divisor of dim ({shape.dim})", shape.heads)
-        if self.student is not None:
-            need_place(self.student, "student", "a folder or a model's name")
-        ways = [name for name in ("preset", "student") if getattr(self, name) is not None]
-        need(len(ways) < 2, "student", "none with --preset", self.student)
-        for name in ("layers", "keep_layers", "dim", "heads", "ffn"):
-            value = getattr(self, name)
-            need(value is None or not ways, name, f"none with --{' or --'.join(ways)}", value)
-        for name in ("vocabulary", "vocab_size", "family"):
-            value = getattr(self, name)
-            need(self.student is None or value is None, name, "none with --student, which has its own", value)
-        if self.student_max_length is not None:
-            need_whole(self.student_max_length, "student_max_length", above=2)
-        need(is_real(self.epochs) and 0 < self.epochs < float("inf"), "epochs", "a number above 0", self.epochs)
-        if self.minutes is not None:
-            need(is_real(self.minutes) and 0 < self.minutes < 1e6, "minutes", "a number above 0", self.minutes)
-            need(self.steps is None, "minutes", "none where --steps says how long", self.minutes)
-        need_whole(self.accumulate, "accumulate", most=2**16)
-        if self.patience is not None:
-            need_whole(self.patience, "patience")
-        for name, what in (("cache_teacher", "a folder"), ("dev", "a CSV file")):
-            if getattr(self, name) is not None:
-                need_place(getattr(self, name), name, what)
-        # Beyond these float32 has neither its square nor the square's inverse.
-        heat = self.temperature
-        fine = heat is None or is_real(heat) and 1e-18 < heat < 1e18
-        need(fine, "temperature", "a number above 0, from 1e-18 to 1e18", heat)
-        rise = self.warmup
-        need(rise is None or is_real(rise) and 0 <= rise < 1, "warmup", "a share from 0 to below 1", rise)
-        known = self.schedule is None or self.schedule in SCHEDULES
-        need(known, "schedule", " or ".join(SCHEDULES), repr(self.schedule))
-        decay = self.weight_decay
-        need(is_real(decay) and 0 <= decay < float("inf"), "weight_decay", "a number of at least 0", decay)
-        need(self.precision in ("fp32", "bf16"), "precision", "fp32 or bf16", repr(self.precision))
-        need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", repr(self.device))
-        maps = self.layer_map is None or self.layer_map in LAYER_MAPS
-        need(maps, "layer_map", ", ".join(LAYER_MAPS), repr(self.layer_map))
-        need(self.logits is None or self.logits in LOGITS, "logits", ", ".join(LOGITS), repr(self.logits))
-        given = isinstance(self.weights, (str, LossWeights))
-        need(given, "weights", "LossWeights or their text form", type(self.weights).__name__)
-        if given:
-            self.recipe_weights(RECIPES.get(self.recipe, RECIPES["masked"]))
-        if self.teacher_weights is not None:
-            shares = self.teacher_weights
-            listed = isinstance(shares, (list, tuple)) and len(shares) == len(self.teacher)
-            need(
-                listed and all(is_real(share) and 0 < share < float("inf") for share in shares),
-                "teacher_weights",
-                "one number above 0 per teacher",
-                shares,
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise VocabdistilError("--device: cuda was asked for, but torch sees no CUDA device")
-
-    def recipe_weights(self, recipe: Recipe) -> LossWeights:
-        """What each loss counts under a recipe.
-
-        Raises:
-            VocabdistilError: they are no numbers, or none is above 0.
-        """
-        weights = LossWeights.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
-        values = asdict(weights).values()
-        fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
-        need(fine, "weights", "numbers of at least 0, one above", weights)
-        return weights
-
-    def resolved(self, head: bool) -> DistillConfig:
-        """The same with everything said that was left to the recipe, but for the rate, which depends on the body.
-
-        Args:
-            head: whether the student has an MLM head and a teacher has one to learn from.
-        """
-        name = ("masked" if head else "embedding") if self.recipe == "auto" else self.recipe
-        recipe, changes = RECIPES[name], {"recipe": name}
-        for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size"):
-            if getattr(self, option) is None:
-                changes[option] = getattr(recipe, option)
-        if self.student is None:
-            body = (self.preset, self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
-            if all(value is None for value in body):
-                changes["preset"] = recipe.preset
-            if self.vocabulary is None:
-                changes["vocabulary"] = recipe.vocabulary
-        return replace(self, weights=self.recipe_weights(recipe), **changes)
-
-    def cache_folders(self, teachers: Sequence[Teacher], mode: str) -> list[tuple[str, Teacher]]:
-        """A folder for each teacher, if there are to be any.
-
-        Args:
-            mode: where output distributions are compared.
-
-        Raises:
-            VocabdistilError: what is learned needs more of a teacher than its last hidden states of whole texts.
-        """
-        if self.cache_teacher is None:
-            return []
-        last = self.layer_map == "last" and not (self.weights.relations or self.weights.attention)
-        hides = self.weights.logits > 0 and mode != "none"
-        needed = "losses of the last hidden states of whole texts, as of --recipe embedding"
-        given = f"--recipe {self.recipe} --layer-map {self.layer_map} --logits {mode}"
-        need(last and not hides, "cache_teacher", needed, given)
-        several = len(teachers) > 1
-        return [
-            (os.path.join(self.cache_teacher, f"teacher-{t}") if several else self.cache_teacher, teacher)
-            for t, teacher in enumerate(teachers)
-        ]
-
-    @property
-    def shape(self) -> Preset | None:
-        """The preset, if there is one."""
-        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
-
-    @property
-    def size(self) -> int | None:
-        """Tokens of the student's vocabulary, if something says how many."""
-        if self.vocab_size is None and self.shape is not None and self.vocabulary in ("train", "trim", None):
-            return self.shape.vocab_size
-        return self.vocab_size
-
-    def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
-        others = (self.student, self.dev, self.cache_teacher)
-        return [*super().inputs(text), *(os.fspath(name) for name in others if name)]
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change between an interrupted run and its continuation."""
-        free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
-        free |= {"time_batch", "time_length", "language", "license"}
-        free |= {"logits", "prompt"}  # what these mean depends on the teachers
-        return {name: value for name, value in self.settings().items() if name not in free}
+_DIVERGED = "the training diverged, the student's losses are not finite; try a smaller one"
 
 
 @dataclass
@@ -322,6 +102,29 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         return run.finish()
 
 
+def _cache_folders(config: DistillConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[str, Teacher]]:
+    """A folder for each teacher, if there are to be any.
+
+    Args:
+        mode: where output distributions are compared.
+
+    Raises:
+        VocabdistilError: what is learned needs more of a teacher than its last hidden states of whole texts.
+    """
+    if config.cache_teacher is None:
+        return []
+    last = config.layer_map == "last" and not (config.weights.relations or config.weights.attention)
+    hides = config.weights.logits > 0 and mode != "none"
+    needed = f"losses of the last hidden states of whole texts, as of {spell('recipe', 'embedding')}"
+    given = (spell("recipe", config.recipe), spell("layer_map", config.layer_map), spell("logits", mode))
+    need(last and not hides, "cache_teacher", needed, ", ".join(given))
+    several = len(teachers) > 1
+    return [
+        (os.path.join(config.cache_teacher, f"teacher-{t}") if several else config.cache_teacher, teacher)
+        for t, teacher in enumerate(teachers)
+    ]
+
+
 def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence[Teacher], head: bool) -> str:
     """``config.logits``, or what it is by default.
 
@@ -336,13 +139,14 @@ def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence
     possible = head and weights.logits > 0 and len(headless) < len(teachers)
     mode = config.logits or ("match" if possible else "none")
     if mode != "none" and len(headless) == len(teachers):
-        raise VocabdistilError(f"--logits: {mode} needs a teacher with an MLM head; without: {', '.join(headless)}")
+        raise VocabdistilError.of("logits", f"{mode} needs a teacher with an MLM head; without: {', '.join(headless)}")
     if mode != "none" and not head:
-        raise VocabdistilError(f"--logits: {mode} needs a student with an MLM head, such as a --preset")
+        raise VocabdistilError.of("logits", f"{mode} needs a student with an MLM head, such as a {spell('preset')}")
     left_out = (set() if head else {"mlm"}) | (set() if mode != "none" else {"logits"})
     if not any(value for name, value in asdict(weights).items() if name not in left_out):
         known = sorted(set(asdict(weights)) - left_out)
-        raise VocabdistilError(f"--weights: expected one above 0 of {', '.join(known)}: nothing else is learned here")
+        problem = f"expected one above 0 of {', '.join(known)}: nothing else is learned here"
+        raise VocabdistilError.of("weights", problem)
     return mode
 
 
@@ -355,7 +159,7 @@ def _resolve(
     if checkpoint is not None:
         tokenizer = checkpoint.tokenizer
     elif config.vocabulary not in ("train", "trim", None):
-        tokenizer = load_tokenizer(config.vocabulary, "--vocabulary", config.trust_remote_code)
+        tokenizer = load_tokenizer(config.vocabulary, "vocabulary", config.trust_remote_code)
 
     def has_head(config: DistillConfig) -> bool:
         if checkpoint is not None:
@@ -417,9 +221,7 @@ class _Run:
     def begin(cls, config: DistillConfig) -> _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
         started = time.monotonic()
-        text = open_text(config.text, config.unit)
-        check_out(Path(config.out), config.overwrite, config.inputs(text))
-        texts = list(text)
+        texts = list(config.look())
         split = split_text(texts, config.held_out, config.seed, most=MOST_HELD_OUT)
         sources = load_sources(config)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
@@ -429,12 +231,12 @@ class _Run:
         need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
         kept: list[int] = []
         if config.shape is None and config.student is None:
-            kept = config.kept_layers(first, max(1, first.num_layers // 2))
+            kept = kept_layers(config, first, max(1, first.num_layers // 2))
         elif config.layer_map == "kept":
-            raise VocabdistilError("--layer-map: kept needs a student with layers of its teacher")
+            raise VocabdistilError.of("layer_map", "kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
-        dev = read_pairs(config.dev, "--dev") if config.dev is not None else None
-        folders = config.cache_folders(teachers, mode)
+        dev = read_pairs(config.dev, "dev") if config.dev is not None else None
+        folders = _cache_folders(config, teachers, mode)
         caches = [TeacherCache.open(folder, teacher) for folder, teacher in folders]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
         folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
@@ -549,7 +351,8 @@ class _Run:
         """The model to train, its objective and its batches."""
         config, teachers, tokenizer = self.config, self.teachers, student.tokenizer
         possible = student.learns_words or self.mode == "none"
-        need(possible, "vocabulary", f"a tokenizer with a mask_token for --logits {self.mode}", config.vocabulary)
+        expected = f"a tokenizer with a mask_token for {spell('logits', self.mode)}"
+        need(possible, "vocabulary", expected, config.vocabulary)
         masked = student.learns_words and config.weights.needs_head
         wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         device = torch.device(wanted)
@@ -610,7 +413,7 @@ class _Run:
         try:
             return layer_map(kind, layers, teacher.num_layers)
         except ValueError as error:
-            raise VocabdistilError(f"--layer-map: {error}") from None
+            raise VocabdistilError.of("layer_map", f"{error}") from None
 
     def calibration(self, student: Student, training: _Training) -> dict[str, Any]:
         """Fits the projections and the scales of the losses, and evaluates the untrained student and what it must
@@ -778,7 +581,7 @@ class _Run:
             )
         }
         if not math.isfinite(found["loss"]):
-            raise Diverged(_DIVERGED)
+            raise Diverged.of("lr", _DIVERGED)
         if self.dev is not None:
             found["dev"] = self.dev_score(training.model.as_teacher(training.collator.student), training.model)
         return found
@@ -845,7 +648,7 @@ class _Run:
             self.config.batch_size, self.config.seed, self.config.quiet,
         )  # fmt: skip
         if not all(math.isfinite(value) for value in found.values()):
-            raise Diverged(_DIVERGED)
+            raise Diverged.of("lr", _DIVERGED)
         return found
 
     def write(

@@ -32,9 +32,8 @@ from .model import DistillModel
 from .recipes import LossWeights
 from .teacher_cache import TeacherCache
 
-__all__ = ["LOGITS", "Objective", "layers_of"]
+__all__ = ["Objective", "layers_of"]
 
-LOGITS = ("match", "reduce", "reduce-map", "none")
 # The share of the teacher's tokens with several pieces that are hidden, as many as the student's own.
 _HIDDEN = 0.15
 # Logits over the teacher's vocabulary that exist at a time: 64 MiB of float32.
@@ -61,7 +60,7 @@ class Objective:
             the teacher's features had standard deviation 1: weights then mean the same for every teacher.
         mask_probabilities: ``[V_s]``, by id; None: nothing is masked, as for a student without an MLM head.
         mask_id: the student's MASK; None with ``mask_probabilities``.
-        mode: where output distributions are compared, one of ``LOGITS``: see :meth:`logits_loss`.
+        mode: where output distributions are compared, one of ``recipes.LOGITS``: see :meth:`logits_loss`.
         tables, matched: one of each per teacher, read unless ``mode`` is ``"none"``.
         pooling: how texts become vectors: ``"mean"``, ``"cls"`` or ``"lasttoken"``.
         caches: of each teacher what it gave before; empty: all read every batch anew.

@@ -1,31 +1,83 @@
-"""What a run is told: the options that every way to a student shares, checked before any work."""
+"""What a run is told: the options of every way to a student, checked before any work and without what takes long to
+import."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
-import torch
+from ..alignment.loading import check_source
+from ..core import options as kinds
+from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole, spell
+from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
+from ..evaluation.options import TimeBatch, TimeLength, check_timing
+from ..models.presets import PRESETS, Preset
+from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
+from .run_folder import check_out
+from .text import GivenTexts, TextFiles, TextSource, open_text
 
-from ..core.errors import is_real, need, need_place, need_prompt, need_seed, need_threads, need_whole
-from ..models.bodies import check_body, keep_layers
-from ..models.shrinking import narrow_shape
-from ..models.teachers import Teacher
-from ..models.vocabularies import FAMILIES
-from .text import GivenTexts, TextFiles, TextSource
-
-__all__ = ["StudentOptions", "check_reading", "check_run_options", "check_timing", "configured", "plain"]
+__all__ = [
+    "MOST_READ",
+    "VOCAB_SIZE",
+    "CoverageOptions",
+    "DemoOptions",
+    "DistillConfig",
+    "StudentOptions",
+    "TeacherConfig",
+    "TrimConfig",
+    "configured",
+    "plain",
+]
 
 _Config = TypeVar("_Config")
 
 # Tokens of a student, if nobody says.
 VOCAB_SIZE = 8000
-# Texts of one step, texts of one run, tokens of one timing: beyond these no memory is enough.
-_MOST_AT_ONCE, MOST_READ, _MOST_TIMED = 2**16, 2**31, 2**20
+# Texts of one step, texts of one run, weights of a model that is trained: beyond these no memory is enough.
+_MOST_AT_ONCE, MOST_READ, _MOST_WEIGHTS = 2**16, 2**31, 2**33 - 1
+
+# What several of the classes below have.
+_Out = Annotated[str | os.PathLike, Option(Place("the name of a folder", metavar="DIR"), "folder to write")]
+# Two special tokens and one that can be masked.
+_MaxLength = Annotated[int, Option(Whole(2), "teacher tokens")]
+_Overwrite = Annotated[bool, Option(Flag(), "replace what an earlier run wrote there")]
+_Quiet = Annotated[bool, Option(Flag(), "print nothing but errors")]
+_BATCH, _RATE = Whole(0, _MOST_AT_ONCE), kinds.Real()
+_HeldOut = Annotated[float, Option(kinds.Real("a share between 0 and 1", high=1), "share to evaluate on")]
+_SaveEvery = Annotated[int, Option(Whole(), "checkpoint every N steps")]
+_LogEvery = Annotated[int, Option(Whole(), "log every N steps")]
+_Resume = Annotated[bool, Option(Flag(), "continue an interrupted run")]
+_MODEL = Place("a folder or a model's name", metavar="DIR_OR_NAME")
+_ASK = "(default: the recipe's)"
+_VOCABULARY = Place("train, trim or a folder", metavar="train|trim|DIR")
+_VOCABULARY_HELP = (
+    "train: new tokens in the teacher's family; trim: those of the teacher that the text needs; or a tokenizer's "
+    "folder (default: trim, or the recipe's)"
+)
+_FAMILY_HELP = f"of new tokens: {kinds.listed(kinds.FAMILIES)} (default: the teacher's)"
+_LAYERS_HELP = (
+    "layers of the teacher to keep, evenly spaced, the last among them (default: all without training, else half)"
+)
+_FIT_HELP = "copy layers as they are; else, where some are left out, the others are fitted to the teacher on the text"
+_RECIPE_HELP = (
+    f"what is learned and how: {kinds.listed(list(RECIPES))} (default auto: masked where student and teacher have an "
+    "MLM head, else embedding)"
+)
+_PRESET_HELP = "a DistilBERT instead of the teacher's own kind of body: " + kinds.listed(
+    [f"{name} ({shape.layers} x {shape.dim}, {shape.vocab_size:,} tokens)" for name, shape in PRESETS.items()]
+)
+_WORST_HELP = (
+    "draw the N texts that align worst, with the smallest share in 1:1 pairs, beside the first ones or those to show"
+)
+_WEIGHTS_HELP = (
+    f"{', '.join(field.name for field in fields(LossWeights))}: what differs from the recipe's; logits and mlm need an "
+    "MLM head"
+)
+_LOGITS_HELP = f"where output distributions are learned: {kinds.listed(LOGITS)} (default: match if possible)"
 
 
 def configured(kind: type[_Config], config: _Config | None, options: dict[str, Any]) -> _Config:
@@ -38,58 +90,34 @@ def configured(kind: type[_Config], config: _Config | None, options: dict[str, A
         raise TypeError(f"give a config or options of {kind.__name__}, not both")
     config = kind(**options) if config is None else config
     if config.threads:  # type: ignore[attr-defined]
+        import torch  # takes seconds, and a config is checked before
+
         torch.set_num_threads(config.threads)  # type: ignore[attr-defined]
     return config
 
 
-def check_reading(config: Any) -> None:
+def _check_reading(config: Any) -> None:
     """What everything that reads text and writes a folder asks of its options."""
-    need_place(config.out, "out", "the name of a folder")
+    check_options(config)
     # What is made first has a longer name.
     need_place(f"{config.out}.partial", "out", "the name of a folder")
-    # Two special tokens and one that can be masked.
-    need_whole(config.max_length, "max_length", above=2)
-    need_threads(config.threads)
-    need(config.unit in ("line", "paragraph"), "unit", "line or paragraph", repr(config.unit))
-    need_seed(config.seed)
 
 
-def check_timing(batch: Any, length: Any, names: tuple[str, str] = ("time_batch", "time_length")) -> None:
-    """What every timing asks of its batch and its length in tokens, by the names of these options."""
-    need_whole(length, names[1], most=_MOST_TIMED)
-    need_whole(batch, names[0], most=_MOST_TIMED // length)
-
-
-def check_run_options(config: Any) -> None:
+def _check_steps(config: Any) -> None:
     """What every training run asks of its options."""
-    check_reading(config)
-    if config.batch_size is not None:
-        need_whole(config.batch_size, "batch_size", most=_MOST_AT_ONCE)
-    for name in ("save_every", "log_every"):
-        need_whole(getattr(config, name), name)
     if config.steps is not None:
         need_whole(config.steps, "steps", most=MOST_READ // (config.batch_size or 1))
-    lr = config.lr
-    need(lr is None or is_real(lr) and 0 < lr < float("inf"), "lr", "a number above 0", lr)
-    share = config.held_out
-    need(is_real(share) and 0 < share < 1, "held_out", "a share between 0 and 1", share)
 
 
 def plain(value: Any) -> Any:
     """A value of an option as JSON has it."""
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)  # numpy has numbers of its own
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _names(value: Any) -> list[str]:
-    """One name or several as a list; what is none stays for :meth:`StudentOptions.check` to tell."""
-    several = isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike, Mapping))
-    return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in (value if several else [value])]
 
 
 @dataclass
@@ -122,34 +150,41 @@ class StudentOptions:
         overwrite, quiet: replace ``out``, if it is empty or a run wrote all that is in it; print nothing.
     """
 
-    teacher: str | os.PathLike | Sequence[str | os.PathLike]
-    text: TextSource
-    out: str | os.PathLike
-    vocab_size: int | None = None
-    vocabulary: str | os.PathLike = "train"
-    family: str | None = None
-    layers: int | None = None
-    keep_layers: str | Sequence[int] | None = None
-    dim: int | None = None
-    heads: int | None = None
-    ffn: int | None = None
-    fit: bool = True
-    prompt: str | None = None
-    trust_remote_code: bool = False
-    language: str | Sequence[str] | None = None
-    license: str | None = None
-    max_length: int = 128
-    unit: str = "line"
-    seed: int = 0
-    threads: int | None = None
-    time_batch: int = 16
-    time_length: int = 512
-    overwrite: bool = False
-    quiet: bool = False
+    teacher: Annotated[
+        str | os.PathLike | Sequence[str | os.PathLike],
+        Option(_MODEL, "the model to learn from; distill takes several", several="append"),
+    ]
+    text: Annotated[TextSource, kinds.TEXT_FILES]
+    out: _Out
+    vocab_size: Annotated[int | None, Option(Whole(), "tokens of the student (default 8000, or the preset's)")] = None
+    vocabulary: Annotated[str | os.PathLike | None, Option(_VOCABULARY, _VOCABULARY_HELP)] = "train"
+    family: Annotated[str | None, Option(Choice(names=kinds.FAMILIES), _FAMILY_HELP)] = None
+    layers: Annotated[int | None, Option(Whole(), _LAYERS_HELP)] = None
+    keep_layers: Annotated[
+        str | Sequence[int] | None, Option(Kind(metavar="I,J,..."), "which ones instead, from 0")
+    ] = None
+    dim: Annotated[int | None, Option(Whole(), "hidden width (default: the teacher's)")] = None
+    heads: Annotated[int | None, Option(Whole(), "attention heads (default: the teacher's)")] = None
+    ffn: Annotated[int | None, Option(Whole(), "width of the feed-forward layers (default: the teacher's)")] = None
+    fit: Annotated[bool, Option(Flag(), _FIT_HELP)] = True
+    prompt: kinds.Prompt = None
+    trust_remote_code: kinds.TrustRemoteCode = False
+    language: Annotated[
+        str | Sequence[str] | None, Option(Kind(metavar="CODE,..."), "for the model card, such as ru")
+    ] = None
+    license: Annotated[str | None, Option(Text(metavar="NAME"), "for the model card, such as mit")] = None
+    max_length: _MaxLength = 128
+    unit: kinds.Unit = "line"
+    seed: kinds.Seed = 0
+    threads: kinds.Threads = None
+    time_batch: TimeBatch = 16
+    time_length: TimeLength = 512
+    overwrite: _Overwrite = False
+    quiet: _Quiet = False
 
     def __post_init__(self) -> None:
         self.teacher, (self.out,), (self.vocabulary,) = (
-            _names(self.teacher), _names([self.out]), _names([self.vocabulary])
+            names_of(self.teacher), names_of([self.out]), names_of([self.vocabulary])
         )  # fmt: skip
         if isinstance(self.language, str):
             self.language = [code.strip() for code in self.language.split(",") if code.strip()]
@@ -163,54 +198,393 @@ class StudentOptions:
     def check(self) -> None:
         """Raises VocabdistilError for the first option that cannot be."""
         need(bool(self.teacher), "teacher", "at least one", "none")
-        for teacher in self.teacher:
-            need_place(teacher, "teacher", "a folder or a model's name")
-        if self.vocabulary is not None:
-            need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
-        need(self.family is None or self.family in FAMILIES, "family", " or ".join(FAMILIES), repr(self.family))
-        need(
-            self.family is None or self.vocabulary == "train", "family", "none without --vocabulary train", self.family
-        )
-        for name in ("vocab_size", "layers", "dim", "heads", "ffn"):
-            if getattr(self, name) is not None:
-                need_whole(getattr(self, name), name)
-        narrow = [name for name in ("dim", "heads", "ffn") if getattr(self, name) is not None]
-        need(self.fit or not narrow, "no_fit", f"no --{' --'.join(narrow)}: narrower layers are fitted", "both")
+        _check_reading(self)
+        alone = self.family is None or self.vocabulary == "train"
+        need(alone, "family", f"none without {spell('vocabulary', 'train')}", self.family)
+        for name in ("dim", "heads", "ffn"):
+            value = getattr(self, name)
+            fitted = self.fit or value is None
+            need(fitted, name, f"none with {spell('fit', False)}, as narrower layers are fitted", value)
         both = self.layers is not None and self.keep_layers is not None
-        need(not both, "keep_layers", "none where --layers says how many", self.keep_layers)
+        need(not both, "keep_layers", f"none where {spell('layers')} says how many", self.keep_layers)
         layers = self.keep_layers
         need(layers is None or isinstance(layers, str), "keep_layers", "layers with commas between them", layers)
-        need_prompt(self.prompt)
-        check_reading(self)
         check_timing(self.time_batch, self.time_length)
         codes = self.language
         named = codes is None or isinstance(codes, (list, tuple)) and all(isinstance(code, str) for code in codes)
         need(named, "language", "codes such as en", codes)
-        need(self.license is None or isinstance(self.license, str), "license", "a name such as mit", self.license)
 
-    def kept_layers(self, teacher: Teacher, default: int) -> list[int]:
-        """Which of the teacher's layers the student keeps.
+    def look(self, once: bool = False) -> TextFiles | GivenTexts:
+        """Looks at files and folders by their names, before anything is loaded, which takes longer; returns the text.
 
         Args:
-            default: how many, if nothing was said.
+            once: the text is read once only.
 
         Raises:
-            VocabdistilError: the teacher has no such layers, or its architecture cannot take such a body.
+            VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
-        if self.keep_layers is None:
-            kept = keep_layers(teacher, self.layers or default)
-        else:
-            kept = keep_layers(teacher, named=self.keep_layers)
-        check_body(teacher, kept)
-        narrow_shape(teacher, self.dim, self.heads, self.ffn)
-        return kept
+        text = open_text(self.text, self.unit, once)
+        check_out(Path(self.out), self.overwrite, self.inputs(text))
+        for name, sources in self.sources().items():
+            for source in sources:
+                check_source(source, name)
+        return text
+
+    def sources(self) -> dict[str, list[str]]:
+        """The models and tokenizers that the run loads, by the options that name them."""
+        named = self.vocabulary not in ("train", "trim", None)
+        return {"teacher": self.teacher, "vocabulary": [self.vocabulary] if named else []}
 
     def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
         """The files and folders that the run reads, by their names."""
-        vocabulary = [] if self.vocabulary in ("train", "trim", None) else [self.vocabulary]
         files = [os.fspath(path) for path in text.paths] if isinstance(text, TextFiles) else []
-        return [name for name in (*self.teacher, *vocabulary, *files) if os.path.exists(name)]
+        named = [name for names in self.sources().values() for name in names]
+        return [name for name in (*named, *files) if os.path.exists(name)]
 
     def settings(self) -> dict[str, Any]:
         """The options by name as JSON values, without the text."""
         return {field.name: plain(getattr(self, field.name)) for field in fields(self) if field.name != "text"}
+
+
+@dataclass
+class TrimConfig(StudentOptions):
+    """Everything that :func:`trim` needs to know: :class:`StudentOptions`, with ``vocabulary`` ``"trim"`` or a folder
+    (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for."""
+
+    vocabulary: Annotated[str | os.PathLike, Option(_VOCABULARY, _VOCABULARY_HELP)] = "trim"
+    time_batch: TimeBatch = 8
+    time_length: TimeLength = 128
+
+    def check(self) -> None:
+        super().check()
+        need(len(self.teacher) == 1, "teacher", "one", len(self.teacher))
+
+
+@dataclass
+class DistillConfig(StudentOptions):
+    """Everything that :func:`distill` needs to know: :class:`StudentOptions`, and of the training:
+
+    Attributes:
+        recipe: what is learned and how, a name of :data:`vocabdistil.distillation.recipes.RECIPES`: ``"auto"``:
+            ``"masked"`` where the student has an MLM head and so has a teacher, else ``"embedding"``. It gives every
+            option whose default is None here, unless something else is said of it.
+        layers: None: half of the teacher's.
+        vocabulary: None: the recipe's.
+        vocab_size: None: the preset's, else 8,000.
+        preset: a DistilBERT instead of the teacher's own kind of body: ``base small tiny tiny-5k``, or a
+            :class:`vocabdistil.models.students.Preset`. None: the recipe's, if nothing else is said of the body.
+        student: the folder of a checkpoint to go on from instead, with its own vocabulary.
+        steps, epochs, minutes: how long; ``steps`` wins over ``epochs``. ``minutes``: as many steps as fit into the
+            time that the whole job may take, found by timing some first.
+        batch_size: texts per step.
+        accumulate: batches whose gradients are added up before a step.
+        student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read.
+        lr, warmup, schedule, weight_decay: AdamW's peak rate (None: the recipe's for a body with copied layers, or for
+            a fresh one), the share of steps in which it rises, how it falls then (``linear cosine constant``), decay.
+        temperature: of the span KL and of the output distributions.
+        weights: a :class:`vocabdistil.LossWeights`, or in text form what differs from the recipe's.
+        logits: where the student learns the output distributions of teachers with an MLM head: ``match reduce
+            reduce-map none``, see :meth:`vocabdistil.Objective.logits_loss`; None: ``match`` if student and a teacher
+            have a head.
+        teacher_weights: what each teacher counts; None: alike.
+        layer_map: which teacher layers teach which student layers: ``last skip average average_all``, or ``kept``: the
+            one that each was copied from.
+        train_projection: let the map from the student's width to the teacher's change; else it stays the scaled
+            isometry that :func:`vocabdistil.distillation.calibration.calibrate` fits.
+        cache_teacher: a folder that remembers what teachers made of texts, for later epochs, students and runs.
+        held_out: the share of texts kept for evaluation, at most 768: a third of them to choose checkpoints by.
+        dev: a CSV file of sentence, sentence, score: how the student ranks its pairs is told at every checkpoint.
+        patience: stop after so many checkpoints without a better held-out loss; None: never.
+        device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
+        save_every, log_every: steps between checkpoints, each of them evaluated and the best kept, and between progress
+            lines.
+        resume: continue from ``out + ".partial"``, which holds the run while it lasts.
+    """
+
+    recipe: Annotated[str, Option(Choice(names=("auto", *RECIPES)), _RECIPE_HELP)] = "auto"
+    vocabulary: Annotated[str | os.PathLike | None, Option(_VOCABULARY, _VOCABULARY_HELP)] = None
+    preset: Annotated[str | Preset | None, Option(Kind(metavar="NAME"), _PRESET_HELP)] = None
+    student: Annotated[
+        str | os.PathLike | None, Option(_MODEL, "a checkpoint to go on from instead, with its own vocabulary")
+    ] = None
+    steps: Annotated[int | None, Option(Whole(), "how many (default: by epochs)")] = None
+    epochs: Annotated[float, Option(_RATE, "passes over the text")] = 3.0
+    minutes: Annotated[
+        float | None, Option(kinds.Real(high=1e6), "as many steps as fit into so long a job, instead")
+    ] = None
+    batch_size: Annotated[int | None, Option(_BATCH, f"texts per step {_ASK}")] = None
+    accumulate: Annotated[int, Option(_BATCH, "batches of one step")] = 1
+    student_max_length: Annotated[int | None, Option(Whole(2), "student tokens (default: twice the teacher's)")] = None
+    lr: Annotated[float | None, Option(_RATE, f"peak learning rate {_ASK}")] = None
+    warmup: Annotated[
+        float | None,
+        Option(kinds.Real("a share from 0 to below 1", high=1, closed=True), f"share of the steps {_ASK}"),
+    ] = None
+    schedule: Annotated[
+        str | None, Option(Choice(names=SCHEDULES), f"after it: {kinds.listed(SCHEDULES)} {_ASK}")
+    ] = None
+    weight_decay: Annotated[float, Option(kinds.Real("a number of at least 0", closed=True), "of AdamW")] = 0.01
+    # Beyond these float32 has neither its square nor the square's inverse.
+    temperature: Annotated[
+        float | None,
+        Option(kinds.Real("a number above 0, from 1e-18 to 1e18", 1e-18, 1e18), f"of both kinds of KL {_ASK}"),
+    ] = None
+    weights: Annotated[LossWeights | str, Option(Kind(metavar="NAME=X,..."), _WEIGHTS_HELP)] = ""
+    logits: Annotated[str | None, Option(Choice(names=LOGITS), _LOGITS_HELP)] = None
+    teacher_weights: Annotated[
+        Sequence[float] | None, Option(kinds.Numbers(), "of the teachers (default: alike)")
+    ] = None
+    layer_map: Annotated[
+        str | None, Option(Choice(names=LAYER_MAPS), f"which layers teach which: {kinds.listed(LAYER_MAPS)} {_ASK}")
+    ] = None
+    train_projection: Annotated[bool, Option(Flag(), "train the map to the teacher's width too")] = False
+    cache_teacher: Annotated[
+        str | os.PathLike | None,
+        Option(Place("a folder", metavar="DIR"), "remember there what teachers made of texts, for other runs"),
+    ] = None
+    held_out: _HeldOut = 0.05
+    dev: Annotated[
+        str | os.PathLike | None,
+        Option(Place("a CSV file"), "CSV of sentence, sentence, score: told at every checkpoint"),
+    ] = None
+    patience: Annotated[
+        int | None, Option(Whole(), "stop after N checkpoints without a better held-out loss")
+    ] = None
+    device: Annotated[str, Option(Choice(names=("auto", "cpu", "cuda")), "auto, cpu or cuda")] = "auto"
+    precision: Annotated[str, Option(Choice(names=("fp32", "bf16")), "fp32 or bf16")] = "fp32"
+    save_every: _SaveEvery = 500
+    log_every: _LogEvery = 50
+    resume: _Resume = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, str):
+            LossWeights.parse(self.weights)
+        if self.vocabulary is None and self.family is not None:
+            self.vocabulary = "train"
+        super().__post_init__()
+
+    def check(self) -> None:
+        super().check()
+        _check_steps(self)
+        known = self.preset is None or isinstance(self.preset, Preset) or self.preset in list(PRESETS)
+        need(known, "preset", kinds.listed(list(PRESETS)), repr(self.preset))
+        if (shape := self.shape) is not None:
+            for name, value in asdict(shape).items():
+                need_whole(value, f"preset: {name}")
+            need(shape.dim % shape.heads == 0, "preset: heads", f"a divisor of dim ({shape.dim})", shape.heads)
+        ways = [name for name in ("preset", "student") if getattr(self, name) is not None]
+        need(len(ways) < 2, "student", f"none with {spell('preset')}", self.student)
+        for name in ("layers", "keep_layers", "dim", "heads", "ffn"):
+            value = getattr(self, name)
+            need(value is None or not ways, name, f"none with {' or '.join(map(spell, ways))}", value)
+        for name in ("vocabulary", "vocab_size", "family"):
+            value = getattr(self, name)
+            own = f"none with {spell('student')}, which has its own"
+            need(self.student is None or value is None, name, own, value)
+        alone = self.minutes is None or self.steps is None
+        need(alone, "minutes", f"none where {spell('steps')} says how long", self.minutes)
+        given = isinstance(self.weights, (str, LossWeights))
+        need(given, "weights", "LossWeights or their text form", type(self.weights).__name__)
+        self.recipe_weights(RECIPES.get(self.recipe, RECIPES["masked"]))
+        if self.teacher_weights is not None:
+            shares = self.teacher_weights
+            listed = isinstance(shares, (list, tuple)) and len(shares) == len(self.teacher)
+            need(
+                listed and all(is_real(share) and 0 < share < float("inf") for share in shares),
+                "teacher_weights",
+                "one number above 0 per teacher",
+                shares,
+            )
+        if self.device == "cuda":
+            import torch  # takes seconds
+
+            if not torch.cuda.is_available():
+                raise VocabdistilError.of("device", "cuda was asked for, but torch sees no CUDA device")
+
+    def recipe_weights(self, recipe: Recipe) -> LossWeights:
+        """What each loss counts under a recipe.
+
+        Raises:
+            VocabdistilError: they are no numbers, or none is above 0.
+        """
+        weights = LossWeights.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
+        values = asdict(weights).values()
+        fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
+        need(fine, "weights", "numbers of at least 0, one above", weights)
+        return weights
+
+    def resolved(self, head: bool) -> DistillConfig:
+        """The same with everything said that was left to the recipe, but for the rate, which depends on the body.
+
+        Args:
+            head: whether the student has an MLM head and a teacher has one to learn from.
+        """
+        name = ("masked" if head else "embedding") if self.recipe == "auto" else self.recipe
+        recipe, changes = RECIPES[name], {"recipe": name}
+        for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size"):
+            if getattr(self, option) is None:
+                changes[option] = getattr(recipe, option)
+        if self.student is None:
+            body = (self.preset, self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
+            if all(value is None for value in body):
+                changes["preset"] = recipe.preset
+            if self.vocabulary is None:
+                changes["vocabulary"] = recipe.vocabulary
+        return replace(self, weights=self.recipe_weights(recipe), **changes)
+
+    @property
+    def shape(self) -> Preset | None:
+        """The preset, if there is one."""
+        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+
+    @property
+    def size(self) -> int | None:
+        """Tokens of the student's vocabulary, if something says how many."""
+        if self.vocab_size is None and self.shape is not None and self.vocabulary in ("train", "trim", None):
+            return self.shape.vocab_size
+        return self.vocab_size
+
+    def sources(self) -> dict[str, list[str]]:
+        return super().sources() | {"student": [] if self.student is None else [os.fspath(self.student)]}
+
+    def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
+        others = (self.dev, self.cache_teacher)
+        return [*super().inputs(text), *(os.fspath(name) for name in others if name)]
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its continuation."""
+        free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
+        free |= {"time_batch", "time_length", "language", "license"}
+        free |= {"logits", "prompt"}  # what these mean depends on the teachers
+        return {name: value for name, value in self.settings().items() if name not in free}
+
+
+@dataclass
+class TeacherConfig:
+    """Everything that :func:`vocabdistil.train_teacher` needs to know.
+
+    Attributes:
+        text: UTF-8 files.
+        out: the folder to write; ``out + ".partial"`` holds the run while it lasts.
+        vocab_size, layers, dim, heads: of the model; its feed-forward layer has ``4 * dim``.
+        cased: keep upper case and accents.
+        steps, batch_size, max_length (tokens of a text), lr: of the training.
+        held_out, unit, seed, save_every, log_every, threads, resume, overwrite, quiet: as in
+            :class:`vocabdistil.DistillConfig`.
+    """
+
+    text: Annotated[str | os.PathLike | Sequence[str | os.PathLike], kinds.TEXT_FILES]
+    out: _Out
+    vocab_size: Annotated[int, Option(Whole(), "tokens")] = 30000
+    layers: Annotated[int, Option(Whole(), "transformer layers")] = 4
+    dim: Annotated[int, Option(Whole(), "hidden width")] = 256
+    heads: Annotated[int, Option(Whole(), "attention heads")] = 4
+    cased: Annotated[bool, Option(Flag(), "keep upper case and accents")] = False
+    steps: Annotated[int, Option(Whole(), "how many")] = 1000
+    batch_size: Annotated[int, Option(_BATCH, "texts per step")] = 32
+    max_length: _MaxLength = 128
+    lr: Annotated[float, Option(_RATE, "peak learning rate")] = 5e-4
+    held_out: _HeldOut = 0.05
+    unit: kinds.Unit = "line"
+    seed: kinds.Seed = 0
+    save_every: _SaveEvery = 500
+    log_every: _LogEvery = 50
+    threads: kinds.Threads = None
+    resume: _Resume = False
+    overwrite: _Overwrite = False
+    quiet: _Quiet = False
+
+    def __post_init__(self) -> None:
+        self.text, (self.out,) = names_of(self.text), names_of([self.out])
+        _check_reading(self)
+        _check_steps(self)
+        weights = 12 * self.layers * self.dim**2 + self.max_length * self.dim
+        need(weights <= _MOST_WEIGHTS, "dim", "layers and positions of fewer than 2^33 weights", f"{weights}")
+        need(self.dim % self.heads == 0, "heads", f"a divisor of {spell('dim')} ({self.dim})", self.heads)
+
+    def look(self) -> TextFiles:
+        """As :meth:`StudentOptions.look`."""
+        text = TextFiles(self.text, self.unit)
+        check_out(Path(self.out), self.overwrite, self.text)
+        return text
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its continuation."""
+        free = ("out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every")
+        return {k: v for k, v in asdict(self).items() if k not in free}
+
+
+@dataclass
+class DemoOptions:
+    """Everything that :func:`vocabdistil.distillation.demo.demo` needs to know."""
+
+    out: _Out = "vocabdistil-demo"
+    seed: kinds.Seed = 0
+    overwrite: _Overwrite = False
+    quiet: _Quiet = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        (self.out,) = names_of([self.out])
+
+    def look(self) -> None:
+        """As :meth:`StudentOptions.look`."""
+        out = Path(self.out)
+        need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
+        for part in ("teacher", "student"):
+            check_out(out / part, self.overwrite)
+
+
+@dataclass
+class CoverageOptions:
+    """What the command ``coverage`` is told."""
+
+    teacher: Annotated[str, Option(_MODEL, "the teacher's tokenizer")]
+    student: Annotated[
+        str | None, Option(_MODEL, "the student's (default: the one that distill would make of the text)")
+    ] = None
+    vocabulary: Annotated[str, Option(_VOCABULARY, _VOCABULARY_HELP)] = "train"
+    vocab_size: Annotated[int | None, Option(Whole(), "tokens of the student (default 8000)")] = None
+    family: Annotated[str | None, Option(Choice(names=kinds.FAMILIES), _FAMILY_HELP)] = None
+    prompt: kinds.Prompt = None
+    text: Annotated[Sequence[os.PathLike] | None, Option(Files(), "UTF-8 text to count on", several="+")] = None
+    unit: kinds.Unit = "line"
+    method: Annotated[
+        list[str] | None,
+        Option(Choice(names=METHODS), f"{kinds.listed(METHODS)}; repeat for several (default: all)", several="append"),
+    ] = None
+    show: Annotated[
+        list[str] | None, Option(Text(), "draw how this text is aligned; repeat for several", several="append")
+    ] = None
+    worst: Annotated[int | None, Option(Whole(), _WORST_HELP)] = None
+    html: Annotated[
+        str | None,
+        Option(Place("a file to write"), "write these pictures (default: of the first 20 texts) as HTML"),
+    ] = None
+    json: kinds.Json = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        need(bool(self.text or self.show), "text", f"a file, or {spell('show')} with a text", "neither")
+        made = f"a tokenizer, or {spell('text')} to train one on"
+        need(bool(self.text or self.student), "student", made, "neither")
+        need(self.worst is None or bool(self.text), "worst", f"{spell('text')}, to find them in", "none")
+        if self.html is not None:
+            place = Path(self.html)
+            fine = place.parent.is_dir() and not place.is_dir()
+            need(fine, "html", "a file to write, in a folder", self.html)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those asked for, or all."""
+        return tuple(dict.fromkeys(self.method or METHODS))
+
+    def look(self) -> None:
+        """As :meth:`StudentOptions.look`."""
+        if self.text:
+            TextFiles(self.text, self.unit)
+        check_source(self.teacher, "teacher")
+        if self.student is not None:
+            check_source(self.student, "student")
+        elif self.vocabulary not in ("train", "trim"):
+            check_source(self.vocabulary, "vocabulary")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +16,18 @@ from ..alignment.collator import pad
 from ..alignment.families import encode
 from ..alignment.masking import mask_tokens, masking_probabilities
 from ..core.console import Reporter
-from ..core.errors import need, need_whole
 from ..core.seeds import mix_seed
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
-from .options import check_run_options, configured
+from .options import TeacherConfig, configured
 from .order import TrainingOrder
-from .run_folder import Diverged, RunFolder, check_out, last_checkpoint
+from .run_folder import Diverged, RunFolder, last_checkpoint
 from .runs import SeededTrainer, fit, training_arguments
-from .text import TextSplit, read_text, split_text
+from .text import TextSplit, split_text
 
-__all__ = ["TeacherConfig", "train_teacher"]
+__all__ = ["train_teacher"]
 
-# Beyond these no memory is enough to train a model.
-_MOST_WEIGHTS = 2**33 - 1
 _SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
-
-
-@dataclass
-class TeacherConfig:
-    """Everything that :func:`train_teacher` needs to know.
-
-    Attributes:
-        text: UTF-8 files.
-        out: the folder to write; ``out + ".partial"`` holds the run while it lasts.
-        vocab_size, layers, dim, heads: of the model; its feed-forward layer has ``4 * dim``.
-        cased: keep upper case and accents.
-        steps, batch_size, max_length (tokens of a text), lr: of the training.
-        held_out, unit, seed, save_every, log_every, threads, resume, overwrite, quiet: as in
-            :class:`vocabdistil.DistillConfig`.
-    """
-
-    text: str | os.PathLike | Sequence[str | os.PathLike]
-    out: str | os.PathLike
-    vocab_size: int = 30000
-    layers: int = 4
-    dim: int = 256
-    heads: int = 4
-    cased: bool = False
-    steps: int = 1000
-    batch_size: int = 32
-    max_length: int = 128
-    lr: float = 5e-4
-    held_out: float = 0.05
-    unit: str = "line"
-    seed: int = 0
-    save_every: int = 500
-    log_every: int = 50
-    threads: int | None = None
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        text = self.text
-        self.text = [os.fspath(path) for path in ([text] if isinstance(text, (str, os.PathLike)) else text)]
-        self.out = os.fspath(self.out)
-        check_run_options(self)
-        for name in ("vocab_size", "layers", "dim", "heads"):
-            need_whole(getattr(self, name), name)
-        weights = 12 * self.layers * self.dim**2 + self.max_length * self.dim
-        need(weights <= _MOST_WEIGHTS, "dim", "layers and positions of fewer than 2^33 weights", f"{weights}")
-        need(self.dim % self.heads == 0, "heads", f"a divisor of --dim ({self.dim})", self.heads)
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change between an interrupted run and its continuation."""
-        free = ("out", "resume", "overwrite", "quiet", "threads", "save_every", "log_every")
-        return {k: v for k, v in asdict(self).items() if k not in free}
 
 
 def bert_tokenizer(texts: Sequence[str], vocab_size: int, cased: bool, max_length: int) -> PreTrainedTokenizerFast:
@@ -149,8 +92,7 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
     config = configured(TeacherConfig, config, options)
-    check_out(Path(config.out), config.overwrite, config.text)
-    split = split_text(read_text(config.text, config.unit), config.held_out, config.seed)
+    split = split_text(list(config.look()), config.held_out, config.seed)
     identity = {**config.identity(), "text": split.digest}
     folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
     with folder.held():
@@ -210,7 +152,7 @@ def _run(config: TeacherConfig, split: TextSplit, folder: RunFolder) -> Path:
     seconds = fit(trainer, say, last_checkpoint(folder.path) if config.resume else None, "Training")
     after = held_out_loss()
     if not math.isfinite(after):
-        raise Diverged("--lr: the training diverged, the held-out loss is not finite; try a smaller one")
+        raise Diverged.of("lr", "the training diverged, the held-out loss is not finite; try a smaller one")
     final = folder.begin_result()
     model.to("cpu").save_pretrained(final)
     save_tokenizer(tokenizer, final)

@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["RECIPES", "SCHEDULES", "LossWeights", "Recipe"]
+__all__ = ["LAYER_MAPS", "LOGITS", "RECIPES", "SCHEDULES", "LossWeights", "Recipe"]
 
 SCHEDULES = ("linear", "cosine", "constant")
+LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
+# Where output distributions are compared: see :meth:`vocabdistil.Objective.logits_loss`.
+LOGITS = ("match", "reduce", "reduce-map", "none")
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ class LossWeights:
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = part.partition("=")
             if name not in names:
-                raise VocabdistilError(f"--weights: unknown loss {name!r}; expected {', '.join(names)}")
+                raise VocabdistilError.of("weights", f"unknown loss {name!r}; expected {', '.join(names)}")
             try:
                 found[name] = float(value)
             except ValueError:
-                raise VocabdistilError(f"--weights: {name}: expected a number, got {value!r}") from None
+                raise VocabdistilError.of("weights", f"{name}: expected a number, got {value!r}") from None
         return replace(base or cls(), **found)
 
     @property

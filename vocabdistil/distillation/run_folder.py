@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core.errors import VocabdistilError, need
+from ..core.errors import VocabdistilError, need, spell
 from ..core.files import files_in, finish_folder, told, write_json
 
 __all__ = [
@@ -90,7 +90,7 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
     for name in inputs:
         path = Path(name).resolve()
         if out.resolve() in (path, *path.parents):
-            raise VocabdistilError(f"--out: {out} holds {name}, which the run reads")
+            raise VocabdistilError.of("out", f"{out} holds {name}, which the run reads")
     need(out.name not in ("", ".."), "out", "the name of a folder", out)
     # These cannot be renamed, and a link would be replaced instead of what it leads to.
     need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {out.resolve()}")
@@ -98,11 +98,12 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise VocabdistilError(f"--out: {out} exists; --overwrite replaces it")
+        raise VocabdistilError.of("out", f"{out} exists; {spell('overwrite', True)} replaces it")
     if not out.is_dir():
-        raise VocabdistilError(f"--out: {out} is not a folder")
+        raise VocabdistilError.of("out", f"{out} is not a folder")
     if (foreign := _foreign(out)) is not None:
-        raise VocabdistilError(f"--out: {out} holds {foreign}, which no run wrote there; --overwrite leaves it alone")
+        problem = f"{out} holds {foreign}, which no run wrote there; {spell('overwrite', True)} leaves it alone"
+        raise VocabdistilError.of("out", problem)
 
 
 @dataclass
@@ -141,17 +142,17 @@ class RunFolder:
         path = out.with_name(out.name + ".partial")
         fresh = not os.path.lexists(path)
         if not fresh and not _is_run(path):
-            raise VocabdistilError(f"--out: {path}, where the run would be while it lasts, holds something else")
+            raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")
         if resume and fresh:
-            raise VocabdistilError(f"--resume: no interrupted run at {path}")
+            raise VocabdistilError.of("resume", f"no interrupted run at {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(path / _LOCK))
             lock.acquire(timeout=0)
         except Timeout:
-            raise VocabdistilError(f"--out: {out} is being written by {_holder(path)}") from None
+            raise VocabdistilError.of("out", f"{out} is being written by {_holder(path)}") from None
         except OSError as error:
-            raise VocabdistilError(f"--out: cannot make {path}: {error.strerror}") from None
+            raise VocabdistilError.of("out", f"cannot make {path}: {error.strerror}") from None
         self = cls(out, path, {}, False, lock)
         try:
             self._restore()
@@ -182,10 +183,9 @@ class RunFolder:
                     # It would count as one of those that are kept.
                     shutil.rmtree(checkpoint)
         elif (self.path / _RECORD).exists() and not overwrite:
-            raise VocabdistilError(
-                f"--out: {self.path} holds an interrupted run; "
-                f"{'' if resume is None else '--resume continues it, '}--overwrite starts anew"
-            )
+            again = "" if resume is None else f"{spell('resume', True)} continues it, "
+            problem = f"{self.path} holds an interrupted run; {again}{spell('overwrite', True)} starts anew"
+            raise VocabdistilError.of("out", problem)
         else:
             for left_over in self.path.iterdir():
                 if left_over.is_dir() and not left_over.is_symlink():
@@ -194,7 +194,7 @@ class RunFolder:
                     left_over.unlink()
             self.record = {"format": _FORMAT, "identity": identity}
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        with told("--out", self.path):
+        with told("out", self.path):
             self.store(holder=f"process {os.getpid()} on {socket.gethostname()} since {since}")
 
     def _resumed(self, identity: dict[str, Any]) -> dict[str, Any]:
@@ -203,15 +203,15 @@ class RunFolder:
             record = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
             known = record["identity"]
         except (OSError, ValueError, TypeError, KeyError):
-            raise VocabdistilError(f"--resume: {self.path} holds no run to continue") from None
+            raise VocabdistilError.of("resume", f"{self.path} holds no run to continue") from None
         if record.get("format") != _FORMAT:
-            raise VocabdistilError(f"--resume: {self.path} holds a run of another version; --overwrite starts anew")
+            anew = f"{spell('overwrite', True)} starts anew"
+            raise VocabdistilError.of("resume", f"{self.path} holds a run of another version; {anew}")
         for name, value in identity.items():
             before = known.get(name)
             if before != value:
-                option = "--" + name.replace("_", "-")
                 what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
-                raise VocabdistilError(f"{option}: {what} the run that --resume would continue")
+                raise VocabdistilError.of(name, f"{what} the run that {spell('resume', True)} would continue")
         return record
 
     def store(self, **found: Any) -> None:
@@ -227,7 +227,7 @@ class RunFolder:
             VocabdistilError: the disk is full.
         """
         try:
-            with told("--out", self.path):
+            with told("out", self.path):
                 yield
         except BaseException as error:
             hopeless = isinstance(error, Diverged) or last_checkpoint(self.path) is None

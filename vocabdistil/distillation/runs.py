@@ -19,6 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
+from ..core.errors import spell
 from ..core.seeds import mix_seed
 from .run_folder import Interrupted, seal
 
@@ -212,7 +213,7 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
     if trainer.state.global_step < steps and stop.received is not None:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step} of {steps}, which {trainer.args.output_dir} holds; "
-            "the same command with --resume continues"
+            f"the same with {spell('resume', True)} continues"
         )
     return done.metrics.get("train_runtime", 0.0)
 

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..alignment.spans import TEXT_POOLINGS
 from ..core.errors import need
 from ..models.architectures import architecture_of
-from ..models.bodies import build_body
+from ..models.bodies import build_body, check_body, keep_layers
+from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
-from ..models.shrinking import TOKENS, shrink
+from ..models.shrinking import TOKENS, narrow_shape, shrink
 from ..models.start import plan_start
-from ..models.students import Preset, build_student, initialise_from_teacher
+from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
 from .options import VOCAB_SIZE, StudentOptions
@@ -26,6 +27,7 @@ from .options import VOCAB_SIZE, StudentOptions
 __all__ = [
     "Source",
     "Student",
+    "kept_layers",
     "known_prompts",
     "load_sources",
     "load_student",
@@ -135,6 +137,24 @@ def load_sources(options: StudentOptions) -> list[Source]:
     return sources
 
 
+def kept_layers(options: StudentOptions, teacher: Teacher, default: int) -> list[int]:
+    """Which of the teacher's layers the student keeps.
+
+    Args:
+        default: how many, if nothing was said.
+
+    Raises:
+        VocabdistilError: the teacher has no such layers, or its architecture cannot take such a body.
+    """
+    if options.keep_layers is None:
+        kept = keep_layers(teacher, options.layers or default)
+    else:
+        kept = keep_layers(teacher, named=options.keep_layers)
+    check_body(teacher, kept)
+    narrow_shape(teacher, options.dim, options.heads, options.ffn)
+    return kept
+
+
 def make_vocabulary(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -204,6 +224,6 @@ def make_student(
 
 def load_student(folder: str | os.PathLike, options: StudentOptions) -> Student:
     """A checkpoint to go on from, with its own tokenizer."""
-    loaded = load_teacher(folder, "--student", trust_remote_code=options.trust_remote_code)
+    loaded = load_teacher(folder, "student", trust_remote_code=options.trust_remote_code)
     model = loaded.whole.requires_grad_(True)
     return Student(model, loaded.tokenizer, [], {"checkpoint": os.fspath(folder)})

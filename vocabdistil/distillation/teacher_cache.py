@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..alignment.cache import tokenizer_digest
 from ..alignment.spans import check_mask, text_spans
-from ..core.errors import VocabdistilError, need_place
+from ..core.errors import VocabdistilError, need_place, spell
 from ..core.shards import (
     COUNT,
     MANIFEST,
@@ -45,7 +45,7 @@ from ..ops import span_mean
 
 __all__ = ["TeacherCache"]
 
-_NAME = "--cache-teacher"
+_NAME = "cache_teacher"
 _FORMAT = 1
 _HOLDS = "states of a teacher"
 KINDS = ("hidden", "pooled")
@@ -127,7 +127,7 @@ class TeacherCache:
             ValueError: ``what`` or ``shard_bytes`` is something else.
             VocabdistilError: the folder holds the states of another teacher, is damaged, or is not one of these.
         """
-        pyarrow(_NAME)
+        pyarrow(spell(_NAME))
         need_place(folder, "cache_teacher", "a folder")
         if what not in KINDS:
             raise ValueError(f"what: expected one of {', '.join(map(repr, KINDS))}, got {what!r}")
@@ -189,8 +189,9 @@ class TeacherCache:
             row = self._row(place) if place >= 0 else rows[name] if name in rows else self._pending[name]
             count = len(text) if self.what == "hidden" else 1
             if len(row) != count:
-                raise VocabdistilError(
-                    f"{_NAME}: {self.folder} is damaged: expected {count} vectors of a text, got {len(row)}"
+                raise VocabdistilError.of(
+                    _NAME,
+                    f"{self.folder} is damaged: expected {count} vectors of a text, got {len(row)}"
                 )
             start = starts[b] if self.what == "hidden" else 0
             states[b, start : start + count] = row
@@ -233,13 +234,14 @@ class TeacherCache:
         manifest = read_manifest(self.folder, _NAME, _HOLDS, _FORMAT, _FIELDS, _RECORD)
         for field in _PINNED:
             if manifest[field] != self._pinned[field]:
-                raise VocabdistilError(
-                    f"{_NAME}: {self.folder} holds the states of another teacher ({manifest['name']}, of other "
+                raise VocabdistilError.of(
+                    _NAME,
+                    f"{self.folder} holds the states of another teacher ({manifest['name']}, of other "
                     f"{field}); take another folder or remove it"
                 )
         old = len(self._records)
         if manifest["shards"][:old] != self._records:
-            raise VocabdistilError(f"{_NAME}: {self.folder} was made anew while it was open")
+            raise VocabdistilError.of(_NAME, f"{self.folder} was made anew while it was open")
         self._records = list(manifest["shards"])
         keys = []
         for k, record in enumerate(self._records[old:], old):
@@ -255,7 +257,7 @@ class TeacherCache:
 
     def _batch(self, rows: dict[bytes, np.ndarray]) -> Any:
         """A record batch of texts by their digests."""
-        pa = pyarrow(_NAME)
+        pa = pyarrow(spell(_NAME))
         kinds = _columns(self.teacher.width)
         offsets = np.cumsum([0, *map(len, rows.values())]).astype(np.int32)
         values = pa.array(np.concatenate(list(rows.values())).ravel())
@@ -268,7 +270,7 @@ class TeacherCache:
         path, record, width = self._path(k), self._records[k], self.teacher.width
         keys, states = read_shard(path, _NAME, record, _columns(width))
         if keys.null_count or states.null_count or len(states.values) != record["tokens"]:
-            raise VocabdistilError(f"{_NAME}: {path} is damaged: expected {record['tokens']} vectors")
+            raise VocabdistilError.of(_NAME, f"{path} is damaged: expected {record['tokens']} vectors")
         names = np.frombuffer(keys.buffers()[1], dtype=_KEY, count=len(keys))
         return names, states.offsets.to_numpy(), states.values.values.to_numpy().reshape(-1, width)
 
@@ -298,8 +300,9 @@ class TeacherCache:
         half = vectors.half()
         if not bool(half.isfinite().all()):
             most = float(vectors.abs().max())
-            raise VocabdistilError(
-                f"{_NAME}: {self.teacher.name} has hidden states up to {most:.6g}; float16, in which they are kept, "
+            raise VocabdistilError.of(
+                _NAME,
+                f"{self.teacher.name} has hidden states up to {most:.6g}; float16, in which they are kept, "
                 f"ends at {torch.finfo(torch.float16).max:.0f}"
             )
         self.computed += len(texts)
@@ -320,12 +323,12 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise VocabdistilError(f"{_NAME}: cannot use {folder}: {error.strerror or error}") from None
+        raise VocabdistilError.of(_NAME, f"cannot use {folder}: {error.strerror or error}") from None
 
 
 def _columns(width: int) -> dict[str, Any]:
     """The columns of a shard, and their types."""
-    pa = pyarrow(_NAME)
+    pa = pyarrow(spell(_NAME))
     return {"digest": pa.binary(16), "states": pa.list_(pa.list_(pa.float16(), width))}
 
 

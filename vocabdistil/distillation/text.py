@@ -11,8 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core.errors import VocabdistilError, need, need_place, utf8
 
 __all__ = [
@@ -47,16 +45,16 @@ class TextFiles:
 
     def __init__(self, paths: Sequence[str | os.PathLike], unit: str = "line") -> None:
         if unit not in ("line", "paragraph"):
-            raise VocabdistilError(f"--unit: expected 'line' or 'paragraph', got {unit!r}")
+            raise VocabdistilError.of("unit", f"expected 'line' or 'paragraph', got {unit!r}")
         if not paths:
-            raise VocabdistilError("--text: expected at least one file")
+            raise VocabdistilError.of("text", "expected at least one file")
         self.paths, self.unit = [Path(path) for path in paths], unit
         for given, path in zip(paths, self.paths, strict=True):
             need_place(given, "text", "a file")
             if not path.exists():
-                raise VocabdistilError(f"--text: no such file: {path}")
+                raise VocabdistilError.of("text", f"no such file: {path}")
             if not path.is_file():
-                raise VocabdistilError(f"--text: not a file: {path}")
+                raise VocabdistilError.of("text", f"not a file: {path}")
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
@@ -65,7 +63,7 @@ class TextFiles:
                 found = True
                 yield example
             if not found:
-                raise VocabdistilError(f"--text: {path} is empty")
+                raise VocabdistilError.of("text", f"{path} is empty")
 
     def _examples(self, path: Path) -> Iterator[str]:
         if self.unit == "line":
@@ -91,11 +89,12 @@ class TextFiles:
                         yield line.strip()
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise VocabdistilError(
-                f"--text: {path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}"
+            raise VocabdistilError.of(
+                "text",
+                f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}"
             ) from None
         except OSError as error:
-            raise VocabdistilError(f"--text: cannot read {path}: {error.strerror}") from None
+            raise VocabdistilError.of("text", f"cannot read {path}: {error.strerror}") from None
 
 
 class GivenTexts:
@@ -116,15 +115,16 @@ class GivenTexts:
         for i, item in enumerate(self.texts):
             text = item.get("text") if isinstance(item, Mapping) else item
             if not isinstance(text, str):
-                raise VocabdistilError(
-                    f"--text: expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
+                raise VocabdistilError.of(
+                    "text",
+                    f"expected strings, or rows with a column 'text', got {type(item).__name__} at {i}"
                 )
             if text := text.strip():
                 need(utf8(text), "text", "text that UTF-8 can hold", f"{ascii(text)} at {i}")
                 found = True
                 yield text
         if not found:
-            raise VocabdistilError("--text: expected at least one text, got none")
+            raise VocabdistilError.of("text", "expected at least one text, got none")
 
 
 @dataclass
@@ -171,7 +171,7 @@ def open_text(text: TextSource, unit: str = "line", once: bool = False) -> TextF
         return TextFiles(files, unit)
     # A data frame iterates over the names of its columns.
     if isinstance(text, Mapping) or hasattr(text, "columns") or not isinstance(text, Iterable):
-        raise VocabdistilError(f"--text: expected files or a list of texts, got {type(text).__name__}")
+        raise VocabdistilError.of("text", f"expected files or a list of texts, got {type(text).__name__}")
     return GivenTexts(text, once)
 
 
@@ -244,17 +244,20 @@ def split_text(
         VocabdistilError: too little text to hold out ``minimum`` distinct examples and train on the rest.
     """
     if not 0 < fraction < 1:
-        raise VocabdistilError(f"--held-out: expected a fraction between 0 and 1, got {fraction}")
+        raise VocabdistilError.of("held_out", f"expected a fraction between 0 and 1, got {fraction}")
     if most is not None:
         fraction = min(fraction, most / max(len(examples), 1))
+    import torch  # takes seconds, and files are looked at before
+
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[: round(len(examples) * fraction)])
     train = [text for i, text in enumerate(examples) if i not in chosen]
     seen = set(train)
     held_out = list(dict.fromkeys(text for i, text in enumerate(examples) if i in chosen and text not in seen))
     if len(held_out) < minimum or len(train) < minimum:
-        raise VocabdistilError(
-            f"--text: too little text: {len(examples)} examples leave {len(train)} for training and "
+        raise VocabdistilError.of(
+            "text",
+            f"too little text: {len(examples)} examples leave {len(train)} for training and "
             f"{len(held_out)} distinct held-out ones; at least {minimum} of each are needed"
         )
     digest = hashlib.sha256("\n".join(examples).encode()).hexdigest()

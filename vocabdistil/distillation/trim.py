@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import need, need_place
 from ..core.progress import counting
 from ..evaluation.predictions import agreement
 from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line
@@ -23,32 +21,16 @@ from ..models.start import plan_start
 from ..models.vocabularies import Vocabulary
 from .folder import write_student
 from .job import DistillResult
-from .options import StudentOptions, configured
-from .run_folder import RunFolder, check_out
-from .student import Source, Student, load_sources, make_student, make_vocabulary
-from .text import Prefixed, Sample, open_text
+from .options import TrimConfig, configured
+from .run_folder import RunFolder
+from .student import Source, Student, kept_layers, load_sources, make_student, make_vocabulary
+from .text import Prefixed, Sample
 
-__all__ = ["TrimConfig", "trim"]
+__all__ = ["trim"]
 
 # Texts that layers are fitted to, and those of them of which coverage and loyalty are counted: enough for two digits,
 # few enough for seconds.
 _SAMPLE, _HELD = 2048, 256
-
-
-@dataclass
-class TrimConfig(StudentOptions):
-    """Everything that :func:`trim` needs to know: :class:`StudentOptions`, with ``vocabulary`` ``"trim"`` or a folder
-    (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for."""
-
-    vocabulary: str = "trim"
-    vocab_size: int | None = None
-    time_batch: int = 8
-    time_length: int = 128
-
-    def check(self) -> None:
-        need_place(self.vocabulary, "vocabulary", "train, trim or a folder")
-        super().check()
-        need(len(self.teacher) == 1, "teacher", "one", len(self.teacher))
 
 
 def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
@@ -72,10 +54,9 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         vd.trim(teacher="intfloat/multilingual-e5-small", text=["russian.txt"], out="e5-ru", vocab_size=8000)
     """
     config = configured(TrimConfig, config, options)
-    text = open_text(config.text, config.unit, once=True)
-    check_out(Path(config.out), config.overwrite, config.inputs(text))
+    text = config.look(once=True)
     (source,) = load_sources(config)
-    layers = config.kept_layers(source.teacher, source.teacher.num_layers)
+    layers = kept_layers(config, source.teacher, source.teacher.num_layers)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
         return _run(config, source, layers, text, folder)

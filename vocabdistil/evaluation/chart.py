@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import VocabdistilError, need, need_place
+from ..core.errors import VocabdistilError, need
 from ..core.files import whole_file
 
 __all__ = ["check_chart", "draw_chart"]
@@ -19,12 +19,11 @@ _SCORES = {"spearman": "Spearman", "accuracy": "accuracy"}
 def check_chart(path: Any) -> None:
     """Raises VocabdistilError unless :func:`draw_chart` can write there: before the work that the picture is of."""
     expected = "an .svg or .png file to write"
-    need_place(path, "picture", expected)
     file = Path(path)
     need(file.suffix.lower() in (".svg", ".png"), "picture", expected, path)
     need(file.parent.is_dir() and not file.is_dir(), "picture", f"{expected}, in a folder", path)
     if importlib.util.find_spec("matplotlib") is None:
-        raise VocabdistilError("--picture: needs matplotlib; pip install vocabdistil[picture]")
+        raise VocabdistilError.of("picture", "needs matplotlib; pip install vocabdistil[picture]")
 
 
 def draw_chart(found: dict[str, Any], path: str | os.PathLike) -> None:
@@ -74,4 +73,4 @@ def draw_chart(found: dict[str, Any], path: str | os.PathLike) -> None:
         with whole_file(path) as file, matplotlib.rc_context({"svg.hashsalt": "vocabdistil", "svg.fonttype": "none"}):
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     except OSError as error:
-        raise VocabdistilError(f"--picture: cannot write {path}: {error.strerror}") from None
+        raise VocabdistilError.of("picture", f"cannot write {path}: {error.strerror}") from None

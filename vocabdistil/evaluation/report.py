@@ -260,7 +260,7 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             if after < before if better == "higher" else after > before:
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
     if metrics["share"] == 0:
-        found.append("training did not help: the student is what it started from; try more text or a smaller --lr")
+        found.append("training did not help: the student is what it started from; try more text or a lower rate")
     for name, row in metrics["baselines"].items():
         if row["spearman"] > metrics["after"]["spearman"] + 1e-4:  # not by rounding alone
             theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])

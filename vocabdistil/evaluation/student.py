@@ -43,7 +43,7 @@ class Embedder(NamedTuple):
 
 def load_embedder(
     source: str | os.PathLike,
-    argument: str = "--model",
+    argument: str = "models",
     prompt: str | None = None,
     trust_remote_code: bool = False,
     head: bool = False,
@@ -59,7 +59,7 @@ def load_embedder(
     Raises:
         VocabdistilError: the model cannot be loaded, or what its folder says cannot be done with it.
     """
-    need_place(source, argument.removeprefix("--"), "a folder or a model's name")
+    need_place(source, argument, "a folder or a model's name")
     name = os.fspath(source)
     settings = read_sentence_settings(os.path.expanduser(name), argument)
     folder = name if settings is None else settings.transformer_folder
@@ -70,7 +70,7 @@ def load_embedder(
             finish(torch.zeros(1, model.width * len(settings.pooling)), settings)
         except (KeyError, RuntimeError, ValueError) as error:
             line = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise VocabdistilError(f"{argument}: cannot make vectors as the folder {name} says: {line}") from None
+            raise VocabdistilError.of(argument, f"cannot make vectors as the folder {name} says: {line}") from None
     return Embedder(model, settings)
 
 
@@ -157,7 +157,7 @@ def embedding_loyalty(
         VocabdistilError: fewer than three texts.
     """
     if len(ours) < 3:
-        raise VocabdistilError(f"--text: expected at least 3 distinct texts, got {len(ours)}")
+        raise VocabdistilError.of("text", f"expected at least 3 distinct texts, got {len(ours)}")
     pearson, spearman = regression(pairwise_cosine(ours), pairwise_cosine(theirs))
     found = {"pearson": float(pearson), "spearman": float(spearman)}
     mapped = ours

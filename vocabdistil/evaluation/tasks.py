@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import VocabdistilError, need, need_place, need_prompt, need_seed, need_threads, need_whole
+from ..core.errors import VocabdistilError, need_place, spell
 from ..core.names import display_names
 from ..core.progress import counting
 from ..models.sentence import SentenceSettings
 from ..models.teachers import Teacher
-from .chart import check_chart, draw_chart
+from .chart import draw_chart
 from .loyalty import label, probability, regression
+from .options import EvaluateOptions
 from .student import Embedder, embed, load_embedder
 from .timing import describe_model
 
@@ -80,30 +81,30 @@ def _csv_rows(path: str | os.PathLike, argument: str, columns: Sequence[str]) ->
     Raises:
         VocabdistilError: no such file, no UTF-8, no CSV, or a row with another number of columns.
     """
-    need_place(path, argument.removeprefix("--"), "a CSV file")
+    need_place(path, argument, "a CSV file")
     file = Path(path)
     if not file.is_file():
-        raise VocabdistilError(f"{argument}: {'not a file' if file.exists() else 'no such file'}: {file}")
+        raise VocabdistilError.of(argument, f"{'not a file' if file.exists() else 'no such file'}: {file}")
     try:
         data = file.read_bytes()
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise VocabdistilError(f"{argument}: cannot read {file}: {error.strerror}") from None
+        raise VocabdistilError.of(argument, f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise VocabdistilError(f"{argument}: {file}:{line}: not UTF-8: byte 0x{byte:02x}") from None
+        raise VocabdistilError.of(argument, f"{file}:{line}: not UTF-8: byte 0x{byte:02x}") from None
     # A cell may go on over several lines: what names a row is where it starts.
     reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
     try:
         for row in reader:
-            where, line = f"{argument}: {file}:{line}", reader.line_num + 1
+            where, line = f"{spell(argument)}: {file}:{line}", reader.line_num + 1
             if row and len(row) != len(columns):
                 expected = f"expected {len(columns)} columns ({', '.join(columns)})"
                 raise VocabdistilError(f"{where}: {expected}, got {len(row)}")
             if row:
                 yield where, row
     except csv.Error as error:
-        raise VocabdistilError(f"{argument}: {file}:{line}: not CSV: {error}") from None
+        raise VocabdistilError.of(argument, f"{file}:{line}: not CSV: {error}") from None
 
 
 def _need_text(where: str, text: str) -> None:
@@ -119,7 +120,7 @@ def _score(text: str) -> float | None:
         return None
 
 
-def read_pairs(path: str | os.PathLike, argument: str = "--pairs") -> Pairs:
+def read_pairs(path: str | os.PathLike, argument: str = "pairs") -> Pairs:
     """Reads a CSV file with the columns sentence, sentence, score.
 
     A first line whose third column is no number is a header.
@@ -144,13 +145,13 @@ def read_pairs(path: str | os.PathLike, argument: str = "--pairs") -> Pairs:
         right.append(other)
         scores.append(score)
     if len(scores) < 3:
-        raise VocabdistilError(f"{argument}: {path}: expected at least 3 pairs, got {len(scores)}")
+        raise VocabdistilError.of(argument, f"{path}: expected at least 3 pairs, got {len(scores)}")
     if min(scores) == max(scores):
-        raise VocabdistilError(f"{argument}: {path}: expected scores that differ, got {scores[0]:g} for every pair")
+        raise VocabdistilError.of(argument, f"{path}: expected scores that differ, got {scores[0]:g} for every pair")
     return Pairs(os.fspath(path), left, right, torch.tensor(scores, dtype=torch.float64))
 
 
-def read_labels(path: str | os.PathLike, argument: str = "--labels") -> Labels:
+def read_labels(path: str | os.PathLike, argument: str = "labels") -> Labels:
     """Reads a CSV file with the columns text, label.
 
     A first line that says ``text,label`` is a header. Labels are compared as they stand, without the white space
@@ -176,7 +177,7 @@ def read_labels(path: str | os.PathLike, argument: str = "--labels") -> Labels:
         places.setdefault(labels[-1], where)
     counts = Counter(labels)
     if len(counts) < 2:
-        raise VocabdistilError(f"{argument}: {path}: expected at least 2 classes, got {len(counts)}")
+        raise VocabdistilError.of(argument, f"{path}: expected at least 2 classes, got {len(counts)}")
     for name, count in counts.items():
         if count < 2:
             raise VocabdistilError(f"{places[name]}: expected at least 2 texts of every class, got 1 of {name!r}")
@@ -415,20 +416,13 @@ def evaluate(
     Raises:
         VocabdistilError: an option, a file or a model that cannot be; before any work.
     """
-    names, tasks = _several(models), [*_several(pairs), *_several(labels)]
-    need(bool(names), "model", "at least one", "none")
-    need(bool(tasks), "pairs", "a file here or with --labels", "neither")
-    need_prompt(prompt)
-    need_whole(max_length, "max_length", above=2)
-    need_seed(seed)
-    need_threads(threads)
-    if picture is not None:
-        check_chart(picture)
-    given = [item if isinstance(item, Pairs) else read_pairs(item) for item in _several(pairs)]
-    classed = [item if isinstance(item, Labels) else read_labels(item) for item in _several(labels)]
+    pairs, labels = _several(pairs), _several(labels)
+    options = EvaluateOptions(models, pairs, labels, prompt, max_length, seed, picture, threads, trust_remote_code)
+    given = [item if isinstance(item, Pairs) else read_pairs(item) for item in pairs]
+    classed = [item if isinstance(item, Labels) else read_labels(item) for item in labels]
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = [load_embedder(name, "--model", prompt, trust_remote_code) for name in names]
+    loaded = [load_embedder(name, "models", prompt, trust_remote_code) for name in options.models]
     files = iter(display_names([task.name for task in (*given, *classed)]))
     shown = display_names([model.model.name for model in loaded])
     found = []

@@ -102,7 +102,8 @@ def bench_models(models: Sequence[Teacher], texts: Sequence[str], batch: int, le
     """
     for model in models:
         if model.max_positions < length:
-            raise VocabdistilError(f"--length: {model.name} reads at most {model.max_positions} tokens, got {length}")
+            most = f"{model.name} reads at most {model.max_positions} tokens"
+            raise VocabdistilError.of("length", f"{most}, got {length}")
     texts = timing_texts(texts, [model.tokenizer for model in models], batch, length)
     return [
         {"model": model.name, **describe_model(model.model, len(model.tokenizer))}

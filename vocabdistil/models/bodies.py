@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.errors import VocabdistilError, need
+from ..core.errors import VocabdistilError, need, spell
 from .architectures import Architecture, architecture_of, layer_kinds
 from .teachers import Teacher
 
@@ -103,7 +103,7 @@ def keep_layers(teacher: Teacher, layers: int | None = None, named: str | None =
     """
     count = teacher.num_layers
     if named is not None:
-        need(layers is None, "keep_layers", "no --layers besides it", f"both, --layers {layers}")
+        need(layers is None, "keep_layers", f"no {spell('layers')} besides it", f"both, {spell('layers', layers)}")
         return parse_keep_layers(named, count)
     return choose_layers(count, count if layers is None else layers, layer_kinds(teacher.model.config))
 
@@ -112,7 +112,8 @@ def _row_of(teacher: Teacher) -> Architecture:
     row = architecture_of(teacher.model.config)
     if row is None:
         kind = teacher.model.config.model_type
-        raise VocabdistilError(f"--teacher: no rule for layers of model_type {kind!r}; --preset makes a student for it")
+        other = f"{spell('preset')} makes a student for it"
+        raise VocabdistilError.of("teacher", f"no rule for layers of model_type {kind!r}; {other}")
     return row
 
 

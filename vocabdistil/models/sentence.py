@@ -127,7 +127,7 @@ def _read_json(argument: str, source: str, *path: str) -> Any:
     try:
         return json.loads(found.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise VocabdistilError(f"{argument}: cannot read {found}: {error}") from None
+        raise VocabdistilError.of(argument, f"cannot read {found}: {error}") from None
 
 
 def _read_module(argument: str, source: str, name: str, path: str) -> SentenceModule:
@@ -145,11 +145,11 @@ def _read_pooling(argument: str, config: dict[str, Any]) -> tuple[str, ...]:
         modes = [mode for mode, key in POOLINGS.items() if config.get(key)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     unknown = [mode for mode in modes if mode not in POOLINGS]
-    need(not unknown, argument.removeprefix("--"), f"a pooling of {', '.join(POOLINGS)}", unknown)
+    need(not unknown, argument, f"a pooling of {', '.join(POOLINGS)}", unknown)
     return modes
 
 
-def read_sentence_settings(source: str | os.PathLike[str], argument: str = "--teacher") -> SentenceSettings | None:
+def read_sentence_settings(source: str | os.PathLike[str], argument: str = "teacher") -> SentenceSettings | None:
     """Reads how a sentence-transformers model makes vectors of texts; None for a plain model of ``transformers``.
 
     Versions 2 to 6 of sentence-transformers are read: the transformer at the root or in a folder of its own, the
@@ -164,7 +164,7 @@ def read_sentence_settings(source: str | os.PathLike[str], argument: str = "--te
         VocabdistilError: a settings file that is no JSON, or modules other than a transformer, a pooling and
             ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
     """
-    source, option = os.fspath(source), argument.removeprefix("--")
+    source = os.fspath(source)
     listed = _read_json(argument, source, "modules.json")
     model = _read_json(argument, source, "config_sentence_transformers.json") or {}
     if listed is None or model.get("model_type", "SentenceTransformer") != "SentenceTransformer":
@@ -172,11 +172,11 @@ def read_sentence_settings(source: str | os.PathLike[str], argument: str = "--te
     names = [entry["type"].rpartition(".")[2] for entry in listed]
     understood = names[:2] == ["Transformer", "Pooling"] and set(names[2:]) <= {*_LATER}
     expected = f"sentence-transformers modules Transformer, Pooling and any of {', '.join(_LATER)}"
-    need(understood, option, expected, ", ".join(names))
+    need(understood, argument, expected, ", ".join(names))
     (inside, where), later = (entry["path"] for entry in listed[:2]), listed[2:]
     pooling = _read_json(argument, source, where, "config.json") or {}
     width = pooling.get("embedding_dimension", pooling.get("word_embedding_dimension"))
-    need(isinstance(width, int), option, "the width of the vectors in its pooling's config.json", width)
+    need(isinstance(width, int), argument, "the width of the vectors in its pooling's config.json", width)
     found = (_read_json(argument, source, inside, name) for name in _TRANSFORMER_SETTINGS)
     transformer = next((settings for settings in found if settings is not None), {})
     folder = source
@@ -304,7 +304,7 @@ def write_sentence_settings(
     transformer: dict[str, Any] = {"do_lower_case": settings.do_lower_case}
     if settings.max_seq_length is not None:
         # The student may have room for less.
-        tokenizer = _read_json("--out", str(folder), "tokenizer_config.json") or {}
+        tokenizer = _read_json("out", str(folder), "tokenizer_config.json") or {}
         limit = tokenizer.get("model_max_length", settings.max_seq_length)
         transformer["max_seq_length"] = int(min(settings.max_seq_length, limit))
     _write_json(folder, "sentence_bert_config.json", transformer)

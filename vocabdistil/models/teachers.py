@@ -141,7 +141,7 @@ class Teacher:
         whole = self.whole if head else None
         reading = read_body(self.model, input_ids, attention_mask, all_layers, projections, attentions, whole)
         if not bool((reading.last.isfinite().all(-1) | (attention_mask == 0)).all()):
-            raise VocabdistilError(f"--teacher: {self.name} gives NaN or infinite hidden states")
+            raise VocabdistilError.of("teacher", f"{self.name} gives NaN or infinite hidden states")
         return reading
 
 
@@ -174,7 +174,7 @@ def read_body(
     maps = getattr(out, "attentions", None) if attentions else None
     if attentions and (not maps or any(x is None for x in maps)):
         kind = type(body).__name__
-        raise VocabdistilError(f"--weights: attention needs models that give their maps; {kind} does not")
+        raise VocabdistilError.of("weights", f"attention needs models that give their maps; {kind} does not")
     # ModernBERT of transformers 4.48 gives its last layer without the norm that follows it.
     before_last = list(out.hidden_states[:-1]) if all_layers else []
     layers = [*before_last, out.last_hidden_state]
@@ -198,7 +198,7 @@ def _recorded_projections(body: PreTrainedModel, layers: Sequence[int]) -> Itera
         row = architecture_of(body.config)
         if row is None or row.parts is None:
             kind = type(body).__name__
-            raise VocabdistilError(f"--weights: relations needs layers of BERT's kind; {kind} has others")
+            raise VocabdistilError.of("weights", f"relations needs layers of BERT's kind; {kind} has others")
         blocks = body.get_submodule(row.layers)
 
         def recorder(layer: int, place: int) -> Any:
@@ -361,13 +361,13 @@ def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
     custom = bool(getattr(config, "auto_map", None))
     if architecture_of(config) is None and not (custom and trust_remote_code):
         expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
-        raise VocabdistilError(f"{argument}: {source} has model_type {config.model_type!r}; {expected}")
+        raise VocabdistilError.of(argument, f"{source} has model_type {config.model_type!r}; {expected}")
     return config
 
 
 def load_teacher(
     source: str | os.PathLike,
-    argument: str = "--teacher",
+    argument: str = "teacher",
     head: bool = True,
     prompt: str = "",
     trust_remote_code: bool = False,
@@ -406,11 +406,12 @@ def load_teacher(
         except LOADING_ERRORS as error:
             raise cannot_load("a model", name, argument, error) from None
     if missing:
-        raise VocabdistilError(f"{argument}: cannot load a model from {name}: its checkpoint has no {missing[0]}")
+        raise VocabdistilError.of(argument, f"cannot load a model from {name}: its checkpoint has no {missing[0]}")
     rows = len(model.get_input_embeddings().weight)
     if _largest_id(tokenizer) >= rows:
-        raise VocabdistilError(
-            f"{argument}: the tokenizer of {name} has ids up to {_largest_id(tokenizer)}, its model {rows} embeddings"
+        raise VocabdistilError.of(
+            argument,
+            f"the tokenizer of {name} has ids up to {_largest_id(tokenizer)}, its model {rows} embeddings"
         )
     teacher = Teacher(name, model, tokenizer, masked_lm, headless, prompt)
     teacher.whole.float().eval().requires_grad_(False)

@@ -20,13 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ..alignment.families import backend_of
 from ..core.errors import need
+from ..core.options import FAMILIES, listed
 from .counting import frequent_characters
 from .rebuilding import Vocabulary, contains_step, rebuild, special_strings, tokenizer_state
 from .trimming_vocabulary import trim_vocabulary
 
-__all__ = ["FAMILIES", "family_of", "train_vocabulary", "train_wordpiece"]
+__all__ = ["family_of", "train_vocabulary", "train_wordpiece"]
 
-FAMILIES = ("wordpiece", "byte-bpe", "bpe", "unigram")
 _MARK = "▁"
 _BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -397,7 +397,7 @@ def train_vocabulary(teacher: Any, texts: Iterable[str], vocab_size: int, family
     """
     state = tokenizer_state(teacher)
     family = family or family_of(state)
-    expected = " or ".join(FAMILIES)
+    expected = listed(FAMILIES)
     need(family is not None, "family", f"{expected} for a teacher of another kind", state["model"]["type"])
     need(family in FAMILIES, "family", expected, repr(family))
     first = list(special_strings(teacher, state))

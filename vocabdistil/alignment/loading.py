@@ -16,10 +16,17 @@ __all__ = ["LOADING_ERRORS", "cannot_load", "check_source", "first_line", "load_
 
 # What files make transformers, tokenizers and safetensors raise is of no common kind but this.
 LOADING_ERRORS = Exception
+# Seconds to wait for the hub.
+_PATIENCE = 5
 
 
 def check_source(source: str | os.PathLike, argument: str) -> str:
-    """A folder must exist if it looks like one; anything else is a name that transformers resolves."""
+    """Where a model lies, or its name, which transformers resolves.
+
+    Raises:
+        VocabdistilError: there is no such folder; or something that may be a name is neither a folder nor in the local
+            cache, and the hub cannot be reached.
+    """
     need_place(source, argument, "a folder or a model's name")
     name = os.fspath(source)
     path = Path(name).expanduser()
@@ -29,7 +36,28 @@ def check_source(source: str | os.PathLike, argument: str) -> str:
         raise VocabdistilError.of(argument, f"expected a model folder, got the file {name}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise VocabdistilError.of(argument, f"no such folder: {name}")
-    return name
+    return _named(name, argument)
+
+
+def _named(name: str, argument: str) -> str:
+    """The name of a model; while the hub cannot be reached, its folder in the local cache: ``transformers`` would ask
+    for each of its files, again and again, which takes minutes."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:  # nobody will ask
+        return name
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        return name  # whatever it answered
+    except Exception:  # of whichever library for HTTP this version of huggingface_hub has
+        pass
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        places = f"no such folder, not in the local cache ({constants.HF_HUB_CACHE})"
+        problem = f"cannot load {name}: {places}, and {constants.ENDPOINT} cannot be reached"
+        raise VocabdistilError.of(argument, problem) from None
 
 
 def first_line(error: BaseException) -> str:

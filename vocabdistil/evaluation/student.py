@@ -61,7 +61,7 @@ def load_embedder(
     """
     need_place(source, argument, "a folder or a model's name")
     name = os.fspath(source)
-    settings = read_sentence_settings(os.path.expanduser(name), argument)
+    settings = read_sentence_settings(name, argument)
     folder = name if settings is None else settings.transformer_folder
     model = load_teacher(folder, argument, head, expected_prompt(prompt, settings), trust_remote_code)
     model.name = name

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from ..alignment.families import encode
+from ..alignment.loading import check_source
 from ..core.errors import VocabdistilError, need
 
 __all__ = [
@@ -164,7 +165,7 @@ def read_sentence_settings(source: str | os.PathLike[str], argument: str = "teac
         VocabdistilError: a settings file that is no JSON, or modules other than a transformer, a pooling and
             ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
     """
-    source = os.fspath(source)
+    source = check_source(source, argument)
     listed = _read_json(argument, source, "modules.json")
     model = _read_json(argument, source, "config_sentence_transformers.json") or {}
     if listed is None or model.get("model_type", "SentenceTransformer") != "SentenceTransformer":

@@ -17,6 +17,7 @@ import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import match_rule, russian_text, small_text, train
 from vocabdistil.alignment.align import align
+from vocabdistil.alignment.collator import AlignmentCollator
 from vocabdistil.alignment.families import encode, template_ends
 from vocabdistil.alignment.methods import match_pairs
 from vocabdistil.alignment.remap import RemapTable
@@ -237,6 +238,37 @@ def test_pairs_of_what_is_left_are_those_of_the_whole_text(teacher: str, method:
                 elif a - gone[0] >= leads[0] and c - gone[1] >= leads[1]:
                     want.append((a - gone[0], b - gone[0], c - gone[1], d - gone[1]))
             assert rows[1] == want, (line, limits)
+
+
+@pytest.mark.parametrize("teacher", ["wordpiece", "llama", "byte-level"])
+def test_reduce_loses_the_beginning_where_the_student_says_so(teacher: str) -> None:
+    student = transformers.PreTrainedTokenizerFast(tokenizer_object=family("wordpiece"), truncation_side="left")
+    teacher_side = family(teacher)
+    lead, _ = template_ends(teacher_side, [])
+    for line in [*SCRIPTS, "walk " * 9]:
+        whole = align([line], teacher_side, student, "reduce")
+        spans = list(zip(whole.pairs.student_start.tolist(), whole.pairs.student_end.tolist(), strict=True))
+        ids, first = whole.student.input_ids[0].tolist(), spans[lead - 1][1] if lead else 0
+        for limit in (2, 5, 9, len(ids), len(ids) + 3):
+            cut = align([line], teacher_side, student, "reduce", (None, limit))
+            # Whole teacher tokens, as many of the last as fit after what stands before the text.
+            start = next(a for a, _ in [*spans[lead:], (len(ids), 0)] if first + len(ids) - a <= limit)
+            assert cut.student.input_ids[0].tolist() == ids[:first] + ids[start:], (line, limit)
+            assert torch.equal(cut.teacher.input_ids, whole.teacher.input_ids)
+            kept = [i for i, (a, _) in enumerate(spans) if i < lead or a >= start]
+            assert cut.pairs.teacher_start.tolist() == [whole.pairs.teacher_start[i] for i in kept]
+
+
+def test_words_of_what_is_left() -> None:
+    words = ["Olga", "walks", "home", "again", "and", "again"]
+    student = transformers.PreTrainedTokenizerFast(tokenizer_object=family("wordpiece"), truncation_side="left")
+    for method in ("reduce", "word", "boundary"):
+        whole, cut = (
+            AlignmentCollator(family("wordpiece"), student, method, (None, limit))([words]) for limit in (None, 7)
+        )
+        left = cut["student_words"][0].tolist()
+        assert cut["student"]["input_ids"].shape[1] <= 7 and max(left) == len(words) - 1
+        assert left[1:] == whole["student_words"][0].tolist()[-len(left) + 1 :]
 
 
 def swap(tokenizer: Tokenizer) -> None:

@@ -93,3 +93,16 @@ def test_batches_align(teacher, student, demo_lines):
     assert ours == theirs
     # A position of one text never pairs with one of another.
     assert torch.equal(pairs.student_start // width, pairs.teacher_start // batch["teacher_ids"][0].shape[1])
+
+
+def test_reduce_rows_end_as_the_students_tokenizer_cuts(teacher_folder):
+    teacher, student = (AutoTokenizer.from_pretrained(teacher_folder) for _ in range(2))
+    student.truncation_side = "left"
+    table, matched = vd.RemapTable.from_tokenizers(teacher, student), vd.MatchedVocab.from_tokenizers(teacher, student)
+    texts = ["Olga mends the old net in the harbour at noon.", "A short one."]
+    batch = DistillCollator([teacher], student, [table], [matched], 64, 8)(texts)
+    rows, mask = batch["student_ids"][:2], batch["student_mask"][:2]
+    whole = teacher(texts)["input_ids"]
+    assert [ids[kept.bool()].tolist() for ids, kept in zip(rows, mask, strict=True)] == [
+        [ids[0], *ids[1:][-7:]] for ids in whole
+    ]

@@ -62,6 +62,8 @@ class AlignmentBatch(dict[str, Any]):
         A ``Trainer`` that evaluates asks in this way whether there is a loss, and calls the model by itself if not,
         which does not know what to do with two sides.
         """
+        # No key of its own: it would be one more column of every batch, in the way of labels that features bring, and
+        # ``label_names=["pairs"]``, the way that transformers has for this, takes tensors alone.
         if key not in self and "student" in self:
             if key == "labels":
                 return self["student"].get("labels", self["student"]["input_ids"])

@@ -16,12 +16,12 @@ from ..core.native import module as _native_module
 from ..core.options import METHODS
 from ..core.values import INT32_MAX, check_dense, check_kind, integer
 from .families import check_room, encode, plain_settings, template_ends
-from .remap import RemapTable, _checked_batch, thread_count
+from .remap import RemapOutput, RemapTable, _checked_batch, thread_count
 from .spans import SpanPairs
 from .surfaces import Known, known
 from .vocab import MatchedVocab
 
-__all__ = ["METHODS", "Tokens", "align_texts", "boundary_pairs", "match_pairs"]
+__all__ = ["METHODS", "Tokens", "align_texts", "boundary_pairs", "match_pairs", "remapped"]
 
 # Texts that are encoded at once: few at first, to see whether a tokenizer's offsets are needed.
 _TRIAL, _CHUNK = 32, 1024
@@ -328,6 +328,27 @@ def _align_match(
     return left, right, pairs, None
 
 
+def remapped(
+    table: RemapTable, ids: Tensor, mask: Tensor, limit: int | None, sources: tuple[Known, Known]
+) -> RemapOutput:
+    """The teacher's rows as the student reads them, at most ``limit`` tokens long: of those that are too long, without
+    the last tokens of the teacher or, as the student's tokenizer says, without the first ones of the text.
+
+    Args:
+        ids, mask: int64 ``[B, L_t]`` on the CPU.
+        sources: teacher and student.
+    """
+    teacher, student = sources[0].info.backend, sources[1].info
+    if limit is not None and student.keeps_last:
+        lead, _ = template_ends(teacher, [])
+        sizes = table.indptr.long().diff()[ids] * mask
+        room = limit - sizes[:, :lead].sum(1, keepdim=True)
+        fits = sizes.flip(1).cumsum(1).flip(1) <= room
+        fits[:, :lead] = True
+        mask = mask * fits
+    return table.remap(ids, mask, limit)
+
+
 def _align_reduce(
     texts: list[str],
     sources: tuple[Known, Known],
@@ -337,7 +358,7 @@ def _align_reduce(
 ) -> Aligned:
     left = read_side(texts, sources[0], "teacher", limits[0])
     assert table is not None
-    out = table.remap(left.input_ids, left.attention_mask, limits[1])
+    out = remapped(table, left.input_ids, left.attention_mask, limits[1], sources)
     return left, Tokens(out.input_ids, out.attention_mask), out.pairs, None
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..alignment.collator import pad, restride, text_of, widen
 from ..alignment.families import encode
-from ..alignment.methods import align_texts, match_pairs
+from ..alignment.methods import align_texts, match_pairs, remapped
 from ..alignment.remap import RemapTable
 from ..alignment.spans import SpanPairs
+from ..alignment.surfaces import known
 from ..alignment.vocab import MatchedVocab
 
 __all__ = ["DistillCollator", "to_device"]
@@ -39,7 +40,8 @@ class DistillCollator:
         matched: the matched vocabulary of each teacher, to pair equal tokens of the own tokenization (``match``);
             empty: it is paired by text (``boundary``).
         max_length: teacher tokens kept of a text.
-        student_max_length: student tokens kept (``reduce`` cuts at a teacher token, never inside one).
+        student_max_length: student tokens kept (``reduce`` cuts at a teacher token, never inside one); a tokenizer with
+            ``truncation_side="left"`` keeps the end.
 
     Returns (of a call on ``B`` texts, or mappings with the key ``"text"``):
         ``student_ids``, ``student_mask``: int64 ``[(T + 1) B, L_s]``: ``B`` rows for each of the ``T`` teachers'
@@ -66,9 +68,10 @@ class DistillCollator:
         texts = [text_of(feature, "text", f"features[{i}]") for i, feature in enumerate(features)]
         sides = self._by_text(texts) if not self.matched else self._by_ids(texts)
         (own_ids, own_mask), teachers, own_pairs = sides
+        student = known(self.student, "student")
         blocks = [
-            table.remap(ids, mask, max_length=self.student_max_length)
-            for table, (ids, mask) in zip(self.tables, teachers, strict=bool(self.tables))
+            remapped(table, ids, mask, self.student_max_length, (known(tokenizer, "teacher"), student))
+            for table, tokenizer, (ids, mask) in zip(self.tables, self.teachers, teachers, strict=bool(self.tables))
         ]
         own_width, lengths = own_ids.shape[1], [ids.shape[1] for ids, _ in teachers]
         width = max(own_width, *(block.input_ids.shape[1] for block in blocks), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -125,6 +126,49 @@ def _sentence(name: str, config: dict[str, Any]) -> Callable[[Path], Path]:
     return make
 
 
+def _settings(name: str, text: str) -> Callable[[Path], Path]:
+    """A sentence-transformers folder, one of whose files says something else."""
+
+    def make(folder: Path) -> Path:
+        path = _sentence("Normalize", {})(folder)
+        (path / name).write_text(text)
+        return path
+
+    return make
+
+
+def _tokenizer(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
+    """A folder whose tokenizer is read, but can do nothing."""
+
+    def make(folder: Path) -> Path:
+        path = _copy(folder) / name
+        settings = json.loads(path.read_text())
+        change(settings)
+        path.write_text(json.dumps(settings))
+        return path.parent
+
+    return make
+
+
+def _fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "fifo.svg")
+    return folder / "fifo.svg"
+
+
+def _link(folder: Path) -> Path:
+    """A symbolic link to itself."""
+    (folder / "loop").symlink_to("loop")
+    return folder / "loop"
+
+
+def _damaged_run(folder: Path) -> Path:
+    partial = folder / "out.partial"
+    partial.mkdir()
+    (partial / ".lock").touch()
+    (partial / "run.json").write_text('{"identity": 5, "format": 2}')
+    return folder / "out"
+
+
 def _existing(folder: Path) -> Path:
     path = folder / "out"
     path.mkdir()
@@ -152,6 +196,21 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "lstm": _sentence("LSTM", {}),
     "weightless-dense": _sentence("Dense", {"activation_function": "torch.nn.modules.linear.Identity"}),
     "foreign-dense": _sentence("Dense", {"activation_function": "os.system"}),
+    "modules-of-text": _settings("modules.json", '["Transformer", "Pooling"]'),
+    "modules-without-type": _settings("modules.json", '[{"path": ""}, {"path": "1_Pooling"}]'),
+    "modules-of-numbers": _settings("modules.json", '[{"type": 1, "path": 2}, {"type": 3, "path": 4}]'),
+    "pooling-of-text": _settings("1_Pooling/config.json", '"mean"'),
+    "pooling-of-lists": _settings("1_Pooling/config.json", '{"word_embedding_dimension": 16, "pooling_mode": [[1]]}'),
+    "prompts-in-a-list": _settings("config_sentence_transformers.json", '{"prompts": ["query: "]}'),
+    "prompt-of-numbers": _settings("config_sentence_transformers.json", '{"prompts": {"query": 5}}'),
+    "prompt-by-a-list": _settings("config_sentence_transformers.json", '{"default_prompt_name": ["query"]}'),
+    "length-of-text": _settings("sentence_bert_config.json", '{"max_seq_length": [1]}'),
+    "no-tokens": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(vocab={})),
+    "no-length": _tokenizer("tokenizer_config.json", lambda settings: settings.update(model_max_length="long")),
+    "fifo": _fifo,
+    "under-a-file": lambda folder: _file("file", b"data")(folder) / "out",
+    "loop": _link,
+    "damaged-run": _damaged_run,
     "folder": _folder,
     "missing": lambda folder: folder / "missing" / "there",
     "truncated": _truncated,
@@ -176,7 +235,14 @@ DISTILL = {**TRIM, "steps": "2", "batch-size": "4", "max-length": "32"}
 COVERAGE = {"teacher": "@bert", "text": "@text", "student": "@bert"}
 EVALUATE = {"model": "@bert", "pairs": "@pairs", "labels": "@labels"}
 BASES = {"trim": TRIM, "distill": DISTILL, "coverage": COVERAGE}
-COMMANDS = {**BASES, "evaluate": EVALUATE}
+COMMANDS = {
+    **BASES,
+    "evaluate": EVALUATE,
+    "demo": {"out": "@out"},
+    "teacher": {"text": "@text", "out": "@out", "vocab-size": "300", "dim": "8", "heads": "2"},
+    "loyalty": {"teacher": "@bert", "student": "@bert", "text": "@text"},
+    "bench": {"": "@bert", "text": "@text"},
+}
 
 # Command, options that differ from those above (None: without this one), what the line says.
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -262,6 +328,45 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         )
     ),
     ("trim", {"teacher": ["@bert", "@bert"]}, "--teacher: expected one, got 2"),
+    *(
+        (command, {"teacher" if command == "trim" else "model": f"@{place}"}, message)
+        for command in ("trim", "evaluate")
+        for place, message in (
+            *(
+                (place, ": cannot read the sentence-transformers settings of .*copy-of-bert: ")
+                for place in (
+                    "modules-of-text",
+                    "modules-without-type",
+                    "modules-of-numbers",
+                    "pooling-of-text",
+                    "pooling-of-lists",
+                    "prompts-in-a-list",
+                    "prompt-of-numbers",
+                    "prompt-by-a-list",
+                    "length-of-text",
+                )
+            ),
+            ("no-tokens", ": cannot load a tokenizer from .*copy-of-bert: "),
+            ("no-length", ": cannot load a tokenizer from .*copy-of-bert: "),
+        )
+    ),
+    ("trim", {"teacher": "~nobody-of-this-name/model"}, "--teacher: no such folder: ~nobody"),
+    ("trim", {"teacher": "@loop"}, "--teacher: no such folder: .*loop|--teacher: expected .*symbolic links"),
+    ("trim", {"out": "@loop"}, "--out: .*loop"),
+    ("distill", {"out": "@damaged-run", "resume": True}, "--resume: .*out.partial holds no run to continue"),
+    ("trim", {"language": "en,\udc80"}, "--language: expected text that UTF-8 can hold"),
+    ("trim", {"license": "\udc80"}, "--license: expected text that UTF-8 can hold"),
+    ("demo", {"out": "@loop"}, "--out: .*loop"),
+    ("demo", {"out": "@under-a-file"}, "--out: cannot make .*out"),
+    ("demo", {"out": "/proc/none/out"}, "--out: cannot make /proc/none/out"),
+    ("demo", {"seed": "-1"}, "--seed: expected a number from 0, got -1"),
+    ("teacher", {"heads": "3"}, r"--heads: expected a divisor of --dim \(8\), got 3"),
+    ("teacher", {"text": "@missing"}, "--text: no such file: .*missing"),
+    ("teacher", {"cased": True, "steps": "1e3"}, "--steps: expected a whole number, got '1e3'"),
+    ("bench", {"text": "@missing"}, "--text: no such file: .*missing"),
+    ("bench", {"text": "@text", "length": "16.5"}, "--length: expected a whole number, got '16.5'"),
+    ("loyalty", {"student": "@missing"}, "--student: no such folder: .*missing"),
+    ("loyalty", {"texts": "2"}, "--texts: expected a number above 2, got 2"),
     ("trim", {"prompt": "query \udc80"}, "--prompt: expected .*got"),
     ("distill", {"prompt": "query \udc80"}, "--prompt: expected .*got"),
     # Text
@@ -369,6 +474,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("coverage", {"html": "@inside"}, "--html: expected a file to write, in a folder, got .*out"),
     ("coverage", {"html": "@long"}, "--html: expected a file to write, got .*aaa.*: File name too long"),
     ("coverage", {"html": "@folder"}, "--html: expected a file to write, in a folder, got .*empty"),
+    ("coverage", {"html": "@fifo"}, "--html: expected a file to write, in a folder, got .*fifo"),
     ("coverage", {"html": ""}, "--html: expected a file to write, got nothing"),
     ("coverage", {"show": "a\udc80"}, "--show: expected .*got"),
     *(
@@ -432,6 +538,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         for value in values
     ),
     ("evaluate", {"picture": "@missing"}, "--picture: expected an .svg or .png file to write, got .*there"),
+    ("evaluate", {"picture": "@fifo"}, "--picture: expected an .svg or .png file to write, in a folder, got .*fifo"),
     ("evaluate", {"picture": ""}, "--picture: expected an .svg or .png file to write, got nothing"),
     ("evaluate", {"picture": "a.pdf"}, "--picture: expected an .svg or .png file to write, got a.pdf"),
     ("evaluate", {"picture": "none/a.svg"}, "--picture: expected an .svg or .png file .*, in a folder, got none/a.svg"),
@@ -463,6 +570,8 @@ def command_line(command: str, changes: dict[str, Any], places: Places) -> list[
             argv.append(f"--{name}")
         elif name == "text" and values:
             argv += ["--text", *values]
+        elif not name:
+            argv += values
         else:
             argv += [f"--{name}={item}" for item in values]
     return argv
@@ -545,7 +654,7 @@ def test_one_line_and_nothing_left(tmp_path, capsys, monkeypatch, command, chang
         ({"prompt": 5}, "prompt: expected text, got int"),
         ({"prompt": "\ud800"}, "prompt: expected text that UTF-8 can hold"),
         ({"language": 5}, "language: expected codes such as en, got 5"),
-        ({"language": ["ru", 5]}, "language: expected codes such as en"),
+        ({"language": ["ru", 5]}, "language: expected text, got int"),
         ({"license": 5}, "license: expected text, got int"),
         ({"max_length": 64.0}, "max_length: expected a whole number, got 64.0"),
         ({"max_length": None}, "max_length: expected a whole number, got None"),

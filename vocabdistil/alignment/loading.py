@@ -29,7 +29,7 @@ def check_source(source: str | os.PathLike, argument: str) -> str:
     """
     need_place(source, argument, "a folder or a model's name")
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # of an unknown user: as it is
     if path.is_dir():
         return str(path)
     if path.exists():
@@ -91,6 +91,9 @@ def load_tokenizer(
     try:
         # False rather than the default: that asks a question at the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
+        # Some that can be loaded can do nothing.
+        tokenizer("a")
+        tokenizer.model_max_length = int(tokenizer.model_max_length)
     except LOADING_ERRORS as error:
         raise cannot_load("a tokenizer", source, argument, error) from None
     if not tokenizer.is_fast:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "need_place",
     "need_text",
     "need_whole",
+    "need_writable",
     "on_command_line",
     "one_line",
     "printable",
@@ -120,6 +122,13 @@ def need_text(value: Any, name: str) -> None:
     """Raises unless ``value`` is text that a file can hold."""
     need(isinstance(value, str), name, "text", type(value).__name__)
     need(utf8(value), name, "text that UTF-8 can hold", ascii(value))
+
+
+def need_writable(value: Any, name: str, expected: str) -> None:
+    """Raises unless ``value`` can be the name of a file to write: in a folder, and of nothing but a file."""
+    place = Path(value)
+    fine = place.parent.is_dir() and (place.is_file() or not place.exists())
+    need(fine, name, f"{expected}, in a folder", value)
 
 
 def need_place(value: Any, name: str, expected: str) -> None:

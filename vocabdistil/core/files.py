@@ -39,9 +39,15 @@ def _sync(path: str | os.PathLike[str]) -> None:
 def whole_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The name under which to write a file, which gets its own, ``path``, only when it is complete and on the disk.
 
-    Until then it is called ``.NAME.`` and something random, in the same folder; after an error it is removed.
+    Until then it is called ``.NAME.`` and something random, in the same folder; after an error it is removed. A link is
+    followed.
+
+    Raises:
+        OSError: it cannot be written, or what has the name is no file, such as a folder or a device.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file that can be replaced", str(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:

@@ -3,6 +3,7 @@ import."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -12,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from ..alignment.loading import check_source
 from ..core import options as kinds
-from ..core.errors import VocabdistilError, is_real, need, need_place, need_whole, spell
+from ..core.errors import VocabdistilError, is_real, need, need_place, need_text, need_whole, need_writable, spell
 from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
 from ..models.presets import PRESETS, Preset
@@ -211,8 +212,9 @@ class StudentOptions:
         need(layers is None or isinstance(layers, str), "keep_layers", "layers with commas between them", layers)
         check_timing(self.time_batch, self.time_length)
         codes = self.language
-        named = codes is None or isinstance(codes, (list, tuple)) and all(isinstance(code, str) for code in codes)
-        need(named, "language", "codes such as en", codes)
+        need(codes is None or isinstance(codes, (list, tuple)), "language", "codes such as en", codes)
+        for code in codes or ():
+            need_text(code, "language")
 
     def look(self, once: bool = False) -> TextFiles | GivenTexts:
         """Looks at files and folders by their names, before anything is loaded, which takes longer; returns the text.
@@ -444,6 +446,11 @@ class DistillConfig(StudentOptions):
             return self.shape.vocab_size
         return self.vocab_size
 
+    def look(self, once: bool = False) -> TextFiles | GivenTexts:
+        if self.cache_teacher is not None and importlib.util.find_spec("pyarrow") is None:
+            raise VocabdistilError.of("cache_teacher", "needs pyarrow; pip install vocabdistil[cache]")
+        return super().look(once)
+
     def sources(self) -> dict[str, list[str]]:
         return super().sources() | {"student": [] if self.student is None else [os.fspath(self.student)]}
 
@@ -570,9 +577,7 @@ class CoverageOptions:
         need(bool(self.text or self.student), "student", made, "neither")
         need(self.worst is None or bool(self.text), "worst", f"{spell('text')}, to find them in", "none")
         if self.html is not None:
-            place = Path(self.html)
-            fine = place.parent.is_dir() and not place.is_dir()
-            need(fine, "html", "a file to write, in a folder", self.html)
+            need_writable(self.html, "html", "a file to write")
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -88,12 +88,12 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
         inputs: the files and folders that the run reads, which must stay.
     """
     for name in inputs:
-        path = Path(name).resolve()
-        if out.resolve() in (path, *path.parents):
+        path = Path(os.path.realpath(name))
+        if Path(os.path.realpath(out)) in (path, *path.parents):
             raise VocabdistilError.of("out", f"{out} holds {name}, which the run reads")
     need(out.name not in ("", ".."), "out", "the name of a folder", out)
     # These cannot be renamed, and a link would be replaced instead of what it leads to.
-    need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {out.resolve()}")
+    need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {os.path.realpath(out)}")
     need(not os.path.ismount(out), "out", "a folder that can be replaced", f"{out}, where something is mounted")
     if not os.path.lexists(out):
         return
@@ -201,7 +201,7 @@ class RunFolder:
         """The record of the run that is continued."""
         try:
             record = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
-            known = record["identity"]
+            known = dict(record["identity"])
         except (OSError, ValueError, TypeError, KeyError):
             raise VocabdistilError.of("resume", f"{self.path} holds no run to continue") from None
         if record.get("format") != _FORMAT:

@@ -133,7 +133,7 @@ class TeacherCache:
             raise ValueError(f"what: expected one of {', '.join(map(repr, KINDS))}, got {what!r}")
         if not is_count(shard_bytes, 1):
             raise ValueError(f"shard_bytes: expected a number of at least 1, got {shard_bytes!r}")
-        self = cls(Path(folder).expanduser(), teacher, what, _pinned(teacher), shard_bytes)
+        self = cls(Path(os.path.expanduser(folder)), teacher, what, _pinned(teacher), shard_bytes)
         with _told(self.folder):
             prepare(self.folder, _NAME)
             with locked(self.folder):

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import VocabdistilError, need
+from ..core.errors import VocabdistilError, need, need_writable
 from ..core.files import whole_file
 
 __all__ = ["check_chart", "draw_chart"]
@@ -19,9 +19,8 @@ _SCORES = {"spearman": "Spearman", "accuracy": "accuracy"}
 def check_chart(path: Any) -> None:
     """Raises VocabdistilError unless :func:`draw_chart` can write there: before the work that the picture is of."""
     expected = "an .svg or .png file to write"
-    file = Path(path)
-    need(file.suffix.lower() in (".svg", ".png"), "picture", expected, path)
-    need(file.parent.is_dir() and not file.is_dir(), "picture", f"{expected}, in a folder", path)
+    need(Path(path).suffix.lower() in (".svg", ".png"), "picture", expected, path)
+    need_writable(path, "picture", expected)
     if importlib.util.find_spec("matplotlib") is None:
         raise VocabdistilError.of("picture", "needs matplotlib; pip install vocabdistil[picture]")
 

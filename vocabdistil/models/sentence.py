@@ -162,10 +162,24 @@ def read_sentence_settings(source: str | os.PathLike[str], argument: str = "teac
         argument: what an error names.
 
     Raises:
-        VocabdistilError: a settings file that is no JSON, or modules other than a transformer, a pooling and
-            ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
+        VocabdistilError: a settings file that is no JSON or has other kinds of values, or modules other than a
+            transformer, a pooling and ``Dense``, ``Normalize``, ``LayerNorm`` or ``Dropout``.
     """
-    source = check_source(source, argument)
+    try:
+        return _read_settings(check_source(source, argument), argument)
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        told = f"cannot read the sentence-transformers settings of {os.fspath(source)}: {problem}"
+        raise VocabdistilError.of(argument, told) from None
+
+
+def _text_of(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r:.80}")
+    return value
+
+
+def _read_settings(source: str, argument: str) -> SentenceSettings | None:
     listed = _read_json(argument, source, "modules.json")
     model = _read_json(argument, source, "config_sentence_transformers.json") or {}
     if listed is None or model.get("model_type", "SentenceTransformer") != "SentenceTransformer":
@@ -192,10 +206,10 @@ def read_sentence_settings(source: str | os.PathLike[str], argument: str = "teac
         modules=tuple(
             _read_module(argument, source, name, entry["path"]) for name, entry in zip(names[2:], later, strict=True)
         ),
-        prompts=model.get("prompts") or {},
-        default_prompt_name=model.get("default_prompt_name"),
+        prompts={name: _text_of(text) for name, text in (model.get("prompts") or {}).items() if text is not None},
+        default_prompt_name=None if (default := model.get("default_prompt_name")) is None else _text_of(default),
         similarity=model.get("similarity_fn_name"),
-        max_seq_length=transformer.get("max_seq_length"),
+        max_seq_length=None if (most := transformer.get("max_seq_length")) is None else int(most),
         do_lower_case=transformer.get("do_lower_case", False),
     )
 

@@ -206,6 +206,7 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "prompt-by-a-list": _settings("config_sentence_transformers.json", '{"default_prompt_name": ["query"]}'),
     "length-of-text": _settings("sentence_bert_config.json", '{"max_seq_length": [1]}'),
     "no-tokens": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(vocab={})),
+    "nothing-unknown": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(unk_token="[NOPE]")),
     "no-length": _tokenizer("tokenizer_config.json", lambda settings: settings.update(model_max_length="long")),
     "fifo": _fifo,
     "under-a-file": lambda folder: _file("file", b"data")(folder) / "out",
@@ -347,6 +348,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
                 )
             ),
             ("no-tokens", ": cannot load a tokenizer from .*copy-of-bert: "),
+            ("nothing-unknown", ": cannot load a tokenizer from .*copy-of-bert: "),
             ("no-length", ": cannot load a tokenizer from .*copy-of-bert: "),
         )
     ),
@@ -354,6 +356,10 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("trim", {"teacher": "@loop"}, "--teacher: no such folder: .*loop|--teacher: expected .*symbolic links"),
     ("trim", {"out": "@loop"}, "--out: .*loop"),
     ("distill", {"out": "@damaged-run", "resume": True}, "--resume: .*out.partial holds no run to continue"),
+    *(
+        ("distill", {"cache-teacher": place, "recipe": "embedding", "out": "out"}, f"--out: .* holds {place}, which")
+        for place in ("out", "out/cache", "out.partial", "out.partial/cache")
+    ),
     ("trim", {"language": "en,\udc80"}, "--language: expected text that UTF-8 can hold"),
     ("trim", {"license": "\udc80"}, "--license: expected text that UTF-8 can hold"),
     ("demo", {"out": "@loop"}, "--out: .*loop"),

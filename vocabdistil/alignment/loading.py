@@ -91,8 +91,8 @@ def load_tokenizer(
     try:
         # False rather than the default: that asks a question at the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
-        # Some that can be loaded can do nothing.
-        tokenizer("a")
+        # Some that can be loaded can do nothing, or nothing with what they do not know.
+        tokenizer("a ꙮ")
         tokenizer.model_max_length = int(tokenizer.model_max_length)
     except LOADING_ERRORS as error:
         raise cannot_load("a tokenizer", source, argument, error) from None

@@ -80,6 +80,11 @@ def _foreign(folder: Path) -> str | None:
     return next((name for name in files_in(folder) if name not in ours), None)
 
 
+def _partial(out: Path) -> Path:
+    """Where a run is while it lasts."""
+    return Path(f"{out}.partial")
+
+
 def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
     """Raises unless a run may write ``out``: nothing is there, or with ``overwrite`` what a run wrote, or an empty
     folder.
@@ -89,8 +94,9 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
     """
     for name in inputs:
         path = Path(os.path.realpath(name))
-        if Path(os.path.realpath(out)) in (path, *path.parents):
-            raise VocabdistilError.of("out", f"{out} holds {name}, which the run reads")
+        for place in (out, _partial(out)):
+            if Path(os.path.realpath(place)) in (path, *path.parents):
+                raise VocabdistilError.of("out", f"{place} holds {name}, which the run reads")
     need(out.name not in ("", ".."), "out", "the name of a folder", out)
     # These cannot be renamed, and a link would be replaced instead of what it leads to.
     need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {os.path.realpath(out)}")
@@ -139,7 +145,7 @@ class RunFolder:
         """
         out = Path(out)
         check_out(out, overwrite)
-        path = out.with_name(out.name + ".partial")
+        path = _partial(out)
         fresh = not os.path.lexists(path)
         if not fresh and not _is_run(path):
             raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")

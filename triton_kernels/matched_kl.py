@@ -164,10 +164,10 @@ def _block(
 
 
 @triton.jit
-def _dot(s, q, both, shift_t, apart, inverse):
-    """The sum of exp(q) (q - s - apart) / T: no mass, no contribution, even where the difference is infinite."""
+def _dot(q, both, shift_t, difference, inverse):
+    """The sum of exp(q) difference / T: no mass, no contribution, even where the difference is infinite."""
     mass = tl.exp((q - shift_t) * inverse)
-    return tl.sum(tl.where(both & (mass != 0), mass * (((q - s) - apart) * inverse), 0.0))
+    return tl.sum(tl.where(both & (mass != 0), mass * (difference * inverse), 0.0))
 
 
 @triton.jit
@@ -273,8 +273,7 @@ def _row(
         )  # fmt: skip
         shift_s, z_s = _sum_exp(tl.where(both, s, float("-inf")), inverse)
         shift_t, z_t = _sum_exp(q, inverse)
-        apart = shift_t - shift_s
-        dot = _dot(s, q, both, shift_t, apart, inverse)
+        dot, moved = _dot(q, both, shift_t, (q - shift_t) - (s - shift_s), inverse), z_s * 0
         if UNMATCHED != 0:
             others = (lanes < v_s) & ~both
             shift_u, z_u = _sum_exp(tl.where(both, float("-inf"), s), inverse)
@@ -286,7 +285,7 @@ def _row(
         lowest = tl.full([BLOCK], float("-inf"), dtype=ACC)
         zeros = tl.zeros([BLOCK], dtype=ACC)
         top_s, top_t, top_u, sum_s, sum_t, sum_u = lowest, lowest, lowest, zeros, zeros, zeros
-        dots, here_u, apart = zeros, zeros, share * 0
+        dots, here_u, from_s, from_t = zeros, zeros, share * 0, share * 0
         for block in range(0, blocks):
             d = block * BLOCK + lanes
             s, q, both = _block(
@@ -294,9 +293,11 @@ def _row(
                 v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
             )  # fmt: skip
             of_s = tl.where(both, s, float("-inf"))
-            if block == 0:  # rows that are close are so up to a constant, which is not to take digits
-                apart = shift_of(tl.max(q)) - shift_of(tl.max(of_s))
-            top_s, sum_s, top_t, sum_t, dots = online_two(top_s, sum_s, top_t, sum_t, dots, of_s, q, apart, inverse)
+            if block == 0:  # a constant that all logits of a side have in common is not to take digits
+                from_s, from_t = shift_of(tl.max(of_s)), shift_of(tl.max(q))
+            top_s, sum_s, top_t, sum_t, dots = online_two(
+                top_s, sum_s, top_t, sum_t, dots, of_s, q, (q - from_t) - (of_s - from_s), inverse
+            )  # fmt: skip
             if UNMATCHED != 0:
                 top_u, sum_u = online(top_u, sum_u, tl.where(both, float("-inf"), s), inverse)
                 here_u += ((d < v_s) & ~both).to(ACC)
@@ -304,6 +305,7 @@ def _row(
         z_s = tl.sum(sum_s * weight)
         shift_t, weight = _whole(top_t, sum_t, inverse)
         z_t, dot = tl.sum(sum_t * weight), tl.sum(tl.where(weight == 0, 0.0, dots * weight))
+        moved = ((from_t - shift_t) - (from_s - shift_s)) * inverse
         if UNMATCHED != 0:
             shift_u, weight = _whole(top_u, sum_u, inverse)
             z_u, count_u = tl.sum(sum_u * weight), tl.sum(here_u)
@@ -318,29 +320,30 @@ def _row(
                     )  # fmt: skip
                     less_u += _lacks(s, (d < v_s) & ~both, shift_u, inverse)
 
-    mean = dot / z_t
-    moved = (apart - (shift_t - shift_s)) * inverse  # 0 where the row was taken whole
+    mean = dot / z_t + moved
     ratio = tl.log(quotient(z_s, z_t))
-    kl = mean + moved + ratio
-    tilt = tl.exp(mean + moved)
+    kl = mean + ratio
+    tilt, apart = mean, shift_t - shift_s
     close = (kl < CLOSE) & (z_t != 0)
     by_s, by_t = 1 / z_s, 1 / z_t
     if close:
+        # Anew, of differences that are taken before either side is shifted: of rows that are close these are exact.
         rest = z_s * 0
         if WHOLE:
+            mean = _dot(q, both, shift_t, (q - s) - apart, inverse) / z_t
+            tilt = tl.exp(mean)
             step, terms = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
             rest = tl.sum(terms)
         else:
-            # With the shifts that are known now: where one column has nearly all mass, the rest hangs on exact 0s.
-            apart, dot = shift_t - shift_s, dot * 0
+            dot = z_s * 0
             for block in range(0, blocks):
                 s, q, both = _block(
                     student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
                     s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
                 )  # fmt: skip
-                dot += _dot(s, q, both, shift_t, apart, inverse)
+                dot += _dot(q, both, shift_t, (q - s) - apart, inverse)
             mean = dot / z_t
-            moved, tilt = mean * 0, tl.exp(mean)
+            tilt = tl.exp(mean)
             for block in range(0, blocks):
                 s, q, both = _block(
                     student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
@@ -350,7 +353,7 @@ def _row(
                 rest += tl.sum(terms)
         excess = rest / z_t
         kl = log_one_plus(excess)
-        ratio = kl - mean - moved
+        ratio = kl - mean
         by_s = 1 / ((1 + excess) * z_t)
         by_t = excess * by_s
     # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.

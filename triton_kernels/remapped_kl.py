@@ -194,7 +194,7 @@ def combine_kernel(
         if b == part * per:  # pairs that are close are so up to a constant, which is not to take digits
             apart = shift_of(tl.max(t, 0)) - shift_of(tl.max(total, 0))
         top_s, sum_s, top_t, sum_t, dots = online_two(
-            top_s, sum_s, top_t, sum_t, dots, total, t, apart[None, :], inverse
+            top_s, sum_s, top_t, sum_t, dots, total, t, (t - total) - apart[None, :], inverse
         )  # fmt: skip
         tl.store(z + (b * SLICE + i[:, None]) * PAIRS + r[None, :], total)
     stats += (group * parts + part) * PAIRS + r

@@ -93,13 +93,13 @@ def online(top, total, x, inverse):
 
 
 @triton.jit
-def online_two(top_s, sum_s, top_t, sum_t, dot, s, t, apart, inverse):
-    """The same of both sides, and the sum of exp(t) ((t - s) - apart) / T."""
+def online_two(top_s, sum_s, top_t, sum_t, dot, s, t, difference, inverse):
+    """The same of both sides, and the sum of exp(t) difference / T."""
     high_s, total_s = online(top_s, sum_s, s, inverse)
     above = t > top_t
     high_t = tl.where(above, t, top_t)
     less = tl.exp((tl.where(above, top_t, t) - shift_of(high_t)) * inverse)
-    difference = ((t - s) - apart) * inverse
+    difference *= inverse
     # No mass, no contribution, even where the difference is infinite.
     weighed = tl.where(less == 0, 0.0, less * tl.where(above, dot, difference))
     dot = weighed + tl.where(above, difference, dot)

@@ -10,6 +10,7 @@ import torch
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.numbers_backend import test_linear_divergences_at_any_temperature  # noqa: F401
 from tests.ops.test_linear_matched_kl import make, run, test_only_what_is_wanted_is_computed  # noqa: F401
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close

@@ -7,6 +7,13 @@ import torch
 
 import vocabdistil as vd
 from tests import relation_loss_backend
+from tests.numbers_backend import (  # noqa: F401
+    test_classes_of_one_size_at_any_temperature,
+    test_divergences_over_a_matched_vocabulary_at_any_temperature,
+    test_divergences_over_a_remapped_vocabulary_at_any_temperature,
+    test_linear_classes_of_one_size_at_any_temperature,
+    test_linear_divergences_at_any_temperature,
+)
 from tests.remapped_kl_backend import make_table
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
@@ -14,6 +21,16 @@ from tests.vocabularies import make_matched
 from vocabdistil.ops._products import product
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+@pytest.fixture
+def device():
+    return "cuda"
 
 
 def check_row_loss(name, student, teacher, correspondence, upstream, **options):

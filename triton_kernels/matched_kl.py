@@ -2,9 +2,10 @@
 
 A row of up to `RESIDENT` columns is read once and stays in registers, the teacher's matched columns beside the
 student's, until the gradient is written: what must be read is read once. Longer rows are read twice: a first pass
-keeps the largest logit and the sum of every lane, a second one, from the end that the cache still holds, forms the
-divergence and the gradient. As in span_mean every load is widened before arithmetic, addresses are int64, spans and
-ids are kept within the rows and columns, and nothing is atomic. Formulas: vocabdistil/reference/matched_kl.py.
+keeps the largest logit and the sums of every lane, which give the divergence, a second one, from the end that the
+cache still holds, forms the gradient. Rows that are close are read twice more in between. As in span_mean every load is
+widened before arithmetic, addresses are int64, spans and ids are kept within the rows and columns, and nothing is
+atomic. Formulas: vocabdistil/reference/matched_kl.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vocabdistil.core.values import Seen
 
 from .rows import clamp, on_device
+from .softmax import CLOSE, close_step, exp_less_one, log_one_plus, online, online_two, quotient, shift_of
 from .span_loss import total_kernel
 
 RESIDENT = 16384  # columns of the longest row that stays in registers
@@ -54,25 +56,10 @@ def _pooled(
 
 
 @triton.jit
-def shift_of(top):
-    """A class of -inf logits only is shifted by nothing, so that its terms are exp(-inf) = 0 and not NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def online(top, total, x, inverse):
-    """Of every lane the largest so far and the sum of exp((. - largest) / T), with x added to both."""
-    above = x > top
-    high = tl.where(above, x, top)
-    less = tl.exp((tl.where(above, top, x) - shift_of(high)) * inverse)
-    return high, tl.where(above, total * less + 1, total + less)
-
-
-@triton.jit
 def _whole(top, total, inverse):
-    """The shift and the sum of all lanes."""
+    """The shift of all lanes and what turns each one's sums into sums shifted by it."""
     shift = shift_of(tl.max(top))
-    return shift, tl.sum(total * tl.exp((top - shift) * inverse))
+    return shift, tl.exp((top - shift) * inverse)
 
 
 @triton.jit
@@ -82,9 +69,75 @@ def _sum_exp(x, inverse):
 
 
 @triton.jit
-def _log_add(a, b):
-    high = tl.maximum(a, b)
-    return high + tl.log(tl.exp(a - high) + tl.exp(b - high))
+def _lacks(x, there, shift, inverse):
+    """What the exponentials lack of 1."""
+    return tl.sum(tl.where(there, exp_less_one((x - shift) * inverse), 0.0))
+
+
+@triton.jit
+def _near_count(total, count):
+    """Is it worth adding up what each of ``count`` exponentials lacks of 1? Their sum has not its digits."""
+    return total > 0.5 * count
+
+
+@triton.jit
+def _log_ratio(a, less_a, count_a, b, less_b, count_b):
+    """``log(a / b)`` of sums of exponentials; ``less = sum - count``."""
+    x, y = less_a / count_a, less_b / count_b
+    near = log_one_plus((count_a - count_b) / count_b) + log_one_plus((x - y) / (1 + y))
+    return tl.where(_near_count(a, count_a) & _near_count(b, count_b), near, tl.log(a / b))
+
+
+@triton.jit
+def _with_rest(
+    kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, a, less_a, count_a, b, less_b, count_b,
+    DROP: tl.constexpr,
+):  # fmt: skip
+    """The divergence with the unmatched classes, and what its gradient is formed of: ``own`` (see ``with_unmatched`` of
+    csrc/cpu/matched.h), and what the teacher's matched and the student's unmatched exponentials count besides.
+
+    kl, ratio: of the matched columns alone, and log of the student's sum over the teacher's. z, a, b: the sums of the
+    matched columns, and of the other ones of student (u) and teacher (v)."""
+    teacher_odds = (shift_t - shift_v) * inverse + tl.log(z_t / b)  # log of the matched mass over the other
+    student_odds = (shift_s - shift_u) * inverse + tl.log(z_s / a)
+    # What these differ by, with the digits that their difference has not where the sides are close.
+    apart = ((shift_s - shift_t) - (shift_u - shift_v)) * inverse
+    apart += ratio - _log_ratio(a, less_a, count_a, b, less_b, count_b)
+    log_mass, log_rest = -_softplus(-teacher_odds), -_softplus(teacher_odds)
+    mass, rest = tl.exp(log_mass), tl.exp(log_rest)
+    up, down = rest * apart, -mass * apart
+    first_mass, rest_mass = close_step(mass, mass, tl.exp(up), up)
+    first_rest, rest_rest = close_step(rest, rest, tl.exp(down), down)
+    excess = rest_mass + rest_rest
+    between = log_one_plus(excess)
+    more, own = up - between, mass + (first_mass - excess * mass) / (1 + excess)
+    moved = (first_rest - excess * rest) / (1 + excess)
+    far = ~(tl.abs(apart) < 30)  # exponentials of the difference might overflow
+    far_more = -_softplus(-student_odds) - log_mass
+    far_between = tl.where(rest == 0, 0.0, rest * (log_rest + _softplus(student_odds)))
+    far_between -= tl.where(mass == 0, 0.0, mass * far_more)
+    between = tl.where(far, tl.where(far_between < 0, 0.0, far_between), between)
+    more = tl.where(far, far_more, more)
+    own = tl.where(far, tl.exp(-_softplus(-student_odds)), own)
+    moved = tl.where(far, tl.exp(-_softplus(student_odds)) - rest, moved)
+    inside = tl.where(mass == 0, 0.0, mass * kl)
+    if DROP:
+        loss = inside - tl.where(mass == 0, 0.0, mass * more)
+        gives, own = mass * (rest + moved), mass * own
+    else:
+        loss = inside + between
+        gives = moved
+    nothing, infinite = (z_t == 0) & (b == 0), (z_s == 0) & (a == 0)
+    loss = tl.where(nothing, 0.0, tl.where(infinite, float("inf"), loss))
+    own = tl.where(nothing | infinite, 0.0, own)
+    gives = tl.where(nothing | infinite, 0.0, gives)
+    return loss, own, tl.where(z_t == 0, 0.0, gives / z_t), tl.where(a == 0, 0.0, gives / a)
+
+
+@triton.jit
+def _softplus(x):
+    """``log(1 + exp x)``"""
+    return tl.where(x > 0, x, 0.0) + log_one_plus(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -111,22 +164,36 @@ def _block(
 
 
 @triton.jit
-def _slope(
-    s, q, both, shift_s, shift_t, shift_u, inverse, ratio, by_s, by_u, add_s, add_t, UNMATCHED: tl.constexpr
-):  # fmt: skip
-    """The terms q (log q - log r) and d loss / d logit, each up to a factor of the row.
+def _dot(q, both, shift_t, difference, inverse):
+    """The sum of exp(q) difference / T: no mass, no contribution, even where the difference is infinite."""
+    mass = tl.exp((q - shift_t) * inverse)
+    return tl.sum(tl.where(both & (mass != 0), mass * (difference * inverse), 0.0))
 
-    Where both sides are equal the gradient is exactly 0: ``ratio`` and ``by_s`` are then 1, and a product with 1 is
-    exact whether it is contracted or not. The term is one product, not a difference of two.
-    """
-    low_s, low_t = (s - tl.where(both, shift_s, shift_u)) * inverse, (q - shift_t) * inverse
-    mass = tl.exp(low_t)
-    term = tl.where(both & (mass != 0), mass * ((q - shift_t) - (s - shift_s)) * inverse, 0.0)
+
+@triton.jit
+def _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt):
+    """``close_step`` of the matched columns of rows that are close."""
+    p, r = tl.exp((q - shift_t) * inverse), tl.exp((s - shift_s) * inverse)
+    first, rest = close_step(p, r, tilt, ((s - q) + apart) * inverse + mean)
+    return tl.where(both, first, 0.0), tl.where(both, rest, 0.0)
+
+
+@triton.jit
+def _slope(
+    s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u,
+    UNMATCHED: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logit up to a factor of the row. Where both sides are equal, which is close, it is exactly 0."""
+    own = tl.exp((s - tl.where(both, shift_s, shift_u)) * inverse)
+    matched = own
+    if close:
+        matched, rest = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
+    slope = by_s * matched - by_t * tl.exp((q - shift_t) * inverse)
     if UNMATCHED == 0:
-        return term, tl.where(both, tl.exp(low_s) - mass * ratio, 0.0)
+        slope = tl.where(both, slope, 0.0)
     else:
-        by, add = tl.where(both, by_s, by_u), tl.where(both, add_s, 0.0)
-        return term, by * tl.exp(low_s + add) - tl.where(both, tl.exp(low_t + add_t), 0.0)
+        slope = tl.where(both, slope, by_u * own)
+    return slope
 
 
 @triton.jit
@@ -173,17 +240,29 @@ def _row(
 
     if UNMATCHED != 0:  # before the rows that stay in registers are read
         if teacher_rest is not None:
-            log_v = tl.load(teacher_rest + p)
+            shift_v = shift_of(tl.load(teacher_rest + 4 * p))
+            z_v, less_v = tl.load(teacher_rest + 4 * p + 1), tl.load(teacher_rest + 4 * p + 2)
+            count_v = tl.load(teacher_rest + 4 * p + 3)
         else:
             top_v = tl.full([STREAM], float("-inf"), dtype=ACC)
             sum_v = tl.zeros([STREAM], dtype=ACC)
+            here_v = tl.zeros([STREAM], dtype=ACC)
             for block in range(0, v_t, STREAM):
                 d = block + tl.arange(0, STREAM)
                 others = tl.load(teacher_matched + d, mask=d < v_t, other=1) == 0
                 v = _pooled(teacher, t_first, t_last, t_stride, d, others, t_share, SPANS, PADDED, ACC)
                 top_v, sum_v = online(top_v, sum_v, v, inverse)
-            shift_v, z_v = _whole(top_v, sum_v, inverse)
-            log_v = shift_v * inverse + tl.log(z_v)
+                here_v += others.to(ACC)
+            shift_v, weight = _whole(top_v, sum_v, inverse)
+            z_v, count_v = tl.sum(sum_v * weight), tl.sum(here_v)
+            less_v = z_v - count_v
+            if _near_count(z_v, count_v):
+                less_v = z_v * 0
+                for block in range(0, v_t, STREAM):
+                    d = block + tl.arange(0, STREAM)
+                    others = tl.load(teacher_matched + d, mask=d < v_t, other=1) == 0
+                    v = _pooled(teacher, t_first, t_last, t_stride, d, others, t_share, SPANS, PADDED, ACC)
+                    less_v += _lacks(v, others, shift_v, inverse)
 
     blocks = tl.cdiv(v_s, BLOCK)
     lanes = tl.arange(0, BLOCK)
@@ -194,94 +273,131 @@ def _row(
         )  # fmt: skip
         shift_s, z_s = _sum_exp(tl.where(both, s, float("-inf")), inverse)
         shift_t, z_t = _sum_exp(q, inverse)
+        dot, moved = _dot(q, both, shift_t, (q - shift_t) - (s - shift_s), inverse), z_s * 0
         if UNMATCHED != 0:
+            others = (lanes < v_s) & ~both
             shift_u, z_u = _sum_exp(tl.where(both, float("-inf"), s), inverse)
+            count_u = tl.sum(others.to(ACC))
+            less_u = z_u - count_u
+            if _near_count(z_u, count_u):
+                less_u = _lacks(s, others, shift_u, inverse)
     else:
         lowest = tl.full([BLOCK], float("-inf"), dtype=ACC)
         zeros = tl.zeros([BLOCK], dtype=ACC)
         top_s, top_t, top_u, sum_s, sum_t, sum_u = lowest, lowest, lowest, zeros, zeros, zeros
+        dots, here_u, from_s, from_t = zeros, zeros, share * 0, share * 0
         for block in range(0, blocks):
+            d = block * BLOCK + lanes
             s, q, both = _block(
-                student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
-                s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
+                v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
             )  # fmt: skip
-            top_s, sum_s = online(top_s, sum_s, tl.where(both, s, float("-inf")), inverse)
-            top_t, sum_t = online(top_t, sum_t, q, inverse)
+            of_s = tl.where(both, s, float("-inf"))
+            if block == 0:  # a constant that all logits of a side have in common is not to take digits
+                from_s, from_t = shift_of(tl.max(of_s)), shift_of(tl.max(q))
+            top_s, sum_s, top_t, sum_t, dots = online_two(
+                top_s, sum_s, top_t, sum_t, dots, of_s, q, (q - from_t) - (of_s - from_s), inverse
+            )  # fmt: skip
             if UNMATCHED != 0:
                 top_u, sum_u = online(top_u, sum_u, tl.where(both, float("-inf"), s), inverse)
-        shift_s, z_s = _whole(top_s, sum_s, inverse)
-        shift_t, z_t = _whole(top_t, sum_t, inverse)
+                here_u += ((d < v_s) & ~both).to(ACC)
+        shift_s, weight = _whole(top_s, sum_s, inverse)
+        z_s = tl.sum(sum_s * weight)
+        shift_t, weight = _whole(top_t, sum_t, inverse)
+        z_t, dot = tl.sum(sum_t * weight), tl.sum(tl.where(weight == 0, 0.0, dots * weight))
+        moved = ((from_t - shift_t) - (from_s - shift_s)) * inverse
         if UNMATCHED != 0:
-            shift_u, z_u = _whole(top_u, sum_u, inverse)
+            shift_u, weight = _whole(top_u, sum_u, inverse)
+            z_u, count_u = tl.sum(sum_u * weight), tl.sum(here_u)
+            less_u = z_u - count_u
+            if _near_count(z_u, count_u):
+                less_u = z_u * 0
+                for block in range(0, blocks):
+                    d = block * BLOCK + lanes
+                    s, q, both = _block(
+                        student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride,
+                        t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                    )  # fmt: skip
+                    less_u += _lacks(s, (d < v_s) & ~both, shift_u, inverse)
 
-    if ACC == tl.float64:
-        ratio = z_s / z_t
-    else:
-        ratio = tl.div_rn(z_s, z_t)
-    by_s, by_u, add_s, add_t = z_s * 0 + 1, z_s * 0, z_s * 0, z_s * 0
-    rest, rest_q, rest_r, mass = z_s * 0, z_s * 0, z_s * 0, z_s * 0 + 1
-    if UNMATCHED == 0:
-        shift_u = shift_s
-        # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
-        nothing = (z_t == 0) | (z_s == 0)
-        outside, excess = tl.log(ratio), tl.where(nothing, 0.0, 1 / z_s)
-        ratio = tl.where(nothing, 0.0, ratio)
-    else:
-        # Each class has its own shift, so that neither log q_U nor log r_U underflows.
-        a = shift_t * inverse + tl.log(z_t)
-        all_t = _log_add(a, log_v)
-        log_q, rest_q = a - all_t, log_v - all_t
-        a, b = shift_s * inverse + tl.log(z_s), shift_u * inverse + tl.log(z_u)
-        all_s = _log_add(a, b)
-        log_r, rest_r = a - all_s, b - all_s
-        mass, rest = tl.exp(log_q), tl.exp(rest_q)
-        outside, excess = (log_q - tl.log(z_t)) - (log_r - tl.log(z_s)), 1.0
-        if UNMATCHED == 1:
-            by_u = tl.exp(rest_r) - rest
+    mean = dot / z_t + moved
+    ratio = tl.log(quotient(z_s, z_t))
+    kl = mean + ratio
+    tilt, apart = mean, shift_t - shift_s
+    close = (kl < CLOSE) & (z_t != 0)
+    by_s, by_t = 1 / z_s, 1 / z_t
+    if close:
+        # Anew, of differences that are taken before either side is shifted: of rows that are close these are exact.
+        rest = z_s * 0
+        if WHOLE:
+            mean = _dot(q, both, shift_t, (q - s) - apart, inverse) / z_t
+            tilt = tl.exp(mean)
+            step, terms = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
+            rest = tl.sum(terms)
         else:
-            by_s, by_u = mass, mass * tl.exp(rest_r)
-        add_s = tl.where(z_s == 0, float("-inf"), log_r - tl.log(z_s))
-        add_t = tl.where(z_t == 0, float("-inf"), log_q - tl.log(z_t))
-        by_u = tl.where(z_u == 0, 0.0, by_u / z_u)
+            dot = z_s * 0
+            for block in range(0, blocks):
+                s, q, both = _block(
+                    student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
+                    s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                )  # fmt: skip
+                dot += _dot(q, both, shift_t, (q - s) - apart, inverse)
+            mean = dot / z_t
+            tilt = tl.exp(mean)
+            for block in range(0, blocks):
+                s, q, both = _block(
+                    student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
+                    s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                )  # fmt: skip
+                step, terms = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
+                rest += tl.sum(terms)
+        excess = rest / z_t
+        kl = log_one_plus(excess)
+        ratio = kl - mean
+        by_s = 1 / ((1 + excess) * z_t)
+        by_t = excess * by_s
+    # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
+    nothing = (z_t == 0) | (z_s == 0)
+    kl = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), kl))
+    by_s, by_t, by_u = tl.where(nothing, 0.0, by_s), tl.where(nothing, 0.0, by_t), z_s * 0
+    if UNMATCHED == 0:
+        value, shift_u = kl, shift_s
+    else:
+        value, own, add_t, by_u = _with_rest(
+            kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, less_u, count_u, z_v, less_v,
+            count_v, UNMATCHED == 2,
+        )  # fmt: skip
+        by_s = tl.where((z_t == 0) & (z_s != 0), own / z_s, own * by_s)
+        by_t = own * by_t + add_t
 
     begin, stop = first, last
-    factor = excess
+    factor = share
     if grad is not None:
         if SPANS:
             begin = tl.load(student_end + p - 1, mask=p > 0, other=0).to(tl.int64)
             begin = tl.minimum(tl.maximum(begin, 0), s_rows)
             if p + 1 == pairs:
                 stop = stop * 0 + s_rows
-        factor = excess * t * tl.load(scale + p) * share * by
-    if WHOLE:
-        terms, slope = _slope(
-            s, q, both, shift_s, shift_t, shift_u, inverse, ratio, by_s, by_u, add_s, add_t, UNMATCHED
-        )  # fmt: skip
-        if grad is not None:
-            _store(grad, factor * slope, lanes, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
-    else:
-        terms = tl.zeros([BLOCK], dtype=ACC)
-        for i in range(0, blocks):
-            d = (blocks - 1 - i) * BLOCK + lanes
-            s, q, both = _block(
-                student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
-                v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+        factor = t * tl.load(scale + p) * share * by
+        by_s, by_t, by_u = factor * by_s, factor * by_t, factor * by_u
+        if WHOLE:
+            slope = _slope(
+                s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u, UNMATCHED
             )  # fmt: skip
-            more, slope = _slope(
-                s, q, both, shift_s, shift_t, shift_u, inverse, ratio, by_s, by_u, add_s, add_t, UNMATCHED
-            )  # fmt: skip
-            terms += more
-            if grad is not None:
-                _store(grad, factor * slope, d, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
+            _store(grad, slope, lanes, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
+        else:
+            for i in range(0, blocks):
+                d = (blocks - 1 - i) * BLOCK + lanes
+                s, q, both = _block(
+                    student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
+                    v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                )  # fmt: skip
+                slope = _slope(
+                    s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u,
+                    UNMATCHED,
+                )  # fmt: skip
+                _store(grad, slope, d, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
     if loss is not None:
-        value = tl.sum(terms) / z_t + outside
-        if UNMATCHED == 0:
-            value = tl.where(value < 0, 0.0, value)  # what rounding leaves of rows that are close
-            value = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), value))
-        if UNMATCHED != 0:
-            value = tl.where(mass == 0, 0.0, mass * value)
-        if UNMATCHED == 1:
-            value += tl.where(rest == 0, 0.0, rest * (rest_q - rest_r))
         if PADDED:  # pairs with an empty side are here rows that count for nothing, and may be infinite
             filled = tl.load(scale + p) != 0
         tl.store(loss + p, tl.where(filled, value * t * t, 0.0))
@@ -318,31 +434,62 @@ def kernel(
 
 
 @triton.jit
+def _rest(z, bias, lengths, left_out, p, d, columns, stride, ACC: tl.constexpr):
+    """Logits of the columns d, -inf where they are left out, and where they are not."""
+    x = tl.load(z + p * stride + d, mask=d < stride, other=0.0)
+    if bias is not None:
+        part = tl.load(bias + d, mask=d < columns, other=0.0).to(ACC)
+        if lengths is not None:
+            part *= tl.load(lengths + p).to(ACC)
+        x += part
+    kept = tl.load(left_out + d, mask=d < columns, other=1) == 0
+    return tl.where(kept, x, float("-inf")), kept
+
+
+@triton.jit
 def rest_kernel(
-    z, total, left_out, bias, lengths, temperature, columns, stride, ACC: tl.constexpr, BLOCK: tl.constexpr
+    z, rest, left_out, bias, lengths, temperature, columns, stride, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Adds the columns of z that are not left out to the log sum exp of each row."""
+    """Adds the columns of z that are not left out to ``rest [R, 4]``: of each row the largest, the sum of
+    exp((. - largest) / T), that sum less the number of its terms, and this number."""
     p = tl.program_id(0).to(tl.int64)
     if ACC == tl.float64:
         inverse = 1.0 / tl.load(temperature)
     else:
         inverse = 1.0 / temperature
-    top = tl.full([BLOCK], float("-inf"), dtype=ACC)
+    tops = tl.full([BLOCK], float("-inf"), dtype=ACC)
     sums = tl.zeros([BLOCK], dtype=ACC)
+    here = tl.zeros([BLOCK], dtype=ACC)
     for block in range(0, columns, BLOCK):
-        d = block + tl.arange(0, BLOCK)
-        x = tl.load(z + p * stride + d, mask=d < stride, other=0.0)
-        if bias is not None:
-            part = tl.load(bias + d, mask=d < columns, other=0.0).to(ACC)
-            if lengths is not None:
-                part *= tl.load(lengths + p).to(ACC)
-            x += part
-        kept = tl.load(left_out + d, mask=d < columns, other=1) == 0
-        top, sums = online(top, sums, tl.where(kept, x, float("-inf")), inverse)
-    shift, summed = _whole(top, sums, inverse)
-    before, value = tl.load(total + p), shift * inverse + tl.log(summed)
-    high = shift_of(tl.maximum(before, value))
-    tl.store(total + p, high + tl.log(tl.exp(before - high) + tl.exp(value - high)))
+        x, kept = _rest(z, bias, lengths, left_out, p, block + tl.arange(0, BLOCK), columns, stride, ACC)
+        tops, sums = online(tops, sums, x, inverse)
+        here += kept.to(ACC)
+    top = tl.max(tops)
+    shift, weight = _whole(tops, sums, inverse)
+    total, count = tl.sum(sums * weight), tl.sum(here)
+    less = total - count
+    if _near_count(total, count):
+        less = total * 0
+        for block in range(0, columns, BLOCK):
+            x, kept = _rest(z, bias, lengths, left_out, p, block + tl.arange(0, BLOCK), columns, stride, ACC)
+            less += _lacks(x, kept, shift, inverse)
+    rest += 4 * p
+    before, before_count = tl.load(rest), tl.load(rest + 3)
+    high = tl.maximum(top, before)
+    total, less = _shifted(top, total, less, count, high, inverse)
+    old_total, old_less = _shifted(before, tl.load(rest + 1), tl.load(rest + 2), before_count, high, inverse)
+    tl.store(rest, high)
+    tl.store(rest + 1, total + old_total)
+    tl.store(rest + 2, less + old_less)
+    tl.store(rest + 3, count + before_count)
+
+
+@triton.jit
+def _shifted(top, total, less, count, high, inverse):
+    """The sums of exponentials shifted by a larger value than the largest."""
+    low = (top - shift_of(high)) * inverse
+    weight = tl.exp(low)
+    return weight * total, weight * less + count * exp_less_one(low)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -479,7 +626,7 @@ def dense_rows(
     ``loss [R]``, 0 where ``scale`` is, and ``grad [R, V]`` (any float dtype) = ``scale`` d loss / d logit unless it is
     None. Up to `RESIDENT` columns its rows may lie in those of the student: a row is read before it is written.
 
-    teacher_rest: ``[R]``, log sum exp(. / T) of the teacher's other columns; None for "renormalize"."""
+    teacher_rest: of the teacher's other columns, from :func:`add_rest`; None for "renormalize"."""
     (rows, v_s), v_m = student.shape, teacher.shape[1]
     with on_device(student):
         kernel[(rows,)](
@@ -492,14 +639,18 @@ def dense_rows(
 
 
 def add_rest(
-    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, total: Tensor
-) -> None:
-    """``total [R]`` = log(exp total + sum exp(. / T)) over the columns of ``z [R, V]`` (row stride as for
-    :func:`dense_rows`), plus the bias ``[V]`` as often as the lengths ``[R]`` say, that ``left_out [V]`` (uint8) does
-    not mark."""
+    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, rest: Tensor | None
+) -> Tensor:
+    """Adds to ``rest`` (None at first), what :func:`dense_rows` reads of the teacher's other columns, those columns of
+    ``z [R, V]`` (row stride as there), plus the bias ``[V]`` as often as the lengths ``[R]`` say, that
+    ``left_out [V]`` (uint8) does not mark."""
     rows, columns = z.shape
+    if rest is None:
+        rest = z.new_zeros(rows, 4)
+        rest[:, 0] = float("-inf")
     with on_device(z):
         rest_kernel[(rows,)](
-            z, total, left_out, bias, lengths, temperature_argument(temperature, z), columns, z.stride(0),
+            z, rest, left_out, bias, lengths, temperature_argument(temperature, z), columns, z.stride(0),
             ACC=accumulator(z.dtype), BLOCK=2048, num_warps=8,
         )  # fmt: skip
+    return rest

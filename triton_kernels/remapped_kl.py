@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .matched_kl import accumulator, online, shift_of, temperature_argument, weighted_total
+from .matched_kl import accumulator, temperature_argument, weighted_total
 from .rows import clamp, on_device, span_share
+from .softmax import CLOSE, close_step, log_one_plus, online, online_two, quotient, shift_of
 
 BUDGET = 256 << 20  # bytes for the logits of a chunk of pairs, combined and not, and their gradients
 PAIRS = 32  # side by side
@@ -154,7 +155,7 @@ def combine_kernel(
     columns, slices, per, parts, LOGSUMEXP: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Combined logits -> ``z [groups, 32 slices, PAIRS]``; largest and sum of exp of both sides over the columns of a
-    program -> ``stats [4, groups, parts, PAIRS]``."""
+    program, sum of exp(t) (t - s - apart) / T, and apart -> ``stats [6, groups, parts, PAIRS]``."""
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
@@ -164,7 +165,8 @@ def combine_kernel(
     else:
         inverse = 1.0 / temperature
     lowest, zeros = tl.full([SLICE, PAIRS], float("-inf"), ACC), tl.zeros([SLICE, PAIRS], ACC)
-    top_s, sum_s, top_t, sum_t = lowest, zeros, lowest, zeros
+    top_s, sum_s, top_t, sum_t, dots = lowest, zeros, lowest, zeros, zeros
+    apart = tl.zeros([PAIRS], ACC)
     pooled += group * columns * PAIRS
     z += group * slices * SLICE * PAIRS
     stop = _to_do(tl.minimum((part + 1) * per, slices), upstream)
@@ -188,28 +190,38 @@ def combine_kernel(
             total = tl.where(high == float("-inf"), float("-inf"), total)
         total = tl.where(mapped, total, float("-inf"))
         t = _mean(teacher, first, last, stride, v, v >= 0, ACC, start is not None)
-        top_s, sum_s = online(top_s, sum_s, total, inverse)
-        top_t, sum_t = online(top_t, sum_t, tl.where(mapped, t, float("-inf")), inverse)
+        t = tl.where(mapped, t, float("-inf"))
+        if b == part * per:  # pairs that are close are so up to a constant, which is not to take digits
+            apart = shift_of(tl.max(t, 0)) - shift_of(tl.max(total, 0))
+        top_s, sum_s, top_t, sum_t, dots = online_two(
+            top_s, sum_s, top_t, sum_t, dots, total, t, (t - total) - apart[None, :], inverse
+        )  # fmt: skip
         tl.store(z + (b * SLICE + i[:, None]) * PAIRS + r[None, :], total)
     stats += (group * parts + part) * PAIRS + r
     step = groups.to(tl.int64) * parts * PAIRS
-    _store_sum(stats, stats + step, top_s, sum_s, inverse)
-    _store_sum(stats + 2 * step, stats + 3 * step, top_t, sum_t, inverse)
+    high_s, weight = _weights(top_s, inverse)
+    tl.store(stats, high_s)
+    tl.store(stats + step, tl.sum(sum_s * weight, 0))
+    high_t, weight = _weights(top_t, inverse)
+    tl.store(stats + 2 * step, high_t)
+    tl.store(stats + 3 * step, tl.sum(sum_t * weight, 0))
+    tl.store(stats + 4 * step, tl.sum(tl.where(weight == 0, 0.0, dots * weight), 0))
+    tl.store(stats + 5 * step, apart)
 
 
 @triton.jit
-def _store_sum(top_at, sum_at, top, total, inverse):
-    """Lanes ``[n, pairs]`` -> the largest and the sum of each pair."""
+def _weights(top, inverse):
+    """Of lanes ``[n, pairs]`` the largest of each pair, and what turns each lane's sums into sums shifted by it."""
     high = tl.max(top, 0)
-    tl.store(top_at, high)
-    tl.store(sum_at, tl.sum(total * tl.exp((top - shift_of(high)[None, :]) * inverse), 0))
+    return high, tl.exp((top - shift_of(high)[None, :]) * inverse)
 
 
 @triton.jit
 def merge_kernel(
     stats, merged, upstream, temperature, parts, ACC: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """``stats [4, groups, parts, PAIRS]`` -> ``merged [4, groups, PAIRS]``."""
+    """``stats [6, groups, parts, PAIRS]`` -> ``merged [5, groups, PAIRS]``: shift and sum of exp of both sides, and the
+    mean of what their shifted, divided logits differ by."""
     group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, PARTS)
     if ACC == tl.float64:
@@ -217,23 +229,76 @@ def merge_kernel(
     else:
         inverse = 1.0 / temperature
     inside = (i < _to_do(parts, upstream))[:, None]
-    at = (group * parts + i[:, None]) * PAIRS + r[None, :]
+    stats += (group * parts + i[:, None]) * PAIRS + r[None, :]
     step = groups.to(tl.int64) * parts * PAIRS
-    for side in range(0, 2):
-        top = tl.load(stats + 2 * side * step + at, mask=inside, other=float("-inf"))
-        total = tl.load(stats + (2 * side + 1) * step + at, mask=inside, other=0.0)
-        out = merged + (2 * side * groups + group) * PAIRS + r
-        _store_sum(out, out + groups * PAIRS, top, total, inverse)
+    high_s, weight = _weights(tl.load(stats, mask=inside, other=float("-inf")), inverse)
+    z_s = tl.sum(tl.load(stats + step, mask=inside, other=0.0) * weight, 0)
+    high_t, weight = _weights(tl.load(stats + 2 * step, mask=inside, other=float("-inf")), inverse)
+    shift_s, shift_t = shift_of(high_s), shift_of(high_t)
+    sums = tl.load(stats + 3 * step, mask=inside, other=0.0)
+    moved = (tl.load(stats + 5 * step, mask=inside, other=0.0) - (shift_t - shift_s)[None, :]) * inverse
+    dots = tl.load(stats + 4 * step, mask=inside, other=0.0) + sums * moved
+    z_t = tl.sum(sums * weight, 0)
+    merged += group * PAIRS + r
+    step = groups * PAIRS
+    tl.store(merged, shift_s)
+    tl.store(merged + step, z_s)
+    tl.store(merged + 2 * step, shift_t)
+    tl.store(merged + 3 * step, z_t)
+    tl.store(merged + 4 * step, tl.sum(tl.where(weight == 0, 0.0, dots * weight), 0) / z_t)
+
+
+@triton.jit
+def _row_sums(merged, step):
+    """The pairs' sums, their divergences, and which of them are close."""
+    shift_s, z_s = tl.load(merged), tl.load(merged + step)
+    shift_t, z_t = tl.load(merged + 2 * step), tl.load(merged + 3 * step)
+    mean = tl.load(merged + 4 * step)
+    kl = mean + tl.log(quotient(z_s, z_t))
+    return shift_s, z_s, shift_t, z_t, mean, kl, (kl < CLOSE) & (z_t != 0)
+
+
+@triton.jit
+def _step(s, q, p, r, shift_s, shift_t, mean, inverse):
+    """``close_step`` of logits s, q with exponentials r, p."""
+    d = ((s - q) + (shift_t - shift_s)[None, :]) * inverse + mean[None, :]
+    return close_step(p, r, tl.exp(mean)[None, :], d)
+
+
+@triton.jit(do_not_specialize=["p0", "pairs", "rows"])
+def close_kernel(
+    z, teacher, start, end, row_ids, merged, sums, temperature, p0, pairs, rows, stride, slices, per, parts,
+    ACC: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Of pairs that are close the sum over the columns of a program of p (exp d - 1 - d) -> ``sums [groups, parts,
+    PAIRS]``. Groups without one end at once."""
+    group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
+    first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
+    if ACC == tl.float64:
+        inverse = 1.0 / tl.load(temperature)
+    else:
+        inverse = 1.0 / temperature
+    shift_s, z_s, shift_t, z_t, mean, kl, close = _row_sums(merged + group * PAIRS + r, tl.num_programs(1) * PAIRS)
+    total = tl.zeros([SLICE, PAIRS], ACC)
+    stop = tl.where(tl.max(close.to(tl.int32), 0) == 0, 0, tl.minimum((part + 1) * per, slices))
+    for b in range(part * per, stop):
+        v = tl.load(row_ids + b * SLICE + i)
+        s = tl.load(z + (group * slices * SLICE + b * SLICE + i[:, None]) * PAIRS + r[None, :])
+        q = _mean(teacher, first, last, stride, v, v >= 0, ACC, start is not None)
+        p_q, p_s = tl.exp((q - shift_t[None, :]) * inverse), tl.exp((s - shift_s[None, :]) * inverse)
+        moved, rest = _step(s, q, p_q, p_s, shift_s, shift_t, mean, inverse)
+        total += tl.where((v >= 0)[:, None], rest, 0.0)
+    tl.store(sums + (group * parts + part) * PAIRS + r, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["p0", "pairs", "rows"])
 def slope_kernel(
-    z, slope, teacher, student_start, student_end, start, end, row_ids, merged, scale, terms, upstream, temperature,
-    p0, pairs, s_rows, rows, stride, slices, per, parts, GRAD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
-    SLICE: tl.constexpr,
+    z, slope, teacher, student_start, student_end, start, end, row_ids, merged, sums, scale, loss, upstream,
+    temperature, p0, pairs, s_rows, rows, stride, slices, per, parts, GRAD: tl.constexpr, ACC: tl.constexpr,
+    PAIRS: tl.constexpr, SLICE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z -> ``slope``, laid out as z, which it may be; parts of the losses -> ``terms [groups, parts,
-    PAIRS]``."""
+    """The losses, and d loss / d z -> ``slope``, laid out as z, which it may be; ``sums`` from `close_kernel`."""
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
@@ -246,35 +311,37 @@ def slope_kernel(
     else:
         t = temperature
     inverse = 1.0 / t
-    merged += group * PAIRS + r
-    step = groups * PAIRS
-    shift_s, shift_t = shift_of(tl.load(merged)), shift_of(tl.load(merged + 2 * step))
-    z_s, z_t = tl.load(merged + step), tl.load(merged + 3 * step)
-    if ACC == tl.float64:
-        ratio = z_s / z_t
-    else:
-        ratio = tl.div_rn(z_s, z_t)  # exactly 1 where both sides are equal: see matched_kl
-    factor = t / z_s
+    shift_s, z_s, shift_t, z_t, mean, kl, close = _row_sums(merged + group * PAIRS + r, groups * PAIRS)
+    any_close = tl.max(close.to(tl.int32), 0) != 0
+    by_s, by_t = 1 / z_s, 1 / z_t
+    if any_close:
+        k = tl.arange(0, PARTS)[:, None]
+        excess = tl.sum(tl.load(sums + (group * parts + k) * PAIRS + r[None, :], mask=k < parts, other=0.0), 0) / z_t
+        kl = tl.where(close, log_one_plus(excess), kl)
+        by_s = tl.where(close, by_t / (1 + excess), by_s)
+        by_t = tl.where(close, excess * by_s, by_t)
+    if loss is not None:
+        # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
+        each = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), kl * t * t))
+        tl.store(loss + p, tl.where(filled, each, 0.0), mask=p < tl.where(part == 0, pairs, 0))
     if GRAD:
-        factor *= tl.load(scale + p, mask=p < pairs, other=0.0)
+        filled = filled & (z_s != 0) & (z_t != 0)
+        factor = t * tl.load(scale + p, mask=p < pairs, other=0.0)
         if upstream is not None:
             factor *= tl.load(upstream)
-    total = tl.zeros([SLICE, PAIRS], ACC)
-    stop = _to_do(tl.minimum((part + 1) * per, slices), upstream)
-    for b in range(part * per, stop):
-        v = tl.load(row_ids + b * SLICE + i)
-        at = (group * slices * SLICE + b * SLICE + i[:, None]) * PAIRS + r[None, :]
-        s = tl.load(z + at) - shift_s[None, :]
-        q = _mean(teacher, first, last, stride, v, v >= 0, ACC, start is not None) - shift_t[None, :]
-        mapped = (v >= 0)[:, None] & filled[None, :]
-        mass = tl.where(mapped, tl.exp(q * inverse), 0.0)
-        total += tl.where(mass != 0, mass * (q - s) * inverse, 0.0)
-        if GRAD:
-            value = tl.where(mapped, (tl.exp(s * inverse) - mass * ratio[None, :]) * factor[None, :], 0.0)
+        by_s, by_t = by_s * factor, by_t * factor
+        stop = _to_do(tl.minimum((part + 1) * per, slices), upstream)
+        for b in range(part * per, stop):
+            v = tl.load(row_ids + b * SLICE + i)
+            at = (group * slices * SLICE + b * SLICE + i[:, None]) * PAIRS + r[None, :]
+            s = tl.load(z + at)
+            q = _mean(teacher, first, last, stride, v, v >= 0, ACC, start is not None)
+            p_q, own = tl.exp((q - shift_t[None, :]) * inverse), tl.exp((s - shift_s[None, :]) * inverse)
+            if any_close:
+                moved, rest = _step(s, q, p_q, own, shift_s, shift_t, mean, inverse)
+                own = tl.where(close[None, :], moved, own)
+            value = tl.where((v >= 0)[:, None] & filled[None, :], own * by_s[None, :] - p_q * by_t[None, :], 0.0)
             tl.store(slope + at, value)
-    if terms is not None:
-        value = tl.sum(total, 0) / z_t + tl.where(part == 0, tl.log(ratio), 0.0)
-        tl.store(terms + (group * parts + part) * PAIRS + r, tl.where(filled, value * t * t, 0.0))
 
 
 @triton.jit
@@ -370,9 +437,8 @@ def remapped_kl(
     pooled = scale.new_empty(groups, columns, PAIRS)
     z = scale.new_empty(groups, height, PAIRS)
     slope = torch.empty_like(z) if arrays == 2 else z
-    stats, merged = scale.new_empty(4, groups, parts, PAIRS), scale.new_empty(4, groups, PAIRS)
+    stats, merged = scale.new_empty(6, groups, parts, PAIRS), scale.new_empty(5, groups, PAIRS)
     sums = scale.new_empty(groups, SLICE * segments, PAIRS) if grad is not None else None
-    terms = None if loss is None else scale.new_empty(all_groups, parts, PAIRS)
     t = temperature_argument(temperature, scale)
     wide = {"ACC": accumulator(scale.dtype), "PAIRS": PAIRS}
     # Four numbers of a tile per thread: 16-byte accesses, and 58 registers (for sm_90) leave room for 32 warps.
@@ -389,10 +455,14 @@ def remapped_kl(
                 pairs, t_rows, teacher.stride(0), columns, slices, per, parts, LOGSUMEXP=logsumexp, **sliced,
             )  # fmt: skip
             merge_kernel[(n,)](stats, merged, upstream, t, parts, **wide, PARTS=PARTS)
+            close_kernel[(parts, n)](
+                z, teacher, t_start, t_end, plan.rows, merged, stats, t, p0, pairs, t_rows, teacher.stride(0), slices,
+                per, parts, **sliced,
+            )  # fmt: skip
             slope_kernel[(parts, n)](
-                z, slope, teacher, s_start, s_end, t_start, t_end, plan.rows, merged, scale,
-                None if terms is None else terms[g:], upstream, t, p0, pairs, rows, t_rows, teacher.stride(0), slices,
-                per, parts, GRAD=grad is not None, **sliced,
+                z, slope, teacher, s_start, s_end, t_start, t_end, plan.rows, merged, stats, scale, loss, upstream, t,
+                p0, pairs, rows, t_rows, teacher.stride(0), slices, per, parts, GRAD=grad is not None, **sliced,
+                PARTS=PARTS,
             )  # fmt: skip
             if grad is None:
                 continue
@@ -404,7 +474,4 @@ def remapped_kl(
                 sums, plan.of, plan.segments, grad, s_start, s_end, t_start, t_end, upstream, p0, pairs, rows, t_rows,
                 columns, SLICE * segments, **wide, BLOCK=32,
             )  # fmt: skip
-        if loss is None or terms is None:
-            return None
-        loss.copy_(terms.sum(1).flatten()[:pairs])
-        return weighted_total(loss, scale)
+        return None if loss is None else weighted_total(loss, scale)

@@ -26,6 +26,7 @@ from .rows import (
     tile,
     written_rows,
 )  # fmt: skip
+from .softmax import CLOSE, close_step, exp_series, less_its_log, log_one_plus
 
 KL, REVERSE_KL, JSD, MSE, COSINE = (tl.constexpr(code) for code in range(5))
 
@@ -39,27 +40,8 @@ def _exponentials(x, inside, inverse):
 
 
 @triton.jit
-def close_step(p, q, scale, d):
-    """``p (exp d - 1)`` and ``p (exp d - 1 - d)``, neither by a difference where d is small; ``scale`` turns q into
-    ``p exp d``. Summed up they are a divergence of which no term is negative (csrc/cpu/softmax.h)."""
-    small = (d < 0.5) & (d > -0.5)
-    e = tl.where(small, d, 0.0)
-    series = 1 + e / 3 * (1 + e / 4 * (1 + e / 5 * (1 + e / 6 * (1 + e / 7 * (1 + e / 8)))))
-    near, far = p * (e * e * series * 0.5), q * scale - p
-    along = tl.where(p == 0, 0.0, p * d)
-    return tl.where(small, near + along, far), tl.where(small, near, far - along)
-
-
-@triton.jit
-def log_above_one(x):
-    """``log(1 + x)`` for ``0 <= x < 0.07``."""
-    return x * (1 - x * (0.5 - x * (0.33333334 - x * (0.25 - x * (0.2 - x * 0.16666667)))))
-
-
-@triton.jit
 def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
     """``s, t [ROWS, BLOCK]`` -> the divergences ``[ROWS]`` and their gradients in s."""
-    CLOSE: tl.constexpr = 0.0625  # kClose of csrc/cpu/softmax.h
     inverse = 1.0 / temperature
     exp_s, top_s, sum_s = _exponentials(s, inside, inverse)
     exp_t, top_t, sum_t = _exponentials(t, inside, inverse)
@@ -76,7 +58,7 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
             excess = tl.sum(rest, 1) / sum_t
             near = (first - exp_t * excess[:, None]) * (temperature / (sum_t * (1 + excess)))[:, None]
             grad = tl.where((loss < CLOSE)[:, None], near, grad)
-            loss = tl.where(loss < CLOSE, log_above_one(excess), loss)
+            loss = tl.where(loss < CLOSE, log_one_plus(excess), loss)
     elif DIVERGENCE == REVERSE_KL:
         mean = -tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
         ratio = tl.div_rn(sum_t, sum_s)
@@ -85,15 +67,32 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
         grad = tl.where(exp_s == 0, 0.0, exp_s * away) * (temperature / sum_s)[:, None]
         if tl.min(loss, 0) < CLOSE:
             first, rest = close_step(exp_s, exp_t, (tl.exp(loss) / ratio)[:, None], -away)
-            loss = tl.where(loss < CLOSE, log_above_one(tl.sum(rest, 1) / sum_s), loss)
+            loss = tl.where(loss < CLOSE, log_one_plus(tl.sum(rest, 1) / sum_s), loss)
     else:
         r, q = exp_s / sum_s[:, None], exp_t / sum_t[:, None]
-        mixture = r + beta * (q - r)  # exactly r where q = r
-        mixture = tl.where(mixture == 0, 1.0, mixture)
+        above = beta * (q - r)  # of the mixture above r: exactly 0 where q = r
+        mixture = tl.where(r + above == 0, 1.0, r + above)
         log_r = tl.where(r == 0, 0.0, tl.log(tl.div_rn(r, mixture)))
         log_q = tl.where(q == 0, 0.0, tl.log(tl.div_rn(q, mixture)))
-        kl_r = tl.sum(r * log_r, 1)
-        loss = beta * tl.sum(q * log_q, 1) + (1 - beta) * kl_r
+        terms_r, terms_q = r * log_r, q * log_q
+        mean = tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
+        reverse_kl = tl.log(tl.div_rn(sum_t, sum_s)) - mean
+        if tl.min(reverse_kl, 0) < CLOSE:
+            close = (reverse_kl < CLOSE)[:, None]
+            away = difference - mean[:, None]
+            first, rest = close_step(exp_s, exp_t, tl.exp(-mean)[:, None], away)
+            u = away - log_one_plus(tl.sum(rest, 1) / sum_s)[:, None]  # log q - log r
+            small = (u < 0.125) & (u > -0.125)
+            u = tl.where(small, u, 0.0)
+            # What the mixture is above r and q, as shares of these. Its sum is 0, so that no term need be negative.
+            more = u + u * u * exp_series(u) * 0.5
+            y, x = beta * more, (beta - 1) * more / (1 + more)
+            near_r, near_q = less_its_log(y), less_its_log(x)
+            terms_r = tl.where(close, tl.where(small, r * near_r, terms_r + above), terms_r)
+            terms_q = tl.where(close, tl.where(small, q * near_q, terms_q + (beta - 1) * (q - r)), terms_q)
+            log_r = tl.where(close & small, near_r - y, log_r)
+        kl_r = tl.sum(terms_r, 1)
+        loss = beta * tl.sum(terms_q, 1) + (1 - beta) * kl_r
         grad = (1 - beta) * temperature * r * (log_r - kl_r[:, None])
     return loss * temperature * temperature, grad
 

@@ -10,32 +10,17 @@ namespace {
 template <class Acc, class Again>
 Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature, Again&& again) {
   const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
-  double sum = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    Acc z = 0;
-#pragma omp simd reduction(+ : z)
-    for (int64_t i = begin; i < end; ++i) {
-      x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
-      z += x[i];
-    }
-    sum += static_cast<double>(z);
-  }
+  const double sum = sum_in_blocks<Acc>(count, [=](int64_t i) {
+    return x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
+  });
   double less = sum - static_cast<double>(count);
   if (ExpSum::is_near_count(less, static_cast<double>(count))) {
     again();
-    less = 0;
-    for (int64_t begin = 0; begin < count; begin += kBlock) {
-      const int64_t end = std::min(count, begin + kBlock);
-      Acc z = 0;
-#pragma omp simd reduction(+ : z)
-      for (int64_t i = begin; i < end; ++i) {
-        const Acc low = (x[i] - shift) * inv_temperature;
-        z += less_one(low);
-        x[i] = exp_nonpositive(low);
-      }
-      less += static_cast<double>(z);
-    }
+    less = sum_in_blocks<Acc>(count, [=](int64_t i) {
+      const Acc low = (x[i] - shift) * inv_temperature;
+      x[i] = exp_nonpositive(low);
+      return less_one(low);
+    });
   }
   const ExpSum total{sum, less, static_cast<double>(count)};
   return {static_cast<double>(shift) / temperature + total.log(), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};

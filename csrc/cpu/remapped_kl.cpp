@@ -49,30 +49,15 @@ void combine_logsumexp(const Acc* __restrict s, const int32_t* __restrict ids, i
 
 template <class Acc>
 Acc sum_at(const Acc* __restrict x, const int32_t* __restrict at, int64_t count) {
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += x[at[i]];
-    total += static_cast<double>(sum);
-  }
-  return static_cast<Acc>(total);
+  return static_cast<Acc>(sum_in_blocks<Acc>(count, [=](int64_t i) { return x[at[i]]; }));
 }
 
 // sum_v x[v] exp(s - z[v]) over the listed v: d z(v) / d s is the share of s in the sum.
 template <class Acc>
 Acc share_at(const Acc* __restrict x, const Acc* __restrict z, Acc s, const int32_t* __restrict at, int64_t count) {
   if (s == -std::numeric_limits<Acc>::infinity()) return 0;
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += x[at[i]] * exp_nonpositive(s - z[at[i]]);
-    total += static_cast<double>(sum);
-  }
-  return static_cast<Acc>(total);
+  return static_cast<Acc>(
+      sum_in_blocks<Acc>(count, [=](int64_t i) { return x[at[i]] * exp_nonpositive(s - z[at[i]]); }));
 }
 
 template <class Acc>

@@ -16,6 +16,20 @@ constexpr double kLog2 = 0.6931471805599453;
 // of which no term is negative, and q_i - p_i = p_i (exp(d_i - KL) - 1), which is as exact as d is.
 constexpr double kClose = 0.0625;
 
+// The sum of term(i) for i < count.
+template <class Acc, class F>
+inline double sum_in_blocks(int64_t count, F&& term) {
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(count, begin + kBlock);
+    Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) sum += term(i);
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
 // (exp(d) - 1 - d) 2 / d^2 for |d| < 1/2, to the precision of the type.
 template <class Acc, int K = 3>
 inline Acc exp_series(Acc d) {
@@ -26,14 +40,20 @@ inline Acc exp_series(Acc d) {
   }
 }
 
-// (y - log(1 + y)) / y^2 for |y| < 0.14, likewise.
-template <class Acc, int K = 2>
-inline Acc log_series(Acc y) {
-  if constexpr (K == (sizeof(Acc) == 8 ? 18 : 9)) {
+// (atanh z - z) / z^3 of the square of |z| < 1/4, likewise.
+template <class Acc, int K = 3>
+inline Acc atanh_series(Acc square) {
+  if constexpr (K == (sizeof(Acc) == 8 ? 27 : 11)) {
     return Acc{1} / K;
   } else {
-    return Acc{1} / K - y * log_series<Acc, K + 1>(y);
+    return madd(square, atanh_series<Acc, K + 2>(square), Acc{1} / K);
   }
+}
+// y - log(1 + y) for |log(1 + y)| < 1/2, as exact as y is: log(1 + y) = 2 atanh(y / (2 + y)).
+template <class Acc>
+inline Acc less_its_log(Acc y) {
+  const Acc z = y / (2 + y), square = z * z;
+  return z * (y - 2 * square * atanh_series(square));
 }
 
 // Of one column, in units of p's sum of exponentials: p (exp d - 1) and p (exp d - 1 - d).
@@ -134,21 +154,14 @@ inline Divergent close_rows(Acc* __restrict s, Acc* __restrict t, int64_t count,
                             Acc inv_temperature, const Sums& z) {
   const Acc apart = top_s - top_t, mean = static_cast<Acc>(z.dot / z.t);
   const Acc scale = static_cast<Acc>(std::exp(z.dot / z.t));
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      const Acc es = exp_nonpositive((s[i] - top_s) * inv_temperature);
-      const Acc et = exp_nonpositive((t[i] - top_t) * inv_temperature);
-      const Step<Acc> step = step_of(et, es, scale, ((s[i] - t[i]) - apart) * inv_temperature + mean);
-      s[i] = step.first;
-      t[i] = et;
-      sum += step.rest;
-    }
-    total += static_cast<double>(sum);
-  }
+  const double total = sum_in_blocks<Acc>(count, [=](int64_t i) {
+    const Acc es = exp_nonpositive((s[i] - top_s) * inv_temperature);
+    const Acc et = exp_nonpositive((t[i] - top_t) * inv_temperature);
+    const Step<Acc> step = step_of(et, es, scale, ((s[i] - t[i]) - apart) * inv_temperature + mean);
+    s[i] = step.first;
+    t[i] = et;
+    return step.rest;
+  });
   return close_sum(total, z);
 }
 

@@ -90,26 +90,42 @@ double jsd(Pair<Acc>& a) {
   Acc kl_r = 0, kl_q = 0;
   if (z.kl < kClose) {
     const Acc scale = static_cast<Acc>(static_cast<double>(z.z_p) / static_cast<double>(z.z_q) * std::exp(z.kl));
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < a.dim; ++i) sum += step_of(r[i], q[i], scale, (z.mean - log_r[i]) * unit).rest;
-    const Acc apart = static_cast<Acc>(close_divergence(static_cast<double>(sum), static_cast<double>(z.z_p)).kl);
-#pragma omp simd reduction(+ : kl_r, kl_q)
+    const Acc most = static_cast<Acc>(0.5 - kClose);  // log q - log r lies lower than d by a KL that is close
+    Acc sum = 0, above_most = 0;
+#pragma omp simd reduction(+ : sum, above_most)
     for (int64_t i = 0; i < a.dim; ++i) {
-      r[i] *= inv_r;
-      q[i] *= inv_q;
-      // What m is above r and q, as shares of these, from log q - log r where that is small.
-      const Acc u = (z.mean - log_r[i]) * unit - apart, e = u + u * u * exp_series(u) * Acc{0.5};
-      const Acc y = a.beta * e, x = (a.beta - 1) * e / (1 + e);
-      const Acc above_r = y * y * log_series(y), above_q = x * x * log_series(x);
-      const Acc mixture = r[i] + a.beta * (q[i] - r[i]), m = mixture == 0 ? Acc{1} : mixture;
-      const Acc lr = r[i] == 0 ? Acc{0} : log_positive(r[i] / m), lq = q[i] == 0 ? Acc{0} : log_positive(q[i] / m);
-      const bool small = u < Acc{0.125} && u > Acc{-0.125};
-      kl_r += small ? r[i] * above_r : r[i] * lr + (mixture - r[i]);
-      kl_q += small ? q[i] * above_q : q[i] * lq + (mixture - q[i]);
-      log_r[i] = small ? above_r - y : lr;
-      log_q[i] = small ? above_q - x : lq;
+      const Acc d = (z.mean - log_r[i]) * unit;
+      sum += step_of(r[i], q[i], scale, d).rest;
+      above_most += d < most && d > -most ? Acc{0} : Acc{1};
     }
+    const Acc apart = static_cast<Acc>(close_divergence(static_cast<double>(sum), static_cast<double>(z.z_p)).kl);
+    auto add_up = [&](auto all_small) {
+#pragma omp simd reduction(+ : kl_r, kl_q)
+      for (int64_t i = 0; i < a.dim; ++i) {
+        r[i] *= inv_r;
+        q[i] *= inv_q;
+        // What m is above r and q, as shares of these, from log q - log r where that is small.
+        const Acc u = (z.mean - log_r[i]) * unit - apart, e = u + u * u * exp_series(u) * Acc{0.5};
+        const Acc y = a.beta * e, x = (a.beta - 1) * e / (1 + e);
+        const Acc above_r = less_its_log(y), above_q = less_its_log(x);
+        Acc term_r = r[i] * above_r, term_q = q[i] * above_q, lr = above_r - y, lq = above_q - x;
+        if constexpr (!all_small) {
+          const bool small = u < Acc{0.5} && u > Acc{-0.5};
+          const Acc mixture = r[i] + a.beta * (q[i] - r[i]), m = mixture == 0 ? Acc{1} : mixture;
+          const Acc far_r = r[i] == 0 ? Acc{0} : log_positive(r[i] / m);
+          const Acc far_q = q[i] == 0 ? Acc{0} : log_positive(q[i] / m);
+          term_r = small ? term_r : r[i] * far_r + (mixture - r[i]);
+          term_q = small ? term_q : q[i] * far_q + (mixture - q[i]);
+          lr = small ? lr : far_r;
+          lq = small ? lq : far_q;
+        }
+        kl_r += term_r;
+        kl_q += term_q;
+        log_r[i] = lr;
+        log_q[i] = lq;
+      }
+    };
+    above_most == 0 ? add_up(std::true_type{}) : add_up(std::false_type{});
   } else {
 #pragma omp simd reduction(+ : kl_r, kl_q)
     for (int64_t i = 0; i < a.dim; ++i) {

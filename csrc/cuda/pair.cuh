@@ -10,6 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kClose = 0.0625f;  // as that of csrc/cpu/softmax.h
 
 // 2^x, 0 under 2^-126; one instruction, which the scaling for subnormal results would triple.
 __device__ float exp2_flushed(float x) {
@@ -239,13 +240,12 @@ struct Pair {
     for (int e = 0; e < kSize; ++e) {
       const float ep = exp2_flushed((p[e] - max_p) * factor), eq = exp2_flushed((q[e] - max_q) * factor);
       const float d = mean - ((p[e] - q[e]) - apart) * inverse;
-      const bool small = fabsf(d) < 0.5f;
-      const float near = ep * (d * d * exp_series(d) * 0.5f), along = ep == 0 ? 0 : ep * d, far = eq * by_q - ep;
-      sum += small ? near : far - along;
+      const Step step = step_of(ep, eq, by_q, d);
+      sum += step.rest;
       if (kReverse) {
-        s[e] = -along;
+        s[e] = ep == 0 ? 0 : -ep * d;
       } else {
-        s[e] = small ? near + along : far;
+        s[e] = step.first;
         t[e] = ep;
       }
     }
@@ -259,6 +259,15 @@ struct Pair {
     }
     return temperature * temperature * log1pf(excess);
   }
+  // Of one column p (exp d - 1) and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
+  struct Step {
+    float first, rest;
+  };
+  static __device__ Step step_of(float p, float q, float by_q, float d) {
+    const bool small = fabsf(d) < 0.5f;
+    const float near = p * (d * d * exp_series(d) * 0.5f), along = p == 0 ? 0 : p * d, far = q * by_q - p;
+    return {small ? near + along : far, small ? near : far - along};
+  }
   // (exp(d) - 1 - d) 2 / d^2 for |d| < 1/2.
   static __device__ float exp_series(float d) {
     float x = 1;
@@ -267,17 +276,21 @@ struct Pair {
     return x;
   }
 
-  __device__ float jsd(Group& group, float temperature, float beta) {
-    float sum_s = 0, sum_t = 0, kl_r = 0, kl_q = 0;
+  // close: whether the student's KL from the teacher is, so that the loss is left with too few digits.
+  __device__ float jsd(Group& group, float temperature, float beta, bool& close) {
+    float sum_s = 0, sum_t = 0, cross = 0, kl_r = 0, kl_q = 0;
     exponents(group, temperature);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
+      const float difference = s[e] - t[e];
       s[e] = exp2_flushed(s[e]);
       t[e] = exp2_flushed(t[e]);
       sum_s += s[e];
       sum_t += t[e];
+      if (s[e] != 0) cross += s[e] * difference;
     }
-    group.sum(sum_s, sum_t);
+    group.sum(sum_s, sum_t, cross);
+    close = kLn2 * (cross / sum_s) + logf(sum_t / sum_s) < kClose;
     const float inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
@@ -290,6 +303,50 @@ struct Pair {
       kl_q += q == 0 ? (1 - beta) * r : q * log_excess(above_q);
       s[e] = r;
       t[e] = r == 0 ? 0 : -log1pf(above_r);
+    }
+    group.sum(kl_r, kl_q);
+    scale = (1 - beta) * temperature;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
+    return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
+  }
+
+  // The same of rows that are close in KL(r || q), from the averaged rows as they are: of its terms none is negative.
+  __device__ float close_jsd(Group& group, float temperature, float beta) {
+    float max_s, max_t, sum_s = 0, sum_t = 0, cross = 0;
+    tops(group, max_s, max_t);
+    const float inverse = 1 / temperature, factor = kLog2E / temperature, apart = max_t - max_s;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float es = exp2_flushed((s[e] - max_s) * factor);
+      sum_s += es;
+      sum_t += exp2_flushed((t[e] - max_t) * factor);
+      if (es != 0) cross += es * (((t[e] - s[e]) - apart) * inverse);
+    }
+    group.sum(sum_s, sum_t, cross);
+    const float mean = cross / sum_s, by_t = expf(-mean);
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float es = exp2_flushed((s[e] - max_s) * factor), et = exp2_flushed((t[e] - max_t) * factor);
+      sum += step_of(es, et, by_t, ((t[e] - s[e]) - apart) * inverse - mean).rest;
+    }
+    group.sum(sum);
+    const float shift = mean + log1pf(sum / sum_s), inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
+    float kl_r = 0, kl_q = 0;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float r = normal(exp2_flushed((s[e] - max_s) * factor) * inverse_s);
+      const float q = normal(exp2_flushed((t[e] - max_t) * factor) * inverse_t);
+      const float u = ((t[e] - s[e]) - apart) * inverse - shift;  // log q - log r
+      const bool small = fabsf(u) < 0.125f;
+      const float more = u + u * u * exp_series(u) * 0.5f, m = r + beta * (q - r);
+      const float above_r = small ? beta * more : r == 0 ? 0 : beta * __fdividef(q - r, r);
+      const float above_q = small ? (beta - 1) * more / (1 + more) : q == 0 ? 0 : (1 - beta) * __fdividef(r - q, q);
+      kl_r += r == 0 ? m : r * log_excess(above_r);
+      kl_q += q == 0 ? m : q * log_excess(above_q);
+      s[e] = r;
+      t[e] = small ? log_excess(above_r) - above_r : r == 0 ? 0 : -log1pf(above_r);
     }
     group.sum(kl_r, kl_q);
     scale = (1 - beta) * temperature;

@@ -34,8 +34,6 @@ __device__ Place place(const LossArgs& a, int64_t p) {
 // Blocks per multiprocessor that share its registers: as many as fit without spilling them.
 constexpr int resident(int n, int columns, int threads) { return threads > 128 ? 1 : columns > 16 || n == 1 ? 3 : 4; }
 
-constexpr float kClose = 0.0625f;  // as that of csrc/cpu/softmax.h
-
 // JSD has kernels of its own: its logarithms would cost the others registers.
 template <class S, class T, int N, int K, bool kJsd, int kThreads>
 __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
@@ -60,7 +58,12 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
     float loss = 0;
     if (both) {
       if constexpr (kJsd) {
-        loss = pair.jsd(group, a.temperature, a.beta);
+        bool close;
+        loss = pair.jsd(group, a.temperature, a.beta, close);
+        if (close) {  // read again, as below
+          pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
+          loss = pair.close_jsd(group, a.temperature, a.beta);
+        }
       } else {
         switch (a.divergence) {
           case Divergence::kl:

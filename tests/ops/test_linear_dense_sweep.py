@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.dense_sweep_backend import *  # noqa: F403
+from tests.numbers_backend import test_linear_classes_of_one_size_at_any_temperature  # noqa: F401
 from vocabdistil.ops import _dense_sweep as sweep
 from vocabdistil.ops._products import product
 
@@ -13,6 +14,11 @@ from vocabdistil.ops._products import product
 @pytest.fixture
 def backend():
     return "torch"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ from vocabdistil.triton_kernels import matched_kl as kernels
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.numbers_backend import (  # noqa: F401
+    test_classes_of_one_size_at_any_temperature,
+    test_divergences_over_a_matched_vocabulary_at_any_temperature,
+)
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched, randn

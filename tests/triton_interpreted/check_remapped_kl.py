@@ -12,6 +12,7 @@ from vocabdistil.triton_kernels import remapped_kl as kernels
 import vocabdistil as vd
 from tests import remapped_kl_backend
 from tests.compiling import assert_compiles
+from tests.numbers_backend import test_divergences_over_a_remapped_vocabulary_at_any_temperature  # noqa: F401
 from tests.remapped_kl_backend import *  # noqa: F403
 from tests.remapped_kl_backend import COMBINES, DTYPES, make_table, run
 from tests.spans import make_pairs

@@ -27,6 +27,7 @@ __all__ = [
     "Matched",
     "Projection",
     "RemapLike",
+    "as_output_layer",
     "as_projection",
     "check_beta",
     "check_choice",
@@ -50,7 +51,7 @@ __all__ = [
 
 Layers = Tensor | Sequence[Tensor]
 LayerWeights = Tensor | Sequence[float]
-Projection = tuple[Tensor | None, Tensor | None]
+Projection = tuple[Tensor | nn.Module | None, Tensor | None]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -113,7 +114,8 @@ def check_keepable(x: Tensor, name: str, *learned: object) -> None:
     """Raises where autograd would have to keep a tensor of inference mode, for the gradient of what is learned."""
     if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()):
         return
-    if any(isinstance(value, Tensor) and value.requires_grad for value in learned):
+    tensors = [x for value in learned for x in (value.parameters() if isinstance(value, nn.Module) else [value])]
+    if any(isinstance(value, Tensor) and value.requires_grad for value in tensors):
         raise ValueError(
             f"{name}: expected a tensor that autograd can keep, got one made under torch.inference_mode(): make it "
             "under torch.no_grad(), or pass a clone() of it"
@@ -207,20 +209,33 @@ def check_weight_dtype(value: Tensor, name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(value.dtype)}")
 
 
-def as_projection(weight: Tensor | nn.Linear | None, bias: Tensor | None, name: str = "") -> Projection:
-    """The weight and bias of a projection (or output layer) that may be given as a module; ``name``: before both."""
+def as_projection(weight: Tensor | nn.Module | None, bias: Tensor | None, name: str = "") -> Projection:
+    """The weight and bias of a projection that may be given as a module, which stays one unless it is linear; ``name``:
+    before both."""
     if not isinstance(weight, nn.Module):
         return weight, bias
-    if not isinstance(weight, nn.Linear):
-        raise TypeError(f"{name}weight: expected a tensor or a torch.nn.Linear, got {kind_of(weight)}")
     if bias is not None:
         raise ValueError(f"{name}bias: expected None beside a module, which has its own, got a tensor")
-    return weight.weight, weight.bias
+    if isinstance(weight, nn.Linear) and type(weight).forward is nn.Linear.forward and not weight._forward_pre_hooks:
+        return weight.weight, weight.bias
+    return weight, None
 
 
-def check_projection(weight: Tensor | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
-    """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide."""
+def as_output_layer(weight: Tensor | nn.Linear, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
+    """The same of an output layer, whose rows are read one by one: it is linear."""
+    given = weight
+    weight, bias = as_projection(weight, bias, f"{side}_")
+    if isinstance(weight, nn.Module):
+        raise TypeError(f"{side}_weight: expected a tensor or a torch.nn.Linear, got {kind_of(given)}")
+    return weight, bias
+
+
+def check_projection(weight: Tensor | nn.Module | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
+    """``weight [D_t, D_s]`` and ``bias [D_t]``; without a weight both sides must be equally wide. What a module makes
+    of the rows is seen when it is run."""
     width_s, width_t = student.shape[-1], teacher.shape[-1]
+    if isinstance(weight, nn.Module):
+        return
     if weight is None:
         if bias is not None:
             raise ValueError("bias: expected None as there is no weight, got a tensor")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import native
 from ..core.dispatch import implementation
 from ._products import native_products, product
-from ._torch_rows import dense_rows
+from ._torch_rows import add_rest, dense_rows
 
 # Bytes for all that is held meanwhile, or, where the gathered rows and their gradient are large, this many times them:
 # every chunk reads and writes them all.
@@ -62,30 +62,19 @@ def _unmatched_last(ids: Tensor, columns: int) -> Tensor:
     return torch.cat([ids, matched.argsort(stable=True)[: columns - ids.numel()]])
 
 
-def _add_rest(
-    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, total: Tensor
-) -> None:
-    """``triton_kernels.matched_kl.add_rest`` in PyTorch; overwrites z."""
-    if bias is not None:
-        z.add_(bias if lengths is None else lengths[:, None] * bias)
-    z.mul_(1 / temperature).masked_fill_(left_out.bool(), float("-inf"))
-    torch.logaddexp(total, z.logsumexp(-1), out=total)
-
-
-def _log_sum_exp(
+def _teacher_rest(
     x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float,
-    buffer: Tensor, add_rest: Callable[..., None],
-) -> Tensor:  # fmt: skip
-    """``[R]``: log sum exp(z / T) over all columns of the weight but those marked in ``left_out [V]``."""
-    total = buffer.new_full((x.shape[0],), float("-inf"))
-    step = buffer.shape[1]
+    buffer: Tensor, add_rest: Callable[..., Tensor],
+) -> Tensor | None:  # fmt: skip
+    """What ``dense_rows`` reads of all columns of the weight but those marked in ``left_out [V]``."""
+    rest, step = None, buffer.shape[1]
     for begin in range(0, weight.shape[0], step):
         part = slice(begin, min(weight.shape[0], begin + step))
         z = buffer[: x.shape[0], : part.stop - begin]
         product(x, weight[part].to(x.dtype).t(), z)
         part_bias = None if bias is None else bias[part].to(z.dtype)
-        add_rest(z, part_bias, lengths, left_out[part], temperature, total)
-    return total
+        rest = add_rest(z, part_bias, lengths, left_out[part], temperature, rest)
+    return rest
 
 
 def dense_sweep(
@@ -114,9 +103,9 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The same for these columns of the student, the matched ones first, with the gradients of these rows of its weight
     and bias alone; whatever else it holds is given back when it returns."""
-    rows, add_rest, total_of, resident = dense_rows, _add_rest, _torch_total, None
+    rows, add, total_of, resident = dense_rows, add_rest, _torch_total, None
     if backend == "triton":
-        rows, add_rest, total_of, resident = (
+        rows, add, total_of, resident = (
             implementation("matched_kl", backend, name)
             for name in ("dense_rows", "add_rest", "weighted_total", "resident")
         )
@@ -170,9 +159,7 @@ def _sweep(
         product(y, w_t.t(), t)
         rest = None
         if rest_buffer is not None:
-            rest = _log_sum_exp(
-                y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer, add_rest
-            )
+            rest = _teacher_rest(y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer, add)
         rows(s, t, b_s, b_t, x_lengths, y_lengths, rest, row_scale[part], unmatched, temperature, loss[part], d)
         if hidden_grad:
             product(d, w_s, grad_hidden[part])

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..reference._common import projected
 from ._gradient import once_differentiable
 from ._library import define
 from ._products import tf32
@@ -86,12 +87,16 @@ class _Tf32Linear(torch.autograd.Function):
         )
 
 
-def project(rows: Tensor, weight: Tensor, bias: Tensor | None, half: bool) -> Tensor:
-    """``rows [P, D_s] weight^T + bias``, ``[P, D_t]`` in the dtype of the rows, differentiable in all three.
+def project(rows: Tensor, weight: Tensor | nn.Module, bias: Tensor | None, width: int, half: bool) -> Tensor:
+    """``rows [P, D_s] weight^T + bias``, ``[P, D_t]`` in the dtype of the rows, differentiable in all three; or what a
+    module makes of the rows.
 
     Args:
+        width: D_t.
         half: the rows are averages of half-precision rows.
     """
+    if isinstance(weight, nn.Module):
+        return projected(rows, weight, bias, width)
     weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     if half and rows.device.type == "cuda":
         return _Tf32Linear.apply(rows, weight, bias)

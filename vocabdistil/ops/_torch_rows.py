@@ -1,4 +1,6 @@
-"""The row kernel of `linear_matched_kl` in PyTorch, for devices and installations that have none."""
+"""The row kernel of `linear_matched_kl` in PyTorch, for devices and installations that have none. In float64, where the
+device has it: what the sides differ by is little beside their logits where they are close or the temperature is high.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,17 @@ import torch
 from torch import Tensor
 
 from ..core import native
+from ..reference._common import excess_rows, kl_rows, log_softmax
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.device.type == "mps" else z.double()
+
+
+def _add_bias(z: Tensor, bias: Tensor | None, lengths: Tensor | None) -> None:
+    if bias is not None:
+        part = bias[: z.shape[1]]
+        z.add_(part if lengths is None else lengths[:, None] * part)
 
 
 def dense_rows(
@@ -14,37 +27,34 @@ def dense_rows(
     unmatched: int, temperature: float, loss: Tensor, grad: Tensor | None,
 ) -> None:  # fmt: skip
     """``triton_kernels.matched_kl.dense_rows``: logits of the student ``[R, V]``, the matched columns first, and of the
-    teacher ``[R, V_m]`` in, loss ``[R]`` out; overwrites the logits, the student's with their gradient."""
-    for z, bias, lengths in ((student, student_bias, student_lengths), (teacher, teacher_bias, teacher_lengths)):
-        if bias is not None:
-            part = bias[: z.shape[1]]
-            z.add_(part if lengths is None else lengths[:, None] * part)
-    student.mul_(1 / temperature)
-    matched_s, matched_t = student[:, : teacher.shape[1]], teacher / temperature
-    if teacher_rest is None:
-        log_r, log_q = matched_s.log_softmax(-1), matched_t.log_softmax(-1)
-        r = log_r.exp()
-    else:
-        log_s = student.logsumexp(-1, keepdim=True)
-        log_t = torch.logaddexp(matched_t.logsumexp(-1), teacher_rest)[:, None]
-        log_r, log_q = matched_s - log_s, matched_t - log_t
-        r = log_r.exp()
+    teacher ``[R, V_m]`` in, loss ``[R]`` out; overwrites the logits."""
+    _add_bias(student, student_bias, student_lengths)
+    _add_bias(teacher, teacher_bias, teacher_lengths)
+    count, drop = teacher.shape[1], unmatched == native.UNMATCHED_CODES["drop"]
+    s, t = _wide(student) / temperature, _wide(teacher) / temperature
+    others = s[:, count:]
+    if teacher_rest is not None:  # a class of its own
+        s = torch.cat([s[:, :count], others.logsumexp(-1, keepdim=True)], -1)
+        t = torch.cat([t, teacher_rest[:, None]], -1)
+    log_r, log_q = log_softmax(s, 1.0), log_softmax(t, 1.0)
+    value = excess_rows(log_q[:, :count], log_r[:, :count]) if drop else kl_rows(log_q, log_r)
+    # What counts for nothing may be infinite.
+    loss.copy_((temperature**2 * value).masked_fill_(scale == 0, 0.0))
+    if grad is None:
+        return
     q = log_q.exp()
-    torch.sum(q * torch.where(q > 0, log_q - log_r, 0.0), -1, out=loss)
-    factor = temperature * scale[:, None]
+    if drop:
+        q[:, count:] = 0
+    slope = (temperature * scale)[:, None] * (q.sum(-1, keepdim=True) * log_r.exp() - q)
+    grad[:, :count] = slope[:, :count]
     if teacher_rest is not None:
-        matched_s.fill_(float("-inf"))
-        rest_r, rest_q = student.logsumexp(-1) - log_s[:, 0], teacher_rest - log_t[:, 0]
-        student.sub_(log_s + rest_r.nan_to_num(neginf=0.0)[:, None]).exp_()  # shares of the unmatched mass
-        if unmatched == native.UNMATCHED_CODES["drop"]:
-            mass = q.sum(-1, keepdim=True)
-            r = mass * r
-            student.mul_(factor * mass * rest_r.exp()[:, None])
-        else:
-            loss += rest_q.exp() * torch.where(rest_q > float("-inf"), rest_q - rest_r, 0.0)
-            student.mul_(factor * (rest_r.exp() - rest_q.exp())[:, None])
-    matched_s.copy_(factor * (r - q))
-    loss.mul_(temperature**2)
-    loss.masked_fill_(scale == 0, 0.0)  # what counts for nothing may be infinite
-    if grad is not None:
-        grad.copy_(student)
+        grad[:, count:] = slope[:, count:] * log_softmax(others, 1.0).exp()
+
+
+def add_rest(
+    z: Tensor, bias: Tensor | None, lengths: Tensor | None, left_out: Tensor, temperature: float, rest: Tensor | None
+) -> Tensor:
+    """``triton_kernels.matched_kl.add_rest``: here ``[R]``, log sum exp(. / T); overwrites z."""
+    _add_bias(z, bias, lengths)
+    more = (_wide(z) / temperature).masked_fill_(left_out.bool(), float("-inf")).logsumexp(-1)
+    return more if rest is None else torch.logaddexp(rest, more)

@@ -208,7 +208,7 @@ def contrastive(
     temperature: float = 1.0,
     negatives: int = -1,
     side: str = "student",
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
@@ -229,8 +229,8 @@ def contrastive(
         temperature: ``T > 0``.
         negatives: K other pairs per pair, drawn without replacement; -1 for all others.
         side: ``"student"`` or ``"teacher"``: where the negatives are taken from.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or a
-            :class:`torch.nn.Linear` as ``weight``.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or a module
+            as ``weight``, as in :func:`span_loss`.
         generator: draws the negatives, on the device of the student; torch's global one by default. On a CPU the
             reference draws the same from it.
         reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``
@@ -258,7 +258,7 @@ def contrastive(
     s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
     t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)
     if weight is not None:
-        s = project(s, weight, bias, half=False)  # not in TF32: scores are more exact than that
+        s = project(s, weight, bias, t.shape[1], half=False)  # not in TF32: scores are more exact than that
     anchor, other = (unit_rows(x) for x in ((t, s) if side == "student" else (s, t)))
     chosen, count = None, pairs.num_nonempty
     # A count on a device is not looked at: where too few are valid, others are drawn and left out.

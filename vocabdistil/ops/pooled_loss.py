@@ -16,7 +16,7 @@ def pooled_loss(
     *,
     divergence: str = "cosine",
     pooling: str = "mean",
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -29,7 +29,8 @@ def pooled_loss(
         student_mask, teacher_mask: bool or integers ``[B, L_s]``, ``[B, L_t]``, 0 for padding on either side of a text.
         divergence: ``"cosine"`` or ``"mse"`` (summed over features).
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to one row per text.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to one row per text; or a
+            module as ``weight``, as in :func:`span_loss`.
         backend: as in :func:`span_loss`.
 
     Returns:

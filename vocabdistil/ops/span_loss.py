@@ -193,7 +193,7 @@ def span_loss(
     *,
     divergence: str = "kl",
     temperature: float = 1.0,
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     beta: float = 0.5,
@@ -213,8 +213,9 @@ def span_loss(
         pairs: the aligned spans, on the same device.
         divergence: ``"kl"`` (teacher to student), ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
         temperature: ``T > 0``; the softmax divergences are multiplied by ``T^2``.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or a
-            :class:`torch.nn.Linear` as ``weight``.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to the averaged rows; or as
+            ``weight`` a module, linear or not, that maps these rows ``[P, D_s]`` to ``[P, D_t]``. It runs in the dtype
+            of its parameters, without autocast.
         pair_weights: ``[P]``, what each pair counts.
         beta: weight of the teacher in the mixture of ``"jsd"``, ``0 < beta < 1``.
         pooling: ``"mean"`` or ``"sum"`` over the tokens of a span.
@@ -258,7 +259,7 @@ def span_loss(
     if weight is not None or bias is not None or learns_student:
         rows = pooled_rows(students, spans[0], spans[1], student_coef, mean, True, choice).to(dtype)
         if weight is not None:
-            rows = project(rows, weight, bias, students[0].dtype in HALF)
+            rows = project(rows, weight, bias, teachers[0].shape[1], students[0].dtype in HALF)
         students, student_coef = [rows], None
         spans[:2] = _row_spans(spans[0], spans[1])
     if learns_teacher:
@@ -291,7 +292,7 @@ def span_kl(
     pairs: SpanPairs,
     *,
     temperature: float = 1.0,
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     pooling: str = "mean",

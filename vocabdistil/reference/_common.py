@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vocabdistil.alignment.spans import SpanPairs, at_least_one
-from vocabdistil.core.checks import LayerWeights, compute_dtype
+from vocabdistil.core.checks import LayerWeights, compute_dtype, kind_of
 
 COSINE_EPS = 1e-8
 
@@ -24,6 +24,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` in the dtype of ``x``, under autocast too: the ground truth is not rounded."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def projected(rows: Tensor, weight: Tensor | nn.Module, bias: Tensor | None, width: int) -> Tensor:
+    """``[P, width]`` in the dtype of the rows ``[P, D_s]``: :func:`linear`, or what a module makes of them, run in the
+    dtype of its parameters and without autocast.
+
+    Raises:
+        ValueError: the module does not map ``[P, D_s]`` to ``[P, width]``.
+    """
+    if isinstance(weight, Tensor):
+        return linear(rows, weight, bias)
+    wanted = f"weight: expected a projection from width {rows.shape[1]} to width {width}"
+    dtype = next((p.dtype for p in weight.parameters() if p.is_floating_point()), rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            out = weight(rows.to(dtype))
+        else:
+            try:
+                out = weight(rows.to(dtype))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(f"{wanted}, got {type(weight).__name__}: {str(error).splitlines()[0]}") from error
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{wanted}, got {kind_of(out)} of {type(weight).__name__}")
+    if out.shape != (rows.shape[0], width):
+        raise ValueError(f"{wanted}, got shape {tuple(out.shape)} of rows {tuple(rows.shape)}")
+    return out.to(rows.dtype)
 
 
 def weighted_mean(layers: Sequence[Tensor], weights: LayerWeights | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vocabdistil.alignment.spans import SpanPairs, check_pairs
 from vocabdistil.core import checks
-from vocabdistil.reference._common import linear, pool_pairs, reduce_pairs, unit_rows, upcast
+from vocabdistil.reference._common import linear, pool_pairs, projected, reduce_pairs, unit_rows, upcast
 
 
 def contrastive(
@@ -18,7 +18,7 @@ def contrastive(
     temperature: float = 1.0,
     negatives: int = -1,
     side: str = "student",
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
@@ -47,7 +47,8 @@ def contrastive(
         temperature: T > 0, finite.
         negatives: K >= 1, or -1 for all others; with fewer than K others, all of them.
         side: ``"student"`` or ``"teacher"``.
-        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the averaged student rows.
+        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the averaged student rows; or a module as
+            ``weight``, as in :func:`span_loss`.
         generator: draws the negatives (on the device of the student); torch's global one by default.
         reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``.
         backend: None or ``"reference"``.
@@ -67,7 +68,7 @@ def contrastive(
     )
     student_rows, teacher_rows, valid = pool_pairs(upcast(student_rows), upcast(teacher_rows), pairs, "mean")
     if weight is not None:
-        student_rows = linear(student_rows, weight, bias)
+        student_rows = projected(student_rows, weight, bias, teacher_rows.shape[1])
     anchor, other = (teacher_rows, student_rows) if side == "student" else (student_rows, teacher_rows)
     scores = linear(unit_rows(anchor), unit_rows(other)) / temperature
     count = pairs.num_nonempty
@@ -87,7 +88,7 @@ def check_contrastive_arguments(
     temperature: float,
     negatives: int,
     side: str,
-    weight: Tensor | None,
+    weight: Tensor | nn.Module | None,
     bias: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ def linear_matched_kl(
         TypeError, ValueError: as `matched_kl`; weights that do not fit the hidden states.
     """
     checks.check_reference_backend(backend)
-    student_weight, student_bias = checks.as_projection(student_weight, student_bias, "student_")
-    teacher_weight, teacher_bias = checks.as_projection(teacher_weight, teacher_bias, "teacher_")
+    student_weight, student_bias = checks.as_output_layer(student_weight, student_bias, "student")
+    teacher_weight, teacher_bias = checks.as_output_layer(teacher_weight, teacher_bias, "teacher")
     checks.check_columns(student_hidden, "student_hidden")
     checks.check_columns(teacher_hidden, "teacher_hidden")
     checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")

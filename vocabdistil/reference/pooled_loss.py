@@ -19,7 +19,7 @@ def pooled_loss(
     *,
     divergence: str = "cosine",
     pooling: str = "mean",
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -42,7 +42,8 @@ def pooled_loss(
         student_mask, teacher_mask: bool or integers ``[B, L_s]``, ``[B, L_t]``, 0 for padding on either side of a text.
         divergence: ``"cosine"`` or ``"mse"``.
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.
-        weight, bias: ``[D_t, D_s]``, ``[D_t]``, the student's projection; required when the widths differ.
+        weight, bias: ``[D_t, D_s]``, ``[D_t]``, the student's projection, or a module as ``weight``; required when the
+            widths differ.
         backend: None or ``"reference"``.
 
     Returns:

@@ -21,7 +21,7 @@ from vocabdistil.core.checks import (
     check_sides,
     check_temperature,
 )
-from vocabdistil.reference._common import divergence_rows, linear, pool_pairs, reduce_pairs, weighted_mean
+from vocabdistil.reference._common import divergence_rows, pool_pairs, projected, reduce_pairs, weighted_mean
 
 
 def span_loss(
@@ -31,7 +31,7 @@ def span_loss(
     *,
     divergence: str = "kl",
     temperature: float = 1.0,
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     beta: float = 0.5,
@@ -73,7 +73,8 @@ def span_loss(
         pairs: P span pairs over the flattened positions.
         divergence: ``"kl"``, ``"reverse_kl"``, ``"jsd"``, ``"mse"`` or ``"cosine"``.
         temperature: T > 0, finite; no effect on ``mse`` and ``cosine``.
-        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the pooled student rows; required when D_s
+        weight, bias: ``[D_t, D_s]`` and ``[D_t]``, applied to the pooled student rows; or as ``weight`` a module that
+            maps these rows ``[P, D_s]`` to ``[P, D_t]``, in the place of ``weight m_p + bias``; required when D_s
             differs from D_t. Their dtype is the student's, or float32 for a half-precision student.
         pair_weights: ``[P]`` or None for 1.
         beta: the weight of the teacher in ``jsd``, ``0 < beta < 1``.
@@ -101,7 +102,7 @@ def span_loss(
     teacher_rows = weighted_mean([layer.detach() for layer in teachers], teacher_layer_weights)
     student_rows, teacher_rows, valid = pool_pairs(student_rows, teacher_rows, pairs, pooling)
     if weight is not None:
-        student_rows = linear(student_rows, weight, bias)
+        student_rows = projected(student_rows, weight, bias, teacher_rows.shape[1])
     loss = divergence_rows(student_rows, teacher_rows, divergence, temperature, beta)
     return reduce_pairs(loss, valid, pairs.num_nonempty, reduction, pair_weights)
 
@@ -112,7 +113,7 @@ def span_kl(
     pairs: SpanPairs,
     *,
     temperature: float = 1.0,
-    weight: Tensor | nn.Linear | None = None,
+    weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
     pair_weights: Tensor | None = None,
     pooling: str = "mean",
@@ -146,7 +147,7 @@ def check_span_loss(
     *,
     divergence: str,
     temperature: float,
-    weight: Tensor | None,
+    weight: Tensor | nn.Module | None,
     bias: Tensor | None,
     pair_weights: Tensor | None,
     beta: float,

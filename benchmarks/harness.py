@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import vocabdistil as vd
+from vocabdistil.core import dispatch
 
 from .report import COLUMNS, QUIET, UNAVAILABLE, cpu_seconds, environment, share_of_others
 
@@ -113,12 +114,12 @@ def own_providers(operation: str, device: torch.device) -> tuple[dict[str, str |
     """Our providers: name -> ``backend=`` for those that can run here, and name -> reason for the others."""
     if device.type == "cpu":
         return {"ours": None}, {}
-    choices = vd.core.dispatch.TABLE.get(operation, {"cuda": ("torch",)})["cuda"]  # others are made of these
+    choices = dispatch.TABLE.get(operation, {"cuda": ("torch",)})["cuda"]  # others are made of these
     if choices == ("torch",):
         return {"ours": None}, {}
     here, missing = {}, {}
     for backend in ("cuda", "triton", "torch"):
-        why = vd.core.dispatch.unavailable(backend)
+        why = dispatch.unavailable(backend)
         if backend not in choices:
             why = f"{operation} has no {backend} implementation"
         if not why:

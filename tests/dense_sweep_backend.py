@@ -3,7 +3,7 @@ which give the fixture ``backend``."""
 
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ INF = float("inf")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """16 rows at a time and 32 of the teacher's other columns."""
-    module = sys.modules["vocabdistil.ops._dense_sweep"]
+    module = import_module("vocabdistil.ops._dense_sweep")
     monkeypatch.setattr(module, "BUDGET", 0)
     monkeypatch.setattr(module, "_TIMES", 0)
     monkeypatch.setattr(module, "_REST_COLUMNS", 32)

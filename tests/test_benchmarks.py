@@ -26,6 +26,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.harness import Case, Problem, Provider
 from tests._families import SCRIPTS, family
+from vocabdistil.core import dispatch
 
 CPU = torch.device("cpu")
 
@@ -257,7 +258,7 @@ def test_align_of_texts_is_timed_against_two_calls_of_the_tokenizer(method):
 
 
 def test_remap_of_a_fixed_width_is_that_of_the_cpu(monkeypatch):
-    monkeypatch.setitem(vd.core.dispatch.TABLE["remap"], "cpu", ("cpu", "torch"))
+    monkeypatch.setitem(dispatch.TABLE["remap"], "cpu", ("cpu", "torch"))
     table = vd.RemapTable.from_tokenizers(remap.wordpiece(900), remap.wordpiece(90))
     problem = remap.fixed_problem(table, remap.zipf_ids(5, 20, len(table)), CPU)
     plain = problem.providers["reference"]

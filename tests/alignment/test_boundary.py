@@ -6,8 +6,8 @@ import functools
 import itertools
 import json
 import random
-import sys
 import unicodedata
+from importlib import import_module
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests._families import FAMILIES, SCRIPTS, byte_level, family
 from tests._wordpiece import russian_text
 from vocabdistil.alignment.surfaces import ALONE, BEGINS, CONTINUES, UNTOLD
 
-module = sys.modules["vocabdistil.alignment.methods"]
+module = import_module("vocabdistil.alignment.methods")
 Span = tuple[int, int]
 
 HARD = [

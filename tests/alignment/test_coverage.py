@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
+from importlib import import_module
 
 import pytest
 from hypothesis import given, settings
@@ -86,7 +86,7 @@ def test_counts(teacher: str, student: str) -> None:
 def test_long_texts_are_counted_in_pieces(monkeypatch) -> None:
     teacher, student = family("byte-level"), family("wordpiece")
     whole = vd.coverage(TEXTS, teacher, student)
-    module = sys.modules["vocabdistil.alignment.coverage"]
+    module = import_module("vocabdistil.alignment.coverage")
     monkeypatch.setattr(module, "TEXTS_AT_ONCE", (7, 90))
     pieces = vd.coverage(TEXTS, teacher, student)
 

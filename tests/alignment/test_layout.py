@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.alignment.test_boundary import HARD
 from tests.alignment.test_words import TOKENIZERS
 from vocabdistil.alignment.surfaces import UNKNOWN, Known
 
-module = sys.modules["vocabdistil.alignment.methods"]
+module = import_module("vocabdistil.alignment.methods")
 HOSTILE = [
     "\ufffd", "\u200b", "\u200f", "\u200d", "\u00ad", "\ufeff", "\x00", "\x01", "\x07", "\x7f", "\x85", "\u2581", "\n",
     "\r\n", "\t", " ", "  ", " \n", "\u00a0", "\u2028", "\u3000", "👩‍👩‍👧", "👍🏽", "🇩🇪", "e\u0301", "\u0301",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.spans import make_pairs
 from tests.vocabularies import make_matched, randn
 from vocabdistil.alignment.spans import text_pairs
 
-contrastive = sys.modules["vocabdistil.ops.contrastive"]
+contrastive = import_module("vocabdistil.ops.contrastive")
 
 
 def pairs(*fields):

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import os
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from vocabdistil.alignment.surfaces import ALONE, SPELLS, UNTOLD, Known
 from vocabdistil.alignment.words import PATTERNS, char_classes
 from vocabdistil.core import native
 
-module = sys.modules["vocabdistil.alignment.methods"]
+module = import_module("vocabdistil.alignment.methods")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = "'s 'S 't 'T 'm 'd 're 'RE 'rE 've 'Ve 'll 'lL 'l 'r ’s 'ſ 'ſs 'K ''s x's 's's '\u0301s 'é".split()
 # Of every class, of one to four bytes each, and on both sides of what is asked for.

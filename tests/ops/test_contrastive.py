@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A few pairs at a time, so that small inputs take several turns."""
-    monkeypatch.setattr(sys.modules["vocabdistil.ops.contrastive"], "BUDGET", 2048)
+    monkeypatch.setattr(import_module("vocabdistil.ops.contrastive"), "BUDGET", 2048)
 
 
 @pytest.fixture(params=["product", "gathered"])
 def scores(request, monkeypatch):
     """Both ways to form the scores of drawn negatives, however many pairs there are."""
-    module = sys.modules["vocabdistil.ops.contrastive"]
+    module = import_module("vocabdistil.ops.contrastive")
     monkeypatch.setattr(module, "_SPARSE", 10**9 if request.param == "product" else 0)
 
 
@@ -100,7 +100,7 @@ def test_by_hand():
 
 
 def test_negatives_are_distinct_others():
-    draw = sys.modules["vocabdistil.ops.contrastive"].draw_negatives
+    draw = import_module("vocabdistil.ops.contrastive").draw_negatives
     valid = torch.ones(50, dtype=torch.bool)
     valid[[3, 17, 40]] = False
     seen = torch.zeros(50, 50)
@@ -192,7 +192,7 @@ def test_opcheck():
     op = torch.ops.vocabdistil.contrastive.default
     a, b, scale = randn(9, 4), randn(9, 4, seed=1), torch.rand(9)
     valid = torch.arange(9) != 4
-    ids = sys.modules["vocabdistil.ops.contrastive"].draw_negatives(9, valid, 3, a.device, None)
+    ids = import_module("vocabdistil.ops.contrastive").draw_negatives(9, valid, 3, a.device, None)
     for args in ((None, None), (valid, None), (valid, ids)):
         count = 9 if args[0] is None else 8
         torch.library.opcheck(op, (a, b, *args, scale, 0.5, count, False, True, True))
@@ -202,7 +202,7 @@ def test_opcheck():
 @pytest.mark.parametrize("negatives", [False, True])
 def test_split_products_are_exact_far_below_the_rounding_of_half_types(negatives):
     """What a GPU does for half-precision hidden states: the error is that of 16 bits, not of 8."""
-    module = sys.modules["vocabdistil.ops.contrastive"]
+    module = import_module("vocabdistil.ops.contrastive")
     a, b = (torch.nn.functional.normalize(randn(50, 24, seed=i) + 2) for i in (1, 2))
     ids = module.draw_negatives(50, None, 5, a.device, None) if negatives else None
     args = (a, b, None, ids, torch.full((50,), 0.02), 0.1, 50)

@@ -11,7 +11,7 @@ import vocabdistil as vd
 from tests.reference_cases import identity_pairs
 from tests.vocabularies import make_matched, randn
 
-TEMPERATURES = [10.0**n for n in range(-3, 7)]
+TEMPERATURES = [10.0**n for n in (-3, -1, 0, 2, 4, 6)]
 
 
 def both(loss, student, *others, device="cpu"):

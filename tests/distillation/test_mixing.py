@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vocabdistil.distillation.mixing import SHARES, mix, with_words_left_out
+from vocabdistil.distillation.mixing import SHARES, kept_share, mix, with_words_left_out
 
 
 def scalar(value: float) -> nn.Module:
@@ -15,12 +15,24 @@ def scalar(value: float) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("best", [0.0, 0.3, 0.5, 0.7, 1.0])
-def test_the_best_share_wins(best):
+@pytest.mark.parametrize(("best", "kept"), [(-0.1, 0.0), (0.1, 0.15), (0.3, 0.5), (0.4, 0.7), (0.6, 1.0), (1.0, 1.0)])
+def test_the_largest_share_that_is_no_worse_than_the_start(best, kept):
     model = scalar(3.0)
-    found = mix(model, {"weight": torch.tensor([[1.0]])}, lambda: -abs(float(model.weight) - (1 + 2 * best)), -2 * best)
-    assert tuple(found) == SHARES and max(found, key=found.get) == best
-    assert float(model.weight) == pytest.approx(1 + 2 * best)
+    scored = mix(
+        model,
+        {"weight": torch.tensor([[1.0]])},
+        lambda: -abs(float(model.weight) - (1 + 2 * best)),
+        -2 * abs(best),
+    )
+    assert tuple(scored) == SHARES and kept_share(scored) == kept
+    assert float(model.weight) == pytest.approx(1 + 2 * kept)
+
+
+def test_what_has_no_score_is_not_kept():
+    nan = float("nan")
+    assert kept_share({0.0: 0.5, 0.5: 0.6, 1.0: nan}) == 0.5
+    assert kept_share({0.0: nan, 0.5: 0.6, 1.0: nan}) == 0.5
+    assert kept_share({0.0: nan, 0.5: nan, 1.0: nan}) == 0.0
 
 
 def test_of_equal_ones_the_trained():

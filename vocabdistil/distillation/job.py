@@ -42,7 +42,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import SHARES, best_share, mix, with_words_left_out
+from .mixing import SHARES, kept_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import Objective
 from .options import MOST_READ, DistillConfig, configured
@@ -665,7 +665,7 @@ class _Run:
         """Figures, folder, and what is said at the end."""
         config, first = self.config, self.teachers[0]
         reader = student.as_teacher()
-        best, share = fitted.checkups.best, best_share(mixed) if mixed else 1.0
+        best, share = fitted.checkups.best, kept_share(mixed) if mixed else 1.0
         if self.dev is not None:
             # At its ends a mixture has been scored already.
             ends = {0.0: before.get("dev"), 1.0: best.get("dev")}

@@ -11,7 +11,7 @@ import vocabdistil as vd
 from tests.reference_cases import identity_pairs
 from tests.vocabularies import make_matched, randn
 
-TEMPERATURES = [10.0**n for n in (-3, -1, 0, 2, 4, 6)]
+TEMPERATURES = [10.0**n for n in (-3, 0, 3, 6)]
 
 
 def both(loss, student, *others, device="cpu"):
@@ -101,7 +101,7 @@ def test_divergences_over_a_remapped_vocabulary_at_any_temperature(combine, temp
     )
 
 
-@pytest.mark.parametrize("others", [1, 5, 1000])
+@pytest.mark.parametrize("others", [1, 1000])
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_classes_of_one_size_at_any_temperature(temperature, near, others, backend, device):
@@ -114,7 +114,7 @@ def test_classes_of_one_size_at_any_temperature(temperature, near, others, backe
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("others", [1, 5, 1000])
+@pytest.mark.parametrize("others", [1, 1000])
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_linear_classes_of_one_size_at_any_temperature(temperature, near, others, backend, device):

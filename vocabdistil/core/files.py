@@ -46,6 +46,8 @@ def whole_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written, or what has the name is no file, such as a folder or a device.
     """
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file that can be replaced", str(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vocabdistil.distillation.mixing import SHARES, kept_share, mix, with_words_left_out
+from vocabdistil.distillation.mixing import SHARES, best_share, kept_share, mix, with_words_left_out
 
 
 def scalar(value: float) -> nn.Module:
@@ -23,9 +23,18 @@ def test_the_largest_share_that_is_no_worse_than_the_start(best, kept):
         {"weight": torch.tensor([[1.0]])},
         lambda: -abs(float(model.weight) - (1 + 2 * best)),
         -2 * abs(best),
+        kept_share,
     )
     assert tuple(scored) == SHARES and kept_share(scored) == kept
     assert float(model.weight) == pytest.approx(1 + 2 * kept)
+
+
+@pytest.mark.parametrize("best", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_the_best_share(best):
+    model = scalar(3.0)
+    start = {"weight": torch.tensor([[1.0]])}
+    found = mix(model, start, lambda: -abs(float(model.weight) - (1 + 2 * best)), -2 * best, best_share)
+    assert best_share(found) == best and float(model.weight) == pytest.approx(1 + 2 * best)
 
 
 def test_what_has_no_score_is_not_kept():
@@ -37,13 +46,13 @@ def test_what_has_no_score_is_not_kept():
 
 def test_of_equal_ones_the_trained():
     model = scalar(3.0)
-    mix(model, {"weight": torch.tensor([[1.0]])}, lambda: 0.5, 0.5)
+    mix(model, {"weight": torch.tensor([[1.0]])}, lambda: 0.5, 0.5, kept_share)
     assert float(model.weight) == 3.0
 
 
 def test_what_the_start_lacks_stays():
     model = nn.Sequential(scalar(3.0), scalar(5.0))
-    mix(model, {"0.weight": torch.tensor([[1.0]])}, lambda: -float(model[0].weight), -1.0)
+    mix(model, {"0.weight": torch.tensor([[1.0]])}, lambda: -float(model[0].weight), -1.0, kept_share)
     assert float(model[0].weight) == pytest.approx(1.0) and float(model[1].weight) == 5.0
 
 

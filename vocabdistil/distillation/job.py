@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import SHARES, kept_share, mix, with_words_left_out
+from .mixing import SHARES, best_share, kept_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import Objective
 from .options import MOST_READ, DistillConfig, configured
@@ -60,6 +60,8 @@ __all__ = ["MOST_HELD_OUT", "DistillResult", "Interrupted", "distill"]
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
 MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
+# Pairs of a dev set that are enough to choose by: the standard error of their score is then below 0.1.
+_DEV_PAIRS = 100
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
@@ -601,6 +603,8 @@ class _Run:
         tells held-out texts from nearly the same, as the teacher does, is found out and stored."""
         if not (RECIPES[self.config.recipe].mixed and student.kept_layers):
             return None
+        if self.chooses_by_dev:
+            return self._begun(training, lambda: self.dev_score(training.as_teacher(), training.model))
         source, most, prompt = self.sources[0], self.config.max_length, self.teachers[0].prompt
         pairs = with_words_left_out([text.removeprefix(prompt) for text in self.choosing], self.config.seed)
         if len(pairs[0]) < 3:
@@ -614,11 +618,10 @@ class _Run:
 
         theirs = similarities(source.teacher)
 
-        def score() -> float:
-            training.model.eval()
-            ours = similarities(training.model.as_teacher(training.collator.student))
-            return float(regression(ours, theirs)[1])
+        return self._begun(training, lambda: float(regression(similarities(training.as_teacher()), theirs)[1]))
 
+    def _begun(self, training: _Training, score: Callable[[], float]) -> _Begun:
+        training.model.eval()
         if "start_score" not in self.record:
             started = time.monotonic()
             value = score()
@@ -626,13 +629,23 @@ class _Run:
         weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
         return _Begun(weights, score)
 
+    @property
+    def chooses_by_dev(self) -> bool:
+        """Whether there are dev pairs enough to choose by."""
+        return self.dev is not None and len(self.dev.scores) >= _DEV_PAIRS
+
+    def share(self, mixed: Mapping[float, float]) -> float:
+        """Which share of the trained weights the student gets."""
+        return best_share(mixed) if self.chooses_by_dev else kept_share(mixed)
+
     def mix(self, training: _Training, begun: _Begun | None) -> dict[float, float]:
         """Leaves the student where it follows the teacher best; returns how well by the share of the trained weights,
         nothing where these are all that there is."""
         if begun is None:
             return {}
         self.say.status("Choosing between start and trained weights")
-        return mix(training.model, begun.weights, begun.score, self.record["start_score"])
+        training.model.eval()
+        return mix(training.model, begun.weights, begun.score, self.record["start_score"], self.share)
 
     def evaluation(self, training: _Training, status: str | None = "Evaluating the student") -> dict[str, Any]:
         """The student on held-out text.
@@ -665,7 +678,7 @@ class _Run:
         """Figures, folder, and what is said at the end."""
         config, first = self.config, self.teachers[0]
         reader = student.as_teacher()
-        best, share = fitted.checkups.best, kept_share(mixed) if mixed else 1.0
+        best, share = fitted.checkups.best, self.share(mixed) if mixed else 1.0
         if self.dev is not None:
             # At its ends a mixture has been scored already.
             ends = {0.0: before.get("dev"), 1.0: best.get("dev")}
@@ -760,6 +773,9 @@ class _Training:
     collator: DistillCollator
     excerpts: list[str]
     device: torch.device
+
+    def as_teacher(self) -> Teacher:
+        return self.model.as_teacher(self.collator.student)
 
     def projections(self) -> dict[str, Tensor]:
         return {key: linear.weight.detach().cpu().contiguous() for key, linear in self.model.projections.items()}

@@ -585,7 +585,7 @@ class _Run:
         if not math.isfinite(found["loss"]):
             raise Diverged.of("lr", _DIVERGED)
         if self.dev is not None:
-            found["dev"] = self.dev_score(training.model.as_teacher(training.collator.student), training.model)
+            found["dev"] = self.dev_score(training.as_teacher(), training.model)
         return found
 
     def dev_score(self, reader: Teacher, model: DistillModel | None = None) -> float:
@@ -599,8 +599,8 @@ class _Run:
         return pairs_score(reader, self.dev, self.config.max_length, settings, *projection)["spearman"]
 
     def begun(self, student: Student, training: _Training) -> _Begun | None:
-        """The student before its training, if it may end between that and what training makes of it: then how well it
-        tells held-out texts from nearly the same, as the teacher does, is found out and stored."""
+        """The student before its training, if it may end between that and what training makes of it: then its score,
+        on the dev pairs or of how well it tells held-out texts from nearly the same as the teacher does, is stored."""
         if not (RECIPES[self.config.recipe].mixed and student.kept_layers):
             return None
         if self.chooses_by_dev:
@@ -639,8 +639,8 @@ class _Run:
         return best_share(mixed) if self.chooses_by_dev else kept_share(mixed)
 
     def mix(self, training: _Training, begun: _Begun | None) -> dict[float, float]:
-        """Leaves the student where it follows the teacher best; returns how well by the share of the trained weights,
-        nothing where these are all that there is."""
+        """Leaves the student with :meth:`share` of what it learned; returns the score of each, nothing where the
+        trained weights are all that there is."""
         if begun is None:
             return {}
         self.say.status("Choosing between start and trained weights")
@@ -680,10 +680,10 @@ class _Run:
         reader = student.as_teacher()
         best, share = fitted.checkups.best, self.share(mixed) if mixed else 1.0
         if self.dev is not None:
-            # At its ends a mixture has been scored already.
-            ends = {0.0: before.get("dev"), 1.0: best.get("dev")}
-            reader = training.model.as_teacher(student.tokenizer)
-            after["dev"] = ends[share] if share in ends else self.dev_score(reader, training.model)
+            # A mixture has been scored already at its ends, and everywhere if it was chosen so.
+            known = {0.0: before.get("dev"), 1.0: best.get("dev")} | (mixed if self.chooses_by_dev else {})
+            reader = training.as_teacher()
+            after["dev"] = known[share] if share in known else self.dev_score(reader, training.model)
         metrics = {
             "teacher": [teacher.name for teacher in self.teachers],
             "command": "distill",

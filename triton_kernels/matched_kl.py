@@ -21,7 +21,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vocabdistil.core.values import Seen
 
 from .rows import clamp, on_device
-from .softmax import CLOSE, close_step, exp_less_one, log_one_plus, online, online_two, quotient, shift_of
+from .softmax import (
+    CLOSE,
+    close_step,
+    exp_less_one,
+    log_one_plus,
+    online,
+    online_two,
+    quotient,
+    shift_of,
+    temperature_of,
+)
 from .span_loss import total_kernel
 
 RESIDENT = 16384  # columns of the longest row that stays in registers
@@ -220,10 +230,7 @@ def _row(
     p = tl.program_id(0).to(tl.int64)
     first, last = _span(student_start, student_end, p, s_rows, SPANS)
     t_first, t_last = _span(teacher_start, teacher_end, p, t_rows, SPANS)
-    if ACC == tl.float64:
-        t = tl.load(temperature)
-    else:
-        t = temperature
+    t = temperature_of(temperature, ACC)
     inverse = 1.0 / t
     share = tl.full([], 1.0, dtype=ACC)
     t_share = tl.full([], 1.0, dtype=ACC)
@@ -453,10 +460,7 @@ def rest_kernel(
     """Adds the columns of z that are not left out to ``rest [R, 4]``: of each row the largest, the sum of
     exp((. - largest) / T), that sum less the number of its terms, and this number."""
     p = tl.program_id(0).to(tl.int64)
-    if ACC == tl.float64:
-        inverse = 1.0 / tl.load(temperature)
-    else:
-        inverse = 1.0 / temperature
+    inverse = 1.0 / temperature_of(temperature, ACC)
     tops = tl.full([BLOCK], float("-inf"), dtype=ACC)
     sums = tl.zeros([BLOCK], dtype=ACC)
     here = tl.zeros([BLOCK], dtype=ACC)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .matched_kl import accumulator, temperature_argument, weighted_total
 from .rows import clamp, on_device, span_share
-from .softmax import CLOSE, close_step, log_one_plus, online, online_two, quotient, shift_of
+from .softmax import CLOSE, close_step, log_one_plus, online, online_two, quotient, shift_of, temperature_of
 
 BUDGET = 256 << 20  # bytes for the logits of a chunk of pairs, combined and not, and their gradients
 PAIRS = 32  # side by side
@@ -160,10 +160,7 @@ def combine_kernel(
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
     first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
-    if ACC == tl.float64:
-        inverse = 1.0 / tl.load(temperature)
-    else:
-        inverse = 1.0 / temperature
+    inverse = 1.0 / temperature_of(temperature, ACC)
     lowest, zeros = tl.full([SLICE, PAIRS], float("-inf"), ACC), tl.zeros([SLICE, PAIRS], ACC)
     top_s, sum_s, top_t, sum_t, dots = lowest, zeros, lowest, zeros, zeros
     apart = tl.zeros([PAIRS], ACC)
@@ -224,10 +221,7 @@ def merge_kernel(
     mean of what their shifted, divided logits differ by."""
     group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, PARTS)
-    if ACC == tl.float64:
-        inverse = 1.0 / tl.load(temperature)
-    else:
-        inverse = 1.0 / temperature
+    inverse = 1.0 / temperature_of(temperature, ACC)
     inside = (i < _to_do(parts, upstream))[:, None]
     stats += (group * parts + i[:, None]) * PAIRS + r[None, :]
     step = groups.to(tl.int64) * parts * PAIRS
@@ -275,10 +269,7 @@ def close_kernel(
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
     first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
-    if ACC == tl.float64:
-        inverse = 1.0 / tl.load(temperature)
-    else:
-        inverse = 1.0 / temperature
+    inverse = 1.0 / temperature_of(temperature, ACC)
     shift_s, z_s, shift_t, z_t, mean, kl, close = _row_sums(merged + group * PAIRS + r, tl.num_programs(1) * PAIRS)
     total = tl.zeros([SLICE, PAIRS], ACC)
     stop = tl.where(tl.max(close.to(tl.int32), 0) == 0, 0, tl.minimum((part + 1) * per, slices))
@@ -306,10 +297,7 @@ def slope_kernel(
     first, last = _pairs_of(start, end, p, pairs, rows)
     s_first, s_last = _pairs_of(student_start, student_end, p, pairs, s_rows)
     filled = (first < last) & (s_first < s_last)
-    if ACC == tl.float64:
-        t = tl.load(temperature)
-    else:
-        t = temperature
+    t = temperature_of(temperature, ACC)
     inverse = 1.0 / t
     shift_s, z_s, shift_t, z_t, mean, kl, close = _row_sums(merged + group * PAIRS + r, groups * PAIRS)
     any_close = tl.max(close.to(tl.int32), 0) != 0

@@ -16,6 +16,14 @@ CLOSE = tl.constexpr(0.0625)  # a KL under this is left with too few digits by c
 
 
 @triton.jit
+def temperature_of(temperature, ACC: tl.constexpr):
+    """A kernel's argument as a number: that of float64 is a tensor, as a number would arrive as float32."""
+    if ACC == tl.float64:
+        temperature = tl.load(temperature)
+    return temperature
+
+
+@triton.jit
 def exp_series(d):
     """``(exp d - 1 - d) 2 / d^2`` for ``|d| < 1/2``, to the precision of the type."""
     LAST: tl.constexpr = 16 if d.dtype == tl.float64 else 8

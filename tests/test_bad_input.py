@@ -164,9 +164,15 @@ def _link(folder: Path) -> Path:
 def _damaged_run(folder: Path) -> Path:
     partial = folder / "out.partial"
     partial.mkdir()
-    (partial / ".lock").touch()
     (partial / "run.json").write_text('{"identity": 5, "format": 2}')
     return folder / "out"
+
+
+def _damaged_cache(folder: Path) -> Path:
+    path = folder / "cache"
+    path.mkdir()
+    (path / "manifest.json").write_text('{"format": 1')
+    return path
 
 
 def _existing(folder: Path) -> Path:
@@ -212,6 +218,8 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "under-a-file": lambda folder: _file("file", b"data")(folder) / "out",
     "loop": _link,
     "damaged-run": _damaged_run,
+    "damaged-cache": _damaged_cache,
+    "under-nothing": lambda folder: folder / "none" / "there" / "out",
     "folder": _folder,
     "missing": lambda folder: folder / "missing" / "there",
     "truncated": _truncated,
@@ -356,6 +364,18 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("trim", {"teacher": "@loop"}, "--teacher: no such folder: .*loop|--teacher: expected .*symbolic links"),
     ("trim", {"out": "@loop"}, "--out: .*loop"),
     ("distill", {"out": "@damaged-run", "resume": True}, "--resume: .*out.partial holds no run to continue"),
+    ("distill", {"out": "@damaged-run"}, "--out: .*out.partial holds an interrupted run; --resume continues it"),
+    (
+        "distill",
+        {"out": "@damaged-run", "cache-teacher": "@missing", "recipe": "embedding"},
+        "--out: .*out.partial holds an interrupted run",
+    ),
+    ("distill", {"cache-teacher": "@damaged-cache", "recipe": "embedding"}, "--cache-teacher: .*json is damaged: "),
+    ("distill", {"cache-teacher": "@folder", "recipe": "embedding", "resume": True}, "--resume: no interrupted run"),
+    *(
+        (command, {"out": "@under-nothing", "vocab-size": "9"}, "--vocab-size: expected at least .* got 9")
+        for command in ("trim", "distill")
+    ),
     *(
         ("distill", {"cache-teacher": place, "recipe": "embedding", "out": "out"}, f"--out: .* holds {place}, which")
         for place in ("out", "out/cache", "out.partial", "out.partial/cache")
@@ -564,8 +584,12 @@ class Places:
             self.made[value] = PLACES[value[1:]](self.folder)
         return str(self.made[value])
 
-    def contents(self) -> dict[Path, bytes | None]:
-        return {path: path.read_bytes() if path.is_file() else None for path in self.folder.rglob("*")}
+    def contents(self) -> dict[Path, tuple[bytes | None, int]]:
+        """What is in the folder, and when it was changed."""
+        return {
+            path: (path.read_bytes() if path.is_file() else None, path.lstat().st_mtime_ns)
+            for path in self.folder.rglob("*")
+        }
 
 
 def command_line(command: str, changes: dict[str, Any], places: Places) -> list[str]:

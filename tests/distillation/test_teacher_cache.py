@@ -344,7 +344,8 @@ def test_a_folder_that_goes_while_it_is_open(teacher, tmp_path) -> None:
     (tmp_path / "cache").rename(tmp_path / "moved")
     with pytest.raises(VocabdistilError, match="^cache_teacher: "):
         cache.flush()
-    TeacherCache.open(tmp_path / "cache", teacher).close()
+    with TeacherCache.open(tmp_path / "cache", teacher):
+        pass
     with pytest.raises(VocabdistilError, match="was made anew while it was open"):
         cache.flush()
 

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,16 @@ from safetensors import SafetensorError
 
 from .errors import VocabdistilError
 
-__all__ = ["files_in", "finish_folder", "told", "whole_file", "whole_path", "write_json"]
+__all__ = [
+    "files_in",
+    "finish_folder",
+    "make_folder",
+    "remove_folders",
+    "told",
+    "whole_file",
+    "whole_path",
+    "write_json",
+]
 
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -67,6 +77,31 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write by way of :func:`whole_path`."""
     with whole_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those that it is in.
+
+    Returns:
+        Those that were not there, the innermost first, for :func:`remove_folders`.
+
+    Raises:
+        OSError: it cannot be made; then none of them is left.
+    """
+    missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_folders(missing)
+        raise
+    return missing
+
+
+def remove_folders(folders: Iterable[Path]) -> None:
+    """Removes those of the folders that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def files_in(folder: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import VocabdistilError
-from .files import whole_file
+from .files import make_folder, whole_file
 
 __all__ = [
     "COUNT",
@@ -24,6 +24,7 @@ __all__ = [
     "RECORD",
     "TEXT",
     "Fields",
+    "check_folder",
     "digest",
     "is_count",
     "locked",
@@ -79,17 +80,20 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def prepare(folder: Path, name: str) -> None:
-    """Makes the folder, unless it is there with a manifest or nothing in it.
-
-    Raises:
-        VocabdistilError: it is no folder, or has other files.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise VocabdistilError.of(name, f"{folder} is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MANIFEST).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+def check_folder(folder: Path, name: str) -> None:
+    """Raises VocabdistilError unless the folder is there with a manifest or nothing in it, or can be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise VocabdistilError.of(name, f"{there} is not a folder")
+    known = there != folder or (folder / MANIFEST).exists()
+    if not known and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise VocabdistilError.of(name, f"{folder} has other files and no {MANIFEST}; a new or empty one is needed")
+
+
+def prepare(folder: Path, name: str) -> None:
+    """Makes the folder, if :func:`check_folder` lets it."""
+    check_folder(folder, name)
+    make_folder(folder)
 
 
 @contextmanager

@@ -9,14 +9,14 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..core.errors import VocabdistilError, need, spell
-from ..core.files import files_in, finish_folder, told, write_json
+from ..core.files import files_in, finish_folder, make_folder, remove_folders, told, write_json
 
 __all__ = [
     "METRICS",
@@ -128,6 +128,8 @@ class RunFolder:
     record: dict[str, Any]
     replaces: bool
     _lock: FileLock
+    # The folders that were made for it, the innermost first.
+    _made: list[Path] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -151,26 +153,34 @@ class RunFolder:
             raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")
         if resume and fresh:
             raise VocabdistilError.of("resume", f"no interrupted run at {path}")
+        self = cls(out, path, {}, False, FileLock(str(path / _LOCK)))
+        identity = json.loads(json.dumps(identity))
+        if not fresh and not (path / _LOCK).exists():
+            # Nobody writes there, and what is refused stays as it is, without a lock.
+            self._record(identity, resume, overwrite)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(str(path / _LOCK))
-            lock.acquire(timeout=0)
+            self._made = make_folder(path)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise VocabdistilError.of("out", f"{out} is being written by {_holder(path)}") from None
         except OSError as error:
             raise VocabdistilError.of("out", f"cannot make {path}: {error.strerror}") from None
-        self = cls(out, path, {}, False, lock)
         try:
             self._restore()
             check_out(out, overwrite)
             self.replaces = out.exists()
-            self._begin(json.loads(json.dumps(identity)), resume, overwrite)
+            self._begin(identity, resume, overwrite)
         except BaseException:
             if fresh:
-                shutil.rmtree(path, ignore_errors=True)
-            lock.release()
+                self._remove()
+            self._lock.release()
             raise
         return self
+
+    def _remove(self) -> None:
+        """The folder, and those made for it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folders(self._made)
 
     @property
     def _aside(self) -> Path:
@@ -181,24 +191,29 @@ class RunFolder:
         if self._aside.exists() and not self.out.exists():
             os.rename(self._aside, self.out)
 
-    def _begin(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> None:
+    def _record(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> dict[str, Any]:
+        """What the run begins with, or goes on from."""
         if resume:
-            self.record = self._resumed(identity)
+            return self._resumed(identity)
+        if (self.path / _RECORD).exists() and not overwrite:
+            again = "" if resume is None else f"{spell('resume', True)} continues it, "
+            problem = f"{self.path} holds an interrupted run; {again}{spell('overwrite', True)} starts anew"
+            raise VocabdistilError.of("out", problem)
+        return {"format": _FORMAT, "identity": identity}
+
+    def _begin(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> None:
+        self.record = self._record(identity, resume, overwrite)
+        if resume:
             for checkpoint in self.path.glob("checkpoint-*"):
                 if not is_whole(checkpoint):
                     # It would count as one of those that are kept.
                     shutil.rmtree(checkpoint)
-        elif (self.path / _RECORD).exists() and not overwrite:
-            again = "" if resume is None else f"{spell('resume', True)} continues it, "
-            problem = f"{self.path} holds an interrupted run; {again}{spell('overwrite', True)} starts anew"
-            raise VocabdistilError.of("out", problem)
         else:
             for left_over in self.path.iterdir():
                 if left_over.is_dir() and not left_over.is_symlink():
                     shutil.rmtree(left_over)
                 elif left_over.name != _LOCK:
                     left_over.unlink()
-            self.record = {"format": _FORMAT, "identity": identity}
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with told("out", self.path):
             self.store(holder=f"process {os.getpid()} on {socket.gethostname()} since {since}")
@@ -238,7 +253,7 @@ class RunFolder:
         except BaseException as error:
             hopeless = isinstance(error, Diverged) or last_checkpoint(self.path) is None
             if hopeless and not isinstance(error, Interrupted):
-                shutil.rmtree(self.path, ignore_errors=True)
+                self._remove()
             raise
         finally:
             self._lock.release()

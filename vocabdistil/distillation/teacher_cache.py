@@ -28,6 +28,7 @@ from ..core.shards import (
     RECORD,
     TEXT,
     Fields,
+    check_folder,
     digest,
     is_count,
     locked,
@@ -105,6 +106,8 @@ class TeacherCache:
         # What is not in a shard yet, and its bytes.
         self._pending: dict[bytes, np.ndarray] = {}
         self._size = 0
+        # Whether there is a manifest.
+        self._made = False
 
     @classmethod
     def open(
@@ -114,7 +117,7 @@ class TeacherCache:
         what: str = "hidden",
         shard_bytes: int = SHARD_BYTES,
     ) -> TeacherCache:
-        """Opens a folder, or makes one.
+        """Opens a folder, which is made, if it is not there, when something is to be written or a ``with`` begins.
 
         Args:
             folder: a cache of this teacher, an empty folder, or none yet.
@@ -135,14 +138,14 @@ class TeacherCache:
             raise ValueError(f"shard_bytes: expected a number of at least 1, got {shard_bytes!r}")
         self = cls(Path(os.path.expanduser(folder)), teacher, what, _pinned(teacher), shard_bytes)
         with _told(self.folder):
-            prepare(self.folder, _NAME)
-            with locked(self.folder):
-                if not (self.folder / MANIFEST).exists():
-                    write_manifest(self.folder, {"format": _FORMAT, "name": teacher.name, **self._pinned, "shards": []})
+            check_folder(self.folder, _NAME)
+            if (self.folder / MANIFEST).exists():
                 self._learn()
+                self._made = True
         return self
 
     def __enter__(self) -> TeacherCache:
+        self._make()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -207,6 +210,7 @@ class TeacherCache:
         """
         if not self._pending:
             return
+        self._make()
         with _told(self.folder), locked(self.folder):
             remove_left_overs(self.folder, *(f"{kind}-" for kind in KINDS))
             manifest = self._learn()
@@ -229,8 +233,21 @@ class TeacherCache:
         finally:
             self._open.clear()
 
+    def _make(self) -> None:
+        """The folder, with a manifest without shards, unless it was there."""
+        if self._made:
+            return
+        with _told(self.folder):
+            prepare(self.folder, _NAME)
+            with locked(self.folder):
+                if not (self.folder / MANIFEST).exists():
+                    manifest = {"format": _FORMAT, "name": self.teacher.name, **self._pinned, "shards": []}
+                    write_manifest(self.folder, manifest)
+                self._learn()
+        self._made = True
+
     def _learn(self) -> dict[str, Any]:
-        """Reads the manifest and the digests of the shards that are new in it; for who holds the lock."""
+        """Reads the manifest and the digests of the shards that are new in it."""
         manifest = read_manifest(self.folder, _NAME, _HOLDS, _FORMAT, _FIELDS, _RECORD)
         for field in _PINNED:
             if manifest[field] != self._pinned[field]:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -631,6 +633,53 @@ def test_one_line_and_nothing_left(tmp_path, capsys, monkeypatch, command, chang
     assert re.search(message, captured.err), captured.err
     assert len(captured.err) < 1000
     assert places.contents() == before
+
+
+_WATCHED = """
+import json, sys
+from vocabdistil.cli import main
+for argv in json.load(sys.stdin):
+    assert main(argv) == 2, argv
+    assert not {"torch", "transformers"} & set(sys.modules), argv
+"""
+
+
+def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
+    lines: list[tuple[str, dict[str, Any]]] = [
+        *(
+            (command, {option: place})
+            for command, option in (("trim", "teacher"), ("distill", "teacher"), ("evaluate", "model"))
+            for place in (
+                "@folder", "@broken-tokenizer", "@no-tokens", "@broken-config", "@decoder", "@weightless", "@truncated",
+                "@too-many-ids", "no-such-name",
+            )
+        ),
+        ("distill", {"student": "@truncated", "vocab-size": None}),
+        ("coverage", {"student": "@broken-tokenizer"}),
+        ("trim", {"vocabulary": "@broken-tokenizer", "vocab-size": None}),
+        ("trim", {"layers": "5"}),
+        ("distill", {"keep-layers": "0,9"}),
+        ("trim", {"dim": "9", "heads": "2"}),
+        ("trim", {"teacher": "@mpnet", "heads": "1"}),
+        ("trim", {"teacher": "@modernbert", "keep-layers": "1,2"}),
+        *((command, {"text": place}) for command in BASES for place in ("@text-empty", "@text-latin1")),
+        ("evaluate", {"pairs": "@missing"}),
+        ("distill", {"out": "@inside"}),
+        ("distill", {"resume": True}),
+    ]  # fmt: skip
+    folders = [tmp_path / str(i) for i in range(len(lines))]
+    for folder in folders:
+        folder.mkdir()
+    argvs = [
+        command_line(command, changes, Places(folder))
+        for (command, changes), folder in zip(lines, folders, strict=True)
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", _WATCHED], input=json.dumps(argvs), env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("\n") == len(lines)
 
 
 @pytest.mark.parametrize("teach", [vd.trim, vd.distill])

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .alignment.vocab import MatchedVocab
     from .core.backends import backends
     from .distillation.batches import DistillCollator
-    from .distillation.job import DistillResult, distill
+    from .distillation.folder import DistillResult
+    from .distillation.job import distill
     from .distillation.model import DistillModel
     from .distillation.objective import Objective
     from .distillation.options import DistillConfig, TeacherConfig, TrimConfig
@@ -54,7 +55,7 @@ _HOMES = {
     "DistillCollator": "distillation.batches",
     "DistillConfig": "distillation.options",
     "DistillModel": "distillation.model",
-    "DistillResult": "distillation.job",
+    "DistillResult": "distillation.folder",
     "DistillTrainer": "distillation.trainer",
     "LossWeights": "distillation.recipes",
     "MatchedVocab": "alignment.vocab",

@@ -159,13 +159,15 @@ def _coverage(args: CoverageOptions) -> None:
 def _loyalty(args: LoyaltyOptions) -> None:
     import random
 
-    from .core.console import Reporter
     from .distillation.text import read_text
+
+    texts = sorted(set(read_text(args.text, args.unit)))
+    # Only now what takes seconds to import.
+    from .core.console import Reporter
     from .evaluation.predictions import compare_predictions
     from .evaluation.report import loyalty_table
     from .evaluation.student import embed, embedding_loyalty, load_embedder
 
-    texts = sorted(set(read_text(args.text, args.unit)))
     texts = random.Random(args.seed).sample(texts, min(args.texts, len(texts)))
     teacher, settings = load_embedder(args.teacher, "teacher", args.prompt, head=True)
     # All read the same text: both sides fill the same gaps of it.
@@ -194,17 +196,19 @@ def _evaluate(args: _EvaluateOptions) -> None:
 
 
 def _bench(args: BenchOptions) -> None:
+    from .distillation.text import read_text
+
+    texts = read_text(args.text)
+    # Only now what takes seconds to import.
     import torch
 
     from .core.console import Reporter
-    from .distillation.text import read_text
     from .evaluation.report import bench_table
     from .evaluation.timing import bench_models
     from .models.teachers import load_teacher
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    texts = read_text(args.text)
     models = [load_teacher(name, "models", head=False) for name in args.models]
     rows = bench_models(models, texts, args.batch, args.length)
     if args.json:

@@ -74,4 +74,6 @@ def test_a_hub_that_answers_is_asked_for_the_model(unreachable, monkeypatch):
     assert check_source("nobody/none", "teacher") == "nobody/none"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(type(get_session()), "head", lambda *args, **kwargs: pytest.fail("asked"))
-    assert check_source("nobody/none", "teacher") == "nobody/none"
+    assert "models--some--model" in check_source("some/model", "teacher")
+    with pytest.raises(VocabdistilError, match="teacher: cannot load nobody/none: .* must not be asked"):
+        check_source("nobody/none", "teacher")

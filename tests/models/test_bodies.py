@@ -12,14 +12,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, T5EncoderModel
 from tests.models.tiny_teachers import KINDS, LAYERS, POSITIONS, WITH_HEAD, texts, tiny_teacher
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.models.architectures import layer_kinds
-from vocabdistil.models.bodies import (
-    attention_period,
-    build_body,
-    check_body,
-    choose_layers,
-    keep_layers,
-    parse_keep_layers,
-)
+from vocabdistil.models.bodies import build_body, check_body
+from vocabdistil.models.shapes import attention_period, choose_layers, keep_layers, parse_keep_layers
 from vocabdistil.models.teachers import Teacher, load_teacher
 
 # So many of 22 layers cannot end with the 22nd if the first and then every n-th attend to all tokens.
@@ -115,7 +109,7 @@ def layers_of(model: torch.nn.Module, teacher: Teacher) -> torch.nn.ModuleList:
 @pytest.mark.parametrize("name", KINDS)
 def test_the_layers_kept_are_the_teacher_s(name, tmp_path):
     teacher = load_teacher(tiny_teacher(name))
-    keep = keep_layers(teacher, 3)
+    keep = keep_layers(teacher.model.config, 3)
     body = build_body(teacher, torch.clone, teacher.tokenizer, keep)
     assert keep[-1] == teacher.num_layers - 1 and body.config.num_hidden_layers == 3
     ours, theirs = layers_of(body, teacher), layers_of(teacher.whole, teacher)
@@ -156,7 +150,7 @@ def test_what_a_layer_attends_to_stays(name, tmp_path):
     kinds = layer_kinds(teacher.model.config)
     assert kinds == ["full_attention" if i % 3 == 0 else "sliding_attention" for i in range(7)]
     for layers in (1, 3, 4, 7):
-        keep = keep_layers(teacher, layers)
+        keep = keep_layers(teacher.model.config, layers)
         body = build_body(teacher, torch.clone, teacher.tokenizer, keep)
         assert layer_kinds(body.config) == [kinds[i] for i in keep] and keep[-1] == 6
         body.save_pretrained(tmp_path / str(layers))
@@ -261,5 +255,5 @@ def test_a_body_that_cannot_be_is_one_line():
         with pytest.raises(VocabdistilError, match="keep_layers: expected ascending layers from 0 to 3, got"):
             check_body(roberta, keep)
     with pytest.raises(VocabdistilError, match="keep_layers: expected no layers besides it"):
-        keep_layers(roberta, 2, "0,3")
-    assert keep_layers(roberta) == [0, 1, 2, 3]
+        keep_layers(roberta.model.config, 2, "0,3")
+    assert keep_layers(roberta.model.config) == [0, 1, 2, 3]

@@ -10,8 +10,9 @@ from tests._wordpiece import small_text
 from tests.models.test_bodies import all_equal, batch_of, computed, shuffled
 from tests.models.tiny_teachers import KINDS, LAYERS, tiny_teacher
 from vocabdistil.core.errors import VocabdistilError
-from vocabdistil.models.bodies import build_body, keep_layers
-from vocabdistil.models.shrinking import Shape, narrow_shape, shrink
+from vocabdistil.models.bodies import build_body
+from vocabdistil.models.shapes import Shape, keep_layers, narrow_shape
+from vocabdistil.models.shrinking import shrink
 from vocabdistil.models.teachers import Teacher, load_teacher
 
 FITTED = ["bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"]
@@ -49,7 +50,7 @@ def test_a_fitted_layer_stands_in_for_those_left_out(name):
 def test_narrower_layers(name, head, tmp_path):
     teacher = load_teacher(tiny_teacher(name, head))
     small = shrink(teacher, range(LAYERS), TEXTS, dim=12)
-    assert narrow_shape(small.teacher) == Shape(12, 2, 24) and small.teacher.num_layers == LAYERS
+    assert narrow_shape(small.teacher.model.config) == Shape(12, 2, 24) and small.teacher.num_layers == LAYERS
     assert small.weight.shape == (16, 12) and small.bias.shape == (16,) and len(small.coordinates) == 12
     assert (small.teacher.masked_lm is not None) == head
     assert distance(small.teacher.model, small, teacher) < 0.9
@@ -79,12 +80,12 @@ def test_as_wide_and_as_deep_is_nearly_the_teacher():
 @pytest.mark.parametrize("name", sorted(set(KINDS) - set(FITTED)))
 def test_layers_without_a_rule_are_copied(name):
     teacher = load_teacher(tiny_teacher(name))
-    keep = keep_layers(teacher, 3)
+    keep = keep_layers(teacher.model.config, 3)
     small = shrink(teacher, keep, TEXTS)
     copied = build_body(teacher, torch.clone, teacher.tokenizer, keep)
     batch = batch_of(teacher)
     assert all_equal(computed(small.teacher.whole, batch), computed(copied, batch)) and small.explained == []
-    assert narrow_shape(teacher, dim=16) == narrow_shape(teacher)
+    assert narrow_shape(teacher.model.config, dim=16) == narrow_shape(teacher.model.config)
     with pytest.raises(VocabdistilError, match="dim: expected the teacher's width, heads and .*narrower, got 12"):
         shrink(teacher, keep, TEXTS, dim=12)
 
@@ -106,9 +107,9 @@ def test_shapes_that_cannot_be(options, error):
 
 def test_shapes_and_text():
     teacher = load_teacher(tiny_teacher("bert"))
-    assert narrow_shape(teacher) == (16, 2, 32) and narrow_shape(teacher, 9) == (9, 1, 18)
-    assert narrow_shape(teacher, 8, ffn=5) == (8, 2, 5)
+    assert narrow_shape(teacher.model.config) == (16, 2, 32) and narrow_shape(teacher.model.config, 9) == (9, 1, 18)
+    assert narrow_shape(teacher.model.config, 8, ffn=5) == (8, 2, 5)
     with pytest.raises(VocabdistilError, match="text: expected some text to fit the student to, got none"):
         shrink(teacher, [0], [])
     with pytest.raises(VocabdistilError, match="heads: expected 2, the teacher's, as each .* distances, got 1"):
-        narrow_shape(load_teacher(tiny_teacher("mpnet")), 8, heads=1)
+        narrow_shape(load_teacher(tiny_teacher("mpnet")).model.config, 8, heads=1)

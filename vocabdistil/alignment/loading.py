@@ -12,10 +12,21 @@ from ..core.errors import VocabdistilError, need_place, spell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LOADING_ERRORS", "cannot_load", "check_source", "first_line", "load_tokenizer", "tokenizer_of"]
+__all__ = [
+    "LOADING_ERRORS",
+    "cannot_load",
+    "check_source",
+    "first_line",
+    "load_tokenizer",
+    "look_at_tokenizer",
+    "tokenizer_of",
+]
 
 # What files make transformers, tokenizers and safetensors raise is of no common kind but this.
 LOADING_ERRORS = Exception
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
+# Some tokenizers can be loaded, but can do nothing, or nothing with what they do not know.
+_TRIED = "a ꙮ"
 # Seconds to wait for the hub.
 _PATIENCE = 5
 
@@ -45,18 +56,18 @@ def _named(name: str, argument: str) -> str:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE:  # nobody will ask
-        return name
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-        return name  # whatever it answered
-    except Exception:  # of whichever library for HTTP this version of huggingface_hub has
-        pass
+    asked = "must not be asked (HF_HUB_OFFLINE)"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            return name  # whatever it answered
+        except Exception:  # of whichever library for HTTP this version of huggingface_hub has
+            asked = "cannot be reached"
     try:
         return snapshot_download(name, local_files_only=True)
     except (OSError, ValueError):
         places = f"no such folder, not in the local cache ({constants.HF_HUB_CACHE})"
-        problem = f"cannot load {name}: {places}, and {constants.ENDPOINT} cannot be reached"
+        problem = f"cannot load {name}: {places}, and {constants.ENDPOINT} {asked}"
         raise VocabdistilError.of(argument, problem) from None
 
 
@@ -72,6 +83,35 @@ def cannot_load(what: str, name: str, argument: str, error: BaseException) -> Vo
     return VocabdistilError.of(argument, f"cannot load {what} from {name}: {first_line(error)}")
 
 
+def _need_files(source: str, argument: str) -> None:
+    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _FILES):
+        raise VocabdistilError.of(argument, f"no tokenizer in {source}")
+
+
+def look_at_tokenizer(source: str | os.PathLike, argument: str) -> Any:
+    """Finds out what can be told of a tokenizer before ``transformers``, which takes seconds to import, loads it.
+
+    Returns:
+        The ``tokenizers.Tokenizer`` of a folder's ``tokenizer.json``; None where there is no such file.
+
+    Raises:
+        VocabdistilError: no such folder, no tokenizer in it, or one that cannot be read.
+    """
+    source = check_source(source, argument)
+    _need_files(source, argument)
+    file = Path(source) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.encode(_TRIED)
+    except LOADING_ERRORS as error:
+        raise cannot_load("a tokenizer", source, argument, error) from None
+    return tokenizer
+
+
 def load_tokenizer(
     source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -82,17 +122,13 @@ def load_tokenizer(
             ``trust_remote_code`` does not allow to run.
     """
     source = check_source(source, argument)
-    if Path(source).is_dir():
-        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "vocab.json")
-        if not any((Path(source) / name).exists() for name in files):
-            raise VocabdistilError.of(argument, f"no tokenizer in {source}")
+    _need_files(source, argument)
     from transformers import AutoTokenizer  # takes a while to import, and who brings tokenizers does not need it
 
     try:
         # False rather than the default: that asks a question at the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
-        # Some that can be loaded can do nothing, or nothing with what they do not know.
-        tokenizer("a ꙮ")
+        tokenizer(_TRIED)
         tokenizer.model_max_length = int(tokenizer.model_max_length)
     except LOADING_ERRORS as error:
         raise cannot_load("a tokenizer", source, argument, error) from None

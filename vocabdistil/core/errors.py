@@ -16,6 +16,7 @@ __all__ = [
     "VocabdistilError",
     "is_real",
     "need",
+    "need_file",
     "need_place",
     "need_text",
     "need_whole",
@@ -129,6 +130,14 @@ def need_writable(value: Any, name: str, expected: str) -> None:
     place = Path(value)
     fine = place.parent.is_dir() and (place.is_file() or not place.exists())
     need(fine, name, f"{expected}, in a folder", value)
+
+
+def need_file(value: Any, name: str, expected: str) -> None:
+    """Raises unless ``value`` is the name of a file that is there."""
+    need_place(value, name, expected)
+    file = Path(value)
+    if not file.is_file():
+        raise VocabdistilError.of(name, f"{'not a file' if file.exists() else 'no such file'}: {file}")
 
 
 def need_place(value: Any, name: str, expected: str) -> None:

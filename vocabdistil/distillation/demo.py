@@ -10,7 +10,8 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError
 from ..core.files import told, whole_file
 from ..models.presets import Preset
-from .job import DistillResult, distill
+from .folder import DistillResult
+from .job import distill
 from .options import DemoOptions, DistillConfig
 from .pretraining import train_teacher
 

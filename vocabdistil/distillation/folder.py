@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from .run_folder import RunFolder
 from .student import Source, Student
 from .text import files_of
 
-__all__ = ["write_student"]
+__all__ = ["DistillResult", "write_student"]
+
+
+@dataclass
+class DistillResult:
+    """What a job made: the student's folder and the contents of its ``metrics.json``."""
+
+    path: Path
+    metrics: dict[str, Any]
 
 
 def write_student(

@@ -31,7 +31,7 @@ from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.tasks import Pairs, pairs_score, read_pairs
 from ..evaluation.timing import compare_models
-from ..models.bodies import keep_layers
+from ..models.shapes import keep_layers
 from ..models.start import plan_start
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
@@ -40,7 +40,7 @@ from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, to_device
 from .calibration import calibrate
 from .checkups import Checkups
-from .folder import write_student
+from .folder import DistillResult, write_student
 from .held_out import evaluate, held_out_loss
 from .mixing import SHARES, best_share, kept_share, mix, with_words_left_out
 from .model import DistillModel
@@ -49,13 +49,11 @@ from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
 from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
-from .runs import fit, seconds_per_step, training_arguments
-from .student import Source, Student, kept_layers, load_sources, load_student, make_student, make_vocabulary
+from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
 from .teacher_cache import TeacherCache
 from .text import TextSplit, split_text
-from .trainer import DistillTrainer
 
-__all__ = ["MOST_HELD_OUT", "DistillResult", "Interrupted", "distill"]
+__all__ = ["MOST_HELD_OUT", "Interrupted", "distill"]
 
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
@@ -66,14 +64,6 @@ _CALIBRATION_TEXTS = 128
 # What layers are fitted to: four times what trim takes, which has no minutes to spend.
 _FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
 _DIVERGED = "the training diverged, the student's losses are not finite; try a smaller one"
-
-
-@dataclass
-class DistillResult:
-    """What a job made: the student's folder and the contents of its ``metrics.json``."""
-
-    path: Path
-    metrics: dict[str, Any]
 
 
 def distill(config: DistillConfig | None = None, **options: Any) -> DistillResult:
@@ -233,7 +223,7 @@ class _Run:
         need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
         kept: list[int] = []
         if config.shape is None and config.student is None:
-            kept = kept_layers(config, first, max(1, first.num_layers // 2))
+            kept = config.kept_layers(first.model.config, max(1, first.num_layers // 2))
         elif config.layer_map == "kept":
             raise VocabdistilError.of("layer_map", "kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
@@ -477,7 +467,7 @@ class _Run:
         if source.teacher.architecture is not None:
             small = student.as_teacher()
             if not student.kept_layers or student.projection is not None:
-                kept = keep_layers(source.teacher, layers)
+                kept = keep_layers(source.teacher.model.config, layers)
                 texts = self.sample(_FITTED_TEXTS)
                 small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
             found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.model.parameters()))
@@ -520,11 +510,16 @@ class _Run:
             return training.objective.loss(training.model, rows, self.config.seed, forward)[0]
 
         training.model.train()
+        from .runs import seconds_per_step  # brings transformers' trainer, which takes a while to import
+
         with torch.random.fork_rng():
             return seconds_per_step(loss_of, training.model, batches, 20.0 if exact else 5.0)
 
     def fit(self, student: Student, training: _Training, steps: int) -> _Fitted:
         """Trains, and gives the student the weights of its best checkpoint."""
+        from .runs import fit, training_arguments
+        from .trainer import DistillTrainer
+
         config, lr = self.config, self.config.lr or self.rate(student)
         checkpoint = last_checkpoint(self.partial) if config.resume else None
         checkups = Checkups(

@@ -11,12 +11,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ..alignment.loading import check_source
+from ..alignment.loading import look_at_tokenizer
 from ..core import options as kinds
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_text, need_whole, need_writable, spell
 from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
+from ..models.folders import look_at_model
 from ..models.presets import PRESETS, Preset
+from ..models.shapes import check_layers, keep_layers, narrow_shape
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
 from .run_folder import check_out
 from .text import GivenTexts, TextFiles, TextSource, open_text
@@ -202,6 +204,9 @@ class StudentOptions:
         _check_reading(self)
         alone = self.family is None or self.vocabulary == "train"
         need(alone, "family", f"none without {spell('vocabulary', 'train')}", self.family)
+        if self.vocabulary not in ("train", "trim", None):
+            asked = spell("vocabulary", os.fspath(self.vocabulary))
+            need(self.vocab_size is None, "vocab_size", f"nothing beside {asked}", self.vocab_size)
         for name in ("dim", "heads", "ffn"):
             value = getattr(self, name)
             fitted = self.fit or value is None
@@ -226,11 +231,38 @@ class StudentOptions:
             VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
         text = open_text(self.text, self.unit, once)
-        check_out(Path(self.out), self.overwrite, self.inputs(text))
-        for name, sources in self.sources().items():
-            for source in sources:
-                check_source(source, name)
+        check_out(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
+        if isinstance(text, TextFiles):
+            text.look()
+        models = self.sources()
+        for source in models.pop("vocabulary"):
+            look_at_tokenizer(source, "vocabulary")
+        found = {
+            name: [look_at_model(source, name, self.trust_remote_code) for source in sources]
+            for name, sources in models.items()
+        }
+        body = (self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
+        if found["teacher"][0] is not None and any(value is not None for value in body):
+            self.kept_layers(found["teacher"][0])
         return text
+
+    def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
+        """Which of the teacher's layers the student keeps.
+
+        Args:
+            teacher: its configuration.
+            default: how many, if nothing was said; None: all.
+
+        Raises:
+            VocabdistilError: the teacher has no such layers, or its architecture cannot take such a body.
+        """
+        if self.keep_layers is None:
+            kept = keep_layers(teacher, self.layers or default)
+        else:
+            kept = keep_layers(teacher, named=self.keep_layers)
+        check_layers(teacher, kept)
+        narrow_shape(teacher, self.dim, self.heads, self.ffn)
+        return kept
 
     def sources(self) -> dict[str, list[str]]:
         """The models and tokenizers that the run loads, by the options that name them."""
@@ -512,7 +544,8 @@ class TeacherConfig:
     def look(self) -> TextFiles:
         """As :meth:`StudentOptions.look`."""
         text = TextFiles(self.text, self.unit)
-        check_out(Path(self.out), self.overwrite, self.text)
+        check_out(Path(self.out), self.overwrite, self.text, self.resume)
+        text.look()
         return text
 
     def identity(self) -> dict[str, Any]:
@@ -587,9 +620,9 @@ class CoverageOptions:
     def look(self) -> None:
         """As :meth:`StudentOptions.look`."""
         if self.text:
-            TextFiles(self.text, self.unit)
-        check_source(self.teacher, "teacher")
+            TextFiles(self.text, self.unit).look()
+        look_at_tokenizer(self.teacher, "teacher")
         if self.student is not None:
-            check_source(self.student, "student")
+            look_at_tokenizer(self.student, "student")
         elif self.vocabulary not in ("train", "trim"):
-            check_source(self.vocabulary, "vocabulary")
+            look_at_tokenizer(self.vocabulary, "vocabulary")

@@ -85,12 +85,13 @@ def _partial(out: Path) -> Path:
     return Path(f"{out}.partial")
 
 
-def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bool | None = None) -> None:
     """Raises unless a run may write ``out``: nothing is there, or with ``overwrite`` what a run wrote, or an empty
-    folder.
+    folder; and where it would be while it lasts is a run or nothing.
 
     Args:
         inputs: the files and folders that the run reads, which must stay.
+        resume: there must be a run to go on with.
     """
     for name in inputs:
         path = Path(os.path.realpath(name))
@@ -101,6 +102,15 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = ()) -> None:
     # These cannot be renamed, and a link would be replaced instead of what it leads to.
     need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {os.path.realpath(out)}")
     need(not os.path.ismount(out), "out", "a folder that can be replaced", f"{out}, where something is mounted")
+    path = _partial(out)
+    if os.path.lexists(path):
+        if not _is_run(path):
+            raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")
+    elif resume:
+        raise VocabdistilError.of("resume", f"no interrupted run at {path}")
+    above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise VocabdistilError.of("out", f"cannot make {out}: {above} is not a folder")
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -146,13 +156,9 @@ class RunFolder:
                 was neither to be resumed nor overwritten, or the run to resume is another one.
         """
         out = Path(out)
-        check_out(out, overwrite)
+        check_out(out, overwrite, resume=resume)
         path = _partial(out)
         fresh = not os.path.lexists(path)
-        if not fresh and not _is_run(path):
-            raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")
-        if resume and fresh:
-            raise VocabdistilError.of("resume", f"no interrupted run at {path}")
         self = cls(out, path, {}, False, FileLock(str(path / _LOCK)))
         identity = json.loads(json.dumps(identity))
         if not fresh and not (path / _LOCK).exists():

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..alignment.spans import TEXT_POOLINGS
 from ..core.errors import need
 from ..models.architectures import architecture_of
-from ..models.bodies import build_body, check_body, keep_layers
+from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
-from ..models.shrinking import TOKENS, narrow_shape, shrink
+from ..models.shrinking import TOKENS, shrink
 from ..models.start import plan_start
 from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
@@ -27,7 +27,6 @@ from .options import VOCAB_SIZE, StudentOptions
 __all__ = [
     "Source",
     "Student",
-    "kept_layers",
     "known_prompts",
     "load_sources",
     "load_student",
@@ -135,24 +134,6 @@ def load_sources(options: StudentOptions) -> list[Source]:
     prompts = sorted({source.teacher.prompt for source in sources})
     need(len(prompts) == 1, "prompt", "one, as the teachers' folders say different ones", prompts)
     return sources
-
-
-def kept_layers(options: StudentOptions, teacher: Teacher, default: int) -> list[int]:
-    """Which of the teacher's layers the student keeps.
-
-    Args:
-        default: how many, if nothing was said.
-
-    Raises:
-        VocabdistilError: the teacher has no such layers, or its architecture cannot take such a body.
-    """
-    if options.keep_layers is None:
-        kept = keep_layers(teacher, options.layers or default)
-    else:
-        kept = keep_layers(teacher, named=options.keep_layers)
-    check_body(teacher, kept)
-    narrow_shape(teacher, options.dim, options.heads, options.ffn)
-    return kept
 
 
 def make_vocabulary(

@@ -58,12 +58,20 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
-            found = False
-            for example in self._examples(path):
-                found = True
-                yield example
-            if not found:
-                raise VocabdistilError.of("text", f"{path} is empty")
+            found = None
+            for found in self._examples(path):
+                yield found
+            self._need_some(found, path)
+
+    def look(self) -> None:
+        """Raises VocabdistilError for a file that is empty or begins with what is no text, without reading all."""
+        for path in self.paths:
+            self._need_some(next(self._examples(path), None), path)
+
+    @staticmethod
+    def _need_some(found: str | None, path: Path) -> None:
+        if found is None:
+            raise VocabdistilError.of("text", f"{path} is empty")
 
     def _examples(self, path: Path) -> Iterator[str]:
         if self.unit == "line":

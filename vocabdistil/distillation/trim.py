@@ -19,11 +19,10 @@ from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
 from ..models.start import plan_start
 from ..models.vocabularies import Vocabulary
-from .folder import write_student
-from .job import DistillResult
+from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
-from .student import Source, Student, kept_layers, load_sources, make_student, make_vocabulary
+from .student import Source, Student, load_sources, make_student, make_vocabulary
 from .text import Prefixed, Sample
 
 __all__ = ["trim"]
@@ -56,7 +55,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     config = configured(TrimConfig, config, options)
     text = config.look(once=True)
     (source,) = load_sources(config)
-    layers = kept_layers(config, source.teacher, source.teacher.num_layers)
+    layers = config.kept_layers(source.teacher.model.config)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
         return _run(config, source, layers, text, folder)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from ..alignment.loading import check_source
 from ..core import options as kinds
-from ..core.errors import need, need_whole, spell
+from ..core.errors import need, need_file, need_whole, spell
 from ..core.options import Files, Option, Place, Whole, check_options, names_of
+from ..models.folders import look_at_model
 from .chart import check_chart
 
 __all__ = ["BenchOptions", "EvaluateOptions", "LoyaltyOptions", "TimeBatch", "TimeLength", "check_timing"]
@@ -64,8 +64,11 @@ class EvaluateOptions:
 
     def look(self) -> None:
         """Looks at folders by their names, before anything is loaded, which takes longer."""
+        for name, files in (("pairs", self.pairs), ("labels", self.labels)):
+            for file in names_of(files):
+                need_file(file, name, "a CSV file")
         for name in self.models:
-            check_source(name, "models")
+            look_at_model(name, "models", self.trust_remote_code)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class LoyaltyOptions:
         """As :meth:`EvaluateOptions.look`."""
         for name, sources in (("teacher", [self.teacher]), ("student", self.student)):
             for source in sources:
-                check_source(source, name)
+                look_at_model(source, name)
 
 
 @dataclass
@@ -110,4 +113,4 @@ class BenchOptions:
     def look(self) -> None:
         """As :meth:`EvaluateOptions.look`."""
         for name in self.models:
-            check_source(name, "models")
+            look_at_model(name, "models")

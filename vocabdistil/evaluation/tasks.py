@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import VocabdistilError, need_place, spell
+from ..core.errors import VocabdistilError, need_file, spell
 from ..core.names import display_names
 from ..core.progress import counting
 from ..models.sentence import SentenceSettings
@@ -81,10 +81,8 @@ def _csv_rows(path: str | os.PathLike, argument: str, columns: Sequence[str]) ->
     Raises:
         VocabdistilError: no such file, no UTF-8, no CSV, or a row with another number of columns.
     """
-    need_place(path, argument, "a CSV file")
+    need_file(path, argument, "a CSV file")
     file = Path(path)
-    if not file.is_file():
-        raise VocabdistilError.of(argument, f"{'not a file' if file.exists() else 'no such file'}: {file}")
     try:
         data = file.read_bytes()
         text = data.decode("utf-8-sig")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["ARCHITECTURES", "Architecture", "Fields", "LayerParts", "architecture_of", "first_position", "layer_kinds"]
 
@@ -52,6 +53,7 @@ class Architecture:
         shared: all layers are one set of weights, so that a layer more costs nothing.
         first_norm: a LayerNorm that the first layer lacks, and the product that reads it in the others.
         body: the class to load where AutoModel takes another.
+        biased_heads: each head has a bias of its own for distances, so that there must be as many.
     """
 
     layers: str = "encoder.layer"
@@ -69,6 +71,7 @@ class Architecture:
     shared: bool = False
     first_norm: tuple[str, str] | None = None
     body: str = ""
+    biased_heads: bool = False
 
     def part_of_embeddings(self, body: nn.Module, name: str) -> nn.Module | None:
         """``positions``, ``types`` or ``norm`` of a model, None where it has none."""
@@ -140,6 +143,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": replace(
         _ROBERTA,
         pad_id=1,
+        biased_heads=True,
         types="",
         parts=_BERT_PARTS._replace(
             query="attention.attn.q",

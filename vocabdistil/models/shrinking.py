@@ -22,9 +22,10 @@ from transformers.activations import ACT2FN
 from ..core.errors import need
 from .architectures import Architecture, LayerParts, architecture_of
 from .bodies import build_body, check_body
+from .shapes import Shape, narrow_shape, shape_of
 from .teachers import Teacher, model_inputs
 
-__all__ = ["Shape", "Shrunk", "narrow_shape", "shrink"]
+__all__ = ["Shrunk", "shrink"]
 
 # Tokens to fit on: for all-MiniLM-L6-v2 cut to 3 layers of 264, Spearman on STS-B dev is 0.836 with a third as many
 # and 0.846 with three times as many.
@@ -34,14 +35,6 @@ _BATCH = 64
 # stays as in the teacher, else it goes to 0. On MiniLM's layers 0, 2 and 5, STS-B dev is 0.851 with 128 texts and 0.855
 # with 2,048; without the teacher's weights to hold on to, and 1e-4, it is 0.824 and 0.854; copied, 0.820.
 _HOLD, _RIDGE = 1e-1, 1e-2
-
-
-class Shape(NamedTuple):
-    """Hidden width, attention heads and width of the feed-forward layer."""
-
-    dim: int
-    heads: int
-    ffn: int
 
 
 @dataclass
@@ -61,41 +54,6 @@ class Shrunk:
     weight: Tensor
     bias: Tensor
     explained: list[float]
-
-
-def _shape_of(teacher: Teacher) -> Shape:
-    fields = architecture_of(teacher.model.config).fields
-    return Shape(*(getattr(teacher.model.config, name) for name in (fields.dim, fields.heads, fields.ffn)))
-
-
-def narrow_shape(
-    teacher: Teacher, dim: int | None = None, heads: int | None = None, ffn: int | None = None
-) -> Shape:
-    """The shape of a student's layers: what is asked for, and in proportion to the teacher's what is not.
-
-    Heads that nobody asked for are as many as the teacher has, or the most below that which divide the width.
-
-    Raises:
-        VocabdistilError: a number that the teacher does not have room for, heads that do not divide the width, or an
-            architecture without a rule for narrower layers.
-    """
-    whole = _shape_of(teacher)
-    if all(value in (None, own) for value, own in zip((dim, heads, ffn), whole, strict=True)):
-        return whole
-    row, config = architecture_of(teacher.model.config), teacher.model.config
-    option = "dim" if dim is not None else "heads" if heads is not None else "ffn"
-    expected = f"the teacher's width, heads and feed-forward width: no rule makes {config.model_type} narrower"
-    need(row.parts is not None and not row.shared, option, expected, (dim, heads, ffn)[Shape._fields.index(option)])
-    for name, value, most in zip(Shape._fields, (dim, heads, ffn), whole, strict=True):
-        need(value is None or 1 <= value <= most, name, f"a number from 1 to {most}, the teacher's", value)
-    width = whole.dim if dim is None else dim
-    if heads is None:
-        heads = next(n for n in range(whole.heads, 0, -1) if width % n == 0)
-    need(width % heads == 0, "heads", f"a number that divides the width {width}", heads)
-    biased = hasattr(getattr(teacher.model, "encoder", None), "relative_attention_bias")
-    expected = f"{whole.heads}, the teacher's, as each of its heads has a bias of its own for distances"
-    need(not biased or heads == whole.heads, "heads", expected, heads)
-    return Shape(width, heads, max(1, round(whole.ffn * width / whole.dim)) if ffn is None else ffn)
 
 
 class _Batch(NamedTuple):
@@ -416,7 +374,7 @@ def _fitted(
     teacher: Teacher, copied: PreTrainedModel, keep: Sequence[int], shape: Shape, batches: Sequence[_Batch]
 ) -> tuple[PreTrainedModel, Tensor, list[float]]:
     """The smaller model, its coordinates, and how much of the teacher's variance each layer explains."""
-    row, body, whole = architecture_of(teacher.model.config), teacher.model, _shape_of(teacher)
+    row, body, whole = architecture_of(teacher.model.config), teacher.model, shape_of(teacher.model.config)
     student, coordinates = copied, torch.arange(whole.dim)
     if shape != whole:
         coordinates = _loud_coordinates(teacher, batches, keep, shape.dim)
@@ -477,9 +435,9 @@ def shrink(
     copied.
 
     Args:
-        keep: the teacher's layers that stay, as :func:`keep_layers` gives them.
+        keep: the teacher's layers that stay, as :func:`vocabdistil.models.shapes.keep_layers` gives them.
         texts: what the student will read is of their kind, prompts included.
-        dim, heads, ffn: see :func:`narrow_shape`.
+        dim, heads, ffn: see :func:`vocabdistil.models.shapes.narrow_shape`.
         max_length: tokens of a text that are read.
         tokens: how many are read in all, from the first text on: the more, the better the layers fit other text.
 
@@ -491,8 +449,8 @@ def shrink(
         VocabdistilError: no such layers, or a shape that the architecture cannot take.
     """
     check_body(teacher, keep)
-    row, whole = architecture_of(teacher.model.config), _shape_of(teacher)
-    shape, keep = narrow_shape(teacher, dim, heads, ffn), list(keep)
+    row, whole = architecture_of(teacher.model.config), shape_of(teacher.model.config)
+    shape, keep = narrow_shape(teacher.model.config, dim, heads, ffn), list(keep)
     if shape == whole and len(keep) == teacher.num_layers:
         return Shrunk(teacher, torch.arange(whole.dim), torch.eye(whole.dim), torch.zeros(whole.dim), [])
     batches = _batches(teacher, texts, min(max_length, teacher.max_positions), tokens)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import ARCHITECTURES, Architecture, first_position
-from .bodies import choose_layers
 from .presets import PRESETS, Preset
+from .shapes import choose_layers
 from .teachers import Teacher
 
 __all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes"]

@@ -24,7 +24,8 @@ from transformers.activations import ACT2FN
 
 from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, first_line, load_tokenizer
 from ..core.errors import VocabdistilError
-from .architectures import ARCHITECTURES, Architecture, architecture_of, first_position
+from .architectures import Architecture, architecture_of, first_position
+from .folders import unknown_architecture
 
 __all__ = [
     "Reading",
@@ -360,8 +361,7 @@ def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
         raise cannot_load("a model", source, argument, error) from None
     custom = bool(getattr(config, "auto_map", None))
     if architecture_of(config) is None and not (custom and trust_remote_code):
-        expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
-        raise VocabdistilError.of(argument, f"{source} has model_type {config.model_type!r}; {expected}")
+        raise unknown_architecture(source, config.model_type, argument)
     return config
 
 

@@ -1,0 +1,94 @@
+"""What can be told of a model's folder without loading it, which takes seconds: before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors import safe_open
+
+from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer
+from ..core.errors import VocabdistilError
+from .architectures import ARCHITECTURES
+
+__all__ = ["look_at_model", "unknown_architecture"]
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def unknown_architecture(name: str, model_type: str, argument: str) -> VocabdistilError:
+    """The error for a model that is in no row of the table."""
+    expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
+    return VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
+
+
+def look_at_model(
+    source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False
+) -> SimpleNamespace | None:
+    """Finds out what can be told of a model before it is loaded.
+
+    Returns:
+        Its configuration, as far as the file has it; None where only loading tells: of a model that is on the Hub, that
+        brings code of its own, or whose file leaves out the shape.
+
+    Raises:
+        VocabdistilError: no such folder, no tokenizer or none that can be read, no encoder of a known architecture, no
+            weights, files of them that are cut, or a tokenizer with ids beyond the embeddings.
+    """
+    name, folder = os.fspath(source), Path(check_source(source, argument))
+    folder = _transformer_folder(folder) if folder.is_dir() else None
+    if folder is None:
+        return None
+    tokenizer = look_at_tokenizer(folder, argument)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"config.json: expected an object, got {settings!r:.80}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise cannot_load("a model", name, argument, error) from None
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or settings.get("auto_map") and (trust_remote_code or kind not in ARCHITECTURES):
+        return None
+    if kind not in ARCHITECTURES:
+        raise unknown_architecture(name, kind, argument)
+    _look_at_weights(folder, name, argument)
+    rows, largest = settings.get("vocab_size"), max(tokenizer.get_vocab().values()) if tokenizer is not None else -1
+    if isinstance(rows, int) and largest >= rows:
+        problem = f"the tokenizer of {name} has ids up to {largest}, its model {rows} embeddings"
+        raise VocabdistilError.of(argument, problem)
+    whole = all(isinstance(settings.get(field), int) for field in ARCHITECTURES[kind].fields)
+    return SimpleNamespace(**settings) if whole else None
+
+
+def _transformer_folder(folder: Path) -> Path | None:
+    """Where the transformer of a sentence-transformers folder is, or the folder itself; None if that cannot be told."""
+    try:
+        return folder / json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]["path"]
+    except FileNotFoundError:
+        return folder
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # who reads all of it says what is wrong
+        return None
+
+
+def _look_at_weights(folder: Path, name: str, argument: str) -> None:
+    """That there are some, and that no file is cut."""
+    found = [file for file in _WEIGHTS if (folder / file).exists()]
+    if not found:
+        raise VocabdistilError.of(argument, f"cannot load a model from {name}: no {_ONE} or {_WEIGHTS[2]}")
+    try:
+        for file in _shards(folder, found[0]):
+            with safe_open(folder / file, framework="np"):
+                pass
+    except LOADING_ERRORS as error:
+        raise cannot_load("a model", name, argument, error) from None
+
+
+def _shards(folder: Path, first: str) -> list[str]:
+    if first == _INDEX:
+        listed: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return sorted(set(listed.values()))
+    return [_ONE] if first == _ONE else []

@@ -53,6 +53,25 @@ assert all(torch.equal(a, b) for a, b in zip(want, work(), strict=True))
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
+# Where somebody asked for parallel tokenizers, as the command line does.
+TOKENIZERS = """
+import os, sys
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+import vocabdistil as vd
+from tests.models.tiny_teachers import texts, tiny_teacher
+
+def work():
+    return vd.align(texts() * 20, tiny_teacher("bert"), tiny_teacher("roberta")).pairs
+
+want = work()
+child = os.fork()
+if child == 0:
+    os._exit(0 if len(work()) == len(want) else 3)
+_, status = os.waitpid(child, 0)
+assert len(work()) == len(want) and os.environ["TOKENIZERS_PARALLELISM"] == "true"
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
 NATIVE_ALONE = """
 import os, sys
 import torch
@@ -73,7 +92,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize("program", [PROGRAM, NATIVE_ALONE], ids=["all", "native"])
+@pytest.mark.parametrize("program", [PROGRAM, NATIVE_ALONE, TOKENIZERS], ids=["all", "native", "tokenizers"])
 def test_a_forked_child_computes_the_same(program: str) -> None:
     # Files and no pipes: a child that hangs would hold those open.
     with tempfile.TemporaryFile() as told:

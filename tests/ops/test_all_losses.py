@@ -91,6 +91,16 @@ def test_a_penalty_on_the_gradient_is_refused_and_not_dropped(name, upstream):
     assert torch.equal(again, grad.detach())
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused_and_not_zero(name):
+    student, teacher, pairs = inputs(torch.float64, torch.float64)
+    (grad,) = torch.autograd.grad(LOSSES[name](student, teacher, pairs), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(grad.pow(2).sum(), student, allow_unused=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.functional.hvp(lambda x: LOSSES[name](x, teacher, pairs), student.detach(), grad.detach())
+
+
 @pytest.mark.parametrize("name", ["kl", "projected", "matched_kl", "linear_matched_kl"])
 def test_the_reference_has_second_derivatives(name):
     student, teacher, pairs = inputs(torch.float64, torch.float64, count=3)

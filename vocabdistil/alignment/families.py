@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,16 @@ __all__ = [
     "read_tokenizer",
     "template_ends",
 ]
+
+if hasattr(os, "register_at_fork"):
+
+    def _one_thread() -> None:
+        """A forked child has none of its parent's threads; where parallel work was asked for, ``tokenizers`` would wait
+        for them."""
+        if "TOKENIZERS_PARALLELISM" in os.environ:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    os.register_at_fork(after_in_child=_one_thread)
 
 # Of a token that has several (GPT-2's <|endoftext|> is eos, bos and unk) the first that the other side has counts.
 ROLES = ("eos", "sep", "bos", "cls", "mask", "pad", "unk")

@@ -26,15 +26,29 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         found = [g.detach().requires_grad_() for g in gradients if g is not None]
-        told = torch._C._functions.DelayedError(
-            "vocabdistil: the gradient of this loss has no gradient of its own (a gradient penalty, a second "
-            "derivative); backend='reference' has one",
-            len(found),
-        )(*found)
-        told = iter(told if isinstance(told, tuple) else (told,))
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:  # a checkpoint gives them once
+            saved = ()
+        told = iter(_Last.apply(len(found), *found, *upstream, *(x for x in saved if x is not None)))
         return tuple(None if g is None else next(told) for g in gradients)
 
     return first_only
+
+
+class _Last(torch.autograd.Function):
+    """Gradients, and what they depend on: who goes back from them to any of it is told that there is no way."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError(
+            "vocabdistil: the gradient of this loss has no gradient of its own (a gradient penalty, a second "
+            "derivative); backend='reference' has one"
+        )
 
 
 def formed_early(reduce: bool, *inputs: Tensor) -> bool:

@@ -22,13 +22,13 @@ class _Similarity(torch.autograd.Function):
         with torch.autocast(student.device.type, enabled=False):
             difference = (student @ student.t()).addmm_(teacher, teacher.t(), alpha=-1)
             if ctx.needs_input_grad[0]:
-                ctx.save_for_backward((difference @ student).mul_(4 * each))
+                ctx.save_for_backward(student, (difference @ student).mul_(4 * each))
         return torch.linalg.vector_norm(difference, dim=1).square().sum() * each
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (slope,) = ctx.saved_tensors
+        _, slope = ctx.saved_tensors
         return slope * grad, None
 
 

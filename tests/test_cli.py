@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -173,6 +174,15 @@ def test_a_closed_pipe_does_not_end_training(teacher_folder, text_file, tmp_path
     run.stdout.close()
     assert "Traceback" not in run.stderr.read()
     assert run.wait() == 0 and (tmp_path / "student" / "metrics.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_result_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "vocabdistil", "env"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2
+    assert run.stderr == f"vocabdistil: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_errors_steer_no_terminal(capsys):

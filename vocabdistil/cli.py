@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -47,14 +48,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
-def _print_line(text: str, stream: TextIO | None) -> None:
+def _print_line(text: str, stream: TextIO | None) -> Exception | None:
     from .core.console import print_line  # takes a while to import
 
-    print_line(text, stream)
+    return print_line(text, stream)
 
 
 def _print_json(value: Any) -> None:
-    _print_line(json.dumps(value, indent=2), sys.stdout)
+    """The result of a command, which unlike a report of its work must not be lost in silence."""
+    error = _print_line(json.dumps(value, indent=2), sys.stdout)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:  # a reader may have read enough
+        raise VocabdistilError(f"cannot write to standard output: {error.strerror}")
 
 
 def _trim(config: TrimConfig) -> None:

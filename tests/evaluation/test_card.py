@@ -89,6 +89,15 @@ def embedder(folder: Path) -> Path:
     return folder
 
 
+def test_names_steer_no_terminal(text, tmp_path):
+    teacher = tmp_path / "bert\x1b]0;title\x07"
+    shutil.copytree(tiny_teacher("bert"), teacher)
+    made = vd.trim(teacher=teacher, text=text, out=tmp_path / "small\x1b[31m", **SMALL)
+    card = (made.path / "README.md").read_text(encoding="utf-8")
+    assert "\x1b" not in card and "\x07" not in card
+    assert front(card)["library_name"] == "transformers"
+
+
 def test_the_front_says_what_it_is(trimmed, distilled, text):
     found = front((trimmed.path / "README.md").read_text(encoding="utf-8"))
     assert found == {

@@ -25,6 +25,8 @@ class LastingStream:
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
+        # What kept text from being written.
+        self.refused: Exception | None = None
 
     @property
     def encoding(self) -> str:
@@ -54,6 +56,7 @@ class LastingStream:
         try:
             getattr(self.stream, method)(*args)
         except (OSError, ValueError) as error:
+            self.refused = error
             if getattr(error, "errno", None) in _GONE:
                 # What the stream still holds would fail once more when the interpreter ends.
                 with contextlib.suppress(OSError, ValueError):
@@ -63,11 +66,13 @@ class LastingStream:
                 self.stream = None
 
 
-def print_line(text: str, stream: TextIO | None) -> None:
-    """A line as it is, but for control characters, on a :class:`LastingStream`."""
+def print_line(text: str, stream: TextIO | None) -> Exception | None:
+    """A line as it is, but for control characters, on a :class:`LastingStream`; returns what kept it from being
+    written."""
     lasting = LastingStream(stream)
     lasting.write(printable(text) + "\n")
     lasting.flush()
+    return lasting.refused
 
 
 class LastingConsole(Console):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..alignment.remap import RemapTable
+from ..core.errors import printable
 from ..evaluation.card import model_card
 from ..models.sentence import write_sentence_settings
 from ..models.vocabularies import save_tokenizer
@@ -70,5 +71,5 @@ def write_student(
     files = None if given is None else list(map(os.fspath, given))
     made = command_of(metrics["command"], options, files)
     card = model_card(folder.out.resolve().name, metrics, files, made)
-    (final / "README.md").write_text(card, encoding="utf-8")
+    (final / "README.md").write_text(printable(card), encoding="utf-8")
     return folder.publish(final, metrics)

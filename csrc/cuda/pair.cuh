@@ -75,12 +75,12 @@ class Group {
   int turn_ = 0;
 };
 
-// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both averages.
-// A warp's columns are consecutive, and a thread's packs 32 N columns apart: a constant, so one address serves them all.
-// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`. Of rows that are close it
-// leaves the loss too few digits and says so: averaged anew, they are for its second form, of whose terms none is
-// negative (csrc/cpu/softmax.h). That takes the sums over, and is one code for both directions of KL, as of all this
-// the compiler makes a copy per column.
+// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both. Columns
+// of a warp are consecutive, and a thread's packs 32 N columns apart: a constant, so one address serves them all.
+// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`. Of rows that are close the
+// loss has too few digits left: it says so, and they are averaged anew for its second form, of whose terms none is
+// negative (csrc/cpu/softmax.h). That form takes over the sums of the first and serves both directions of KL: the
+// compiler copies all this for every column.
 template <class S, class T, int N, int K>
 struct Pair {
   static constexpr int kSize = N * K;
@@ -320,7 +320,8 @@ struct Pair {
       const bool small = fabsf(u) < 0.125f;
       const float more = u + u * u * exp_series(u) * 0.5f, m = r + beta * (q - r);
       const float above_r = small ? beta * more : r == 0 ? 0 : beta * __fdividef(q - r, r);
-      const float above_q = small ? (beta - 1) * __fdividef(more, 1 + more) : q == 0 ? 0 : (1 - beta) * __fdividef(r - q, q);
+      const float less = small ? __fdividef(-more, 1 + more) : __fdividef(r - q, q);
+      const float above_q = !small && q == 0 ? 0 : (1 - beta) * less;
       kl_r += r == 0 ? m : r * log_excess(above_r);
       kl_q += q == 0 ? m : q * log_excess(above_q);
       s[e] = r;
@@ -394,7 +395,8 @@ struct Pair {
   }
 
   int column_, dim_;
-  float top_s_, top_t_, sum_s_, sum_t_, mean_;  // of the exponents' differences, by the shares of the KL's first side
+  float top_s_, top_t_;         // the largest values
+  float sum_s_, sum_t_, mean_;  // of the exponentials; of the exponents' differences by the first side's shares
 };
 
 }  // namespace

@@ -68,8 +68,8 @@ __device__ AnyFloat store<AnyFloat>(float x) {
   return {x};
 }
 
-// A half type that is known at run time only, as it lies in memory: what stands between loads and stores is compiled once
-// for both. `with_element` calls f with one of the type, for a whole row, so that the branch costs nothing.
+// A half type that is known at run time only, as it lies in memory: what stands between loads and stores is compiled
+// once for both. `with_element` calls f with one of the type, for a whole row, so that the branch costs nothing.
 struct AnyHalf {
   uint16_t bits;
 };

@@ -39,7 +39,7 @@ def tier_of(path: Path) -> str:
 
 
 # Minutes each. They come first, or a run in several processes ends with one of them in one process alone.
-LONG = ("test_triton.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py")
+LONG = ("test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

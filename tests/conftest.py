@@ -38,7 +38,13 @@ def tier_of(path: Path) -> str:
     return next(tier for tier, (prefixes, _) in TIERS.items() if place.startswith(prefixes))
 
 
+# Minutes each. They come first, or a run in several processes ends with one of them in one process alone.
+LONG = ("test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Of pytest-xdist, which puts files of few tests last, however long they take.
+    config.option.loadscopereorder = False
     config.stash[counts_key] = dict.fromkeys(TIERS, 0)
     config.pluginmanager.register(_Count(config))
 
@@ -47,6 +53,7 @@ counts_key = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
     for item in items:
         if item.path.name.startswith("test_triton_compile") and not HAS_TRITON_COMPILER:
             item.add_marker(pytest.mark.skip(reason="needs triton 3.3"))

@@ -15,18 +15,63 @@ import torch
 import vocabdistil as vd
 from vocabdistil.core import native
 
+SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+CMAKE = shutil.which("cmake")
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="cmake is not on the PATH")
+
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
     pytest.mark.skipif(not native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
 ]
 
 
+def chosen(tmp_path: Path, nvcc: str | Path, path: str | None = None) -> list[str]:
+    """What the build would choose with this nvcc, and with the nvidia-smi of ``path``."""
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.24)\n"
+        f'include("{SOURCES / "architectures.cmake"}")\n'
+        f'choose_cuda_architectures("{nvcc}" chosen)\n'
+        'message(STATUS "chosen: ${chosen}")\n'
+    )
+    env = {**os.environ, "PATH": path or os.environ["PATH"]}
+    run = subprocess.run([CMAKE, "-P", str(script)], capture_output=True, text=True, check=True, env=env)
+    return run.stdout.split("chosen: ")[1].strip().split(";")
+
+
+def program(path: Path, output: str, code: int = 0) -> Path:
+    path.write_text(f"#!/bin/sh\nprintf '{output}'\nexit {code}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.skipif("VOCABDISTIL_CUDA_ARCHITECTURES" in os.environ, reason="the architectures were chosen by hand")
-def test_every_architecture_from_sm_75_on_is_built():
-    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    known = {int(arch.removeprefix("compute_")) for arch in listed}
-    built = {int(arch.split("-")[0]) for arch in vd.backends()["build"]["cuda_architectures"]}
-    assert built == {arch for arch in known if arch >= 75}
+@needs_cmake
+def test_the_architectures_of_the_gpus_or_of_every_family_are_built(tmp_path):
+    assert vd.backends()["build"]["cuda_architectures"] == chosen(tmp_path, shutil.which("nvcc"))
+
+
+FAMILIES = ["75-real", "80-real", "90-real", "100-real", "120"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "architectures"),
+    [
+        ("9.0\\n8.6\\n9.0\\n", ["86-real", "90-real"]),
+        ("12.1\\n", ["121-real"]),
+        ("7.0\\n", FAMILIES),  # too old
+        ("8.6\\n13.0\\n", FAMILIES),  # too new
+        ("No devices were found\\n", FAMILIES),
+        ("", FAMILIES),
+        (None, FAMILIES),
+    ],
+)
+@needs_cmake
+def test_architectures_are_chosen_by_what_nvidia_smi_sees(seen, architectures, tmp_path):
+    listed = (50, 70, 75, 80, 86, 90, 100, 103, 120, 121)
+    nvcc = program(tmp_path / "nvcc", "".join(f"compute_{arch}\\n" for arch in listed))
+    program(tmp_path / "nvidia-smi", seen or "", code=9 if seen is None else 0)
+    assert chosen(tmp_path, nvcc, f"{tmp_path}{os.pathsep}{os.environ['PATH']}") == architectures
 
 
 def test_kernels_are_in_the_module():

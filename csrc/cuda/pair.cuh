@@ -75,9 +75,12 @@ class Group {
   int turn_ = 0;
 };
 
-// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both averages. A warp's columns are consecutive, and a
-// thread's packs 32 N columns apart: a constant, so one address serves them all.
-// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`.
+// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both. Columns
+// of a warp are consecutive, and a thread's packs 32 N columns apart: a constant, so one address serves them all.
+// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`. Of rows that are close the
+// loss has too few digits left: it says so, and they are averaged anew for its second form, of whose terms none is
+// negative (csrc/cpu/softmax.h). That form takes over the sums of the first and serves both directions of KL: the
+// compiler copies all this for every column.
 template <class S, class T, int N, int K>
 struct Pair {
   static constexpr int kSize = N * K;
@@ -96,9 +99,12 @@ struct Pair {
     for (int k = 0; k < K; ++k) raw[k] = inside(k) ? read<E, N>(row, layers.dtype, column(k)) : Pack<E, N>{};
   }
   template <class E>
-  static __device__ void add(float (&x)[kSize], const Pack<E, N> (&raw)[K], float weight) {
+  static __device__ void add(float (&x)[kSize], const Pack<E, N> (&raw)[K], DType dtype, float weight) {
+    with_element<E>(dtype, [&](auto element) {
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) x[e] = fmaf(weight, load<float>(raw[e / N].value[e % N]), x[e]);
+      for (int e = 0; e < kSize; ++e)
+        x[e] = fmaf(weight, load<float>(same_bits<decltype(element)>(raw[e / N].value[e % N])), x[e]);
+    });
   }
   // All rows of a span in all layers, but for the first: that one was fetched before.
   template <class E>
@@ -110,7 +116,7 @@ struct Pair {
       for (int i = span.start + (l == 0); i < span.end; ++i) {
         Pack<E, N> raw[K];
         fetch<E>(raw, layers, l, i);
-        add<E>(x, raw, weight);
+        add<E>(x, raw, layers.dtype, weight);
       }
     }
   }
@@ -125,8 +131,8 @@ struct Pair {
     fetch<T>(first_t, teacher, 0, teacher_span.start);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] = t[e] = inside(e / N) ? 0 : outside;
-    add<S>(s, first_s, student.weight<float>(0));
-    add<T>(t, first_t, teacher.weight<float>(0));
+    add<S>(s, first_s, student.dtype, student.weight<float>(0));
+    add<T>(t, first_t, teacher.dtype, teacher.weight<float>(0));
     add_rest<S>(s, student, student_span);
     add_rest<T>(t, teacher, teacher_span);
     if (mean) {
@@ -137,8 +143,9 @@ struct Pair {
   // Once, after adding up: a sum of shares rounds more where rows have a large part in common.
   static __device__ void divide(float (&x)[kSize], int count) {
     if (count == 1) return;
+    const float share = 1.0f / static_cast<float>(count);
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) x[e] /= static_cast<float>(count);
+    for (int e = 0; e < kSize; ++e) x[e] *= share;
   }
 
   // Asks for a span's rows in all layers, to lie in the L2 cache when their turn comes: 128 bytes a thread, and no
@@ -154,109 +161,91 @@ struct Pair {
   }
 
   // The largest values of both rows.
-  __device__ void tops(Group& group, float& max_s, float& max_t) const {
-    max_s = max_t = -INFINITY;
+  __device__ void tops(Group& group) {
+    top_s_ = top_t_ = -INFINITY;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      max_s = fmaxf(max_s, s[e]);
-      max_t = fmaxf(max_t, t[e]);
+      top_s_ = fmaxf(top_s_, s[e]);
+      top_t_ = fmaxf(top_t_, t[e]);
     }
-    group.max(max_s, max_t);
+    group.max(top_s_, top_t_);
   }
-
-  // s and t become base-2 exponents: (x - max x) / (T ln 2).
-  __device__ void exponents(Group& group, float temperature) {
-    float max_s, max_t;
-    tops(group, max_s, max_t);
+  // Of one column exp((x - max x) / T) of both sides, and how far the teacher's exponent is above the student's: exact
+  // where the values are close, as their difference is taken first.
+  struct Column {
+    float s, t, above;
+  };
+  __device__ Column column_of(int e, float temperature) const {
     const float factor = kLog2E / temperature;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      s[e] = (s[e] - max_s) * factor;
-      t[e] = (t[e] - max_t) * factor;
-    }
+    return {exp2_flushed((s[e] - top_s_) * factor), exp2_flushed((t[e] - top_t_) * factor),
+            ((t[e] - s[e]) - (top_t_ - top_s_)) * (1 / temperature)};
   }
 
-  __device__ float kl(Group& group, float temperature) {
-    float sum_s = 0, sum_t = 0, sum = 0;
-    exponents(group, temperature);
+  __device__ float kl(Group& group, float temperature, bool& close) {
+    float cross = 0;
+    tops(group);
+    sum_s_ = sum_t_ = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float difference = t[e] - s[e];
-      s[e] = exp2_flushed(s[e]);
-      t[e] = exp2_flushed(t[e]);
-      sum_s += s[e];
-      sum_t += t[e];
-      if (t[e] != 0) sum += t[e] * difference;  // no mass, no contribution, even where the difference is infinite
+      const Column x = column_of(e, temperature);
+      s[e] = x.s;
+      t[e] = x.t;
+      sum_s_ += x.s;
+      sum_t_ += x.t;
+      if (x.t != 0) cross += x.t * x.above;  // no mass, no contribution, even where the difference is infinite
     }
-    group.sum(sum_s, sum_t, sum);
-    const float ratio = sum_s / sum_t;
-    scale = temperature / sum_s;
+    group.sum(sum_s_, sum_t_, cross);
+    mean_ = cross / sum_t_;
+    const float ratio = sum_s_ / sum_t_, loss = mean_ + logf(ratio);
+    close = loss < kClose;
+    scale = temperature / sum_s_;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] -= t[e] * ratio;
-    return temperature * temperature * (kLn2 * (sum / sum_t) + logf(ratio));
+    return temperature * temperature * loss;
   }
 
-  __device__ float reverse_kl(Group& group, float temperature) {
-    float sum_s = 0, sum_t = 0, sum = 0;
-    exponents(group, temperature);
+  __device__ float reverse_kl(Group& group, float temperature, bool& close) {
+    float cross = 0;
+    tops(group);
+    sum_s_ = sum_t_ = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float difference = s[e] - t[e];
-      s[e] = exp2_flushed(s[e]);
-      sum_s += s[e];
-      sum_t += exp2_flushed(t[e]);
-      if (s[e] != 0) sum += s[e] * difference;
-      t[e] = difference;
+      const Column x = column_of(e, temperature);
+      s[e] = x.s;
+      t[e] = -x.above;
+      sum_s_ += x.s;
+      sum_t_ += x.t;
+      if (x.s != 0) cross += x.s * t[e];
     }
-    group.sum(sum_s, sum_t, sum);
-    const float expected = sum / sum_s;
-    scale = kLn2 * temperature / sum_s;
+    group.sum(sum_s_, sum_t_, cross);
+    mean_ = cross / sum_s_;
+    const float loss = mean_ + logf(sum_t_ / sum_s_);
+    close = loss < kClose;
+    scale = temperature / sum_s_;
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (t[e] - expected);
-    return temperature * temperature * (kLn2 * expected + logf(sum_t / sum_s));
+    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (t[e] - mean_);
+    return temperature * temperature * loss;
   }
 
-  // KL(p || q) of rows that are close, from the averaged rows as they are, p the teacher or (kReverse) the student. Of
-  // its terms none is negative (csrc/cpu/softmax.h).
-  template <bool kReverse>
-  __device__ float close_kl(Group& group, float temperature) {
-    float(&p)[kSize] = kReverse ? s : t;
-    float(&q)[kSize] = kReverse ? t : s;
-    float max_p, max_q;
-    kReverse ? tops(group, max_p, max_q) : tops(group, max_q, max_p);
-    const float inverse = 1 / temperature, factor = kLog2E / temperature, apart = max_p - max_q;
-    float sum_p = 0, sum_q = 0, cross = 0;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      const float ep = exp2_flushed((p[e] - max_p) * factor);
-      sum_p += ep;
-      sum_q += exp2_flushed((q[e] - max_q) * factor);
-      if (ep != 0) cross += ep * (((p[e] - q[e]) - apart) * inverse);
-    }
-    group.sum(sum_p, sum_q, cross);
-    const float mean = cross / sum_p, ratio = sum_p / sum_q, by_q = ratio * expf(mean - logf(ratio));
+  // KL(p || q) of rows that are close, p the teacher or (reverse) the student.
+  __device__ float close_kl(Group& group, float temperature, bool reverse) {
+    const float sum_p = reverse ? sum_s_ : sum_t_, ratio = sum_p / (reverse ? sum_t_ : sum_s_);
+    const float by_q = ratio * expf(mean_ - logf(ratio));
     float sum = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float ep = exp2_flushed((p[e] - max_p) * factor), eq = exp2_flushed((q[e] - max_q) * factor);
-      const float d = mean - ((p[e] - q[e]) - apart) * inverse;
-      const Step step = step_of(ep, eq, by_q, d);
+      const Column x = column_of(e, temperature);
+      const float d = reverse ? mean_ + x.above : mean_ - x.above;
+      const Step step = step_of(reverse ? x.s : x.t, reverse ? x.t : x.s, by_q, d);
       sum += step.rest;
-      if (kReverse) {
-        s[e] = ep == 0 ? 0 : -ep * d;
-      } else {
-        s[e] = step.first;
-        t[e] = ep;
-      }
+      s[e] = !reverse ? step.first : x.s == 0 ? 0 : -x.s * d;
+      t[e] = reverse ? 0 : x.t;
     }
     group.sum(sum);
     const float excess = sum / sum_p;
-    scale = temperature / sum_p;
-    if (!kReverse) {
-      scale /= 1 + excess;
+    scale = temperature / (reverse ? sum_p : sum_p * (1 + excess));
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) s[e] -= t[e] * excess;
-    }
+    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * excess;
     return temperature * temperature * log1pf(excess);
   }
   // Of one column p (exp d - 1) and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
@@ -276,22 +265,24 @@ struct Pair {
     return x;
   }
 
-  // close: whether the student's KL from the teacher is, so that the loss is left with too few digits.
+  // close: in the student's KL from the teacher.
   __device__ float jsd(Group& group, float temperature, float beta, bool& close) {
-    float sum_s = 0, sum_t = 0, cross = 0, kl_r = 0, kl_q = 0;
-    exponents(group, temperature);
+    float cross = 0, kl_r = 0, kl_q = 0;
+    tops(group);
+    sum_s_ = sum_t_ = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float difference = s[e] - t[e];
-      s[e] = exp2_flushed(s[e]);
-      t[e] = exp2_flushed(t[e]);
-      sum_s += s[e];
-      sum_t += t[e];
-      if (s[e] != 0) cross += s[e] * difference;
+      const Column x = column_of(e, temperature);
+      s[e] = x.s;
+      t[e] = x.t;
+      sum_s_ += x.s;
+      sum_t_ += x.t;
+      if (x.s != 0) cross += x.s * x.above;
     }
-    group.sum(sum_s, sum_t, cross);
-    close = kLn2 * (cross / sum_s) + logf(sum_t / sum_s) < kClose;
-    const float inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
+    group.sum(sum_s_, sum_t_, cross);
+    mean_ = cross / sum_s_;
+    close = logf(sum_t_ / sum_s_) - mean_ < kClose;
+    const float inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       const float r = normal(s[e] * inverse_s), q = normal(t[e] * inverse_t);
@@ -311,38 +302,26 @@ struct Pair {
     return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
   }
 
-  // The same of rows that are close in KL(r || q), from the averaged rows as they are: of its terms none is negative.
+  // The same of rows that are close.
   __device__ float close_jsd(Group& group, float temperature, float beta) {
-    float max_s, max_t, sum_s = 0, sum_t = 0, cross = 0;
-    tops(group, max_s, max_t);
-    const float inverse = 1 / temperature, factor = kLog2E / temperature, apart = max_t - max_s;
+    const float by_t = expf(-mean_);
+    float sum = 0, kl_r = 0, kl_q = 0;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float es = exp2_flushed((s[e] - max_s) * factor);
-      sum_s += es;
-      sum_t += exp2_flushed((t[e] - max_t) * factor);
-      if (es != 0) cross += es * (((t[e] - s[e]) - apart) * inverse);
-    }
-    group.sum(sum_s, sum_t, cross);
-    const float mean = cross / sum_s, by_t = expf(-mean);
-    float sum = 0;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      const float es = exp2_flushed((s[e] - max_s) * factor), et = exp2_flushed((t[e] - max_t) * factor);
-      sum += step_of(es, et, by_t, ((t[e] - s[e]) - apart) * inverse - mean).rest;
+      const Column x = column_of(e, temperature);
+      sum += step_of(x.s, x.t, by_t, x.above - mean_).rest;
     }
     group.sum(sum);
-    const float shift = mean + log1pf(sum / sum_s), inverse_s = 1 / sum_s, inverse_t = 1 / sum_t;
-    float kl_r = 0, kl_q = 0;
+    const float shift = mean_ + log1pf(sum / sum_s_), inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      const float r = normal(exp2_flushed((s[e] - max_s) * factor) * inverse_s);
-      const float q = normal(exp2_flushed((t[e] - max_t) * factor) * inverse_t);
-      const float u = ((t[e] - s[e]) - apart) * inverse - shift;  // log q - log r
+      const Column x = column_of(e, temperature);
+      const float r = normal(x.s * inverse_s), q = normal(x.t * inverse_t), u = x.above - shift;  // log q - log r
       const bool small = fabsf(u) < 0.125f;
       const float more = u + u * u * exp_series(u) * 0.5f, m = r + beta * (q - r);
       const float above_r = small ? beta * more : r == 0 ? 0 : beta * __fdividef(q - r, r);
-      const float above_q = small ? (beta - 1) * more / (1 + more) : q == 0 ? 0 : (1 - beta) * __fdividef(r - q, q);
+      const float less = small ? __fdividef(-more, 1 + more) : __fdividef(r - q, q);
+      const float above_q = !small && q == 0 ? 0 : (1 - beta) * less;
       kl_r += r == 0 ? m : r * log_excess(above_r);
       kl_q += q == 0 ? m : q * log_excess(above_q);
       s[e] = r;
@@ -384,26 +363,20 @@ struct Pair {
     // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
     float floor_s = 1e-16f, floor_t = 1e-16f;
     if (!(ss < INFINITY && tt < INFINITY)) {  // too large to be squared, if it is not infinite
-      float max_s = 0, max_t = 0;
+      constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);
+      if (!(ss < INFINITY)) size_s = kSmaller, floor_s = 0;
+      if (!(tt < INFINITY)) size_t_ = kSmaller, floor_t = 0;
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        max_s = fmaxf(max_s, fabsf(s[e]));
-        max_t = fmaxf(max_t, fabsf(t[e]));
-      }
-      group.max(max_s, max_t);
-      if (!(ss < INFINITY) && max_s < INFINITY) size_s = max_s, floor_s = 0;
-      if (!(tt < INFINITY) && max_t < INFINITY) size_t_ = max_t, floor_t = 0;
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        s[e] /= size_s;
-        t[e] /= size_t_;
+        s[e] *= size_s;
+        t[e] *= size_t_;
       }
       multiply(group, ss, tt, st);
     }
     const bool same = ss == tt && ss > floor_s && size_s == size_t_;
     const float norms = same ? ss : sqrtf(fmaxf(ss, floor_s)) * sqrtf(fmaxf(tt, floor_t));
     const float along = ss > floor_s ? st / ss : 0;
-    scale = 1 / norms / size_s;
+    scale = size_s / norms;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) s[e] = s[e] * along - t[e];
     return ss != ss || tt != tt ? ss + tt : 1 - st / norms;  // fmaxf() drops a NaN
@@ -422,6 +395,8 @@ struct Pair {
   }
 
   int column_, dim_;
+  float top_s_, top_t_;         // the largest values
+  float sum_s_, sum_t_, mean_;  // of the exponentials; of the exponents' differences by the first side's shares
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "../ops.h"
@@ -65,6 +66,28 @@ __device__ float load<float>(AnyFloat x) {
 template <>
 __device__ AnyFloat store<AnyFloat>(float x) {
   return {x};
+}
+
+// A half type that is known at run time only, as it lies in memory: what stands between loads and stores is compiled
+// once for both. `with_element` calls f with one of the type, for a whole row, so that the branch costs nothing.
+struct AnyHalf {
+  uint16_t bits;
+};
+template <class E, class F>
+__device__ void with_element(DType dtype, F&& f) {
+  if constexpr (!std::is_same<E, AnyHalf>::value)
+    f(E{});
+  else if (dtype == DType::bf16)
+    f(__nv_bfloat16{});
+  else
+    f(__half{});
+}
+template <class To, class From>
+__device__ To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
 }
 
 template <class T, int N>
@@ -149,9 +172,7 @@ __device__ A share(const Span& s, bool mean) {
 template <class T, int N>
 __device__ void store_rows(void* out, DType dtype, int64_t stride, int64_t column, const Span& s, const Rows& written,
                            const Pack<T, N>& value) {
-  Pack<T, N> zero;
-#pragma unroll
-  for (int n = 0; n < N; ++n) zero.value[n] = store<T>(0.0f);
+  const Pack<T, N> zero{};
 #pragma unroll 1  // one to three rows as a rule
   for (int64_t i = written.start; i < written.end; ++i)
     write<T, N>(out, dtype, i * stride + column, i >= s.start && i < s.end ? value : zero);

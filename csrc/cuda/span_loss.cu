@@ -57,29 +57,24 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
     pair.template ask_for<T>(a.teacher, clamp(next.teacher, a.teacher.rows));
     float loss = 0;
     if (both) {
+      bool close = false;
       if constexpr (kJsd) {
-        bool close;
         loss = pair.jsd(group, a.temperature, a.beta, close);
-        if (close) {  // read again, as below
-          pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
-          loss = pair.close_jsd(group, a.temperature, a.beta);
-        }
       } else {
         switch (a.divergence) {
-          case Divergence::kl:
-          case Divergence::reverse_kl: {
-            const bool reverse = a.divergence == Divergence::reverse_kl;
-            loss = reverse ? pair.reverse_kl(group, a.temperature) : pair.kl(group, a.temperature);
-            if (!(loss < kClose * a.temperature * a.temperature)) break;
-            // Read again, from the cache: to keep the rows would cost every pair its registers.
-            pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
-            loss = reverse ? pair.template close_kl<true>(group, a.temperature)
-                           : pair.template close_kl<false>(group, a.temperature);
-            break;
-          }
+          case Divergence::kl: loss = pair.kl(group, a.temperature, close); break;
+          case Divergence::reverse_kl: loss = pair.reverse_kl(group, a.temperature, close); break;
           case Divergence::mse: loss = pair.mse(group); break;
           default: loss = pair.cosine(group);
         }
+      }
+      if (close) {
+        // Read again, from the cache: to keep the rows would cost every pair its registers.
+        pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
+        if constexpr (kJsd)
+          loss = pair.close_jsd(group, a.temperature, a.beta);
+        else
+          loss = pair.close_kl(group, a.temperature, a.divergence == Divergence::reverse_kl);
       }
     }
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
@@ -93,8 +88,11 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
         for (int k = 0; k < K; ++k) {
           if (!pair.inside(k)) continue;
           Pack<S, N> value;
+          with_element<S>(a.student.dtype, [&](auto element) {
 #pragma unroll
-          for (int n = 0; n < N; ++n) value.value[n] = store<S>(both ? weight * pair.s[k * N + n] : 0.0f);
+            for (int n = 0; n < N; ++n)
+              value.value[n] = same_bits<S>(store<decltype(element)>(both ? weight * pair.s[k * N + n] : 0.0f));
+          });
           store_rows(a.grad[l], a.student.dtype, a.dim, pair.column(k), student, written, value);
         }
       }
@@ -148,12 +146,9 @@ const char* launch_loss(const LossArgs& a, bool packed, cudaStream_t stream) {
   const DType s = a.student.dtype, t = a.teacher.dtype;
   if (packed && s == DType::f32) {
     if (t == DType::f32) return launch_packed<float, float>(a, stream);
-    if (t == DType::bf16) return launch_packed<float, __nv_bfloat16>(a, stream);
-    return launch_packed<float, __half>(a, stream);
+    return launch_packed<float, AnyHalf>(a, stream);
   }
-  if (packed && s == t)
-    return s == DType::bf16 ? launch_packed<__nv_bfloat16, __nv_bfloat16>(a, stream)
-                            : launch_packed<__half, __half>(a, stream);
+  if (packed && t != DType::f32) return launch_packed<AnyHalf, AnyHalf>(a, stream);
   if (a.divergence == Divergence::jsd) return launch_loss<AnyFloat, AnyFloat, 1, 16, true, 1024>(a, stream);
   return launch_loss<AnyFloat, AnyFloat, 1, 16, false, 1024>(a, stream);
 }

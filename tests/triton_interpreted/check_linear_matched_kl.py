@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 def test_rows_that_do_not_fit_in_registers(unmatched, dtype, backend, monkeypatch):
     """Their gradient has memory of its own."""
     monkeypatch.setattr(kernels, "RESIDENT", 1)
-    monkeypatch.setattr(kernels, "TURN", 16)
+    monkeypatch.setattr(kernels, "TURN", 32)
     tensors = make(20, 20, dtype=dtype, bias=dtype == torch.float32)
     compare(tensors, make_matched(50, 90, 37), backend, unmatched=unmatched, temperature=1.7)
 

@@ -90,19 +90,19 @@ def trim(task: Task) -> Made:
 
 
 def distill(task: Task) -> Made:
-    """``vd.distill``; ``weights`` in the options names every loss that counts."""
+    """``vd.distill``; ``weights`` in the options names every loss that counts. It never sees the dev pairs: it would
+    choose by them what they are to judge."""
     options = dict(task.options)
     if "weights" in options:
         # What is not named would be the recipe's.
         weights = asdict(vd.LossWeights(**options["weights"]))
         options["weights"] = ",".join(f"{name}={value}" for name, value in weights.items())
     result = vd.distill(
-        teacher=list(task.teachers), text=[task.text], prompt=task.prompt, seed=task.seed, dev=str(task.dev),
+        teacher=list(task.teachers), text=[task.text], prompt=task.prompt, seed=task.seed,
         out=task.out / "student", **_CHEAP, **options,
     )  # fmt: skip
     score = measure(result.path, read_pairs(task.dev), task.prompt)
-    start, steps = result.metrics["before"]["dev"], result.metrics["steps"]
-    return Made(score=score, start=start, steps=steps, **_described(result.metrics))
+    return Made(score=score, steps=result.metrics["steps"], **_described(result.metrics))
 
 
 def model2vec(task: Task) -> Made:

@@ -67,6 +67,10 @@ TRIMMED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "e5-12k-12/trim": (E5, "ru", _size(12000, 12)),
     "e5-12/trim-train": (E5, "ru", _size(8000, 12) | {"vocabulary": "train"}),
 }
+TRIMMED |= {
+    f"{name}/trim-whitened": (student.teacher, student.language, student.size | {"whiten": 0.3})
+    for name, student in STUDENTS.items()
+}
 # What one loss is worth, and some together; of these students, with the rest of the recipe.
 ABLATED = ("minilm-3", "e5-6")
 ABLATION_STEPS = 300

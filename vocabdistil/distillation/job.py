@@ -35,6 +35,7 @@ from ..models.shapes import keep_layers
 from ..models.start import plan_start
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
+from ..models.whitening import set_last_layer, whiten
 from ..reference.layers import LayerAssignment, layer_map
 from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, to_device
@@ -49,7 +50,7 @@ from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
 from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
-from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary
+from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
 from .teacher_cache import TeacherCache
 from .text import TextSplit, split_text
 
@@ -186,6 +187,7 @@ class _Run:
     Attributes:
         asked, config: the options as they were given, and with everything said that the recipe says.
         texts, split: the text, every example with the prompt before it.
+        sources, whitened: the teachers, and those of them whose vectors are whitened.
         kept_layers: of the first teacher; none where the student is of another kind.
         checkpoint: the student to go on from, if there is one.
         mode: where output distributions are compared.
@@ -200,6 +202,7 @@ class _Run:
     texts: list[str]
     split: TextSplit
     sources: list[Source]
+    whitened: list[Source]
     kept_layers: list[int]
     checkpoint: Student | None
     mode: str
@@ -229,7 +232,13 @@ class _Run:
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "dev") if config.dev is not None else None
         folders = _cache_folders(config, teachers, mode)
-        caches = [TeacherCache.open(folder, teacher) for folder, teacher in folders]
+        whitened = sources_to_whiten(config, sources, asked.whiten is not None)
+        about = f"{config.whiten} on {split.digest}, at most {config.max_length} tokens, seed {config.seed}"
+        done = [about if source in whitened else "none" for source in sources]
+        caches = [
+            TeacherCache.open(folder, teacher, whitening=way)
+            for (folder, teacher), way in zip(folders, done, strict=False)
+        ]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
         folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
         texts = [first.prompt + text for text in texts]
@@ -237,7 +246,7 @@ class _Run:
         split = TextSplit(train, held_out, split.digest)
         say = Reporter(config.quiet)
         return cls(
-            asked, config, texts, split, sources, kept, checkpoint, mode, dev, caches, folder, say, started
+            asked, config, texts, split, sources, whitened, kept, checkpoint, mode, dev, caches, folder, say, started
         )
 
     @property
@@ -253,6 +262,7 @@ class _Run:
         return [source.teacher for source in self.sources]
 
     def finish(self) -> DistillResult:
+        self.whiten()
         student = self.student()
         vocabularies = _Vocabularies.of(self.teachers, student)
         covered = self.coverage(student, vocabularies)
@@ -264,6 +274,24 @@ class _Run:
         mixed = self.mix(training, begun)
         after = self.evaluation(training)
         return self.write(student, vocabularies, covered, training, fitted, mixed, before, after)
+
+    def whiten(self) -> None:
+        """Whitens the teachers' vectors; from here on they are what they give then."""
+        files = [self.partial / f"whitened_{s}.safetensors" for s in range(len(self.whitened))]
+        if self.whitened and "whitened" not in self.record:
+            self.say.status("Whitening the teacher's vectors")
+            texts, found = self.sample(_FITTED_TEXTS), {}
+            for source, file in zip(self.whitened, files, strict=True):
+                layer, explained = whiten(
+                    source.teacher, texts, self.config.whiten, source.sentence, self.config.max_length
+                )
+                save_file(layer, file)
+                found[source.teacher.name] = round(explained, 4)
+            self.folder.store(whitened=found)
+        for source, file in zip(self.whitened, files, strict=True):
+            set_last_layer(source.teacher, load_file(file))
+        if self.whitened:
+            self.say.print(report.whitened_line(self.record["whitened"]))
 
     def student(self) -> Student:
         """Vocabulary, body and start."""
@@ -686,6 +714,7 @@ class _Run:
             "architecture": student.architecture,
             "vocabulary": self.record.get("vocabulary"),
             "recipe": config.recipe,
+            "whitened": self.record.get("whitened", {}),
             "steps": fitted.steps,
             "lr": fitted.lr,
             "best_step": best["step"],

@@ -66,6 +66,11 @@ _LAYERS_HELP = (
     "layers of the teacher to keep, evenly spaced, the last among them (default: all without training, else half)"
 )
 _FIT_HELP = "copy layers as they are; else, where some are left out, the others are fitted to the teacher on the text"
+_WHITEN_HELP = (
+    "take out of the vectors what all texts share, and even out their directions, from 0 (as the teacher's) to 1 "
+    "(default: {})"
+)
+_Whiten = kinds.Real("a number from 0 to below 1", high=1, closed=True)
 _RECIPE_HELP = (
     f"what is learned and how: {kinds.listed(list(RECIPES))} (default auto: masked where student and teacher have an "
     "MLM head, else embedding)"
@@ -142,6 +147,9 @@ class StudentOptions:
         dim, heads, ffn: a narrower body: hidden width, attention heads, width of the feed-forward layers.
         fit: where layers are left out or made narrower, those that stay are fitted to the teacher by least squares on
             some of the text (:func:`vocabdistil.models.shrinking.shrink`); else they are copied.
+        whiten: how far the teacher's vectors are whitened on the text before anything is made of it, see
+            :func:`vocabdistil.models.whitening.whiten`. The student's vectors then rank texts better, mostly, but lie
+            in another space than the teacher's. None: not, or as the recipe says, for teachers that it can be done for.
         prompt: what the teacher expects before every text; None: what a sentence-transformers folder says, or nothing.
         trust_remote_code: run code that comes with a teacher.
         language, license: for the model card: codes of the languages, an identifier of the licence.
@@ -170,6 +178,7 @@ class StudentOptions:
     heads: Annotated[int | None, Option(Whole(), "attention heads (default: the teacher's)")] = None
     ffn: Annotated[int | None, Option(Whole(), "width of the feed-forward layers (default: the teacher's)")] = None
     fit: Annotated[bool, Option(Flag(), _FIT_HELP)] = True
+    whiten: Annotated[float | None, Option(_Whiten, _WHITEN_HELP.format("0"))] = None
     prompt: kinds.Prompt = None
     trust_remote_code: kinds.TrustRemoteCode = False
     language: Annotated[
@@ -336,6 +345,7 @@ class DistillConfig(StudentOptions):
     """
 
     recipe: Annotated[str, Option(Choice(names=("auto", *RECIPES)), _RECIPE_HELP)] = "auto"
+    whiten: Annotated[float | None, Option(_Whiten, _WHITEN_HELP.format("the recipe's, where it can be done"))] = None
     vocabulary: Annotated[str | os.PathLike | None, Option(_VOCABULARY, _VOCABULARY_HELP)] = None
     preset: Annotated[str | Preset | None, Option(Kind(metavar="NAME"), _PRESET_HELP)] = None
     student: Annotated[
@@ -455,7 +465,7 @@ class DistillConfig(StudentOptions):
         """
         name = ("masked" if head else "embedding") if self.recipe == "auto" else self.recipe
         recipe, changes = RECIPES[name], {"recipe": name}
-        for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size"):
+        for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size", "whiten"):
             if getattr(self, option) is None:
                 changes[option] = getattr(recipe, option)
         if self.student is None:

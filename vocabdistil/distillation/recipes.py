@@ -86,6 +86,7 @@ class Recipe:
         preset: the student's body, if not the teacher's own kind.
         mixed: whether a body with copied layers ends between its start and what training made of it, see
             :func:`vocabdistil.distillation.mixing.mix`.
+        whiten: how far the teacher's vectors are whitened first, see :func:`vocabdistil.models.whitening.whiten`.
     """
 
     source: str
@@ -102,6 +103,7 @@ class Recipe:
     vocabulary: str = "train"
     preset: str | None = None
     mixed: bool = False
+    whiten: float = 0.0
 
 
 # arXiv 2205.02340 weighs its KL 2.0 and MLM 0.5. The span KL keeps the 2.0, so that runs with and without output
@@ -118,6 +120,7 @@ RECIPES: dict[str, Recipe] = {
         warmup=0.1,
         vocabulary="trim",
         mixed=True,
+        whiten=0.3,
     ),
     "masked": Recipe(
         "teachers with an MLM head",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment.spans import TEXT_POOLINGS
-from ..core.errors import need
+from ..core.errors import VocabdistilError, need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
 from ..models.presets import Preset
@@ -22,6 +22,7 @@ from ..models.start import plan_start
 from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
+from ..models.whitening import cannot_whiten
 from .options import VOCAB_SIZE, StudentOptions
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load_student",
     "make_student",
     "make_vocabulary",
+    "sources_to_whiten",
 ]
 
 # How often each prompt is counted beside the text: more often than a word must be to become a token.
@@ -134,6 +136,24 @@ def load_sources(options: StudentOptions) -> list[Source]:
     prompts = sorted({source.teacher.prompt for source in sources})
     need(len(prompts) == 1, "prompt", "one, as the teachers' folders say different ones", prompts)
     return sources
+
+
+def sources_to_whiten(options: StudentOptions, sources: Sequence[Source], asked: bool) -> list[Source]:
+    """The teachers whose vectors are whitened.
+
+    Args:
+        asked: whether the user wants it, or it is done where it can be.
+
+    Raises:
+        VocabdistilError: it was asked for and cannot be.
+    """
+    found = []
+    for source in sources if options.whiten else ():
+        problem = cannot_whiten(source.teacher, source.sentence)
+        if problem and asked:
+            raise VocabdistilError.of("whiten", f"{source.teacher.name} cannot be whitened: {problem}")
+        found += [] if problem else [source]
+    return found
 
 
 def make_vocabulary(

@@ -47,7 +47,7 @@ from ..ops import span_mean
 __all__ = ["TeacherCache"]
 
 _NAME = "cache_teacher"
-_FORMAT = 1
+_FORMAT = 2
 _HOLDS = "states of a teacher"
 KINDS = ("hidden", "pooled")
 # What a shard holds of vectors, at most, unless a single text has more: what is lost when a job is killed.
@@ -55,7 +55,7 @@ SHARD_BYTES = 64 << 20
 _KEY = "S16"
 # What the last hidden states do not depend on: where a model was, what wrote it, which head it is part of.
 _NOT_OF_THE_BODY = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-_PINNED = ("weights", "configuration", "tokenizer", "dtype")
+_PINNED = ("weights", "configuration", "tokenizer", "dtype", "whitening")
 _FIELDS: Fields = dict.fromkeys(("name", *_PINNED), TEXT)
 _RECORD: Fields = {**RECORD, "what": (" or ".join(map(repr, KINDS)), lambda value: value in KINDS), "tokens": COUNT}
 
@@ -116,6 +116,7 @@ class TeacherCache:
         teacher: Teacher,
         what: str = "hidden",
         shard_bytes: int = SHARD_BYTES,
+        whitening: str = "none",
     ) -> TeacherCache:
         """Opens a folder, which is made, if it is not there, when something is to be written or a ``with`` begins.
 
@@ -124,6 +125,8 @@ class TeacherCache:
             teacher: its weights are read once, to see that they are those of the folder.
             what: ``"hidden"``: the vectors of all tokens; ``"pooled"``: their mean.
             shard_bytes: bytes of vectors in a shard, and held in memory before it is written.
+            whitening: on what the teacher will be whitened before it reads anything, and how far: what its weights will
+                be depends on that, and in the last digits on the machine.
 
         Raises:
             ImportError: ``pyarrow`` is missing.
@@ -136,7 +139,7 @@ class TeacherCache:
             raise ValueError(f"what: expected one of {', '.join(map(repr, KINDS))}, got {what!r}")
         if not is_count(shard_bytes, 1):
             raise ValueError(f"shard_bytes: expected a number of at least 1, got {shard_bytes!r}")
-        self = cls(Path(os.path.expanduser(folder)), teacher, what, _pinned(teacher), shard_bytes)
+        self = cls(Path(os.path.expanduser(folder)), teacher, what, _pinned(teacher, whitening), shard_bytes)
         with _told(self.folder):
             check_folder(self.folder, _NAME)
             if (self.folder / MANIFEST).exists():
@@ -372,7 +375,7 @@ def _texts(input_ids: Tensor, attention_mask: Tensor) -> tuple[list[np.ndarray],
     return [flat[i:j] for i, j in spans], [i - b * length for b, (i, _) in enumerate(spans)]
 
 
-def _pinned(teacher: Teacher) -> dict[str, Any]:
+def _pinned(teacher: Teacher, whitening: str) -> dict[str, Any]:
     """What a folder holds the states of: a digest changes with all that changes a last hidden state."""
     weights: list[bytes] = []
     for name, tensor in sorted(teacher.model.state_dict().items()):
@@ -385,4 +388,5 @@ def _pinned(teacher: Teacher) -> dict[str, Any]:
         "configuration": digest(json.dumps(config, sort_keys=True, default=str).encode()),
         "tokenizer": tokenizer_digest(teacher.tokenizer, "teacher"),
         "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "whitening": whitening,
     }

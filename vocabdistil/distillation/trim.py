@@ -13,16 +13,17 @@ from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..core.progress import counting
 from ..evaluation.predictions import agreement
-from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line
+from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line, whitened_line
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
 from ..models.start import plan_start
 from ..models.vocabularies import Vocabulary
+from ..models.whitening import set_last_layer, whiten
 from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
-from .student import Source, Student, load_sources, make_student, make_vocabulary
+from .student import Source, Student, load_sources, make_student, make_vocabulary, sources_to_whiten
 from .text import Prefixed, Sample
 
 __all__ = ["trim"]
@@ -56,6 +57,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     text = config.look(once=True)
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
+    sources_to_whiten(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
         return _run(config, source, layers, text, folder)
@@ -78,6 +80,13 @@ def _run(
     texts = random.Random(config.seed).sample(sample.kept, len(sample.kept))
     held = texts[-_HELD:]
     fitted = texts[:-_HELD] if len(texts) >= 2 * _HELD else texts
+    whitened = {}
+    if config.whiten:
+        say.status("Whitening the teacher's vectors")
+        layer, explained = whiten(teacher, fitted, config.whiten, source.sentence, config.max_length)
+        set_last_layer(teacher, layer)
+        whitened[teacher.name] = round(explained, 4)
+        say.print(whitened_line(whitened))
     if len(layers) < teacher.num_layers or config.dim or config.heads or config.ffn:
         say.status(f"Fitting {len(layers)} layers")
     student = make_student(config, source, vocabulary, fitted, layers)
@@ -94,6 +103,7 @@ def _run(
         # Of the text that the vocabulary was made for: on other text a student agrees less.
         "compared_texts": len(held),
         "vocabulary": {"source": config.vocabulary, "notes": list(vocabulary.notes)},
+        "whitened": whitened,
         "prompt": teacher.prompt,
         "sentence_transformers": source.sentence is not None,
         "architecture": student.architecture,

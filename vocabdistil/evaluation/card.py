@@ -212,6 +212,11 @@ def _vocabulary(metrics: dict[str, Any]) -> str:
     vocabulary = metrics.get("vocabulary") or {}
     lines = [f"Vocabulary: {_code(vocabulary['source'])}."] if vocabulary else []
     lines += vocabulary.get("notes", [])
+    if metrics["whitened"]:
+        lines.append(
+            "The vectors were whitened in part on the text (arXiv 2103.15316): they are not comparable with those of "
+            "the base model."
+        )
     if kinds:
         lines.append(f"Where its tokens start from: {_code(json.dumps(kinds))}.")
     return " ".join(lines)

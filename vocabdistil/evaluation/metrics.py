@@ -268,6 +268,7 @@ class _Metrics(TypedDict):
     teacher: list[str]
     settings: dict[str, Any]
     vocabulary: VocabularyOrigin | None
+    whitened: dict[str, float]
     prompt: str
     sentence_transformers: bool
     architecture: Architecture
@@ -290,6 +291,8 @@ class TrimMetrics(_Metrics):
         text: SHA-256 of them.
         compared_texts: those of them that coverage and loyalty were counted on.
         vocabulary: where the student's came from.
+        whitened: if the teacher's vectors were whitened: by its name how much of the variance of the hidden states that
+            its last layer was to give it explains.
         prompt: what stands before every text, or nothing.
         sentence_transformers: whether the folder is one of sentence-transformers.
         architecture: the student's.
@@ -318,6 +321,7 @@ class DistillMetrics(_Metrics):
         command: ``"distill"``.
         settings: every option by its name, but for the text.
         vocabulary: where the student's came from; None for a checkpoint's.
+        whitened: as in :class:`TrimMetrics`, of each teacher that was.
         prompt: what stands before every text, or nothing.
         sentence_transformers: whether the folder is one of sentence-transformers.
         architecture: the student's.

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..alignment.families import backend_of
 from ..alignment.picture import readable
-from ..core.errors import printable
+from ..core.errors import printable, spell
 from ..core.names import display_names
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "start_line",
     "warnings",
     "task_tables",
+    "whitened_line",
 ]
 
 _HELD_OUT = (
@@ -238,6 +239,15 @@ def checkup_line(step: int, row: dict[str, float]) -> str:
     """What was seen at a checkpoint."""
     score = f", dev pairs {row['dev']:.4f} (Spearman)" if "dev" in row else ""
     return f"step {step}: held-out loss {row['loss']:.4f}{score}"
+
+
+def whitened_line(whitened: dict[str, float]) -> str:
+    """That the student's vectors will not be comparable with its teacher's as they were."""
+    names = ", ".join(display_names(list(whitened)))
+    return (
+        f"The vectors of {names} are whitened on the text: the student's rank texts better, mostly, but are not to be "
+        f"mixed with those of the teacher as it was; for that take {spell('whiten', 0)}"
+    )
 
 
 def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from ..core.errors import need
 from .architectures import Architecture, LayerParts, architecture_of
 from .bodies import build_body, check_body
+from .fitting import Batch, Seen, Tap, fit_linear, least_squares, tapped, token_batches
 from .shapes import Shape, narrow_shape, shape_of
 from .teachers import Teacher, model_inputs
 
@@ -30,11 +31,6 @@ __all__ = ["Shrunk", "shrink"]
 # Tokens to fit on: for all-MiniLM-L6-v2 cut to 3 layers of 264, Spearman on STS-B dev is 0.836 with a third as many
 # and 0.846 with three times as many.
 TOKENS = 2**14
-_BATCH = 64
-# Relative to the mean variance of what is read. Where a layer is as wide as the teacher's, what the text leaves open
-# stays as in the teacher, else it goes to 0. On MiniLM's layers 0, 2 and 5, STS-B dev is 0.851 with 128 texts and 0.855
-# with 2,048; without the teacher's weights to hold on to, and 1e-4, it is 0.824 and 0.854; copied, 0.820.
-_HOLD, _RIDGE = 1e-1, 1e-2
 
 
 @dataclass
@@ -56,70 +52,6 @@ class Shrunk:
     explained: list[float]
 
 
-class _Batch(NamedTuple):
-    """``[B, L]``: token ids, and which are no padding."""
-
-    ids: Tensor
-    mask: Tensor
-
-
-def _batches(teacher: Teacher, texts: Sequence[str], max_length: int, most: int) -> list[_Batch]:
-    """As many of the texts, from the first, as hold so many tokens; texts of like length together."""
-    encoded: list[list[int]] = []
-    tokens = 0
-    for start in range(0, len(texts), _BATCH):
-        chunk = list(texts[start : start + _BATCH])
-        encoded += teacher.tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
-        tokens += sum(map(len, encoded[start:]))
-        if tokens >= most:
-            break
-    encoded = sorted(filter(None, encoded), key=len)
-    pad = teacher.tokenizer.pad_token_id or 0
-    batches = []
-    for start in range(0, len(encoded), _BATCH):
-        rows = [torch.tensor(ids) for ids in encoded[start : start + _BATCH]]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row) for row in rows])
-        batches.append(_Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()))
-    return batches
-
-
-class _Tap(NamedTuple):
-    """A module whose input, or whose output, is wanted."""
-
-    module: nn.Module
-    reads: bool = False
-
-
-class _Seen(Exception):  # noqa: N818 - it ends a forward pass early, nothing went wrong
-    pass
-
-
-def _tapped(run: Callable[[], Any], taps: Sequence[_Tap], stop: bool = False) -> list[Tensor]:
-    """What goes into or comes out of modules while something runs, ``[B, L, D]`` each; it ends there if ``stop``."""
-    seen: dict[int, Tensor] = {}
-
-    def keep(tap: int, value: Any) -> None:
-        seen[tap] = value[0] if isinstance(value, tuple) else value
-        if stop and len(seen) == len(taps):
-            raise _Seen
-
-    hooks = [
-        tap.module.register_forward_pre_hook(lambda module, args, i=i: keep(i, args))
-        if tap.reads
-        else tap.module.register_forward_hook(lambda module, args, out, i=i: keep(i, out))
-        for i, tap in enumerate(taps)
-    ]
-    try:
-        run()
-    except _Seen:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [seen[i] for i in range(len(taps))]
-
-
 class _Stream:
     """The hidden states of all batches on their way through a model's layers.
 
@@ -130,21 +62,21 @@ class _Stream:
         raw: ``[N, E]``: what the norm of the embeddings reads.
     """
 
-    def __init__(self, body: PreTrainedModel, row: Architecture, batches: Sequence[_Batch]) -> None:
+    def __init__(self, body: PreTrainedModel, row: Architecture, batches: Sequence[Batch]) -> None:
         self.masks = [batch.mask == 1 for batch in batches]
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         raw = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append((args, kwargs))
-            raise _Seen
+            raise Seen
 
         first = body.get_submodule(row.layers)[0]
         hook = first.register_forward_pre_hook(keep, with_kwargs=True)
-        norm = _Tap(row.part_of_embeddings(body, "norm"), reads=True)
+        norm = Tap(row.part_of_embeddings(body, "norm"), reads=True)
         try:
             for ids, mask in batches:
-                raw += _tapped(lambda ids=ids, mask=mask: body(**model_inputs(body, ids, mask)), [norm])
+                raw += tapped(lambda ids=ids, mask=mask: body(**model_inputs(body, ids, mask)), [norm])
         finally:
             hook.remove()
         self.raw = self._flat(raw)
@@ -165,7 +97,7 @@ class _Stream:
         for padded, mask, part in zip(self.padded, self.masks, parts, strict=True):
             padded[mask] = part
 
-    def through(self, layer: nn.Module, taps: Sequence[_Tap] = (), stop: bool = False) -> list[Tensor]:
+    def through(self, layer: nn.Module, taps: Sequence[Tap] = (), stop: bool = False) -> list[Tensor]:
         """Goes through a layer, if it is not stopped, and returns what the taps saw, ``[N, D]`` each."""
         seen: list[list[Tensor]] = [[] for _ in taps]
         for b, (args, kwargs) in enumerate(self.calls):
@@ -177,31 +109,9 @@ class _Stream:
                 out = layer(x, *args[1:], **named) if args else layer(**named)
                 self.padded[b] = out[0] if isinstance(out, tuple) else out
 
-            for rows, tensor in zip(seen, _tapped(run, taps, stop), strict=True):
+            for rows, tensor in zip(seen, tapped(run, taps, stop), strict=True):
                 rows.append(tensor)
         return [self._flat(rows) for rows in seen]
-
-
-def _least_squares(x: Tensor, y: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weight ``[E, D]`` and bias ``[E]`` for which ``x weight^T + bias``, ``[N, E]``, is nearest to ``y``; a weight
-    that is ``known`` changes no more than it must."""
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    centred, wanted = x - x_mean, y - y_mean
-    if known is not None:
-        wanted = wanted - centred @ known.T
-    products = (centred.T @ centred).double()
-    ridge = _RIDGE if known is None else _HOLD
-    products += ridge * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
-    weight = torch.linalg.solve(products, (centred.T @ wanted).double()).T.float()
-    weight = weight if known is None else known + weight
-    return weight, y_mean - weight @ x_mean
-
-
-def _fit(linear: nn.Linear, x: Tensor, y: Tensor, copied: bool = False) -> None:
-    """Fits a map; ``copied``: it is the teacher's own, to hold on to."""
-    weight, bias = _least_squares(x, y, linear.weight.clone() if copied else None)
-    linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
 
 
 def _fit_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
@@ -269,8 +179,8 @@ class _Readings(NamedTuple):
     @classmethod
     def of(cls, stream: _Stream, layer: nn.Module, parts: Any) -> _Readings:
         """What the layer computes of the stream, which goes on behind it."""
-        taps = [_Tap(parts.query), _Tap(parts.key), _Tap(parts.value), _Tap(parts.attention_norm, reads=True)]
-        return cls(*stream.through(layer, [*taps, _Tap(parts.attention_norm), _Tap(parts.ffn_norm)]))
+        taps = [Tap(parts.query), Tap(parts.key), Tap(parts.value), Tap(parts.attention_norm, reads=True)]
+        return cls(*stream.through(layer, [*taps, Tap(parts.attention_norm), Tap(parts.ffn_norm)]))
 
 
 class _Cut(NamedTuple):
@@ -294,7 +204,7 @@ def _fit_heads(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) ->
         for s in (heads[h] for h in chosen)
     ]
     for linear, parts in zip((ours.query, ours.key, ours.value), zip(*smaller, strict=True), strict=True):
-        _fit(linear, x, torch.cat(parts, 1), cut.shape == cut.whole)
+        fit_linear(linear, x, torch.cat(parts, 1), cut.shape == cut.whole)
 
 
 def _fit_ffn(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) -> Tensor:
@@ -304,10 +214,10 @@ def _fit_ffn(ours: Any, theirs: Any, cut: _Cut, x: Tensor, read: _Readings) -> T
     worth = after.var(0) * theirs.ffn_out.weight[cut.coordinates].square().sum(0)
     units = worth.argsort(descending=True, stable=True)[: cut.shape.ffn].sort().values
     same = cut.shape == cut.whole
-    _fit(ours.ffn_in, x, before[:, units], same)
+    fit_linear(ours.ffn_in, x, before[:, units], same)
     wanted = (read.middle + theirs.ffn_out(after))[:, cut.coordinates]
     active = cut.act(ours.ffn_in(x))
-    _fit(ours.ffn_out, active, wanted - x, same)
+    fit_linear(ours.ffn_out, active, wanted - x, same)
     return _fit_norm(ours.ffn_norm, x + ours.ffn_out(active), read.out[:, cut.coordinates])
 
 
@@ -315,13 +225,13 @@ def _fit_layer(stream: _Stream, layer: nn.Module, ours: Any, theirs: Any, cut: _
     """Fits one layer to a teacher's, and goes through it."""
     x = stream.states
     _fit_heads(ours, theirs, cut, x, read)
-    (said,) = stream.through(layer, [_Tap(ours.attention, reads=True)], stop=True)
-    _fit(ours.attention, said, read.attended[:, cut.coordinates] - x, cut.shape == cut.whole)
+    (said,) = stream.through(layer, [Tap(ours.attention, reads=True)], stop=True)
+    fit_linear(ours.attention, said, read.attended[:, cut.coordinates] - x, cut.shape == cut.whole)
     middle = _fit_norm(ours.attention_norm, x + ours.attention(said), read.middle[:, cut.coordinates])
     stream.states = _fit_ffn(ours, theirs, cut, middle, read)
 
 
-def _loud_coordinates(teacher: Teacher, batches: Sequence[_Batch], keep: Sequence[int], dim: int) -> Tensor:
+def _loud_coordinates(teacher: Teacher, batches: Sequence[Batch], keep: Sequence[int], dim: int) -> Tensor:
     """The ``dim`` coordinates with the largest share of the squares of hidden states, every layer counting alike."""
     totals = torch.zeros(len(keep) + 1, teacher.width, dtype=torch.float64)
     for ids, mask in batches:
@@ -366,12 +276,12 @@ def _fit_head(student: PreTrainedModel, teacher: Teacher, cut: _Cut, x: Tensor, 
     if student.get_output_embeddings().weight.shape != output.shape:
         before, products = before[:, cut.coordinates], (output.T @ output)[:, cut.coordinates]
         given = given @ torch.linalg.solve(products[cut.coordinates], products.T).T.float()
-    _fit(our_dense, x, before)
+    fit_linear(our_dense, x, before)
     _fit_norm(our_norm, act(our_dense(x)), given)
 
 
 def _fitted(
-    teacher: Teacher, copied: PreTrainedModel, keep: Sequence[int], shape: Shape, batches: Sequence[_Batch]
+    teacher: Teacher, copied: PreTrainedModel, keep: Sequence[int], shape: Shape, batches: Sequence[Batch]
 ) -> tuple[PreTrainedModel, Tensor, list[float]]:
     """The smaller model, its coordinates, and how much of the teacher's variance each layer explains."""
     row, body, whole = architecture_of(teacher.model.config), teacher.model, shape_of(teacher.model.config)
@@ -408,7 +318,7 @@ def _fitted(
     return student, coordinates, explained
 
 
-def _last_states(model: PreTrainedModel, batches: Sequence[_Batch]) -> Tensor:
+def _last_states(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
     """``[N, D]``: the last hidden states of all tokens."""
     return torch.cat([model(**model_inputs(model, *batch)).last_hidden_state[batch.mask == 1] for batch in batches])
 
@@ -453,14 +363,14 @@ def shrink(
     shape, keep = narrow_shape(teacher.model.config, dim, heads, ffn), list(keep)
     if shape == whole and len(keep) == teacher.num_layers:
         return Shrunk(teacher, torch.arange(whole.dim), torch.eye(whole.dim), torch.zeros(whole.dim), [])
-    batches = _batches(teacher, texts, min(max_length, teacher.max_positions), tokens)
+    batches = token_batches(teacher, texts, min(max_length, teacher.max_positions), tokens)
     need(bool(batches), "text", "some text to fit the student to", "none")
     student = build_body(teacher, lambda matrix: matrix, teacher.tokenizer, keep)
     coordinates, explained = torch.arange(whole.dim), []
     if row.parts is not None and not row.shared:
         student, coordinates, explained = _fitted(teacher, student, keep, shape, batches)
     student.requires_grad_(False)
-    weight, bias = _least_squares(_last_states(student.base_model, batches), _last_states(teacher.model, batches))
+    weight, bias = least_squares(_last_states(student.base_model, batches), _last_states(teacher.model, batches))
     masked_lm = student if teacher.masked_lm is not None else None
     small = replace(teacher, model=student.base_model, masked_lm=masked_lm)
     return Shrunk(small, coordinates, weight, bias, explained)

@@ -25,6 +25,8 @@ _CENTRED = 0.8
 # Of the largest deviation: directions with less count as if they had so much.
 _LEAST = 1e-2
 _RIDGE = 1e-3
+# The last map of the feed-forward part, and the norm behind it.
+_NAMES = ("weight", "bias", "norm.weight", "norm.bias")
 
 
 class Whitened(NamedTuple):
@@ -162,13 +164,9 @@ def whiten(
     bias = scale * (y_mean[width:] - mean) @ matrix - y_mean[:width] - weight @ read_mean
     spread = (matrix @ y_products[width:, width:] @ matrix).trace() * scale**2
     lost = (wanted.T @ unsaid @ wanted).trace()
-    layer = {
-        "weight": weight.float().contiguous(),
-        "bias": bias.float(),
-        "norm.weight": torch.full((width,), (squares / moments.count / width) ** 0.5),
-        "norm.bias": torch.zeros(width),
-    }
-    return Whitened(layer, 1 - float(lost / spread))
+    length = torch.full((width,), (squares / moments.count / width) ** 0.5)
+    tensors = weight.float().contiguous(), bias.float(), length, torch.zeros(width)
+    return Whitened(dict(zip(_NAMES, tensors, strict=True)), 1 - float(lost / spread))
 
 
 def _run(teacher: Teacher, batch: Batch) -> None:
@@ -179,5 +177,5 @@ def _run(teacher: Teacher, batch: Batch) -> None:
 def set_last_layer(teacher: Teacher, layer: dict[str, Tensor]) -> None:
     """Gives a model the last layer that :func:`whiten` made for it, in place."""
     _, ffn_out, norm = _last_layer(teacher)
-    for name, tensor in zip(layer, (ffn_out.weight, ffn_out.bias, norm.weight, norm.bias), strict=True):
+    for name, tensor in zip(_NAMES, (ffn_out.weight, ffn_out.bias, norm.weight, norm.bias), strict=True):
         tensor.copy_(layer[name])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import vocabdistil as vd
 from tests.runs import at_step, interrupt, options
 from vocabdistil.core.errors import VocabdistilError
-from vocabdistil.distillation import job
+from vocabdistil.distillation import job, runs, trainer
 from vocabdistil.distillation.mixing import SHARES
 from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.distillation.teacher_cache import TeacherCache
@@ -39,21 +39,21 @@ def test_minutes_become_steps_once(headless_folder, text_file, tmp_path, monkeyp
     """The steps that fit are found at the start; a slower machine that goes on keeps them."""
     changes = {**EMBEDDING, "steps": None, "minutes": 5.0, "save_every": 2}
     arguments = options(headless_folder, text_file, tmp_path / "student", **changes)
-    monkeypatch.setattr(job, "seconds_per_step", lambda *args: 20.0)
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *args: 20.0)
     at_step(monkeypatch, 3, interrupt)
     with pytest.raises(Interrupted):
         vd.distill(**arguments)
     record = json.loads((tmp_path / "student.partial" / "run.json").read_text())
     assert 8 <= record["steps"] <= 14  # of at most 15, less what came before and comes after
     monkeypatch.undo()
-    monkeypatch.setattr(job, "seconds_per_step", lambda *args: 1e9)
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *args: 1e9)
     result = vd.distill(**arguments, resume=True)
     assert result.metrics["steps"] == record["steps"]
 
 
 def test_timing_teaches_nothing(headless_folder, text_file, tmp_path, monkeypatch):
     found = []
-    original = job.seconds_per_step
+    original = runs.seconds_per_step
 
     def watched(loss_of, model, batches, most):
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -62,7 +62,7 @@ def test_timing_teaches_nothing(headless_folder, text_file, tmp_path, monkeypatc
         found.append(same(before, model.state_dict()) and all(p.grad is None for p in model.parameters()))
         return seconds
 
-    monkeypatch.setattr(job, "seconds_per_step", watched)
+    monkeypatch.setattr(runs, "seconds_per_step", watched)
     vd.distill(**options(headless_folder, text_file, tmp_path / "student", **EMBEDDING))
     assert found == [True]
 
@@ -88,13 +88,13 @@ def test_accumulated_batches_are_one_step(headless_folder, text_file, tmp_path):
     for name, changes in (("a", {"batch_size": 4, "accumulate": 2}), ("b", {"batch_size": 8})):
         sizes: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            original = job.DistillTrainer.training_step
+            original = trainer.DistillTrainer.training_step
 
             def watched(self, model, inputs, *args, sizes=sizes, original=original, **kwargs):
                 sizes.append(len(inputs["teacher_ids"][0]))
                 return original(self, model, inputs, *args, **kwargs)
 
-            patch.setattr(job.DistillTrainer, "training_step", watched)
+            patch.setattr(trainer.DistillTrainer, "training_step", watched)
             result = vd.distill(**options(headless_folder, text_file, tmp_path / name, **EMBEDDING | changes, steps=3))
         assert result.metrics["steps"] == 3
         seen.append(sizes)
@@ -116,7 +116,7 @@ def test_patience_ends_the_run_and_the_best_is_kept(headless_folder, text_file, 
     assert result.metrics["steps"] == 8 and result.metrics["best_step"] == 4
     assert [row["loss"] for row in result.metrics["checkups"]] == [5.0, 3.0, 2.0, 2.5, 2.2]
     saved = student_of(result)
-    (share,) = (float(s) for s, v in result.metrics["mixed"].items() if v == max(result.metrics["mixed"].values()))
+    share = result.metrics["share"]
     for key in saved:
         between = kept[2.0][key].lerp(kept[5.0][key], 1 - share) if saved[key].is_floating_point() else kept[2.0][key]
         torch.testing.assert_close(saved[key], between)

@@ -313,7 +313,7 @@ def test_every_field_of_the_manifest_is_checked(teacher, tmp_path) -> None:
     path = tmp_path / "manifest.json"
     good = path.read_text()
     for keys, value, message in (
-        (("format",), 2, "format: expected 1, got 2"),
+        (("format",), 1, "format: expected 2, got 1"),
         (("name",), None, "name: expected a string, got None"),
         (("weights",), 3, "weights: expected a string, got 3"),
         (("shards",), {}, "shards: expected a list"),

@@ -464,6 +464,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         for command in ("trim", "distill")
         for name, values in {
             "max-length": ("1", "2", "-3", "x", "99999999999999999999"),
+            "whiten": ("1", "-0.1", "nan", "x"),
             "seed": ("-1", "4294967296", "x"),
             "threads": ("0", "-1", "1000000", "99999999999999999999"),
             "time-batch": ("0", "-1", "99999999999999999999"),
@@ -477,6 +478,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("distill", {"weights": "=1"}, "--weights: unknown loss ''; expected kl, "),
     ("distill", {"weights": "kl"}, "--weights: kl: expected a number, got ''"),
     # What does not go together
+    ("distill", {"whiten": "0.3"}, "--whiten: .* cannot be whitened: its MLM head"),
+    ("trim", {"teacher": "@t5", "whiten": "0.3"}, "--whiten: .* cannot be whitened: the layers of t5"),
     ("distill", {"teacher": "@bert-body", "logits": "match"}, "--logits: match needs a teacher with an MLM head"),
     ("distill", {"teacher": "@t5", "logits": "reduce"}, "--logits: reduce needs a teacher with an MLM head"),
     *(

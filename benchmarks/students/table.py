@@ -84,6 +84,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "cosine": {"weights": {"cosine": 1}},
     "mse": {"weights": {"mse": 1}},
     "kl+relations": {"weights": {"kl": 1, "relations": 1}},
+    "unwhitened": {"whiten": 0.0},
     "kept": {"layer_map": "kept"},
     "vocabulary-train": {"vocabulary": "train"},
 }

@@ -168,12 +168,12 @@ def test_the_same_teacher_from_elsewhere_with_a_head_is_the_same(tmp_path) -> No
             assert cache.computed == computed
 
 
-@pytest.mark.parametrize("field", ["weights", "configuration", "tokenizer", "dtype"])
+@pytest.mark.parametrize("field", ["weights", "configuration", "tokenizer", "dtype", "whitening"])
 def test_another_teacher_is_refused(teacher, tmp_path, field) -> None:
     with TeacherCache.open(tmp_path, teacher) as cache:
         cache.read(*batch(teacher, TEXTS[:3]))
     other = load_teacher(tiny_teacher("bert"), head=False)
-    message = f"of other {field}"
+    message, whitening = f"of other {field}", "none"
     if field == "weights":
         with torch.no_grad():
             other.model.get_input_embeddings().weight[7, 3] += 1e-6
@@ -181,12 +181,14 @@ def test_another_teacher_is_refused(teacher, tmp_path, field) -> None:
         other.model.config.layer_norm_eps = 1e-6
     elif field == "tokenizer":
         other = replace(other, tokenizer=load_teacher(tiny_teacher("modernbert"), head=False).tokenizer)
-    else:
+    elif field == "dtype":
         other.model.half()
         message = "of other (weights|dtype)"
+    else:
+        whitening = "0.3 on something"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(VocabdistilError, match="^cache_teacher: .* holds the states of another teacher") as raised:
-        TeacherCache.open(tmp_path, other)
+        TeacherCache.open(tmp_path, other, whitening=whitening)
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
     raised.match(message)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

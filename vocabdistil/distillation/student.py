@@ -17,6 +17,7 @@ from ..models.architectures import architecture_of
 from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
+from ..models.shapes import keep_layers
 from ..models.shrinking import TOKENS, shrink
 from ..models.start import plan_start
 from ..models.students import build_student, initialise_from_teacher
@@ -197,30 +198,47 @@ def make_student(
         vocabulary: the student's.
         texts: some of the text, as the models read it: what layers are fitted to, and kinds of starts counted in.
         kept_layers: of the teacher, for a body of its own class.
-        preset: a DistilBERT of this shape instead.
+        preset: a DistilBERT of this shape instead: the teacher's layers fitted to it, if there are enough of its kind
+            and they are as wide at least; else what can be copied, and the rest fresh.
         fitted_tokens: how much of the texts layers are fitted to.
     """
     teacher, tokenizer = source.teacher, vocabulary.tokenizer
     start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
     projection: tuple[Tensor, Tensor | None] | None = None
+    keep, report, shape = kept_layers, {}, (options.dim, options.heads, options.ffn)
+    if preset is not None:
+        kept_layers = _layers_for(preset, teacher) if options.fit else []
+        shape = preset.dim, preset.heads, preset.ffn
+    if options.fit and kept_layers:
+        small = shrink(teacher, kept_layers, texts, *shape, options.max_length, fitted_tokens)
+        teacher, keep = small.teacher, range(len(kept_layers))
+        report["explained"] = [round(share, 4) for share in small.explained]
+        if small.teacher.width != source.teacher.width:
+            projection = small.weight, small.bias
     if preset is not None:
         model = build_student(preset, tokenizer, seed=options.seed)
-        report = initialise_from_teacher(model, teacher, start.rows)
-        kept_layers = []
+        report |= initialise_from_teacher(model, teacher, start.rows)
     else:
-        keep, report = kept_layers, {"copied_layers": kept_layers}
-        if options.fit:
-            shape = options.dim, options.heads, options.ffn
-            small = shrink(teacher, kept_layers, texts, *shape, options.max_length, fitted_tokens)
-            teacher, keep = small.teacher, range(len(kept_layers))
-            report["explained"] = [round(share, 4) for share in small.explained]
-            if small.teacher.width != source.teacher.width:
-                projection = small.weight, small.bias
         model = build_body(teacher, start.rows, tokenizer, keep)
+    if kept_layers:
+        report["copied_layers"] = kept_layers
     report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
     student = Student(model.eval(), tokenizer, kept_layers, report, projection)
     tokenizer.model_max_length = min(tokenizer.model_max_length, student.as_teacher().max_positions)
     return student
+
+
+def _layers_for(preset: Preset, teacher: Teacher) -> list[int]:
+    """The teacher's layers that a preset is made of; none where they are of another kind, too few or too narrow."""
+    row, config = teacher.architecture, teacher.model.config
+    if row is None or row.parts is None or row.shared or row.biased_heads:
+        return []
+    fields = row.fields
+    whole = (getattr(config, name) for name in (fields.layers, fields.dim, fields.heads, fields.ffn))
+    wanted = preset.layers, preset.dim, preset.heads, preset.ffn
+    if any(most < value for value, most in zip(wanted, whole, strict=True)):
+        return []
+    return keep_layers(config, preset.layers)
 
 
 def load_student(folder: str | os.PathLike, options: StudentOptions) -> Student:

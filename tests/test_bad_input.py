@@ -213,6 +213,8 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "prompt-of-numbers": _settings("config_sentence_transformers.json", '{"prompts": {"query": 5}}'),
     "prompt-by-a-list": _settings("config_sentence_transformers.json", '{"default_prompt_name": ["query"]}'),
     "length-of-text": _settings("sentence_bert_config.json", '{"max_seq_length": [1]}'),
+    "length-of-letters": _settings("sentence_bert_config.json", '{"max_seq_length": "long"}'),
+    "damaged-dense": _settings("2_Last/model.safetensors", "no tensors"),
     "no-tokens": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(vocab={})),
     "nothing-unknown": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(unk_token="[NOPE]")),
     "no-length": _tokenizer("tokenizer_config.json", lambda settings: settings.update(model_max_length="long")),
@@ -355,6 +357,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
                     "prompt-of-numbers",
                     "prompt-by-a-list",
                     "length-of-text",
+                    "length-of-letters",
                 )
             ),
             ("no-tokens", ": cannot load a tokenizer from .*copy-of-bert: "),
@@ -524,6 +527,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
             ("@decoder", ".*has model_type 'gpt2'; expected an encoder"),
             ("@custom", ".*needs code of its own to load .*; --trust-remote-code runs it"),
             ("@lstm", "expected sentence-transformers modules .*got Transformer, Pooling, LSTM"),
+            ("@damaged-dense", "cannot load weights from .*2_Last/model.safetensors: "),
             ("@weightless-dense", "cannot make vectors as the folder .*copy-of-bert says: it has no 'linear.weight'"),
             ("@foreign-dense", "cannot make vectors as .*the activation os.system, which is none of torch.nn"),
             ("", "expected a folder or a model's name, got nothing"),
@@ -555,6 +559,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("evaluate", {"labels": "@labels-single"}, r"--labels: .*single.csv:4: expected at least 2 texts .*got 1 of 'b'"),
     ("evaluate", {"labels": "@labels-one"}, r"--labels: .*one.csv: expected at least 2 classes, got 1"),
     ("evaluate", {"labels": "@labels-wide"}, r"--labels: .*wide.csv:1: expected 2 columns \(text, label\), got 3"),
+    ("distill", {"dev": "@pairs-nan"}, r"--dev: .*nan.csv:4: expected a finite number as the score, got 'nan'"),
     ("evaluate", {"prompt": "query \udc80"}, "--prompt: expected text that UTF-8 can hold"),
     *(
         ("evaluate", {name: value}, f"--{name}: .*{value}")
@@ -663,7 +668,17 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
         ("trim", {"teacher": "@mpnet", "heads": "1"}),
         ("trim", {"teacher": "@modernbert", "keep-layers": "1,2"}),
         *((command, {"text": place}) for command in BASES for place in ("@text-empty", "@text-latin1")),
-        ("evaluate", {"pairs": "@missing"}),
+        *(
+            ("evaluate", {"pairs": f"@{place}"})
+            for place in ("missing", "pairs-narrow", "pairs-nan", "pairs-two", "pairs-same", "pairs-latin1")
+        ),
+        *(("evaluate", {"labels": f"@labels-{name}"}) for name in ("single", "one", "wide")),
+        ("distill", {"dev": "@pairs-nan"}),
+        *(
+            (command, {option: f"@{place}"})
+            for command, option in (("trim", "teacher"), ("loyalty", "student"), ("evaluate", "model"))
+            for place in ("lstm", "modules-of-numbers", "pooling-of-text", "prompt-by-a-list", "length-of-text")
+        ),
         ("distill", {"out": "@inside"}),
         ("distill", {"resume": True}),
     ]  # fmt: skip

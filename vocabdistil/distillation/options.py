@@ -16,7 +16,8 @@ from ..core import options as kinds
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_text, need_whole, need_writable, spell
 from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
-from ..models.folders import look_at_model
+from ..evaluation.tables import read_scored
+from ..models.folders import look_at_model, transformer_folder
 from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
@@ -247,7 +248,7 @@ class StudentOptions:
         for source in models.pop("vocabulary"):
             look_at_tokenizer(source, "vocabulary")
         found = {
-            name: [look_at_model(source, name, self.trust_remote_code) for source in sources]
+            name: [look_at_model(source, name, self.trust_remote_code, name == "teacher") for source in sources]
             for name, sources in models.items()
         }
         body = (self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
@@ -491,7 +492,10 @@ class DistillConfig(StudentOptions):
     def look(self, once: bool = False) -> TextFiles | GivenTexts:
         if self.cache_teacher is not None and importlib.util.find_spec("pyarrow") is None:
             raise VocabdistilError.of("cache_teacher", "needs pyarrow; pip install vocabdistil[cache]")
-        return super().look(once)
+        text = super().look(once)
+        if self.dev is not None:
+            read_scored(self.dev, "dev")
+        return text
 
     def sources(self) -> dict[str, list[str]]:
         return super().sources() | {"student": [] if self.student is None else [os.fspath(self.student)]}
@@ -631,7 +635,7 @@ class CoverageOptions:
         """As :meth:`StudentOptions.look`."""
         if self.text:
             TextFiles(self.text, self.unit).look()
-        look_at_tokenizer(self.teacher, "teacher")
+        look_at_tokenizer(transformer_folder(self.teacher), "teacher")
         if self.student is not None:
             look_at_tokenizer(self.student, "student")
         elif self.vocabulary not in ("train", "trim"):

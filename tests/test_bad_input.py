@@ -177,6 +177,14 @@ def _damaged_cache(folder: Path) -> Path:
     return path
 
 
+def _token_cache(folder: Path) -> Path:
+    """A folder of another kind with a manifest."""
+    path = folder / "tokens"
+    path.mkdir()
+    (path / "manifest.json").write_text('{"format": 2, "tokenizers": [], "shards": []}')
+    return path
+
+
 def _existing(folder: Path) -> Path:
     path = folder / "out"
     path.mkdir()
@@ -223,6 +231,7 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "loop": _link,
     "damaged-run": _damaged_run,
     "damaged-cache": _damaged_cache,
+    "cache-of-tokens": _token_cache,
     "under-nothing": lambda folder: folder / "none" / "there" / "out",
     "folder": _folder,
     "missing": lambda folder: folder / "missing" / "there",
@@ -376,6 +385,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "--out: .*out.partial holds an interrupted run",
     ),
     ("distill", {"cache-teacher": "@damaged-cache", "recipe": "embedding"}, "--cache-teacher: .*json is damaged: "),
+    ("distill", {"cache-teacher": "@cache-of-tokens", "recipe": "embedding"}, "--cache-teacher: .*json is damaged: "),
+    ("distill", {"cache-teacher": "@bert", "recipe": "embedding"}, "--cache-teacher: .*bert has other files and no "),
+    ("distill", {"cache-teacher": "@text", "recipe": "embedding"}, "--cache-teacher: .*text.txt is not a folder"),
     ("distill", {"cache-teacher": "@folder", "recipe": "embedding", "resume": True}, "--resume: no interrupted run"),
     *(
         (command, {"out": "@under-nothing", "vocab-size": "9"}, "--vocab-size: expected at least .* got 9")
@@ -679,8 +691,17 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
             for command, option in (("trim", "teacher"), ("loyalty", "student"), ("evaluate", "model"))
             for place in ("lstm", "modules-of-numbers", "pooling-of-text", "prompt-by-a-list", "length-of-text")
         ),
+        *((command, {option: "@custom"}) for command, option in (("trim", "teacher"), ("evaluate", "model"))),
+        ("trim", {"teacher": "@no-length"}),
         ("distill", {"out": "@inside"}),
         ("distill", {"resume": True}),
+        ("distill", {"out": "@damaged-run", "resume": True}),
+        ("distill", {"out": "@damaged-run"}),
+        ("teacher", {"out": "@damaged-run"}),
+        *(
+            ("distill", {"cache-teacher": place, "recipe": "embedding"})
+            for place in ("@damaged-cache", "@cache-of-tokens", "@bert", "@text")
+        ),
     ]  # fmt: skip
     folders = [tmp_path / str(i) for i in range(len(lines))]
     for folder in folders:

@@ -20,8 +20,9 @@ from ..evaluation.tables import read_scored
 from ..models.folders import look_at_model, transformer_folder
 from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
+from .cache_manifest import cache_folders, look_at_cache
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
-from .run_folder import check_out
+from .run_folder import check_out, look_at_run
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
 __all__ = [
@@ -241,7 +242,7 @@ class StudentOptions:
             VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
         text = open_text(self.text, self.unit, once)
-        check_out(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
+        look_at_run(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
         if isinstance(text, TextFiles):
             text.look()
         models = self.sources()
@@ -495,6 +496,9 @@ class DistillConfig(StudentOptions):
         text = super().look(once)
         if self.dev is not None:
             read_scored(self.dev, "dev")
+        if self.cache_teacher is not None:
+            for folder in cache_folders(self.cache_teacher, len(self.teacher)):
+                look_at_cache(folder)
         return text
 
     def sources(self) -> dict[str, list[str]]:
@@ -558,7 +562,7 @@ class TeacherConfig:
     def look(self) -> TextFiles:
         """As :meth:`StudentOptions.look`."""
         text = TextFiles(self.text, self.unit)
-        check_out(Path(self.out), self.overwrite, self.text, self.resume)
+        look_at_run(Path(self.out), self.overwrite, self.text, self.resume)
         text.look()
         return text
 

@@ -10,21 +10,25 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer
+from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer, needs_code
 from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES
 from .sentence_settings import read_settings
 
-__all__ = ["look_at_model", "transformer_folder", "unknown_architecture"]
+__all__ = ["look_at_model", "need_known", "transformer_folder"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def unknown_architecture(name: str, model_type: str, argument: str) -> VocabdistilError:
-    """The error for a model that is in no row of the table."""
+def need_known(name: str, model_type: str, own_code: bool, trust_remote_code: bool, argument: str) -> None:
+    """Raises VocabdistilError for a model that is in no row of the table and brings no code that may run."""
+    if model_type in ARCHITECTURES or own_code and trust_remote_code:
+        return
+    if own_code:
+        raise needs_code("a model", name, argument)
     expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
-    return VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
+    raise VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
 
 
 def look_at_model(
@@ -55,10 +59,12 @@ def look_at_model(
     except (OSError, ValueError, RecursionError) as error:
         raise cannot_load("a model", name, argument, error) from None
     kind = settings.get("model_type")
-    if not isinstance(kind, str) or settings.get("auto_map") and (trust_remote_code or kind not in ARCHITECTURES):
+    if not isinstance(kind, str):
         return None
-    if kind not in ARCHITECTURES:
-        raise unknown_architecture(name, kind, argument)
+    own_code = bool(settings.get("auto_map"))
+    need_known(name, kind, own_code, trust_remote_code, argument)
+    if own_code and trust_remote_code:
+        return None
     _look_at_weights(folder, name, argument)
     rows, largest = settings.get("vocab_size"), max(tokenizer.get_vocab().values()) if tokenizer is not None else -1
     if isinstance(rows, int) and largest >= rows:

@@ -95,20 +95,23 @@ def _need_files(source: str, argument: str) -> None:
         raise VocabdistilError.of(argument, f"no tokenizer in {source}")
 
 
-def look_at_tokenizer(source: str | os.PathLike, argument: str) -> Any:
+def look_at_tokenizer(source: str | os.PathLike, argument: str, trust_remote_code: bool = False) -> Any:
     """Finds out what can be told of a tokenizer before ``transformers``, which takes seconds to import, loads it.
 
     Returns:
-        The ``tokenizers.Tokenizer`` of a folder's ``tokenizer.json``; None where there is no such file.
+        The ``tokenizers.Tokenizer`` of a folder's ``tokenizer.json``; where there is no such file, what
+        ``transformers`` makes of the others, as nothing else tells whether it can; None for a model on the Hub.
 
     Raises:
-        VocabdistilError: no such folder, no tokenizer in it, or one that cannot be read.
+        VocabdistilError: no such folder, no tokenizer in it, or one that cannot be read or is slow.
     """
     source = check_source(source, argument)
     _need_files(source, argument)
+    if not Path(source).is_dir():
+        return None
     file = Path(source) / "tokenizer.json"
     if not file.is_file():
-        return None
+        return load_tokenizer(source, argument, trust_remote_code)
     from tokenizers import Tokenizer
 
     try:

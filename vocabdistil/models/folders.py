@@ -51,7 +51,7 @@ def look_at_model(
     folder = Path(find(source, argument))
     if not folder.is_dir():
         return None
-    tokenizer = look_at_tokenizer(folder, argument)
+    tokenizer = look_at_tokenizer(folder, argument, trust_remote_code)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -81,7 +81,7 @@ def transformer_folder(source: str | os.PathLike, argument: str = "teacher") -> 
         VocabdistilError: as :func:`.sentence_settings.read_settings`; of a model on the Hub nothing is read.
     """
     folder = check_source(source, argument)
-    settings = read_settings(source, argument) if os.path.isdir(folder) else None
+    settings = read_settings(folder, argument) if os.path.isdir(folder) else None
     return folder if settings is None else settings.transformer_folder
 
 

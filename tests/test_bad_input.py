@@ -698,6 +698,7 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
         ("distill", {"out": "@damaged-run", "resume": True}),
         ("distill", {"out": "@damaged-run"}),
         ("teacher", {"out": "@damaged-run"}),
+        ("demo", {"out": "/proc/none/out"}),
         *(
             ("distill", {"cache-teacher": place, "recipe": "embedding"})
             for place in ("@damaged-cache", "@cache-of-tokens", "@bert", "@text")

@@ -22,7 +22,7 @@ from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
 from .cache_manifest import cache_folders, look_at_cache
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
-from .run_folder import check_out, look_at_run
+from .run_folder import check_out, look_at_run, need_makeable
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
 __all__ = [
@@ -591,6 +591,7 @@ class DemoOptions:
         need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
         for part in ("teacher", "student"):
             check_out(out / part, self.overwrite)
+        need_makeable(out)
 
 
 @dataclass

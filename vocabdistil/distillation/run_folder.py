@@ -28,6 +28,7 @@ __all__ = [
     "is_whole",
     "last_checkpoint",
     "look_at_run",
+    "need_makeable",
     "seal",
 ]
 
@@ -121,6 +122,14 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bo
     if (foreign := _foreign(out)) is not None:
         problem = f"{out} holds {foreign}, which no run wrote there; {spell('overwrite', True)} leaves it alone"
         raise VocabdistilError.of("out", problem)
+
+
+def need_makeable(folder: Path) -> None:
+    """Raises VocabdistilError where a folder cannot be made: it is, and what was not there is removed again."""
+    try:
+        remove_folders(make_folder(folder))
+    except OSError as error:
+        raise VocabdistilError.of("out", f"cannot make {folder}: {error.strerror}") from None
 
 
 def look_at_run(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bool | None = None) -> None:

@@ -177,6 +177,14 @@ def _damaged_cache(folder: Path) -> Path:
     return path
 
 
+def _token_cache(folder: Path) -> Path:
+    """A folder of another kind with a manifest."""
+    path = folder / "tokens"
+    path.mkdir()
+    (path / "manifest.json").write_text('{"format": 2, "tokenizers": [], "shards": []}')
+    return path
+
+
 def _existing(folder: Path) -> Path:
     path = folder / "out"
     path.mkdir()
@@ -213,6 +221,8 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "prompt-of-numbers": _settings("config_sentence_transformers.json", '{"prompts": {"query": 5}}'),
     "prompt-by-a-list": _settings("config_sentence_transformers.json", '{"default_prompt_name": ["query"]}'),
     "length-of-text": _settings("sentence_bert_config.json", '{"max_seq_length": [1]}'),
+    "length-of-letters": _settings("sentence_bert_config.json", '{"max_seq_length": "long"}'),
+    "damaged-dense": _settings("2_Last/model.safetensors", "no tensors"),
     "no-tokens": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(vocab={})),
     "nothing-unknown": _tokenizer("tokenizer.json", lambda settings: settings["model"].update(unk_token="[NOPE]")),
     "no-length": _tokenizer("tokenizer_config.json", lambda settings: settings.update(model_max_length="long")),
@@ -221,6 +231,7 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "loop": _link,
     "damaged-run": _damaged_run,
     "damaged-cache": _damaged_cache,
+    "cache-of-tokens": _token_cache,
     "under-nothing": lambda folder: folder / "none" / "there" / "out",
     "folder": _folder,
     "missing": lambda folder: folder / "missing" / "there",
@@ -355,6 +366,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
                     "prompt-of-numbers",
                     "prompt-by-a-list",
                     "length-of-text",
+                    "length-of-letters",
                 )
             ),
             ("no-tokens", ": cannot load a tokenizer from .*copy-of-bert: "),
@@ -373,6 +385,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "--out: .*out.partial holds an interrupted run",
     ),
     ("distill", {"cache-teacher": "@damaged-cache", "recipe": "embedding"}, "--cache-teacher: .*json is damaged: "),
+    ("distill", {"cache-teacher": "@cache-of-tokens", "recipe": "embedding"}, "--cache-teacher: .*json is damaged: "),
+    ("distill", {"cache-teacher": "@bert", "recipe": "embedding"}, "--cache-teacher: .*bert has other files and no "),
+    ("distill", {"cache-teacher": "@text", "recipe": "embedding"}, "--cache-teacher: .*text.txt is not a folder"),
     ("distill", {"cache-teacher": "@folder", "recipe": "embedding", "resume": True}, "--resume: no interrupted run"),
     *(
         (command, {"out": "@under-nothing", "vocab-size": "9"}, "--vocab-size: expected at least .* got 9")
@@ -527,6 +542,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
             ("@decoder", ".*has model_type 'gpt2'; expected an encoder"),
             ("@custom", ".*needs code of its own to load .*; --trust-remote-code runs it"),
             ("@lstm", "expected sentence-transformers modules .*got Transformer, Pooling, LSTM"),
+            ("@damaged-dense", "cannot load weights from .*2_Last/model.safetensors: "),
             ("@weightless-dense", "cannot make vectors as the folder .*copy-of-bert says: it has no 'linear.weight'"),
             ("@foreign-dense", "cannot make vectors as .*the activation os.system, which is none of torch.nn"),
             ("", "expected a folder or a model's name, got nothing"),
@@ -558,6 +574,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("evaluate", {"labels": "@labels-single"}, r"--labels: .*single.csv:4: expected at least 2 texts .*got 1 of 'b'"),
     ("evaluate", {"labels": "@labels-one"}, r"--labels: .*one.csv: expected at least 2 classes, got 1"),
     ("evaluate", {"labels": "@labels-wide"}, r"--labels: .*wide.csv:1: expected 2 columns \(text, label\), got 3"),
+    ("distill", {"dev": "@pairs-nan"}, r"--dev: .*nan.csv:4: expected a finite number as the score, got 'nan'"),
     ("evaluate", {"prompt": "query \udc80"}, "--prompt: expected text that UTF-8 can hold"),
     *(
         ("evaluate", {name: value}, f"--{name}: .*{value}")
@@ -666,9 +683,29 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
         ("trim", {"teacher": "@mpnet", "heads": "1"}),
         ("trim", {"teacher": "@modernbert", "keep-layers": "1,2"}),
         *((command, {"text": place}) for command in BASES for place in ("@text-empty", "@text-latin1")),
-        ("evaluate", {"pairs": "@missing"}),
+        *(
+            ("evaluate", {"pairs": f"@{place}"})
+            for place in ("missing", "pairs-narrow", "pairs-nan", "pairs-two", "pairs-same", "pairs-latin1")
+        ),
+        *(("evaluate", {"labels": f"@labels-{name}"}) for name in ("single", "one", "wide")),
+        ("distill", {"dev": "@pairs-nan"}),
+        *(
+            (command, {option: f"@{place}"})
+            for command, option in (("trim", "teacher"), ("loyalty", "student"), ("evaluate", "model"))
+            for place in ("lstm", "modules-of-numbers", "pooling-of-text", "prompt-by-a-list", "length-of-text")
+        ),
+        *((command, {option: "@custom"}) for command, option in (("trim", "teacher"), ("evaluate", "model"))),
+        ("trim", {"teacher": "@no-length"}),
         ("distill", {"out": "@inside"}),
         ("distill", {"resume": True}),
+        ("distill", {"out": "@damaged-run", "resume": True}),
+        ("distill", {"out": "@damaged-run"}),
+        ("teacher", {"out": "@damaged-run"}),
+        ("demo", {"out": "/proc/none/out"}),
+        *(
+            ("distill", {"cache-teacher": place, "recipe": "embedding"})
+            for place in ("@damaged-cache", "@cache-of-tokens", "@bert", "@text")
+        ),
     ]  # fmt: skip
     folders = [tmp_path / str(i) for i in range(len(lines))]
     for folder in folders:

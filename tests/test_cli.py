@@ -86,6 +86,17 @@ def test_tables_tell_folders_of_one_name_apart(teacher_folder, text_file, tmp_pa
     assert "one/model and other/model (" in capsys.readouterr().out
 
 
+def test_coverage_of_a_teacher_with_its_transformer_in_a_folder(teacher_folder, text_file, tmp_path, capsys):
+    shutil.copytree(teacher_folder, tmp_path / "0_Transformer")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 16}')
+    listed = [{"type": f"models.{name}", "path": f"{k}_{name}"} for k, name in enumerate(("Transformer", "Pooling"))]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    sides = ["--teacher", str(tmp_path), "--student", str(teacher_folder)]
+    assert main(["coverage", *sides, "--text", str(text_file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["matched_vocab"] == 600
+
+
 def test_coverage_of_a_tokenizer_by_itself(teacher_folder, text_file, capsys):
     folder = str(teacher_folder)
     assert main(["coverage", "--teacher", folder, "--student", folder, "--text", str(text_file), "--json"]) == 0

@@ -278,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # usage errors and --help
         return int(stop.code or 0)
     command = _COMMANDS[args.command]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # for what a look at a tokenizer may import
     try:
         with on_command_line(flags_of(command.options)):
             options = command.options(**{name: getattr(args, name) for name in options_of(command.options)})

@@ -48,12 +48,14 @@ def test_a_name_that_nobody_has_is_told_at_once(unreachable, tmp_path, name):
 def test_every_command_tells_it(unreachable, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a text\n")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("one,two,1\nthree,four,2\nfive,six,0\n")
     for command in (
         ["trim", "--teacher", "nobody/none", "--text", str(text), "--out", str(tmp_path / "out")],
         ["distill", "--teacher", "some/model", "--student", "nobody/none", "--text", str(text), "--out", f"{text}.out"],
         ["coverage", "--teacher", "some/model", "--student", "nobody/none", "--show", "a"],
         ["loyalty", "--teacher", "nobody/none", "--student", "some/model", "--text", str(text)],
-        ["evaluate", "--model", "some/model", "nobody/none", "--pairs", str(text)],
+        ["evaluate", "--model", "some/model", "nobody/none", "--pairs", str(pairs)],
         ["bench", "nobody/none", "--text", str(text)],
     ):
         assert main(command) == 2

@@ -171,8 +171,8 @@ def test_several_teachers_and_layer_maps(teacher_folder, text_file, tmp_path):
     result = vd.distill(**options([teacher_folder, other], text_file, tmp_path / "a", layer_map="average", **changes))
     assert len(result.metrics["coverage"]) == 2
     projections = load_file(result.path / "projection.safetensors")
-    assert {tuple(w.shape) for w in projections.values()} == {(48, 24), (32, 24)}
-    assert len(projections) == 4  # two teachers, two student layers each
+    assert {tuple(w.shape) for w in projections.values()} == {(48, 24), (32, 24), (48,)}
+    assert len(projections) == 5  # two teachers, two student layers each; and the bias of the fitted one
     assert (result.path / "remap_1.vdrt").exists()
 
 

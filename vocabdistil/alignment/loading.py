@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ __all__ = [
     "first_line",
     "load_tokenizer",
     "look_at_tokenizer",
+    "needs_code",
     "tokenizer_of",
 ]
 
@@ -75,11 +77,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def needs_code(what: str, name: str, argument: str) -> VocabdistilError:
+    """The error for what only code that nobody allowed can read."""
+    allowed = f"{spell('trust_remote_code', True)} runs it"
+    return VocabdistilError.of(argument, f"{name} needs code of its own to load {what}; {allowed}")
+
+
 def cannot_load(what: str, name: str, argument: str, error: BaseException) -> VocabdistilError:
     """The one line for what ``transformers`` raised; custom code that nobody allowed is what a user can change."""
     if "trust_remote_code" in str(error):
-        allowed = f"{spell('trust_remote_code', True)} runs it"
-        return VocabdistilError.of(argument, f"{name} needs code of its own to load {what}; {allowed}")
+        return needs_code(what, name, argument)
     return VocabdistilError.of(argument, f"cannot load {what} from {name}: {first_line(error)}")
 
 
@@ -88,25 +95,31 @@ def _need_files(source: str, argument: str) -> None:
         raise VocabdistilError.of(argument, f"no tokenizer in {source}")
 
 
-def look_at_tokenizer(source: str | os.PathLike, argument: str) -> Any:
+def look_at_tokenizer(source: str | os.PathLike, argument: str, trust_remote_code: bool = False) -> Any:
     """Finds out what can be told of a tokenizer before ``transformers``, which takes seconds to import, loads it.
 
     Returns:
-        The ``tokenizers.Tokenizer`` of a folder's ``tokenizer.json``; None where there is no such file.
+        The ``tokenizers.Tokenizer`` of a folder's ``tokenizer.json``; where there is no such file, what
+        ``transformers`` makes of the others, as nothing else tells whether it can; None for a model on the Hub.
 
     Raises:
-        VocabdistilError: no such folder, no tokenizer in it, or one that cannot be read.
+        VocabdistilError: no such folder, no tokenizer in it, or one that cannot be read or is slow.
     """
     source = check_source(source, argument)
     _need_files(source, argument)
+    if not Path(source).is_dir():
+        return None
     file = Path(source) / "tokenizer.json"
     if not file.is_file():
-        return None
+        return load_tokenizer(source, argument, trust_remote_code)
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.encode(_TRIED)
+        settings = Path(source) / "tokenizer_config.json"
+        if settings.is_file():
+            int(json.loads(settings.read_text(encoding="utf-8")).get("model_max_length") or 0)
     except LOADING_ERRORS as error:
         raise cannot_load("a tokenizer", source, argument, error) from None
     return tokenizer

@@ -106,11 +106,8 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
     say, text = Reporter(quiet), out / "text.txt"
     data = ("\n".join(demo_text(seed=seed)) + "\n").encode()
     if not os.path.lexists(text):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise VocabdistilError.of("out", f"cannot make {out}: {error.strerror}") from None
         with told("out", out):
+            out.mkdir(parents=True, exist_ok=True)
             with whole_file(text) as file:
                 file.write(data)
     elif not text.is_file() or text.read_bytes() != data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from ..models.whitening import set_last_layer, whiten
 from ..reference.layers import LayerAssignment, layer_map
 from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, to_device
+from .cache_manifest import cache_folders
 from .calibration import calibrate
 from .checkups import Checkups
 from .folder import DistillResult, write_student
@@ -95,7 +95,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         return run.finish()
 
 
-def _cache_folders(config: DistillConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[str, Teacher]]:
+def _cache_folders(config: DistillConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[Path, Teacher]]:
     """A folder for each teacher, if there are to be any.
 
     Args:
@@ -111,11 +111,7 @@ def _cache_folders(config: DistillConfig, teachers: Sequence[Teacher], mode: str
     needed = f"losses of the last hidden states of whole texts, as of {spell('recipe', 'embedding')}"
     given = (spell("recipe", config.recipe), spell("layer_map", config.layer_map), spell("logits", mode))
     need(last and not hides, "cache_teacher", needed, ", ".join(given))
-    several = len(teachers) > 1
-    return [
-        (os.path.join(config.cache_teacher, f"teacher-{t}") if several else config.cache_teacher, teacher)
-        for t, teacher in enumerate(teachers)
-    ]
+    return list(zip(cache_folders(config.cache_teacher, len(teachers)), teachers, strict=True))
 
 
 def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence[Teacher], head: bool) -> str:

@@ -16,11 +16,13 @@ from ..core import options as kinds
 from ..core.errors import VocabdistilError, is_real, need, need_place, need_text, need_whole, need_writable, spell
 from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
-from ..models.folders import look_at_model
+from ..evaluation.tables import read_scored
+from ..models.folders import look_at_model, transformer_folder
 from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
+from .cache_manifest import cache_folders, look_at_cache
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
-from .run_folder import check_out
+from .run_folder import check_out, look_at_run, need_makeable
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
 __all__ = [
@@ -240,14 +242,14 @@ class StudentOptions:
             VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
         text = open_text(self.text, self.unit, once)
-        check_out(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
+        look_at_run(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
         if isinstance(text, TextFiles):
             text.look()
         models = self.sources()
         for source in models.pop("vocabulary"):
             look_at_tokenizer(source, "vocabulary")
         found = {
-            name: [look_at_model(source, name, self.trust_remote_code) for source in sources]
+            name: [look_at_model(source, name, self.trust_remote_code, name == "teacher") for source in sources]
             for name, sources in models.items()
         }
         body = (self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
@@ -491,7 +493,13 @@ class DistillConfig(StudentOptions):
     def look(self, once: bool = False) -> TextFiles | GivenTexts:
         if self.cache_teacher is not None and importlib.util.find_spec("pyarrow") is None:
             raise VocabdistilError.of("cache_teacher", "needs pyarrow; pip install vocabdistil[cache]")
-        return super().look(once)
+        text = super().look(once)
+        if self.dev is not None:
+            read_scored(self.dev, "dev")
+        if self.cache_teacher is not None:
+            for folder in cache_folders(self.cache_teacher, len(self.teacher)):
+                look_at_cache(folder)
+        return text
 
     def sources(self) -> dict[str, list[str]]:
         return super().sources() | {"student": [] if self.student is None else [os.fspath(self.student)]}
@@ -554,7 +562,7 @@ class TeacherConfig:
     def look(self) -> TextFiles:
         """As :meth:`StudentOptions.look`."""
         text = TextFiles(self.text, self.unit)
-        check_out(Path(self.out), self.overwrite, self.text, self.resume)
+        look_at_run(Path(self.out), self.overwrite, self.text, self.resume)
         text.look()
         return text
 
@@ -583,6 +591,7 @@ class DemoOptions:
         need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
         for part in ("teacher", "student"):
             check_out(out / part, self.overwrite)
+        need_makeable(out)
 
 
 @dataclass
@@ -631,7 +640,7 @@ class CoverageOptions:
         """As :meth:`StudentOptions.look`."""
         if self.text:
             TextFiles(self.text, self.unit).look()
-        look_at_tokenizer(self.teacher, "teacher")
+        look_at_tokenizer(transformer_folder(self.teacher), "teacher")
         if self.student is not None:
             look_at_tokenizer(self.student, "student")
         elif self.vocabulary not in ("train", "trim"):

@@ -27,6 +27,8 @@ __all__ = [
     "checkpoint_step",
     "is_whole",
     "last_checkpoint",
+    "look_at_run",
+    "need_makeable",
     "seal",
 ]
 
@@ -122,6 +124,23 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bo
         raise VocabdistilError.of("out", problem)
 
 
+def need_makeable(folder: Path) -> None:
+    """Raises VocabdistilError where a folder cannot be made: it is, and what was not there is removed again."""
+    try:
+        remove_folders(make_folder(folder))
+    except OSError as error:
+        raise VocabdistilError.of("out", f"cannot make {folder}: {error.strerror}") from None
+
+
+def look_at_run(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bool | None = None) -> None:
+    """:func:`check_out`, and of a run that was interrupted there whether it may be continued or replaced, as far as
+    its folder tells; what another process holds, or held when it was killed, is for :meth:`RunFolder.open`."""
+    check_out(out, overwrite, inputs, resume)
+    path = _partial(out)
+    if os.path.lexists(path) and not (path / _LOCK).exists():
+        _earlier(path, resume, overwrite)
+
+
 @dataclass
 class RunFolder:
     """``out.partial``, and what the stages of a run stored there.
@@ -199,13 +218,15 @@ class RunFolder:
 
     def _record(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> dict[str, Any]:
         """What the run begins with, or goes on from."""
-        if resume:
-            return self._resumed(identity)
-        if (self.path / _RECORD).exists() and not overwrite:
-            again = "" if resume is None else f"{spell('resume', True)} continues it, "
-            problem = f"{self.path} holds an interrupted run; {again}{spell('overwrite', True)} starts anew"
-            raise VocabdistilError.of("out", problem)
-        return {"format": _FORMAT, "identity": identity}
+        record = _earlier(self.path, resume, overwrite)
+        if record is None:
+            return {"format": _FORMAT, "identity": identity}
+        for name, value in identity.items():
+            before = record["identity"].get(name)
+            if before != value:
+                what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
+                raise VocabdistilError.of(name, f"{what} the run that {spell('resume', True)} would continue")
+        return record
 
     def _begin(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> None:
         self.record = self._record(identity, resume, overwrite)
@@ -223,23 +244,6 @@ class RunFolder:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with told("out", self.path):
             self.store(holder=f"process {os.getpid()} on {socket.gethostname()} since {since}")
-
-    def _resumed(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """The record of the run that is continued."""
-        try:
-            record = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
-            known = dict(record["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            raise VocabdistilError.of("resume", f"{self.path} holds no run to continue") from None
-        if record.get("format") != _FORMAT:
-            anew = f"{spell('overwrite', True)} starts anew"
-            raise VocabdistilError.of("resume", f"{self.path} holds a run of another version; {anew}")
-        for name, value in identity.items():
-            before = known.get(name)
-            if before != value:
-                what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
-                raise VocabdistilError.of(name, f"{what} the run that {spell('resume', True)} would continue")
-        return record
 
     def store(self, **found: Any) -> None:
         """What a later stage, or a run that is resumed, needs of this one."""
@@ -296,6 +300,29 @@ class RunFolder:
     def place(self) -> str:
         """Where the result is, in words."""
         return f"in {self.out}" + (", in place of what was there" if self.replaces else "")
+
+
+def _earlier(path: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] | None:
+    """The record of the run to continue, if one is to be.
+
+    Raises:
+        VocabdistilError: there is none of this version; or there is a run that is neither to be continued nor replaced.
+    """
+    if not resume:
+        if (path / _RECORD).exists() and not overwrite:
+            again = "" if resume is None else f"{spell('resume', True)} continues it, "
+            problem = f"{path} holds an interrupted run; {again}{spell('overwrite', True)} starts anew"
+            raise VocabdistilError.of("out", problem)
+        return None
+    try:
+        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        record["identity"] = dict(record["identity"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise VocabdistilError.of("resume", f"{path} holds no run to continue") from None
+    if record.get("format") != _FORMAT:
+        anew = f"{spell('overwrite', True)} starts anew"
+        raise VocabdistilError.of("resume", f"{path} holds a run of another version; {anew}")
+    return record
 
 
 def _is_run(path: Path) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,12 @@ from ..alignment.cache import tokenizer_digest
 from ..alignment.spans import check_mask, text_spans
 from ..core.errors import VocabdistilError, need_place, spell
 from ..core.shards import (
-    COUNT,
     MANIFEST,
-    RECORD,
-    TEXT,
-    Fields,
-    check_folder,
     digest,
     is_count,
     locked,
     prepare,
     pyarrow,
-    read_manifest,
     read_shard,
     remove_left_overs,
     verify_shard,
@@ -43,21 +36,15 @@ from ..core.shards import (
 )
 from ..models.teachers import Reading, Teacher
 from ..ops import span_mean
+from .cache_manifest import FORMAT, KINDS, NAME, PINNED, look_at_cache, read_cache_manifest, told_of
 
 __all__ = ["TeacherCache"]
 
-_NAME = "cache_teacher"
-_FORMAT = 2
-_HOLDS = "states of a teacher"
-KINDS = ("hidden", "pooled")
 # What a shard holds of vectors, at most, unless a single text has more: what is lost when a job is killed.
 SHARD_BYTES = 64 << 20
 _KEY = "S16"
 # What the last hidden states do not depend on: where a model was, what wrote it, which head it is part of.
 _NOT_OF_THE_BODY = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-_PINNED = ("weights", "configuration", "tokenizer", "dtype", "whitening")
-_FIELDS: Fields = dict.fromkeys(("name", *_PINNED), TEXT)
-_RECORD: Fields = {**RECORD, "what": (" or ".join(map(repr, KINDS)), lambda value: value in KINDS), "tokens": COUNT}
 
 
 class _Index:
@@ -133,18 +120,17 @@ class TeacherCache:
             ValueError: ``what`` or ``shard_bytes`` is something else.
             VocabdistilError: the folder holds the states of another teacher, is damaged, or is not one of these.
         """
-        pyarrow(spell(_NAME))
+        pyarrow(spell(NAME))
         need_place(folder, "cache_teacher", "a folder")
         if what not in KINDS:
             raise ValueError(f"what: expected one of {', '.join(map(repr, KINDS))}, got {what!r}")
         if not is_count(shard_bytes, 1):
             raise ValueError(f"shard_bytes: expected a number of at least 1, got {shard_bytes!r}")
         self = cls(Path(os.path.expanduser(folder)), teacher, what, _pinned(teacher, whitening), shard_bytes)
-        with _told(self.folder):
-            check_folder(self.folder, _NAME)
-            if (self.folder / MANIFEST).exists():
+        if look_at_cache(self.folder):
+            with told_of(self.folder):
                 self._learn()
-                self._made = True
+            self._made = True
         return self
 
     def __enter__(self) -> TeacherCache:
@@ -196,7 +182,7 @@ class TeacherCache:
             count = len(text) if self.what == "hidden" else 1
             if len(row) != count:
                 raise VocabdistilError.of(
-                    _NAME,
+                    NAME,
                     f"{self.folder} is damaged: expected {count} vectors of a text, got {len(row)}"
                 )
             start = starts[b] if self.what == "hidden" else 0
@@ -214,7 +200,7 @@ class TeacherCache:
         if not self._pending:
             return
         self._make()
-        with _told(self.folder), locked(self.folder):
+        with told_of(self.folder), locked(self.folder):
             remove_left_overs(self.folder, *(f"{kind}-" for kind in KINDS))
             manifest = self._learn()
             known = self._index.find(np.array(list(self._pending), dtype=_KEY)) >= 0
@@ -240,33 +226,33 @@ class TeacherCache:
         """The folder, with a manifest without shards, unless it was there."""
         if self._made:
             return
-        with _told(self.folder):
-            prepare(self.folder, _NAME)
+        with told_of(self.folder):
+            prepare(self.folder, NAME)
             with locked(self.folder):
                 if not (self.folder / MANIFEST).exists():
-                    manifest = {"format": _FORMAT, "name": self.teacher.name, **self._pinned, "shards": []}
+                    manifest = {"format": FORMAT, "name": self.teacher.name, **self._pinned, "shards": []}
                     write_manifest(self.folder, manifest)
                 self._learn()
         self._made = True
 
     def _learn(self) -> dict[str, Any]:
         """Reads the manifest and the digests of the shards that are new in it."""
-        manifest = read_manifest(self.folder, _NAME, _HOLDS, _FORMAT, _FIELDS, _RECORD)
-        for field in _PINNED:
+        manifest = read_cache_manifest(self.folder)
+        for field in PINNED:
             if manifest[field] != self._pinned[field]:
                 raise VocabdistilError.of(
-                    _NAME,
+                    NAME,
                     f"{self.folder} holds the states of another teacher ({manifest['name']}, of other "
                     f"{field}); take another folder or remove it"
                 )
         old = len(self._records)
         if manifest["shards"][:old] != self._records:
-            raise VocabdistilError.of(_NAME, f"{self.folder} was made anew while it was open")
+            raise VocabdistilError.of(NAME, f"{self.folder} was made anew while it was open")
         self._records = list(manifest["shards"])
         keys = []
         for k, record in enumerate(self._records[old:], old):
             if record["what"] == self.what:
-                verify_shard(self._path(k), _NAME, record, contents=False)
+                verify_shard(self._path(k), NAME, record, contents=False)
                 keys.append((k, self._columns(k)[0]))
         self._index.add(*_numbered(keys))
         return manifest
@@ -277,7 +263,7 @@ class TeacherCache:
 
     def _batch(self, rows: dict[bytes, np.ndarray]) -> Any:
         """A record batch of texts by their digests."""
-        pa = pyarrow(spell(_NAME))
+        pa = pyarrow(spell(NAME))
         kinds = _columns(self.teacher.width)
         offsets = np.cumsum([0, *map(len, rows.values())]).astype(np.int32)
         values = pa.array(np.concatenate(list(rows.values())).ravel())
@@ -288,9 +274,9 @@ class TeacherCache:
     def _columns(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Digests ``[n]``, offsets ``[n + 1]`` and vectors ``[tokens, D]`` of a shard, mapped."""
         path, record, width = self._path(k), self._records[k], self.teacher.width
-        keys, states = read_shard(path, _NAME, record, _columns(width))
+        keys, states = read_shard(path, NAME, record, _columns(width))
         if keys.null_count or states.null_count or len(states.values) != record["tokens"]:
-            raise VocabdistilError.of(_NAME, f"{path} is damaged: expected {record['tokens']} vectors")
+            raise VocabdistilError.of(NAME, f"{path} is damaged: expected {record['tokens']} vectors")
         names = np.frombuffer(keys.buffers()[1], dtype=_KEY, count=len(keys))
         return names, states.offsets.to_numpy(), states.values.values.to_numpy().reshape(-1, width)
 
@@ -299,7 +285,7 @@ class TeacherCache:
         k, row = place >> 32, place & 0xFFFFFFFF
         if k not in self._open:
             # Once for each shard: a number that is wrong would be noticed by nobody.
-            verify_shard(self._path(k), _NAME, self._records[k])
+            verify_shard(self._path(k), NAME, self._records[k])
             self._open[k] = self._columns(k)[1:]
         offsets, vectors = self._open[k]
         return vectors[offsets[row] : offsets[row + 1]]
@@ -321,7 +307,7 @@ class TeacherCache:
         if not bool(half.isfinite().all()):
             most = float(vectors.abs().max())
             raise VocabdistilError.of(
-                _NAME,
+                NAME,
                 f"{self.teacher.name} has hidden states up to {most:.6g}; float16, in which they are kept, "
                 f"ends at {torch.finfo(torch.float16).max:.0f}"
             )
@@ -337,18 +323,9 @@ class TeacherCache:
         self._size += row.nbytes
 
 
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """What the disk refuses, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise VocabdistilError.of(_NAME, f"cannot use {folder}: {error.strerror or error}") from None
-
-
 def _columns(width: int) -> dict[str, Any]:
     """The columns of a shard, and their types."""
-    pa = pyarrow(spell(_NAME))
+    pa = pyarrow(spell(NAME))
     return {"digest": pa.binary(16), "states": pa.list_(pa.list_(pa.float16(), width))}
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from ..core import options as kinds
-from ..core.errors import need, need_file, need_whole, spell
+from ..core.errors import need, need_whole, spell
 from ..core.options import Files, Option, Place, Whole, check_options, names_of
 from ..models.folders import look_at_model
 from .chart import check_chart
+from .tables import read_labels, read_scored
 
 __all__ = ["BenchOptions", "EvaluateOptions", "LoyaltyOptions", "TimeBatch", "TimeLength", "check_timing"]
 
@@ -63,10 +64,11 @@ class EvaluateOptions:
             check_chart(self.picture)
 
     def look(self) -> None:
-        """Looks at folders by their names, before anything is loaded, which takes longer."""
-        for name, files in (("pairs", self.pairs), ("labels", self.labels)):
-            for file in names_of(files):
-                need_file(file, name, "a CSV file")
+        """Reads the tables and looks at folders by their names, before anything is loaded, which takes longer."""
+        for file in names_of(self.pairs):
+            read_scored(file, "pairs")
+        for file in names_of(self.labels):
+            read_labels(file, "labels")
         for name in self.models:
             look_at_model(name, "models", self.trust_remote_code)
 
@@ -113,4 +115,4 @@ class BenchOptions:
     def look(self) -> None:
         """As :meth:`EvaluateOptions.look`."""
         for name in self.models:
-            look_at_model(name, "models")
+            look_at_model(name, "models", sentence=False)

@@ -10,26 +10,34 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer
+from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer, needs_code
 from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES
+from .sentence_settings import read_settings
 
-__all__ = ["look_at_model", "unknown_architecture"]
+__all__ = ["look_at_model", "need_known", "transformer_folder"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def unknown_architecture(name: str, model_type: str, argument: str) -> VocabdistilError:
-    """The error for a model that is in no row of the table."""
+def need_known(name: str, model_type: str, own_code: bool, trust_remote_code: bool, argument: str) -> None:
+    """Raises VocabdistilError for a model that is in no row of the table and brings no code that may run."""
+    if model_type in ARCHITECTURES or own_code and trust_remote_code:
+        return
+    if own_code:
+        raise needs_code("a model", name, argument)
     expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
-    return VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
+    raise VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
 
 
 def look_at_model(
-    source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False
+    source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False, sentence: bool = True
 ) -> SimpleNamespace | None:
     """Finds out what can be told of a model before it is loaded.
+
+    Args:
+        sentence: it is used as a sentence-transformers folder says, if it is one; else its transformer alone.
 
     Returns:
         Its configuration, as far as the file has it; None where only loading tells: of a model that is on the Hub, that
@@ -39,11 +47,11 @@ def look_at_model(
         VocabdistilError: no such folder, no tokenizer or none that can be read, no encoder of a known architecture, no
             weights, files of them that are cut, or a tokenizer with ids beyond the embeddings.
     """
-    name, folder = os.fspath(source), Path(check_source(source, argument))
-    folder = _transformer_folder(folder) if folder.is_dir() else None
-    if folder is None:
+    name, find = os.fspath(source), transformer_folder if sentence else check_source
+    folder = Path(find(source, argument))
+    if not folder.is_dir():
         return None
-    tokenizer = look_at_tokenizer(folder, argument)
+    tokenizer = look_at_tokenizer(folder, argument, trust_remote_code)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -51,10 +59,12 @@ def look_at_model(
     except (OSError, ValueError, RecursionError) as error:
         raise cannot_load("a model", name, argument, error) from None
     kind = settings.get("model_type")
-    if not isinstance(kind, str) or settings.get("auto_map") and (trust_remote_code or kind not in ARCHITECTURES):
+    if not isinstance(kind, str):
         return None
-    if kind not in ARCHITECTURES:
-        raise unknown_architecture(name, kind, argument)
+    own_code = bool(settings.get("auto_map"))
+    need_known(name, kind, own_code, trust_remote_code, argument)
+    if own_code and trust_remote_code:
+        return None
     _look_at_weights(folder, name, argument)
     rows, largest = settings.get("vocab_size"), max(tokenizer.get_vocab().values()) if tokenizer is not None else -1
     if isinstance(rows, int) and largest >= rows:
@@ -64,14 +74,15 @@ def look_at_model(
     return SimpleNamespace(**settings) if whole else None
 
 
-def _transformer_folder(folder: Path) -> Path | None:
-    """Where the transformer of a sentence-transformers folder is, or the folder itself; None if that cannot be told."""
-    try:
-        return folder / json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]["path"]
-    except FileNotFoundError:
-        return folder
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # who reads all of it says what is wrong
-        return None
+def transformer_folder(source: str | os.PathLike, argument: str = "teacher") -> str:
+    """Where the transformer of a sentence-transformers folder is, or what is no such folder itself.
+
+    Raises:
+        VocabdistilError: as :func:`.sentence_settings.read_settings`; of a model on the Hub nothing is read.
+    """
+    folder = check_source(source, argument)
+    settings = read_settings(folder, argument) if os.path.isdir(folder) else None
+    return folder if settings is None else settings.transformer_folder
 
 
 def _look_at_weights(folder: Path, name: str, argument: str) -> None:

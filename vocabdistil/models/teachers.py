@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, first_line, load_tokenizer
 from ..core.errors import VocabdistilError
 from .architectures import Architecture, architecture_of, first_position
-from .folders import unknown_architecture
+from .folders import need_known
 
 __all__ = [
     "Reading",
@@ -359,9 +359,7 @@ def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise cannot_load("a model", source, argument, error) from None
-    custom = bool(getattr(config, "auto_map", None))
-    if architecture_of(config) is None and not (custom and trust_remote_code):
-        raise unknown_architecture(source, config.model_type, argument)
+    need_known(source, config.model_type, bool(getattr(config, "auto_map", None)), trust_remote_code, argument)
     return config
 
 

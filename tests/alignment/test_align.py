@@ -521,7 +521,7 @@ def test_names_of_folders(tmp_path) -> None:
     for place, message in (
         (tmp_path / "nowhere", "teacher: no such folder"),
         (tmp_path, "teacher: no tokenizer in"),
-        ("no-such-model-here", "teacher: cannot load a tokenizer from no-such-model-here"),
+        ("no-such-model-here", "teacher: cannot load (a tokenizer from )?no-such-model-here"),
     ):
         with pytest.raises(VocabdistilError, match=message):
             align(texts, place, sides[1])

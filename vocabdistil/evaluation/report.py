@@ -245,8 +245,8 @@ def whitened_line(whitened: dict[str, float]) -> str:
     """That the student's vectors will not be comparable with its teacher's as they were."""
     names = ", ".join(display_names(list(whitened)))
     return (
-        f"The vectors of {names} are whitened on the text: the student's mostly rank texts of that kind better, but are "
-        f"not to be mixed with those of the teacher as it was; for that take {spell('whiten', 0)}"
+        f"The vectors of {names} are whitened on the text: the student's mostly rank texts of that kind better, but "
+        f"are not to be mixed with those of the teacher as it was; for that take {spell('whiten', 0)}"
     )
 
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment.spans import TEXT_POOLINGS
-from ..core.errors import VocabdistilError, need
+from ..core.errors import need
 from ..models.architectures import architecture_of
 from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
-from ..models.shapes import keep_layers
+from ..models.shapes import keep_layers, shape_of
 from ..models.shrinking import TOKENS, shrink
 from ..models.start import plan_start
 from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
-from ..models.whitening import cannot_whiten
+from ..models.whitening import cannot_whiten, need_whitenable
 from .options import VOCAB_SIZE, StudentOptions
 
 __all__ = [
@@ -148,13 +148,11 @@ def sources_to_whiten(options: StudentOptions, sources: Sequence[Source], asked:
     Raises:
         VocabdistilError: it was asked for and cannot be.
     """
-    found = []
-    for source in sources if options.whiten else ():
-        problem = cannot_whiten(source.teacher, source.sentence)
-        if problem and asked:
-            raise VocabdistilError.of("whiten", f"{source.teacher.name} cannot be whitened: {problem}")
-        found += [] if problem else [source]
-    return found
+    if not options.whiten:
+        return []
+    for source in sources if asked else ():
+        need_whitenable(source.teacher, source.sentence)
+    return [source for source in sources if not cannot_whiten(source.teacher, source.sentence)]
 
 
 def make_vocabulary(
@@ -231,11 +229,9 @@ def make_student(
 def _layers_for(preset: Preset, teacher: Teacher) -> list[int]:
     """The teacher's layers that a preset is made of; none where they are of another kind, too few or too narrow."""
     row, config = teacher.architecture, teacher.model.config
-    if row is None or row.parts is None or row.shared or row.biased_heads:
+    if row is None or not row.fittable or row.biased_heads:
         return []
-    fields = row.fields
-    whole = (getattr(config, name) for name in (fields.layers, fields.dim, fields.heads, fields.ffn))
-    wanted = preset.layers, preset.dim, preset.heads, preset.ffn
+    whole, wanted = (teacher.num_layers, *shape_of(config)), (preset.layers, preset.dim, preset.heads, preset.ffn)
     if any(most < value for value, most in zip(wanted, whole, strict=True)):
         return []
     return keep_layers(config, preset.layers)

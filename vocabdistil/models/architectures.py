@@ -73,6 +73,12 @@ class Architecture:
     body: str = ""
     biased_heads: bool = False
 
+    @property
+    def fittable(self) -> bool:
+        """Whether its layers can be fitted one by one: they are post-norm ones of BERT's kind, each with its own
+        weights."""
+        return self.parts is not None and not self.shared
+
     def part_of_embeddings(self, body: nn.Module, name: str) -> nn.Module | None:
         """``positions``, ``types`` or ``norm`` of a model, None where it has none."""
         path = getattr(self, name)

@@ -177,7 +177,7 @@ def narrow_shape(config: Any, dim: int | None = None, heads: int | None = None, 
         return whole
     option = "dim" if dim is not None else "heads" if heads is not None else "ffn"
     expected = f"the teacher's width, heads and feed-forward width: no rule makes {config.model_type} narrower"
-    need(row.parts is not None and not row.shared, option, expected, (dim, heads, ffn)[Shape._fields.index(option)])
+    need(row.fittable, option, expected, (dim, heads, ffn)[Shape._fields.index(option)])
     for name, value, most in zip(Shape._fields, (dim, heads, ffn), whole, strict=True):
         need(value is None or 1 <= value <= most, name, f"a number from 1 to {most}, the teacher's", value)
     width = whole.dim if dim is None else dim

@@ -367,7 +367,7 @@ def shrink(
     need(bool(batches), "text", "some text to fit the student to", "none")
     student = build_body(teacher, lambda matrix: matrix, teacher.tokenizer, keep)
     coordinates, explained = torch.arange(whole.dim), []
-    if row.parts is not None and not row.shared:
+    if row.fittable:
         student, coordinates, explained = _fitted(teacher, student, keep, shape, batches)
     student.requires_grad_(False)
     weight, bias = least_squares(_last_states(student.base_model, batches), _last_states(teacher.model, batches))

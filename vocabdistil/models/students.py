@@ -10,7 +10,7 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedMode
 
 from .architectures import ARCHITECTURES, Architecture, first_position
 from .presets import PRESETS, Preset
-from .shapes import choose_layers
+from .shapes import choose_layers, shape_of
 from .teachers import Teacher
 
 __all__ = ["PRESETS", "Preset", "build_student", "initialise_from_teacher", "principal_axes"]
@@ -85,9 +85,7 @@ def _copy_modules(source: nn.Module, target: nn.Module, names: dict[str, str]) -
 
 def _copy_layers(student: DistilBertForMaskedLM, teacher: Teacher, row: Architecture) -> list[int]:
     """Copies the teacher's layers if they are of DistilBERT's kind and shape; returns which, in the student's order."""
-    fields, config = row.fields, teacher.model.config
-    theirs = [getattr(config, name) for name in (fields.dim, fields.heads, fields.ffn)]
-    if row.parts is None or theirs != [student.config.dim, student.config.n_heads, student.config.hidden_dim]:
+    if row.parts is None or shape_of(teacher.model.config) != shape_of(student.config):
         return []
     chosen = choose_layers(teacher.num_layers, min(student.config.n_layers, teacher.num_layers))
     names = dict(zip(row.parts, ARCHITECTURES["distilbert"].parts, strict=True))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError, need, spell
 from .architectures import architecture_of
-from .fitting import Batch, Tap, tapped, token_batches
+from .fitting import Tap, tapped, token_batches
 from .sentence import SentenceSettings, lowered, pool, prompt_length
 from .teachers import Teacher, model_inputs
 
-__all__ = ["Whitened", "cannot_whiten", "set_last_layer", "whiten"]
+__all__ = ["Whitened", "cannot_whiten", "need_whitenable", "set_last_layer", "whiten"]
 
 # Tokens to count on: about two thousand sentences.
 _TOKENS = 2**15
@@ -44,13 +44,19 @@ class Whitened(NamedTuple):
 def cannot_whiten(teacher: Teacher, settings: SentenceSettings | None = None) -> str:
     """Why a teacher's last layer cannot whiten; empty if it can."""
     row = architecture_of(teacher.model.config)
-    if row is None or row.parts is None or row.shared:
+    if row is None or not row.fittable:
         return f"the layers of {teacher.model.config.model_type} are of another kind than BERT's"
     if teacher.masked_lm is not None:
         return "its MLM head reads its hidden states"
     if settings is not None and (later := [module.name for module in settings.modules if module.weights]):
         return f"{', '.join(later)} reads its vectors"
     return ""
+
+
+def need_whitenable(teacher: Teacher, settings: SentenceSettings | None = None) -> None:
+    """Raises VocabdistilError where :func:`cannot_whiten`."""
+    if problem := cannot_whiten(teacher, settings):
+        raise VocabdistilError.of("whiten", f"{teacher.name} cannot be whitened: {problem}")
 
 
 def _last_layer(teacher: Teacher) -> tuple[nn.Module, nn.Linear, nn.LayerNorm]:
@@ -62,31 +68,29 @@ def _last_layer(teacher: Teacher) -> tuple[nn.Module, nn.Linear, nn.LayerNorm]:
 
 
 class _Moments:
-    """Sums of rows ``x`` and of their products with themselves and with rows ``y``, float64."""
+    """The mean and the covariance of rows, float64, from their sums."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, rows: Tensor) -> None:
         if not self.count:
             # Sums of what is nearly centred lose nothing.
-            self.shift = x.mean(0), y.mean(0)
-            self.sums = [torch.zeros(size, dtype=torch.float64) for size in _sizes(x.shape[1], y.shape[1])]
-        x, y = x - self.shift[0], y - self.shift[1]
-        self.count += len(x)
-        for total, new in zip(self.sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.T @ y), strict=True):
-            total += new
+            self._shift, width = rows.mean(0), rows.shape[1]
+            self._sum, self._products = (torch.zeros(*size, dtype=torch.float64) for size in ((width,), (width, width)))
+        rows = rows - self._shift
+        self.count += len(rows)
+        self._sum += rows.sum(0)
+        self._products += rows.T @ rows
 
-    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Both means, and the covariances of x, of x with y, and of y."""
-        x, y, xx, xy, yy = (total / self.count for total in self.sums)
-        means = self.shift[0] + x, self.shift[1] + y
-        return *means, xx - torch.outer(x, x), xy - torch.outer(x, y), yy - torch.outer(y, y)
+    @property
+    def mean(self) -> Tensor:
+        return self._shift + self._sum / self.count
 
-
-def _sizes(x: int, y: int) -> tuple[tuple[int, ...], ...]:
-    return (x,), (y,), (x, x), (x, y), (y, y)
+    @property
+    def covariance(self) -> Tensor:
+        mean = self._sum / self.count
+        return self._products / self.count - torch.outer(mean, mean)
 
 
 def _map(vectors: Tensor, power: float) -> tuple[Tensor, Tensor]:
@@ -132,45 +136,40 @@ def whiten(
     Raises:
         VocabdistilError: :func:`cannot_whiten`, or texts that are too few or all alike.
     """
-    if problem := cannot_whiten(teacher, settings):
-        raise VocabdistilError.of("whiten", f"{teacher.name} cannot be whitened: {problem}")
+    need_whitenable(teacher, settings)
     if settings is not None and len(settings.pooling) > 1:
         settings = None
     batches = token_batches(teacher, lowered(texts, settings), min(max_length, teacher.max_positions), tokens)
     leading = prompt_length(teacher.tokenizer, teacher.prompt, settings)
     attention_norm, ffn_out, ffn_norm = _last_layer(teacher)
     taps = [Tap(ffn_out, reads=True), Tap(attention_norm), Tap(ffn_norm)]
-    moments, vectors, squares = _Moments(), [], 0.0
+    moments, vectors = _Moments(), []
     for batch in batches:
-        read, middle, last = tapped(lambda batch=batch: _run(teacher, batch), taps)
-        vectors.append(pool(last, batch.mask, settings, leading).float())
-        rows = batch.mask == 1
-        moments.add(read[rows], torch.cat([middle[rows], last[rows]], 1))
-        squares += float(last[rows].double().square().sum())
+        seen = tapped(lambda batch=batch: teacher.model(**model_inputs(teacher.model, *batch)), taps)
+        vectors.append(pool(seen[-1], batch.mask, settings, leading).float())
+        moments.add(torch.cat(seen, -1)[batch.mask == 1])
     several = sum(map(len, vectors)) > 1 and bool((torch.cat(vectors).std(0) > 0).any())
     need(several, "text", f"several different texts for {spell('whiten')}", "none" if not vectors else "too few")
     mean, matrix = _map(torch.cat(vectors), power)
 
-    read_mean, y_mean, products, crossed, y_products = moments.centred()
-    width = len(mean)
+    width, covariance = len(mean), moments.covariance
+    reads = len(covariance) - 2 * width
+    read_mean, middle_mean, last_mean = moments.mean.split([reads, width, width])
+    products, crossed, others = covariance[:reads, :reads], covariance[:reads, reads:], covariance[reads:, reads:]
+    spread = others[width:, width:]
     ridge = _RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
     # What the feed-forward part can say of the middle and of the last hidden states, and what it cannot.
     said = torch.linalg.solve(products + ridge, crossed)
-    unsaid = y_products - crossed.T @ said
+    unsaid = others - crossed.T @ said
     # The middle is added to whatever it writes: the scale of what is wanted at which this is least in the way.
     scale = float(unsaid[:width, :width].trace()) / max(1e-12, float((matrix @ unsaid[width:, :width]).trace()))
     wanted = torch.cat([-torch.eye(width, dtype=torch.float64), scale * matrix])
     weight = (said @ wanted).T
-    bias = scale * (y_mean[width:] - mean) @ matrix - y_mean[:width] - weight @ read_mean
-    spread = (matrix @ y_products[width:, width:] @ matrix).trace() * scale**2
-    lost = (wanted.T @ unsaid @ wanted).trace()
-    length = torch.full((width,), (squares / moments.count / width) ** 0.5)
+    bias = scale * (last_mean - mean) @ matrix - middle_mean - weight @ read_mean
+    lost = (wanted.T @ unsaid @ wanted).trace() / (matrix @ spread @ matrix).trace() / scale**2
+    length = ((spread.trace() + last_mean.square().sum()) / width).sqrt().float().repeat(width)
     tensors = weight.float().contiguous(), bias.float(), length, torch.zeros(width)
-    return Whitened(dict(zip(_NAMES, tensors, strict=True)), 1 - float(lost / spread))
-
-
-def _run(teacher: Teacher, batch: Batch) -> None:
-    teacher.model(**model_inputs(teacher.model, *batch))
+    return Whitened(dict(zip(_NAMES, tensors, strict=True)), 1 - float(lost))
 
 
 @torch.no_grad()

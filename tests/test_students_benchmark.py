@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.students import __main__ as command
 from benchmarks.students import methods, rows, table
 from benchmarks.students.methods import Made, steps_within
 from benchmarks.students.table import Run, ablation, comparison, matches
+from vocabdistil.models.presets import PRESETS
 
 TEACHER = "tiny"
 
@@ -54,6 +56,9 @@ def test_every_student_stands_beside_its_baselines():
             assert mine[kind].options.items() >= (told.size | {"minutes": told.minutes}).items()
         assert mine["trim"].options == told.size
         assert mine["model2vec"].options["vocab_size"] == told.size["vocab_size"]
+        assert ("preset" in mine) is (told.preset is not None)
+        if told.preset is not None:
+            assert told.size.items() >= asdict(PRESETS[told.preset]).items()
     for run in runs:
         assert run.method in methods.METHODS and json.loads(json.dumps(run.options)) == run.options
         assert all(name in table.PROMPTS for name in run.teachers)

@@ -23,6 +23,7 @@ class Student:
         minutes: how long a method that trains may take.
         static: kind -> options of model2vec that give the same vocabulary, or about as many parameters.
         second: another teacher, which a run of its own adds.
+        preset: the body of that name has the same shape, and a run of its own is made with it.
     """
 
     teacher: str
@@ -31,6 +32,7 @@ class Student:
     minutes: float
     static: dict[str, dict[str, Any]] = field(default_factory=dict)
     second: str | None = None
+    preset: str | None = None
 
 
 def _size(tokens: int, layers: int, **more: int) -> dict[str, Any]:
@@ -47,7 +49,9 @@ STUDENTS: dict[str, Student] = {
     "minilm-1": Student(MINILM, "en", _size(5000, 1), 20, _static(5000, 128)),
     "minilm-3": Student(MINILM, "en", _size(5000, 3), 20, _static(5000, 256), second=E5),
     "minilm-6": Student(MINILM, "en", _size(5000, 6), 10, _static(5000, 384)),
-    "minilm-3x264": Student(MINILM, "en", _size(5000, 3, dim=264, heads=12, ffn=792), 20, _static(5000, 120)),
+    "minilm-3x264": Student(
+        MINILM, "en", _size(5000, 3, dim=264, heads=12, ffn=792), 20, _static(5000, 120), preset="tiny-5k"
+    ),
     # The teacher's whole vocabulary is no rival here: even 64 wide it would have 16 M parameters.
     "e5-12": Student(E5, "ru", _size(8000, 12), 10, _static(8000)),
     "e5-6": Student(E5, "ru", _size(8000, 6), 30, _static(8000)),
@@ -130,6 +134,9 @@ def comparison(minutes: float | None = None, steps: int | None = None) -> Iterat
             yield Run(f"{name}/{kind}", "distill", teachers, student.language, told)
             if student.second is not None:
                 yield Run(f"{name}/{kind}-two", "distill", (*teachers, student.second), student.language, told)
+        if student.preset is not None:
+            named = {"vocabulary": "trim", "preset": student.preset}
+            yield Run(f"{name}/preset", "distill", teachers, student.language, named | budget)
     for name, (teacher, language, options) in TRIMMED.items():
         yield Run(name, "trim", (teacher,), language, options)
 

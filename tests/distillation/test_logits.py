@@ -14,6 +14,7 @@ from vocabdistil.alignment.masking import masking_probabilities
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation import objective as objective_module
 from vocabdistil.distillation.batches import DistillCollator
+from vocabdistil.distillation.hiding import positions_of
 from vocabdistil.distillation.model import DistillModel
 from vocabdistil.distillation.objective import Objective
 from vocabdistil.distillation.recipes import RECIPES, LossWeights
@@ -79,7 +80,7 @@ def test_both_sides_read_mask_in_the_same_places(setting, mode):
 
     lengths = pairs.student_end - pairs.student_start
     block = masked["student_ids"][-SIZE:].flatten() if mode == "match" else reduced
-    assert bool((block[objective_module._positions(pairs)[0]] == student_mask).all())
+    assert bool((block[positions_of(pairs)[0]] == student_mask).all())
     if mode == "match":
         labels, ids = masked["labels"][-SIZE:].flatten(), batch["teacher_ids"][0].flatten()
         slots = torch.full((600,), -1)

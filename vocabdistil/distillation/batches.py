@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from ..alignment.remap import RemapTable
 from ..alignment.spans import SpanPairs
 from ..alignment.surfaces import known
 from ..alignment.vocab import MatchedVocab
+from .hiding import Hiding, counts_of
 
-__all__ = ["DistillCollator", "to_device"]
+__all__ = ["DistillCollator", "TrainingCollator", "to_device"]
 
 # Ids and mask of the student and of each teacher, and the pairs with each teacher.
 _Sides = tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], list[SpanPairs]]
@@ -119,8 +120,29 @@ class DistillCollator:
         )
 
 
+class TrainingCollator:
+    """:class:`DistillCollator`, and what is hidden in training: then nothing of it is left to be done on the device.
+
+    Args:
+        collator: gives the batch.
+        hiding: of the objective, on the CPU.
+        seed: of what is hidden, with the ``"number"`` of each text in the run.
+    """
+
+    def __init__(self, collator: DistillCollator, hiding: Hiding, seed: int) -> None:
+        self.collator, self.hiding, self.seed = collator, hiding, seed
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.hiding(
+            self.collator(features) | {"numbers": [feature["number"] for feature in features]}, self.seed
+        )
+        return batch | {"counts": {name: int(count) for name, count in counts_of(batch).items()}}
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     def move(value: Any) -> Any:
-        return [move(v) for v in value] if isinstance(value, list) else value.to(device)
+        if isinstance(value, list):
+            return [move(v) for v in value]
+        return value.to(device) if hasattr(value, "to") else value
 
     return {key: move(value) for key, value in batch.items()}

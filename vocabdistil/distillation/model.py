@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,18 @@ class DistillModel(nn.Module):
         """``[..., D_s]`` last hidden states -> ``[..., E]``, what the output layer reads."""
         return head_input(self.student, hidden)
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """What FSDP shards one by one."""
+        return self.student._no_split_modules
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the student's class in ``transformers``."""
+        self.student.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.student.gradient_checkpointing_disable()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""
         return F.linear(self.before_output(hidden), *self.output_layer)
@@ -105,7 +118,16 @@ class DistillModel(nn.Module):
         """The student as whatever looks at finished models sees it."""
         return Teacher("student", self.student.base_model, tokenizer, self.student if self.has_head else None)
 
-    def forward(
+    def forward(self, *args: Any, step: Callable[[DistillModel], Any] | None = None, **kwargs: Any) -> Any:
+        """:meth:`read`, or a whole step.
+
+        Args:
+            step: computes losses of the model that it is given, by :meth:`read` and whatever weights it wants; what it
+                returns is returned. What is wrapped around the model (autocast, DDP, FSDP) sees all that happens here.
+        """
+        return self.read(*args, **kwargs) if step is None else step(self)
+
+    def read(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,

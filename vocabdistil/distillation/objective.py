@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..alignment.masking import mask_tokens
+from ..alignment.masking import IGNORE
 from ..alignment.remap import RemapTable
-from ..alignment.spans import SpanPairs, text_pairs
+from ..alignment.spans import at_least_one, text_pairs
 from ..alignment.vocab import MatchedVocab
 from ..models.teachers import Reading, Teacher
 from ..ops import (
@@ -28,14 +28,13 @@ from ..ops import (
     span_loss,
     span_mean,
 )
+from .hiding import Hiding, counts_of, positions_of
 from .model import DistillModel
 from .recipes import LossWeights
 from .teacher_cache import TeacherCache
 
 __all__ = ["Objective", "layers_of"]
 
-# The share of the teacher's tokens with several pieces that are hidden, as many as the student's own.
-_HIDDEN = 0.15
 # Logits over the teacher's vocabulary that exist at a time: 64 MiB of float32.
 _REMAP_BUDGET = 1 << 24
 # Into how many heads queries, keys and values are cut, at most, whatever the models have.
@@ -92,6 +91,10 @@ class Objective:
         its tokens with several pieces; in the ``reduce`` rows the pieces of its hidden tokens are MASK as well. For
         any other teacher these rows stay whole.
 
+        Args:
+            seed: of what is hidden; each text is drawn for by it and the text's number in ``batch["numbers"]``, or its
+                place in the batch.
+
         Returns:
             ``batch`` with new ``student_ids`` and ``teacher_ids``, and besides
             ``labels``: int64 ``[(T + 1) B, L_s]``, the masked tokens of the own rows, -100 elsewhere;
@@ -99,70 +102,14 @@ class Objective:
             the student's own rows for ``match`` and in the teacher's ``reduce`` rows else; or None.
             Where nothing is masked, the batch with ``labels`` None and no hidden pairs.
         """
-        if self.mask_probabilities is None:
-            return {**batch, "labels": None, "hidden_pairs": [None] * len(self.teachers)}
-        ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
-        generator = torch.Generator(ids.device).manual_seed(seed)
-        masked = mask_tokens(
-            ids[-size:],
-            self.mask_probabilities,
-            self.mask_id,
-            attention_mask=batch["student_mask"][-size:],
-            generator=generator,
-        )
-        ids[-size:] = masked.input_ids
-        labels = torch.full_like(ids, -100)
-        labels[-size:] = masked.labels
-        became_mask = ((masked.labels != -100) & (masked.input_ids == self.mask_id)).flatten()
-        teacher_ids, hidden_pairs = [], []
-        for t, seen in enumerate(batch["teacher_ids"]):
-            pairs = None
-            if self.predicts(t):
-                seen = seen.clone()
-                rows = ids[t * size : (t + 1) * size]
-                pairs = self._hide(t, seen, rows, became_mask, batch, generator)
-            teacher_ids.append(seen)
-            hidden_pairs.append(pairs)
-        return {
-            **batch, "student_ids": ids, "labels": labels, "teacher_ids": teacher_ids, "hidden_pairs": hidden_pairs
-        }  # fmt: skip
+        return self.hiding()(batch, seed)
 
-    def _hide(
-        self,
-        t: int,
-        teacher_ids: Tensor,
-        reduce_ids: Tensor,
-        became_mask: Tensor,
-        batch: dict[str, Any],
-        generator: torch.Generator,
-    ) -> SpanPairs:
-        """Hides tokens of teacher ``t`` in both ids, in place; returns the pairs to compare."""
-        own = self._equal(t, batch).to(teacher_ids.device)
-        own_hidden = became_mask[own.student_start.long()]
-        hidden = torch.zeros(teacher_ids.numel(), dtype=torch.bool, device=teacher_ids.device)
-        hidden[own.teacher_start[own_hidden].long()] = True
-        if batch["reduce_pairs"]:
-            reduce = batch["reduce_pairs"][t].to(teacher_ids.device)
-        if self.mode != "match":
-            several = reduce.student_end - reduce.student_start > 1
-            drawn = torch.rand(len(reduce), generator=generator, device=hidden.device) < _HIDDEN
-            hidden[reduce.teacher_start[several & drawn].long()] = True
-        teacher_ids.masked_fill_(hidden.view_as(teacher_ids), self.teachers[t].tokenizer.mask_token_id)
-        if batch["reduce_pairs"]:
-            reduced = _choose(reduce, hidden[reduce.teacher_start.long()])
-            reduce_ids.view(-1)[_positions(reduced)[0]] = self.mask_id
-        return _choose(own, own_hidden) if self.mode == "match" else reduced
-
-    def _equal(self, t: int, batch: dict[str, Any]) -> SpanPairs:
-        """Those pairs with teacher ``t`` of the own tokenization, before anything is hidden, that are one token on each
-        side, the same one."""
-        pairs, size = batch["own_pairs"][t], len(batch["teacher_ids"][t])
-        single = (pairs.student_end - pairs.student_start == 1) & (pairs.teacher_end - pairs.teacher_start == 1)
-        pairs = _choose(pairs, single)
-        teacher_slots, student_slots = self.matched[t].slots()
-        theirs = _look_up(teacher_slots, batch["teacher_ids"][t], pairs.teacher_start)
-        ours = _look_up(student_slots, batch["student_ids"][-size:], pairs.student_start)
-        return _choose(pairs, (theirs == ours) & (ours >= 0))
+    def hiding(self) -> Hiding:
+        """What :meth:`mask` does, without the models."""
+        learned = [self.predicts(t) for t in range(len(self.teachers))]
+        masks = [self.teachers[t].tokenizer.mask_token_id if yes else None for t, yes in enumerate(learned)]
+        slots = [self.matched[t].slots() if yes else None for t, yes in enumerate(learned)]
+        return Hiding(self.mask_probabilities, self.mask_id, self.mode, masks, slots)
 
     def student_wants(self, model: DistillModel) -> dict[str, Any]:
         """What the losses read of the student beside its hidden states: arguments of :class:`DistillModel`."""
@@ -190,30 +137,44 @@ class Objective:
         return found
 
     def loss(
-        self, model: DistillModel, batch: dict[str, Any], seed: int, forward: nn.Module | None = None
+        self,
+        model: DistillModel,
+        batch: dict[str, Any],
+        seed: int,
+        forward: nn.Module | Callable[..., Any] | None = None,
+        totals: Mapping[str, int | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``sum_i weight_i * term_i`` of a batch, and the terms: those of :meth:`terms`, and MLM.
 
         Args:
-            batch: as :class:`vocabdistil.DistillCollator` makes it, on the student's device.
+            batch: as :class:`vocabdistil.DistillCollator` makes it, on the student's device; with ``labels`` it is one
+                that :meth:`mask` returned.
             seed: of the masks.
             forward: what to call in the model's place, where something is wrapped around it.
+            totals: of several batches that make one step the sums of what :func:`counts_of` counts. Each term is then
+                the batch's part of the mean over the step, and these parts add up to it, whatever the step was cut
+                into; but for ``similarity``, which compares the texts of one batch. None: of this batch alone.
 
         Raises:
             VocabdistilError: a teacher's hidden states are not finite.
         """
-        batch = self.mask(batch, seed)
+        if "labels" not in batch:
+            batch = self.mask(batch, seed)
+        if totals is not None:
+            counts = counts_of(batch)
+            shares = {name: count / at_least_one(totals[name]) for name, count in counts.items()}
+            batch = {**batch, "shares": shares}
         taught = self.teach(model, batch, head=True)
         labels = batch["labels"] if self.weights.mlm else None
-        run = model if forward is None else forward
+        run = model.read if forward is None else forward
         student, mlm = run(batch["student_ids"], batch["student_mask"], labels, **self.student_wants(model))
         terms = self.terms(model, student, taught, batch)
         if mlm is not None:
-            terms["mlm"] = self.weights.mlm, mlm
+            terms["mlm"] = self.weights.mlm, mlm * _share(batch, "labels")
         total = student.last.new_zeros(())
         for weight, value in terms.values():
             total = total + weight * value
-        return total, {name: value for name, (_, value) in terms.items()}
+        return total, {name: value.detach() for name, (_, value) in terms.items()}
 
     def terms(
         self, model: DistillModel, reading: Reading, taught: list[Reading], batch: dict[str, Any]
@@ -266,13 +227,15 @@ class Objective:
             if pairs is None:
                 continue
             rows = slice(-size, None) if self.mode == "match" else slice(t * size, (t + 1) * size)
-            positions, start, end = _positions(pairs)
+            positions, start, end = positions_of(pairs)
             ours = model.before_output(student.last[rows].flatten(0, 1)[positions])
             if self.mode != "match":
                 ours = span_mean(ours, start, end)
             theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
-            count = int((batch["labels"] != -100).sum()) if self.mode == "match" else len(pairs)
-            total = total + self.teacher_weights[t] / max(count, 1) * self._output_kl(t, model, ours, theirs)
+            match = self.mode == "match"
+            count = (batch["labels"] != IGNORE).sum() if match else len(pairs)
+            share = self.teacher_weights[t] * _share(batch, "labels" if match else f"hidden_{t}")
+            total = total + share / at_least_one(count) * self._output_kl(t, model, ours, theirs)
             shares += self.teacher_weights[t]
         return total / shares if shares else total
 
@@ -334,9 +297,8 @@ class Objective:
                         weight=model.projection(t, i),
                         bias=model.projection_bias(t, i),
                     )
-                    totals[which] = totals.get(which, 0) + share * loss
+                    totals[which] = totals.get(which, 0) + share * _share(batch, f"{which}_{t}") * loss
         return totals
-
 
     def pooled(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
         """1 - cos of the vectors of texts, of the student's own tokenization: a mean over teachers."""
@@ -353,7 +315,7 @@ class Objective:
                 bias=model.projection_bias(t),
             )
             total = total + self.teacher_weights[t] * loss
-        return total
+        return total * _share(batch, "texts")
 
     def similarity(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
         """Squared difference of the cosines of all pairs of texts; those of several teachers are averaged first, which
@@ -364,7 +326,7 @@ class Objective:
             F.normalize(self._pool(reading.last, mask), dim=-1) * share**0.5
             for reading, mask, share in zip(taught, batch["teacher_mask"], self.teacher_weights, strict=True)
         ]
-        return similarity_loss(ours, torch.cat(theirs, dim=-1))
+        return similarity_loss(ours, torch.cat(theirs, dim=-1)) * _share(batch, "texts")
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """``[B, L, D]``, ``[B, L]`` -> ``[B, D]`` float32."""
@@ -382,7 +344,7 @@ class Objective:
             width = math.gcd(*(x.shape[-1] for x in (*ours, *theirs)))
             heads = max(heads for heads in range(1, _RELATION_HEADS + 1) if width % heads == 0)
             loss = relation_loss(ours, theirs, batch["own_pairs"][t].to(student.last.device), heads=heads)
-            total = total + self.teacher_weights[t] * loss
+            total = total + self.teacher_weights[t] * _share(batch, f"own_{t}") * loss
         return total
 
     def attention(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
@@ -397,27 +359,11 @@ class Objective:
                 ours = [student.attentions[k - 1][-size:] for k in assignment.student if k]
                 theirs = [reading.attentions[k - 1] for k in assignment.teacher if k]
                 loss = attention_loss(ours, theirs, pairs, average_heads=ours[0].shape[1] != theirs[0].shape[1])
-                total = total + self.teacher_weights[t] / len(group) * loss
+                share = self.teacher_weights[t] / len(group) * _share(batch, f"attention_{t}")
+                total = total + share * loss
         return total
 
 
-def _look_up(slots: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
-    """What ``slots [V]`` says of the ids at positions ``[P]``; -1 of ids beyond its end."""
-    slots = F.pad(slots, (0, 1), value=-1).to(ids.device)
-    found = slots[ids.flatten()[positions.to(ids.device).long()].clamp(max=len(slots) - 1)]
-    return found.to(positions.device)
-
-
-def _choose(pairs: SpanPairs, chosen: Tensor) -> SpanPairs:
-    """The pairs with True in ``chosen [P]``."""
-    fields = (pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end)
-    return SpanPairs(*(x[chosen] for x in fields))
-
-
-def _positions(pairs: SpanPairs) -> tuple[Tensor, Tensor, Tensor]:
-    """The positions ``[N]`` in the student's spans one after the other, and where each span then starts and ends."""
-    lengths = pairs.student_end - pairs.student_start
-    end = lengths.cumsum(0, dtype=torch.int32)
-    start = end - lengths
-    positions = torch.repeat_interleave(pairs.student_start - start, lengths)
-    return (positions + torch.arange(len(positions), device=positions.device)).long(), start, end
+def _share(batch: dict[str, Any], name: str) -> float | Tensor:
+    """What part of a step's mean the batch's own mean is."""
+    return batch["shares"][name] if "shares" in batch else 1.0

@@ -39,13 +39,13 @@ class TrainingOrder(Dataset):
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
-    def __getitem__(self, i: int) -> dict[str, str]:
+    def __getitem__(self, i: int) -> dict[str, str | int]:
         if not 0 <= i < len(self):
             raise IndexError(f"expected an item from 0 to {len(self) - 1}, got {i}")
         number, place = divmod(i, _WINDOW * self.batch_size)
         if number != self._window[0]:
             self._window = number, self._draw(number)
-        return {"text": self.texts[self._window[1][place]]}
+        return {"text": self.texts[self._window[1][place]], "number": i}
 
     def _draw(self, number: int) -> list[int]:
         """The texts of a window."""

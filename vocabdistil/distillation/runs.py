@@ -43,14 +43,22 @@ class SeededTrainer(Trainer):
         sequential: the data set is in the order in which to read it (as :class:`.order.TrainingOrder` is).
     """
 
-    step_seed: int
+    # Losses are parts of those of the whole step already: by these names transformers 5 and 4 ask for it.
+    loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, sequential: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
         self._sequential = sequential
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._steps_noted = 0
         self._micro = (-1, 0)
+        self.step_seed = self.seed_of(0)
+
+    def seed_of(self, micro: int) -> int:
+        """Of a batch of the next step in this process."""
+        number = self.state.global_step * self.args.gradient_accumulation_steps + micro
+        return mix_seed(self.args.seed, number * self.args.world_size + self.args.process_index)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any):
         if self._sequential:
@@ -60,21 +68,23 @@ class SeededTrainer(Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         step, micro = self._micro
         self._micro = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
-        number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro[1]
-        self.step_seed = mix_seed(self.args.seed, number)
+        self._steps_noted += self._micro[1] == 0
+        self.step_seed = self.seed_of(self._micro[1])
         torch.manual_seed(self.step_seed)
         return super().training_step(model, *args, **kwargs)
 
     def note(self, terms: dict[str, Tensor]) -> None:
-        """Adds the losses of one batch to the means that the next log entry shows."""
+        """Adds the losses of one batch to the means over steps that the next log entry shows."""
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._count += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._count and "loss" in logs:
-            logs.update({name: round(float(value) / self._count, 5) for name, value in self._sums.items()})
-            self._sums, self._count = {}, 0
+        if self._sums and "loss" in logs:
+            means = torch.stack([value.float() for value in self._sums.values()]) / self._steps_noted
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, "mean")
+            logs.update({name: round(value, 5) for name, value in zip(self._sums, means.tolist(), strict=True)})
+            self._sums, self._steps_noted = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError
+from .hiding import counts_of
 from .objective import Objective
 from .runs import SeededTrainer
 
@@ -15,20 +18,58 @@ __all__ = ["DistillTrainer"]
 
 class DistillTrainer(SeededTrainer):
     """Trains a :class:`vocabdistil.DistillModel` on batches of a :class:`vocabdistil.DistillCollator` by an
-    :class:`vocabdistil.Objective`.
+    :class:`vocabdistil.Objective`, in one process or in several (DDP, FSDP, DeepSpeed).
 
-    The loss is :meth:`vocabdistil.Objective.loss`.
+    The loss is :meth:`vocabdistil.Objective.loss` of all texts of a step: however they are cut into batches,
+    accumulated and spread over processes, the same texts give the same loss and gradient, but for ``similarity``, which
+    compares the texts of a batch, and for dropout. What is hidden in a batch follows from the seed, the step and the
+    process, unless the collator has hidden it.
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
-        plain = self.accelerator.unwrap_model(model)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The batches of a step, and of what they have to learn from the totals over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        ready = []
+        for micro, batch in enumerate(batches):
+            if "labels" not in batch:
+                batch = self.objective.mask(batch, self.seed_of(micro))
+            ready.append({"counts": counts_of(batch), **batch})
+        counts = [batch.pop("counts") for batch in ready]
+        totals = {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
+        return ready, self._over_processes(totals)
+
+    def _over_processes(self, totals: dict[str, Any]) -> dict[str, Any]:
+        """Their sums; on the device, where nothing waits for them, if there are several."""
+        if self.args.world_size == 1 or not totals:
+            return totals
+        device = self.args.device
+        mine = torch.stack([torch.as_tensor(value, device=device).double() for value in totals.values()])
+        return dict(zip(totals, self.accelerator.reduce(mine, "sum"), strict=True))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """
+        Args:
+            num_items_in_batch: totals of the step, see :meth:`vocabdistil.Objective.loss`; None: of this batch alone.
+        """
+        step = partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=num_items_in_batch)
         try:
-            loss, terms = self.objective.loss(plain, inputs, self.step_seed, model)
+            loss, terms = model(step=step)
         except VocabdistilError as error:
             raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
+        if num_items_in_batch is not None:
+            # Gradients of several processes are averaged.
+            size = self.args.world_size
+            loss, terms = loss * size, {name: value * size for name, value in terms.items()}
         self.note(terms)
         return (loss, {"terms": terms}) if return_outputs else loss

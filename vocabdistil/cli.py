@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from .core.errors import VocabdistilError, on_command_line, one_line
+from .core.errors import VocabdistilError, need, on_command_line, one_line
 from .core.options import Json, add_options, flags_of, options_of
+from .core.processes import FirstFailed, follows, have_met, launched
 from .distillation.options import CoverageOptions, DemoOptions, DistillConfig, TeacherConfig, TrimConfig
 from .evaluation.options import BenchOptions, EvaluateOptions, LoyaltyOptions
 
@@ -45,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors of usage are one line too."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        self.exit(2, None if follows() else f"{self.prog}: {one_line(message)}\n")
 
 
 def _print_line(text: str, stream: TextIO | None) -> Exception | None:
@@ -282,13 +283,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with on_command_line(flags_of(command.options)):
             options = command.options(**{name: getattr(args, name) for name in options_of(command.options)})
-            options.look()
+            if args.command != "distill":
+                need(launched() == 1, "command", "distill where several processes were started", args.command)
+            if not follows():
+                options.look()
             _quiet_libraries()
             command.run(options)
         return 0
     except VocabdistilError as error:
-        _print_line(f"vocabdistil: {error}", sys.stderr)
+        if not isinstance(error, FirstFailed) and (have_met() or not follows()):
+            _print_line(f"vocabdistil: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
+        if not follows():
+            _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
         return _INTERRUPTED

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .errors import VocabdistilError, one_line
 
-__all__ = ["FirstFailed", "Processes", "follows"]
+__all__ = ["FirstFailed", "Processes", "follows", "have_met", "launched"]
 
 _T = TypeVar("_T")
 # How long one process may wait for another: the first one whitens, fits and evaluates alone.
@@ -21,17 +21,22 @@ class FirstFailed(VocabdistilError):
     """What the first process could not do, and said; the others end too."""
 
 
-def _started() -> tuple[int, int]:
-    """Rank and number of the processes that a launcher started; of one, if none did."""
-    if not all(os.environ.get(name) for name in _TOLD):
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def launched() -> int:
+    """How many processes a launcher started for the job; 1 if none did."""
+    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in _TOLD) else 1
 
 
 def follows() -> bool:
-    """Whether this is one of several processes, and not the first. Until they have met each of them finds the same
-    faults, which the first one says."""
-    return _started()[0] > 0
+    """Whether this is one of several processes, and not the first."""
+    return launched() > 1 and int(os.environ["RANK"]) > 0
+
+
+def have_met() -> bool:
+    """Whether the processes know of each other. Until then each of them finds the same faults, which the first one
+    says."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
 
 
 class Processes:
@@ -56,7 +61,7 @@ class Processes:
         import torch
         import torch.distributed as dist
 
-        if not dist.is_available() or not dist.is_initialized() and _started()[1] < 2:
+        if not dist.is_available() or not dist.is_initialized() and launched() == 1:
             return cls()
         local = int(os.environ.get("LOCAL_RANK", 0))
         if not dist.is_initialized():
@@ -118,4 +123,4 @@ class Processes:
         try:
             act()
         except RuntimeError as error:
-            raise VocabdistilError(f"process {self.rank} of {self.size} lost the others: {one_line(str(error))}") from None
+            raise VocabdistilError(f"process {self.rank} of {self.size} lost the others: {error}") from None

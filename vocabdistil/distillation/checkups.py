@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..core.files import whole_file, whole_path
+from ..core.processes import Processes
 
 __all__ = ["Checkups"]
 
@@ -30,6 +31,7 @@ class Checkups(TrainerCallback):
         first: the figures of the student before any step.
         start: the step that the run goes on from: later rows are forgotten.
         tell: says the figures of a step.
+        processes: the first of which looks, for all.
     """
 
     def __init__(
@@ -42,17 +44,24 @@ class Checkups(TrainerCallback):
         first: dict[str, float],
         start: int,
         tell: Callable[[int, dict[str, float]], None],
+        processes: Processes | None = None,
     ) -> None:
         self.folder, self.model, self.examine = folder, model, examine
         self.every, self.patience, self.tell = every, patience, tell
+        self.processes = processes or Processes()
         self.rows = [{"step": 0, **first}]
         if (folder / _FILE).exists():
             rows = map(json.loads, (folder / _FILE).read_text(encoding="utf-8").splitlines())
             self.rows += [row for row in rows if 0 < row["step"] <= start]
-        self._write()
+        self.processes.lead(self._write)
 
     def look(self, step: int) -> None:
         """Examines the student once, after some step."""
+        row = self.processes.lead(lambda: self._look(step))
+        if row is not self.rows[-1]:
+            self.rows.append(row)
+
+    def _look(self, step: int) -> dict[str, float]:
         training = self.model.training
         self.model.eval()
         row = {"step": step, **self.examine()}
@@ -67,6 +76,7 @@ class Checkups(TrainerCallback):
                     path.unlink()
         self._write()
         self.tell(step, row)
+        return row
 
     @property
     def best(self) -> dict[str, float]:

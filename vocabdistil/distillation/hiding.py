@@ -48,10 +48,10 @@ class Hiding:
         ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
         numbers = batch.get("numbers", range(size))
         draws = [torch.Generator(ids.device).manual_seed(mix_seed(seed, number)) for number in numbers]
-        own, mask = ids[-size:], batch["student_mask"][-size:]
+        own, attended = ids[-size:], batch["student_mask"][-size:] != 0
         labels = torch.full_like(ids, IGNORE)
-        for i, draw in enumerate(draws):
-            own[i : i + 1], labels[len(ids) - size + i] = self._mask(own[i : i + 1], mask[i : i + 1], draw)
+        for text, label, mask, draw in zip(own, labels[-size:], attended, draws, strict=True):
+            text[mask], label[mask] = self._mask(text[mask], draw)
         became_mask = ((labels[-size:] != IGNORE) & (own == self.mask_id)).flatten()
         teacher_ids, hidden_pairs = [], []
         for t, seen in enumerate(batch["teacher_ids"]):
@@ -66,17 +66,15 @@ class Hiding:
             **batch, "student_ids": ids, "labels": labels, "teacher_ids": teacher_ids, "hidden_pairs": hidden_pairs
         }  # fmt: skip
 
-    def _mask(self, ids: Tensor, mask: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``[1, L]`` of a text -> what the student reads of it ``[1, L]``, and its labels ``[L]``."""
-        attended = int((mask != 0).sum())
+    def _mask(self, ids: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``[L]`` of a text without padding, which would change the draw -> what the student reads, and its labels."""
         # Of few tokens, rounded up, too many would be hidden, and rounded down none.
-        chance = float(torch.rand((), generator=draw, device=ids.device))
-        count = math.floor(_HIDDEN * attended + chance)
+        count = math.floor(_HIDDEN * len(ids) + float(torch.rand((), generator=draw, device=ids.device)))
+        share = max(count - 0.5, 0.0) / max(len(ids), 1)
         masked = mask_tokens(
-            ids, self.probabilities, self.mask_id, attention_mask=mask, generator=draw,
-            mlm_probability=max(count - 0.5, 0.0) / max(attended, 1),
-        )  # fmt: skip
-        return masked.input_ids, masked.labels[0]
+            ids[None], self.probabilities, self.mask_id, mlm_probability=share, generator=draw
+        )
+        return masked.input_ids[0], masked.labels[0]
 
     def _hide(
         self,

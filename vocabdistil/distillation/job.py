@@ -9,8 +9,9 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..core.errors import VocabdistilError, need, spell
+from ..core.processes import Processes
 from ..evaluation import report
 from ..evaluation.loyalty import regression
 from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
@@ -37,7 +39,7 @@ from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
 from ..models.whitening import set_last_layer, whiten
 from ..reference.layers import LayerAssignment, layer_map
 from .baselines import mean_of_embeddings, trimmed_teacher
-from .batches import DistillCollator, to_device
+from .batches import DistillCollator, TrainingCollator, to_device
 from .cache_manifest import cache_folders
 from .calibration import calibrate
 from .checkups import Checkups
@@ -52,10 +54,11 @@ from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
 from .teacher_cache import TeacherCache
-from .text import TextSplit, split_text
+from .text import TextSplit, open_text, split_text
 
 __all__ = ["MOST_HELD_OUT", "Interrupted", "distill"]
 
+_T = TypeVar("_T")
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
 MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
@@ -87,7 +90,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         result.metrics["after"]["cosine"]
     """
     config = configured(DistillConfig, config, options)
-    run = _Run.begin(config)
+    run = _Run.begin(config, Processes.join(config.device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.folder.held())
         for cache in run.caches:
@@ -191,6 +194,7 @@ class _Run:
         caches: of each teacher what it gave before; or none.
         folder: of the run, with what its stages stored there.
         started: on the monotonic clock.
+        processes: that do the job; the first leads.
     """
 
     asked: DistillConfig
@@ -207,12 +211,14 @@ class _Run:
     folder: RunFolder
     say: Reporter
     started: float
+    processes: Processes
 
     @classmethod
-    def begin(cls, config: DistillConfig) -> _Run:
+    def begin(cls, config: DistillConfig, processes: Processes) -> _Run:
         """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
         started = time.monotonic()
-        texts = list(config.look())
+        looked = processes.lead(config.look, send=False)
+        texts = list(looked if processes.main else open_text(config.text, config.unit))
         split = split_text(texts, config.held_out, config.seed, most=MOST_HELD_OUT)
         sources = load_sources(config)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
@@ -236,14 +242,22 @@ class _Run:
             for (folder, teacher), way in zip(folders, done, strict=False)
         ]
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
-        folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
+        opened: list[RunFolder] = []
+
+        def open_folder() -> dict[str, Any]:
+            opened.append(RunFolder.open(config.out, identity, config.resume, config.overwrite))
+            return opened[0].record
+
+        record = processes.lead(open_folder)
+        folder = opened[0] if opened else RunFolder.follow(config.out, record)
         texts = [first.prompt + text for text in texts]
         train, held_out = ([first.prompt + text for text in part] for part in (split.train, split.held_out))
         split = TextSplit(train, held_out, split.digest)
-        say = Reporter(config.quiet)
+        say = Reporter(config.quiet or not processes.main)
         return cls(
-            asked, config, texts, split, sources, whitened, kept, checkpoint, mode, dev, caches, folder, say, started
-        )
+            asked, config, texts, split, sources, whitened, kept, checkpoint, mode, dev, caches, folder, say, started,
+            processes,
+        )  # fmt: skip
 
     @property
     def partial(self) -> Path:
@@ -257,37 +271,56 @@ class _Run:
     def teachers(self) -> list[Teacher]:
         return [source.teacher for source in self.sources]
 
+    def lead(self, stage: Callable[[], _T], send: bool = True) -> _T:
+        """A stage of the first process, which alone writes, measures and prints. The others get what it returned, or
+        None unless ``send``, and know from then on what it stored."""
+        mine: list[_T] = []
+
+        def told() -> tuple[_T | None, dict[str, Any]]:
+            mine.append(stage())
+            return mine[0] if send else None, self.folder.record
+
+        value, self.folder.record = self.processes.lead(told)
+        return mine[0] if mine else value
+
     def finish(self) -> DistillResult:
         self.whiten()
-        student = self.student()
+        student = self.lead(self.student)
         vocabularies = _Vocabularies.of(self.teachers, student)
-        covered = self.coverage(student, vocabularies)
+        covered = self.lead(lambda: self.coverage(student, vocabularies))
         training = self.training(student, vocabularies)
-        before = self.calibration(student, training)
-        begun = self.begun(student, training)
-        steps = self.plan(training)
+        self.calibration(student, training)
+        begun = self.lead(lambda: self.begun(student, training), send=False)
+        steps = self.lead(lambda: self.plan(training))
         fitted = self.fit(student, training, steps)
-        mixed = self.mix(training, begun)
-        after = self.evaluation(training)
-        return self.write(student, vocabularies, covered, training, fitted, mixed, before, after)
+
+        def result() -> DistillResult:
+            mixed = self.mix(training, begun)
+            after = self.evaluation(training)
+            return self.write(student, vocabularies, covered, training, fitted, mixed, self.record["before"], after)
+
+        return self.processes.lead(result)
 
     def whiten(self) -> None:
         """Whitens the teachers' vectors; from here on they are what they give then."""
         files = [self.partial / f"whitened_{s}.safetensors" for s in range(len(self.whitened))]
         if self.whitened and "whitened" not in self.record:
-            self.say.status("Whitening the teacher's vectors")
-            texts, found = self.sample(_FITTED_TEXTS), {}
-            for source, file in zip(self.whitened, files, strict=True):
-                layer, explained = whiten(
-                    source.teacher, texts, self.config.whiten, source.sentence, self.config.max_length
-                )
-                save_file(layer, file)
-                found[source.teacher.name] = round(explained, 4)
-            self.folder.store(whitened=found)
+            self.lead(lambda: self._whiten(files))
         for source, file in zip(self.whitened, files, strict=True):
             set_last_layer(source.teacher, load_file(file))
         if self.whitened:
             self.say.print(report.whitened_line(self.record["whitened"]))
+
+    def _whiten(self, files: Sequence[Path]) -> None:
+        self.say.status("Whitening the teacher's vectors")
+        texts, found = self.sample(_FITTED_TEXTS), {}
+        for source, file in zip(self.whitened, files, strict=True):
+            layer, explained = whiten(
+                source.teacher, texts, self.config.whiten, source.sentence, self.config.max_length
+            )
+            save_file(layer, file)
+            found[source.teacher.name] = round(explained, 4)
+        self.folder.store(whitened=found)
 
     def student(self) -> Student:
         """Vocabulary, body and start."""
@@ -370,8 +403,8 @@ class _Run:
         expected = f"a tokenizer with a mask_token for {spell('logits', self.mode)}"
         need(possible, "vocabulary", expected, config.vocabulary)
         masked = student.learns_words and config.weights.needs_head
-        wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        device = torch.device(wanted)
+        on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        device = torch.device("cuda", self.processes.local_rank) if on_gpu else torch.device("cpu")
         reader = student.as_teacher()
         assignments = [self.assignments(student, teacher) for teacher in teachers]
         widths = [teacher.width for teacher in teachers]
@@ -397,7 +430,7 @@ class _Run:
             for body in (student.model.base_model, *(teacher.model for teacher in teachers)):
                 give_attention_maps(body)
         if masked:
-            counts = count_tokens(tokenizer, self.split.train)
+            counts = self.lead(lambda: count_tokens(tokenizer, self.split.train))
             objective.mask_probabilities = masking_probabilities(counts, tokenizer.all_special_ids).to(device)
             objective.mask_id = tokenizer.mask_token_id
         max_length = min([config.max_length, *(teacher.max_positions for teacher in teachers)])
@@ -431,45 +464,46 @@ class _Run:
         except ValueError as error:
             raise VocabdistilError.of("layer_map", f"{error}") from None
 
-    def calibration(self, student: Student, training: _Training) -> dict[str, Any]:
+    def calibration(self, student: Student, training: _Training) -> None:
         """Fits the projections and the scales of the losses, and evaluates the untrained student and what it must
         beat; all of it stored."""
-        model, objective = training.model, training.objective
         fitted = self.partial / "projections.safetensors"
         if "before" not in self.record:
-            started = time.monotonic()
-            self.say.status("Evaluating the untrained student")
-            batch = to_device(training.collator(self.sample(_CALIBRATION_TEXTS)), training.device)
-            objective.scales = calibrate(model, objective, batch)
-            if len(model.projections):
-                save_file(training.projections(), fitted)
-            before = self.evaluation(training, status=None)
-            perplexity = [
-                pseudo_perplexity(teacher, training.excerpts, self.config.quiet)
-                if teacher.masked_lm is not None and training.excerpts
-                else None
-                for teacher in self.teachers
-            ]
-            baselines = self.baselines(student)
-            between = time.monotonic()
-            start = self.examine(training)
-            before |= {name: start[name] for name in ("dev",) if name in start}
-            self.folder.store(
-                scales=objective.scales,
-                before=before,
-                teacher_pseudo_perplexity=perplexity,
-                baselines=baselines,
-                start=start,
-                evaluation_seconds=between - started,
-                checkup_seconds=time.monotonic() - between,
-            )
-            self.say.print(*report.baseline_lines(self.record["baselines"], before))
-        else:
-            objective.scales = self.record["scales"]
+            self.lead(lambda: self._calibrate(student, training, fitted))
+        training.objective.scales = self.record["scales"]
+        with torch.no_grad():
             for key, weight in (load_file(fitted) if fitted.exists() else {}).items():
-                with torch.no_grad():
-                    model.projections[key].weight.copy_(weight)
-        return self.record["before"]
+                training.model.projections[key].weight.copy_(weight)
+
+    def _calibrate(self, student: Student, training: _Training, fitted: Path) -> None:
+        model, objective = training.model, training.objective
+        started = time.monotonic()
+        self.say.status("Evaluating the untrained student")
+        batch = to_device(training.collator(self.sample(_CALIBRATION_TEXTS)), training.device)
+        objective.scales = calibrate(model, objective, batch)
+        if len(model.projections):
+            save_file(training.projections(), fitted)
+        before = self.evaluation(training, status=None)
+        perplexity = [
+            pseudo_perplexity(teacher, training.excerpts, self.config.quiet)
+            if teacher.masked_lm is not None and training.excerpts
+            else None
+            for teacher in self.teachers
+        ]
+        baselines = self.baselines(student)
+        between = time.monotonic()
+        start = self.examine(training)
+        before |= {name: start[name] for name in ("dev",) if name in start}
+        self.folder.store(
+            scales=objective.scales,
+            before=before,
+            teacher_pseudo_perplexity=perplexity,
+            baselines=baselines,
+            start=start,
+            evaluation_seconds=between - started,
+            checkup_seconds=time.monotonic() - between,
+        )
+        self.say.print(*report.baseline_lines(self.record["baselines"], before))
 
     def baselines(self, student: Student) -> dict[str, dict[str, float]]:
         """What a student must beat to be worth its training: the teacher trimmed to its vocabulary and layers, if its
@@ -504,7 +538,8 @@ class _Run:
         """How many steps; said before the first of them, with the time that they take."""
         config = self.config
         if "steps" not in self.record:
-            whole = round(config.epochs * len(self.split.train) / config.batch_size / config.accumulate)
+            texts = config.batch_size * config.accumulate * self.processes.size
+            whole = round(config.epochs * len(self.split.train) / texts)
             steps = config.steps or max(1, whole)
             seconds = self.seconds_per_step(training) * config.accumulate
             if config.minutes is not None:
@@ -512,10 +547,10 @@ class _Run:
                 after = self.record["evaluation_seconds"] + (len(SHARES) - 1) * self.record.get("score_seconds", 0.0)
                 left = config.minutes * 60 - (time.monotonic() - self.started) - after
                 steps = max(1, int(left / (seconds + self.record["checkup_seconds"] / config.save_every)))
-                need(steps <= MOST_READ // config.batch_size, "minutes", "fewer", config.minutes)
-            self.folder.store(steps=steps, seconds_per_step=seconds)
-        steps, seconds = self.record["steps"], self.record["seconds_per_step"]
-        self.say.print(report.plan_line(steps, config.batch_size * config.accumulate, len(self.split.train), seconds))
+                need(steps <= MOST_READ // texts, "minutes", "fewer", config.minutes)
+            self.folder.store(steps=steps, seconds_per_step=seconds, texts_per_step=texts)
+        steps, seconds, texts = (self.record[name] for name in ("steps", "seconds_per_step", "texts_per_step"))
+        self.say.print(report.plan_line(steps, texts, len(self.split.train), seconds))
         return steps
 
     def seconds_per_step(self, training: _Training) -> float:
@@ -531,7 +566,7 @@ class _Run:
 
         def loss_of(batch: Sequence[Any]) -> Tensor:
             rows = to_device(training.collator(batch), training.device)
-            return training.objective.loss(training.model, rows, self.config.seed, forward)[0]
+            return forward(step=partial(training.objective.loss, batch=rows, seed=self.config.seed))[0]
 
         training.model.train()
         from .runs import seconds_per_step  # brings transformers' trainer, which takes a while to import
@@ -555,37 +590,49 @@ class _Run:
             self.record["start"],
             checkpoint_step(checkpoint),
             lambda step, row: self.say.print(report.checkup_line(step, row)),
+            self.processes,
         )
         if checkups.ended_early:  # and was stopped before it was written
             steps = checkpoint_step(checkpoint)
+        batch_size, accumulate = self.batches()
         trainer = DistillTrainer(
             model=training.model,
             args=training_arguments(
                 self.partial,
                 steps=steps,
-                batch_size=config.batch_size,
+                batch_size=batch_size,
                 lr=lr,
                 seed=config.seed,
                 warmup=config.warmup,
                 schedule=config.schedule,
-                accumulate=config.accumulate,
+                accumulate=accumulate,
                 weight_decay=config.weight_decay,
                 save_every=config.save_every,
                 log_every=config.log_every,
                 bf16=config.precision == "bf16",
                 device=training.device,
             ),
-            train_dataset=TrainingOrder(
-                self.split.train, config.batch_size, steps * config.accumulate, config.seed
-            ),
-            data_collator=training.collator,
+            train_dataset=TrainingOrder(self.split.train, self.record["texts_per_step"], steps, config.seed),
+            data_collator=TrainingCollator(training.collator, training.objective.hiding("cpu"), config.seed),
             objective=training.objective,
             sequential=True,
         )
         trainer.add_callback(checkups)
-        seconds = fit(trainer, self.say, checkpoint)
+        seconds = fit(trainer, self.say, checkpoint, processes=self.processes)
         checkups.restore()
         return _Fitted(trainer.state.log_history, checkups, seconds, lr, trainer.state.global_step)
+
+    def batches(self) -> tuple[int, int]:
+        """Texts of a batch, and batches of a step in each process: as they were asked for, unless the run began in
+        another number of processes; then a step keeps its texts.
+
+        Raises:
+            VocabdistilError: they cannot be shared out evenly.
+        """
+        texts, size, most = self.record["texts_per_step"], self.processes.size, self.config.batch_size
+        need(texts % size == 0, "resume", f"a number of processes that divides the {texts} texts of a step", size)
+        batch = max(part for part in range(1, min(most, texts // size) + 1) if texts // size % part == 0)
+        return batch, texts // size // batch
 
     def rate(self, student: Student) -> float:
         """The recipe's peak learning rate for such a body."""

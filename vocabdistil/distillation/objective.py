@@ -104,12 +104,19 @@ class Objective:
         """
         return self.hiding()(batch, seed)
 
-    def hiding(self) -> Hiding:
-        """What :meth:`mask` does, without the models."""
+    def hiding(self, device: torch.device | str | None = None) -> Hiding:
+        """What :meth:`mask` does, without the models.
+
+        Args:
+            device: of the batches; None: the student's.
+        """
         learned = [self.predicts(t) for t in range(len(self.teachers))]
         masks = [self.teachers[t].tokenizer.mask_token_id if yes else None for t, yes in enumerate(learned)]
         slots = [self.matched[t].slots() if yes else None for t, yes in enumerate(learned)]
-        return Hiding(self.mask_probabilities, self.mask_id, self.mode, masks, slots)
+        chances = self.mask_probabilities
+        if chances is not None and device is not None:
+            chances = chances.to(device)
+        return Hiding(chances, self.mask_id, self.mode, masks, slots)
 
     def student_wants(self, model: DistillModel) -> dict[str, Any]:
         """What the losses read of the student beside its hidden states: arguments of :class:`DistillModel`."""

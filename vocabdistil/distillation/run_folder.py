@@ -35,7 +35,7 @@ __all__ = [
 METRICS = "metrics.json"
 _RECORD, _LOCK, _SEAL = "run.json", ".lock", "whole.json"
 # Of the record and of what makes a run go on as if it had not stopped: the order of its texts, what a checkpoint is.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Interrupted(KeyboardInterrupt):
@@ -156,7 +156,7 @@ class RunFolder:
     path: Path
     record: dict[str, Any]
     replaces: bool
-    _lock: FileLock
+    _lock: FileLock | None
     # The folders that were made for it, the innermost first.
     _made: list[Path] = field(default_factory=list)
 
@@ -201,6 +201,11 @@ class RunFolder:
             self._lock.release()
             raise
         return self
+
+    @classmethod
+    def follow(cls, out: str | os.PathLike[str], record: dict[str, Any]) -> RunFolder:
+        """The folder of a run that another process has opened, which stored ``record``; only read."""
+        return cls(Path(out), _partial(Path(out)), record, False, None)
 
     def _remove(self) -> None:
         """The folder, and those made for it."""
@@ -257,6 +262,9 @@ class RunFolder:
         Raises:
             VocabdistilError: the disk is full.
         """
+        if self._lock is None:
+            yield
+            return
         try:
             with told("out", self.path):
                 yield

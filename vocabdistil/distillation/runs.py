@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
 from ..core.errors import spell
+from ..core.processes import Processes
 from ..core.seeds import mix_seed
 from .run_folder import Interrupted, seal
 
@@ -95,6 +96,7 @@ class SeededTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # each writes a part
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
@@ -109,8 +111,10 @@ class _StopOnSignal(TrainerCallback):
 
     _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.received: int | None = None
+        self.stops = False
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
@@ -131,7 +135,9 @@ class _StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received is not None and state.global_step < state.max_steps:
+        # All end at the same step, whichever of them was told to.
+        self.stops = self.processes.any(self.received is not None) and state.global_step < state.max_steps
+        if self.stops:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -205,13 +211,19 @@ def seconds_per_step(
     return sum(timed) / len(timed)
 
 
-def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: str = "Distilling") -> float:
+def fit(
+    trainer: Trainer,
+    say: Reporter,
+    checkpoint: Path | None = None,
+    label: str = "Distilling",
+    processes: Processes | None = None,
+) -> float:
     """Trains to the end or to a signal, with a progress bar; returns the seconds that it took.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
-    steps, stop = trainer.args.max_steps, _StopOnSignal()
+    steps, stop = trainer.args.max_steps, _StopOnSignal(processes or Processes())
     # What the trainer prints of itself would break the progress bar.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -220,7 +232,7 @@ def fit(trainer: Trainer, say: Reporter, checkpoint: Path | None = None, label: 
         trainer.add_callback(stop)
         trainer.add_callback(progress)
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < steps and stop.received is not None:
+    if stop.stops:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step} of {steps}, which {trainer.args.output_dir} holds; "
             f"the same with {spell('resume', True)} continues"

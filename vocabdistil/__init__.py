@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .distillation.options import DistillConfig, TeacherConfig, TrimConfig
     from .distillation.pretraining import train_teacher
     from .distillation.recipes import LossWeights, Recipe
+    from .distillation.runs import DistillTrainingArguments
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import trim
     from .evaluation import loyalty
@@ -57,6 +58,7 @@ _HOMES = {
     "DistillModel": "distillation.model",
     "DistillResult": "distillation.folder",
     "DistillTrainer": "distillation.trainer",
+    "DistillTrainingArguments": "distillation.runs",
     "LossWeights": "distillation.recipes",
     "MatchedVocab": "alignment.vocab",
     "Objective": "distillation.objective",
@@ -121,6 +123,7 @@ __all__ = [
     "DistillModel",
     "DistillResult",
     "DistillTrainer",
+    "DistillTrainingArguments",
     "LossWeights",
     "MatchedVocab",
     "Objective",

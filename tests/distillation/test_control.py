@@ -233,3 +233,26 @@ def test_few_texts_are_enough(headless_folder, demo_lines, tmp_path):
     arguments = options(headless_folder, demo_lines[:200], tmp_path / "student", **EMBEDDING, held_out=0.05)
     result = vd.distill(**arguments)
     assert result.metrics["held_out_texts"] >= 5 and len(result.metrics["mixed"]) == len(SHARES)
+
+
+def test_any_training_argument_can_be_given(headless_folder, text_file, tmp_path):
+    """Batches made by another process, and layers computed anew in the backward pass, change nothing."""
+    base = options(headless_folder, text_file, tmp_path / "plain", **EMBEDDING) | {"steps": 3}
+    plain = vd.distill(**base)
+    given = {"dataloader_num_workers": 1, "gradient_checkpointing": True}
+    other = vd.distill(**base | {"out": tmp_path / "other", "training_arguments": given})
+    a, b = student_of(plain), student_of(other)
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    card = (other.path / "README.md").read_text()
+    assert "--training-arguments" in card and "gradient_checkpointing=true" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("dataloader_workers=1", "dataloader_workers"), ("learning_rate=1", "learning_rate"), ("optim=adamx", "adamx"),
+     ("optim", "NAME=VALUE"), (7, "int")],
+)  # fmt: skip
+def test_training_arguments_that_cannot_be(given, named, headless_folder, text_file, tmp_path):
+    with pytest.raises(VocabdistilError, match=named):
+        vd.distill(**options(headless_folder, text_file, tmp_path / "student", **EMBEDDING, training_arguments=given))
+    assert not (tmp_path / "student.partial").exists()

@@ -32,6 +32,7 @@ class Checkups(TrainerCallback):
         start: the step that the run goes on from: later rows are forgotten.
         tell: says the figures of a step.
         processes: the first of which looks, for all.
+        gather: called in all of them before a look, to bring the model's weights together where they are spread.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Checkups(TrainerCallback):
         start: int,
         tell: Callable[[int, dict[str, float]], None],
         processes: Processes | None = None,
+        gather: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.model, self.examine = folder, model, examine
         self.every, self.patience, self.tell = every, patience, tell
-        self.processes = processes or Processes()
+        self.processes, self.gather = processes or Processes(), gather
         self.rows = [{"step": 0, **first}]
         if (folder / _FILE).exists():
             rows = map(json.loads, (folder / _FILE).read_text(encoding="utf-8").splitlines())
@@ -57,6 +59,7 @@ class Checkups(TrainerCallback):
 
     def look(self, step: int) -> None:
         """Examines the student once, after some step."""
+        self.gather()
         row = self.processes.lead(lambda: self._look(step))
         if row is not self.rows[-1]:
             self.rows.append(row)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ def _default(field: Field) -> Any:
 
 def _plain(value: Any) -> Any:
     """A value as the command line takes it, a group of numbers by their names."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={json.dumps(item)}" for name, item in value.items())
     if is_dataclass(value) and not isinstance(value, Preset):
         return ",".join(f"{field.name}={getattr(value, field.name)}" for field in fields(value))
     return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import random
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,6 +56,9 @@ from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
 from .teacher_cache import TeacherCache
 from .text import TextSplit, open_text, split_text
+
+if TYPE_CHECKING:
+    from .runs import DistillTrainingArguments
 
 __all__ = ["MOST_HELD_OUT", "Interrupted", "distill"]
 
@@ -234,6 +238,10 @@ class _Run:
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "dev") if config.dev is not None else None
         folders = _cache_folders(config, teachers, mode)
+        if config.other_arguments:
+            from .runs import training_arguments  # brings transformers' trainer, which takes a while to import
+
+            training_arguments(Path(config.out), steps=1, batch_size=1, lr=1.0, seed=0, others=config.other_arguments)
         whitened = sources_to_whiten(config, sources, asked.whiten is not None)
         about = f"{config.whiten} on {split.digest}, at most {config.max_length} tokens, seed {config.seed}"
         done = [about if source in whitened else "none" for source in sources]
@@ -576,11 +584,21 @@ class _Run:
 
     def fit(self, student: Student, training: _Training, steps: int) -> _Fitted:
         """Trains, and gives the student the weights of its best checkpoint."""
-        from .runs import fit, training_arguments
+        from .runs import fit
         from .trainer import DistillTrainer
 
         config, lr = self.config, self.config.lr or self.rate(student)
         checkpoint = last_checkpoint(self.partial) if config.resume else None
+        arguments = self.arguments(lr, steps, training.device)
+        # The model of every process is examined whole; where FSDP spreads the weights a copy is trained.
+        trained = copy.deepcopy(training.model) if arguments.shards else training.model
+
+        def gather() -> None:
+            if trained is not training.model:
+                whole = trainer.accelerator.get_state_dict(trainer.model)
+                if self.processes.main:
+                    training.model.load_state_dict(whole)
+
         checkups = Checkups(
             self.partial,
             training.model,
@@ -591,36 +609,43 @@ class _Run:
             checkpoint_step(checkpoint),
             lambda step, row: self.say.print(report.checkup_line(step, row)),
             self.processes,
+            gather,
         )
         if checkups.ended_early:  # and was stopped before it was written
-            steps = checkpoint_step(checkpoint)
-        batch_size, accumulate = self.batches()
+            steps = arguments.max_steps = checkpoint_step(checkpoint)
         trainer = DistillTrainer(
-            model=training.model,
-            args=training_arguments(
-                self.partial,
-                steps=steps,
-                batch_size=batch_size,
-                lr=lr,
-                seed=config.seed,
-                warmup=config.warmup,
-                schedule=config.schedule,
-                accumulate=accumulate,
-                weight_decay=config.weight_decay,
-                save_every=config.save_every,
-                log_every=config.log_every,
-                bf16=config.precision == "bf16",
-                device=training.device,
-            ),
+            model=trained,
+            args=arguments,
             train_dataset=TrainingOrder(self.split.train, self.record["texts_per_step"], steps, config.seed),
             data_collator=TrainingCollator(training.collator, training.objective.hiding("cpu"), config.seed),
             objective=training.objective,
-            sequential=True,
         )
         trainer.add_callback(checkups)
         seconds = fit(trainer, self.say, checkpoint, processes=self.processes)
+        gather()
         checkups.restore()
         return _Fitted(trainer.state.log_history, checkups, seconds, lr, trainer.state.global_step)
+
+    def arguments(self, lr: float, steps: int, device: torch.device) -> DistillTrainingArguments:
+        from .runs import training_arguments
+
+        config, (batch_size, accumulate) = self.config, self.batches()
+        return training_arguments(
+            self.partial,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=config.seed,
+            warmup=config.warmup,
+            schedule=config.schedule,
+            accumulate=accumulate,
+            weight_decay=config.weight_decay,
+            save_every=config.save_every,
+            log_every=config.log_every,
+            bf16=config.precision == "bf16",
+            device=device,
+            others=config.other_arguments,
+        )
 
     def batches(self) -> tuple[int, int]:
         """Texts of a batch, and batches of a step in each process: as they were asked for, unless the run began in

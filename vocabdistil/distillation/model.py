@@ -99,16 +99,26 @@ class DistillModel(nn.Module):
         return head_input(self.student, hidden)
 
     @property
-    def _no_split_modules(self) -> Any:
-        """What FSDP shards one by one."""
-        return self.student._no_split_modules
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP shards one by one: the student's layers."""
+        stacks = [module for module in self.student.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        return list(dict.fromkeys(type(layer).__name__ for layer in max(stacks, key=len, default=())))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As of the student's class in ``transformers``."""
-        self.student.gradient_checkpointing_enable(*args, **kwargs)
+        self._student("activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.student.gradient_checkpointing_disable()
+        """As of the student's class in ``transformers``."""
+        self._student("activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+    # As transformers calls them from its version 5 on.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def _student(self, *names: str) -> Any:
+        """The student's method of the first of these names that it has."""
+        return next(getattr(self.student, name) for name in names if hasattr(self.student, name))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D_s]`` last hidden states -> ``[..., V_s]``."""

@@ -4,8 +4,9 @@ import."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -87,7 +88,18 @@ _WEIGHTS_HELP = (
     f"{', '.join(field.name for field in fields(LossWeights))}: what differs from the recipe's; logits and mlm need an "
     "MLM head"
 )
+_ARGUMENTS_HELP = (
+    "more of transformers.TrainingArguments: report_to=tensorboard,gradient_checkpointing=true,fsdp=true ..."
+)
 _LOGITS_HELP = f"where output distributions are learned: {kinds.listed(LOGITS)} (default: match if possible)"
+
+
+def _value_of(text: str) -> Any:
+    """What a word means as a value: a number, true, false, null; or itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def configured(kind: type[_Config], config: _Config | None, options: dict[str, Any]) -> _Config:
@@ -343,6 +355,8 @@ class DistillConfig(StudentOptions):
         device, precision: ``"auto" "cpu" "cuda"``; ``"fp32" "bf16"`` (autocast).
         save_every, log_every: steps between checkpoints, each of them evaluated and the best kept, and between progress
             lines.
+        training_arguments: fields of ``transformers.TrainingArguments`` that have no option here (``report_to``,
+            ``gradient_checkpointing``, ``dataloader_num_workers``, ``fsdp`` ...): a mapping, or ``"NAME=VALUE,..."``.
         resume: continue from ``out + ".partial"``, which holds the run while it lasts.
     """
 
@@ -400,11 +414,15 @@ class DistillConfig(StudentOptions):
     precision: Annotated[str, Option(Choice(names=("fp32", "bf16")), "fp32 or bf16")] = "fp32"
     save_every: _SaveEvery = 500
     log_every: _LogEvery = 50
+    training_arguments: Annotated[
+        Mapping[str, Any] | str, Option(Kind(metavar="NAME=VALUE,..."), _ARGUMENTS_HELP)
+    ] = ""
     resume: _Resume = False
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
             LossWeights.parse(self.weights)
+        self.other_arguments  # noqa: B018, for what it raises
         if self.vocabulary is None and self.family is not None:
             self.vocabulary = "train"
         super().__post_init__()
@@ -446,6 +464,22 @@ class DistillConfig(StudentOptions):
 
             if not torch.cuda.is_available():
                 raise VocabdistilError.of("device", "cuda was asked for, but torch sees no CUDA device")
+
+    @property
+    def other_arguments(self) -> dict[str, Any]:
+        """``training_arguments`` by name.
+
+        Raises:
+            VocabdistilError: they are neither a mapping nor text that means one.
+        """
+        given, name = self.training_arguments, "training_arguments"
+        if isinstance(given, Mapping):
+            return dict(given)
+        need(isinstance(given, str), name, "a mapping, or NAME=VALUE with commas between them", type(given).__name__)
+        parts = [part.partition("=") for part in given.split(",") if part.strip()]
+        for field_name, sign, _ in parts:
+            need(bool(field_name.strip() and sign), name, "NAME=VALUE with commas between them", field_name)
+        return {field_name.strip(): _value_of(text.strip()) for field_name, _, text in parts}
 
     def recipe_weights(self, recipe: Recipe) -> LossWeights:
         """What each loss counts under a recipe.

@@ -147,7 +147,6 @@ def _run(config: TeacherConfig, split: TextSplit, folder: RunFolder) -> Path:
         data_collator=collator,
         probabilities=probabilities,
         mask_id=tokenizer.mask_token_id,
-        sequential=True,
     )
     seconds = fit(trainer, say, last_checkpoint(folder.path) if config.resume else None, "Training")
     after = held_out_loss()

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.console import Reporter
-from ..core.errors import spell
+from ..core.errors import VocabdistilError, need, spell
 from ..core.processes import Processes
 from ..core.seeds import mix_seed
 from .run_folder import Interrupted, seal
 
 __all__ = [
+    "DistillTrainingArguments",
     "SeededTrainer",
     "fit",
     "seconds_per_step",
     "training_arguments",
 ]
 
+_WEIGHTS, _OTHERS = "model.safetensors", "training_arguments"
+# Processes that make batches for a GPU: one makes more of them in a second than it reads (benchmarks/collator.py).
+_WORKERS = 2
 # What transformers calls them.
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -40,17 +46,15 @@ class SeededTrainer(Trainer):
 
     Subclasses compute the loss with ``self.step_seed`` and report its parts with :meth:`note`.
 
-    Args:
-        sequential: the data set is in the order in which to read it (as :class:`.order.TrainingOrder` is).
+    What it needs to know is in a :class:`DistillTrainingArguments`, or in any ``TrainingArguments``.
     """
 
     # Losses are parts of those of the whole step already: by these names transformers 5 and 4 ask for it.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, sequential: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True
-        self._sequential = sequential
         self._sums: dict[str, Tensor] = {}
         self._steps_noted = 0
         self._micro = (-1, 0)
@@ -62,7 +66,7 @@ class SeededTrainer(Trainer):
         return mix_seed(self.args.seed, number * self.args.world_size + self.args.process_index)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any):
-        if self._sequential:
+        if getattr(self.args, "in_order", False):
             return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(*args, **kwargs)
 
@@ -90,9 +94,16 @@ class SeededTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The base class cannot save tied weights of a module that is no PreTrainedModel.
-        folder = Path(output_dir or self.args.output_dir)
+        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
+        if state_dict is None:
+            save_model(model, str(folder / _WEIGHTS))
+        else:  # gathered from several processes, where nothing tells what is tied
+            named = model.named_parameters
+            tied = {name for name, _ in named(remove_duplicate=False)} - {name for name, _ in named()}
+            save_file({k: v.cpu().contiguous() for k, v in state_dict.items() if k not in tied}, folder / _WEIGHTS)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -101,8 +112,11 @@ class SeededTrainer(Trainer):
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        plain = self.accelerator.unwrap_model(model or self.model)
-        load_model(plain, str(Path(resume_from_checkpoint) / "model.safetensors"))
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            plain = self.accelerator.unwrap_model(model or self.model)
+            load_model(plain, str(Path(resume_from_checkpoint) / _WEIGHTS))
 
 
 class _StopOnSignal(TrainerCallback):
@@ -142,6 +156,32 @@ class _StopOnSignal(TrainerCallback):
         return control
 
 
+@dataclass
+class DistillTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` for :class:`vocabdistil.DistillTrainer`: it keeps all columns of a data set,
+    logs losses that are not finite, and reports to nobody unless told to.
+
+    Attributes:
+        in_order: the data set is in the order in which to read it.
+    """
+
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    report_to: None | str | list[str] = "none"
+    in_order: bool = field(default=False, metadata={"help": "read the data set in its own order"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Several GPUs are for several processes: batches of span pairs cannot be split by torch.nn.DataParallel.
+        if self.n_gpu > 1:
+            self._n_gpu = 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP leaves each process a part of the weights."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def training_arguments(
     folder: Path,
     *,
@@ -157,29 +197,44 @@ def training_arguments(
     log_every: int = 50,
     bf16: bool = False,
     device: torch.device | None = None,
-) -> TrainingArguments:
-    """AdamW with a linear warm-up, then a decay or none; checkpoints in ``folder``."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        weight_decay=weight_decay,
-        warmup_steps=round(warmup * steps),
-        lr_scheduler_type=_SCHEDULERS[schedule],
-        gradient_accumulation_steps=accumulate,
-        bf16=bf16,
-        seed=seed,
-        save_steps=save_every,
-        save_total_limit=2,
-        logging_steps=log_every,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=device is None or device.type == "cpu",
-    )
+    others: Mapping[str, Any] | None = None,
+) -> DistillTrainingArguments:
+    """AdamW with a linear warm-up, then a decay or none; checkpoints in ``folder``.
+
+    Args:
+        others: any other fields of ``TrainingArguments``.
+
+    Raises:
+        VocabdistilError: ``others`` has a field that is ours to fill or that there is not, or a value that cannot be.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    ours = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": lr,
+        "weight_decay": weight_decay,
+        "warmup_steps": round(warmup * steps),
+        "lr_scheduler_type": _SCHEDULERS[schedule],
+        "gradient_accumulation_steps": accumulate,
+        "bf16": bf16,
+        "seed": seed,
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "logging_steps": log_every,
+        "disable_tqdm": True,
+        "in_order": True,
+        "use_cpu": not on_gpu,
+    }
+    # A GPU should not wait for its batches to be made.
+    defaults = {"dataloader_pin_memory": on_gpu, "dataloader_num_workers": _WORKERS if on_gpu else 0}
+    known = {f.name for f in fields(DistillTrainingArguments) if f.init} - ours.keys()
+    for name in others or {}:
+        need(name in known, _OTHERS, "fields of transformers.TrainingArguments that have no option here", name)
+    try:
+        return DistillTrainingArguments(**defaults | dict(others or {}) | ours)
+    except (TypeError, ValueError, ImportError) as error:
+        raise VocabdistilError.of(_OTHERS, f"{error}") from None
 
 
 def seconds_per_step(

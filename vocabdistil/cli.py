@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from .core.errors import VocabdistilError, need, on_command_line, one_line
 from .core.options import Json, add_options, flags_of, options_of
-from .core.processes import FirstFailed, follows, have_met, launched
+from .core.processes import FirstFailed, follows, have_met, launched, leave
 from .distillation.options import CoverageOptions, DemoOptions, DistillConfig, TeacherConfig, TrimConfig
 from .evaluation.options import BenchOptions, EvaluateOptions, LoyaltyOptions
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .alignment.picture import AlignmentPicture
     from .alignment.worst import AlignedText
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "main", "run"]
 
 _INTERRUPTED = 130
 # Texts that a page of pictures shows, if nobody says.
@@ -298,3 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not follows():
             _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
         return _INTERRUPTED
+
+
+def run() -> None:
+    """:func:`main` as a program."""
+    code = main()
+    if launched() > 1:
+        leave(code)
+    sys.exit(code)

@@ -141,7 +141,8 @@ def test_nothing_hidden_is_no_loss(setting):
         objective = make(mode)
         masked = objective.mask(batch, 3)
         empty = torch.empty(0, dtype=torch.int32)
-        masked["hidden_pairs"] = [vd.SpanPairs(empty, empty, empty, empty), None]
+        nothing = vd.SpanPairs(empty, empty, empty, empty)
+        masked |= {"hidden_pairs": [nothing, None], "hidden_positions": [positions_of(nothing), None]}
         hidden, _ = model(masked["student_ids"], masked["student_mask"])
         loss = objective.logits_loss(model, hidden, objective.teach(model, masked, head=True), masked)
         loss.backward()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from .errors import VocabdistilError, one_line
 
-__all__ = ["FirstFailed", "Processes", "follows", "have_met", "launched"]
+__all__ = ["FirstFailed", "Processes", "follows", "have_met", "launched", "leave"]
 
 _T = TypeVar("_T")
 # How long one process may wait for another: the first one whitens, fits and evaluates alone.
@@ -37,6 +39,15 @@ def have_met() -> bool:
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()
+
+
+def leave(code: int) -> None:
+    """Ends this one of several processes. A thread that ``torch.distributed`` left behind may abort an interpreter that
+    shuts down in the usual way."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 class Processes:

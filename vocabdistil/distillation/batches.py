@@ -141,8 +141,8 @@ class TrainingCollator:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     def move(value: Any) -> Any:
-        if isinstance(value, list):
-            return [move(v) for v in value]
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(move, value))
         return value.to(device) if hasattr(value, "to") else value
 
     return {key: move(value) for key, value in batch.items()}

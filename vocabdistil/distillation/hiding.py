@@ -44,7 +44,8 @@ class Hiding:
     def __call__(self, batch: dict[str, Any], seed: int) -> dict[str, Any]:
         """See :meth:`vocabdistil.Objective.mask`."""
         if self.probabilities is None:
-            return {**batch, "labels": None, "hidden_pairs": [None] * len(self.teacher_masks)}
+            nothing = [None] * len(self.teacher_masks)
+            return {**batch, "labels": None, "hidden_pairs": nothing, "hidden_positions": nothing}
         ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
         numbers = batch.get("numbers", range(size))
         draws = [torch.Generator(ids.device).manual_seed(mix_seed(seed, number)) for number in numbers]
@@ -63,8 +64,14 @@ class Hiding:
             teacher_ids.append(seen)
             hidden_pairs.append(pairs)
         return {
-            **batch, "student_ids": ids, "labels": labels, "teacher_ids": teacher_ids, "hidden_pairs": hidden_pairs
-        }  # fmt: skip
+            **batch,
+            "student_ids": ids,
+            "labels": labels,
+            "masked": (labels.flatten() != IGNORE).nonzero()[:, 0],
+            "teacher_ids": teacher_ids,
+            "hidden_pairs": hidden_pairs,
+            "hidden_positions": [None if pairs is None else positions_of(pairs) for pairs in hidden_pairs],
+        }
 
     def _mask(self, ids: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """``[L]`` of a text without padding, which would change the draw -> what the student reads, and its labels."""
@@ -125,7 +132,7 @@ def counts_of(batch: dict[str, Any]) -> dict[str, int | Tensor]:
     size = batch["teacher_ids"][0].shape[0]
     found: dict[str, int | Tensor] = {"texts": size}
     if batch["labels"] is not None:
-        found["labels"] = (batch["labels"] != IGNORE).sum()
+        found["labels"] = len(batch["masked"])
     for t, pairs in enumerate(batch["own_pairs"]):
         found[f"own_{t}"] = pairs.num_nonempty
         full = (pairs.student_end > pairs.student_start) & (pairs.teacher_end > pairs.teacher_start)

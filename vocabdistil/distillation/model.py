@@ -142,6 +142,7 @@ class DistillModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None = None,
+        masked: Tensor | None = None,
         projections: Sequence[int] = (),
         attentions: bool = False,
     ) -> tuple[Reading, Tensor | None]:
@@ -149,6 +150,7 @@ class DistillModel(nn.Module):
 
         Args:
             labels: -100 where there is no target; None: nothing is to be guessed.
+            masked: int64 ``[M]``, the other places among all, if they are known: no device is waited for then.
             projections, attentions: see :func:`vocabdistil.models.teachers.read_body`.
 
         Returns:
@@ -157,4 +159,4 @@ class DistillModel(nn.Module):
         reading = read_body(
             self.student.base_model, input_ids, attention_mask, self.all_layers, projections, attentions
         )
-        return reading, None if labels is None else mlm_loss(reading.last, labels, self.logits)
+        return reading, None if labels is None else mlm_loss(reading.last, labels, self.logits, positions=masked)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..alignment.masking import IGNORE
 from ..alignment.remap import RemapTable
 from ..alignment.spans import at_least_one, text_pairs
 from ..alignment.vocab import MatchedVocab
@@ -28,7 +27,7 @@ from ..ops import (
     span_loss,
     span_mean,
 )
-from .hiding import Hiding, counts_of, positions_of
+from .hiding import Hiding, counts_of
 from .model import DistillModel
 from .recipes import LossWeights
 from .teacher_cache import TeacherCache
@@ -98,6 +97,7 @@ class Objective:
         Returns:
             ``batch`` with new ``student_ids`` and ``teacher_ids``, and besides
             ``labels``: int64 ``[(T + 1) B, L_s]``, the masked tokens of the own rows, -100 elsewhere;
+            ``masked``: int64 ``[M]``, where they are among all; ``hidden_positions``: see :func:`positions_of`;
             ``hidden_pairs``: for each teacher the pairs of hidden tokens whose output distributions are compared, in
             the student's own rows for ``match`` and in the teacher's ``reduce`` rows else; or None.
             Where nothing is masked, the batch with ``labels`` None and no hidden pairs.
@@ -172,9 +172,10 @@ class Objective:
             shares = {name: count / at_least_one(totals[name]) for name, count in counts.items()}
             batch = {**batch, "shares": shares}
         taught = self.teach(model, batch, head=True)
-        labels = batch["labels"] if self.weights.mlm else None
+        guesses = self.weights.mlm > 0 and batch["labels"] is not None
+        guessed = {name: batch[name] for name in ("labels", "masked")} if guesses else {}
         run = model.read if forward is None else forward
-        student, mlm = run(batch["student_ids"], batch["student_mask"], labels, **self.student_wants(model))
+        student, mlm = run(batch["student_ids"], batch["student_mask"], **guessed, **self.student_wants(model))
         terms = self.terms(model, student, taught, batch)
         if mlm is not None:
             terms["mlm"] = self.weights.mlm, mlm * _share(batch, "labels")
@@ -234,15 +235,15 @@ class Objective:
             if pairs is None:
                 continue
             rows = slice(-size, None) if self.mode == "match" else slice(t * size, (t + 1) * size)
-            positions, start, end = positions_of(pairs)
+            positions, start, end = batch["hidden_positions"][t]
             ours = model.before_output(student.last[rows].flatten(0, 1)[positions])
             if self.mode != "match":
                 ours = span_mean(ours, start, end)
             theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
             match = self.mode == "match"
-            count = (batch["labels"] != IGNORE).sum() if match else len(pairs)
+            count = len(batch["masked"]) if match else len(pairs)
             share = self.teacher_weights[t] * _share(batch, "labels" if match else f"hidden_{t}")
-            total = total + share / at_least_one(count) * self._output_kl(t, model, ours, theirs)
+            total = total + share / max(count, 1) * self._output_kl(t, model, ours, theirs)
             shares += self.teacher_weights[t]
         return total / shares if shares else total
 

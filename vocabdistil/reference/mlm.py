@@ -13,7 +13,12 @@ from vocabdistil.reference._common import upcast
 
 
 def mlm_loss(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, ignore_index: int = IGNORE
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    ignore_index: int = IGNORE,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """``-mean_i log softmax(head(h_i))[y_i]`` over the masked positions i; only they go through the output
     layer.
@@ -25,6 +30,7 @@ def mlm_loss(
         labels: integer ``[...]``, ``ignore_index`` where nothing is to be predicted.
         head: maps ``[M, D]`` hidden states to ``[M, V]`` logits.
         ignore_index: the label of the other positions.
+        positions: int64 ``[M]``, the masked ones, ascending, if they are known: finding them waits for a device.
 
     Returns:
         A scalar, 0 when nothing is masked; float64 for float64 logits, else float32.
@@ -38,7 +44,8 @@ def mlm_loss(
         raise TypeError(f"labels: expected int32 or int64, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
-    positions = (labels.flatten() != ignore_index).nonzero()[:, 0]
+    if positions is None:
+        positions = (labels.flatten() != ignore_index).nonzero()[:, 0]
     logits = upcast(head(hidden.flatten(0, -2)[positions]))
     return F.cross_entropy(logits, labels.flatten()[positions].long(), reduction="sum") / max(
         positions.numel(), 1

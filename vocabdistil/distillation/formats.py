@@ -212,8 +212,10 @@ def _plain(lines: Iterable[str], unit: str) -> Iterator[str]:
 
 
 def _named_rows(path: Path) -> bool:
-    names = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return bool(names) and (names[:-1] if names[-1] in _PACKED_NAMES else names)[-1:] in ([name] for name in _OF_ROWS)
+    name = path.name.lower()
+    for packed in _PACKED_NAMES:
+        name = name.removesuffix(packed)
+    return name.endswith(_OF_ROWS)
 
 
 def _text_in(line: str) -> str | None:

@@ -139,7 +139,7 @@ class StudentOptions:
             weights from the first.
         text: files, see :class:`vocabdistil.distillation.text.TextFiles`; or texts: a list, a data set (in memory or
             streamed) or another iterable of strings, or of rows with a column ``"text"``. They are read once, as a
-            stream.
+            stream; where there is training, into ``out + ".partial"``, which holds them while it lasts.
         out: the folder to write.
         vocab_size: tokens of the student.
         vocabulary: ``"train"``: new tokens, in the teacher's family; ``"trim"``: those of the teacher's tokens that are

@@ -23,8 +23,8 @@ class TrainingOrder(Dataset):
     Every epoch is a permutation of its own, drawn from the seed and its number when it is reached: of shards of
     neighbouring texts, and then of the texts of each, so that no more than one shard's is held; up to 131,072 texts are
     one shard. Texts of similar length share a batch, drawn from windows of 32 batches, so that little padding is
-    computed. As the order of the run is one sequence, continuing it means skipping items, at no cost, and what a
-    process of a data loader does not read it does not draw.
+    computed. As the order of the run is one sequence, continuing it means skipping items, at no cost; it can be sent to
+    the workers of a data loader, if the texts can be.
 
     Args:
         texts: to train on; read one by one.

@@ -78,9 +78,21 @@ class TextFiles:
             self._need_some(next(read_examples(path, self.unit), None), path)
 
     def stamp(self) -> list[Any]:
-        """What is the same only as long as the files are. When a status changed last nobody can say but the system."""
-        files = [(os.path.realpath(path), os.stat(path)) for path in self.paths]
-        return [self.unit, *([name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in files)]
+        """What is the same only as long as the files are.
+
+        Raises:
+            VocabdistilError: one of them is gone.
+        """
+        found: list[Any] = [self.unit]
+        for path in self.paths:
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise VocabdistilError.of("text", f"cannot read {path}: {error.strerror}") from None
+            # Whoever changes a file can give it an older date, but when its status changed is the system's to say.
+            place = os.path.realpath(path), status.st_ino
+            found.append([*place, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+        return found
 
     @staticmethod
     def _need_some(found: str | None, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -199,6 +200,9 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "text-blank": _file("blank.txt", b"\n \n\t\n"),
     "text-latin1": _file("latin1.txt", "Grüße\n".encode("latin-1") * 50),
     "text-short": _file("short.txt", b"one\ntwo\n"),
+    "text-rows": _file("rows.jsonl", b'{"text": "one"}\n{"body": "two"}\n'),
+    "text-zip": _file("zip.txt", b"PK\x03\x04\x14\0\0\0"),
+    "text-cut": _file("cut.txt", gzip.compress(b"one\ntwo\n" * 100)[:-5]),
     "pairs": _file("pairs.csv", b"one,two,1\nthree,four,2\nfive,six,0.5\n"),
     "pairs-narrow": _file("narrow.csv", b"one,two,1\nthree,four\nfive,six,0.5\n"),
     "pairs-nan": _file("nan.csv", b"a,b,score\none,two,1\nthree,four,2\nfive,six,nan\n"),
@@ -422,6 +426,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
             ("@text-empty", ".*empty.txt is empty"),
             ("@text-blank", ".*blank.txt is empty"),
             ("@text-latin1", ".*is not UTF-8: byte 0xfc at offset 2"),
+            ("@text-rows", r".*rows.jsonl:2: expected a JSON object with a string .text., got .*two"),
+            ("@text-zip", ".*zip.txt is a zip archive, no text"),
+            ("@text-cut", ".*cut.txt is damaged: "),
             ("", "expected .*got"),
             ("a" * 5000, "expected .*got"),
         )
@@ -682,7 +689,7 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
         ("trim", {"dim": "9", "heads": "2"}),
         ("trim", {"teacher": "@mpnet", "heads": "1"}),
         ("trim", {"teacher": "@modernbert", "keep-layers": "1,2"}),
-        *((command, {"text": place}) for command in BASES for place in ("@text-empty", "@text-latin1")),
+        *((command, {"text": place}) for command in BASES for place in ("@text-empty", "@text-latin1", "@text-zip")),
         *(
             ("evaluate", {"pairs": f"@{place}"})
             for place in ("missing", "pairs-narrow", "pairs-nan", "pairs-two", "pairs-same", "pairs-latin1")

@@ -164,9 +164,9 @@ def _coverage(args: CoverageOptions) -> None:
 def _loyalty(args: LoyaltyOptions) -> None:
     import random
 
-    from .distillation.text import read_text
+    from .distillation.text import TextFiles, sample_text
 
-    texts = sorted(set(read_text(args.text, args.unit)))
+    texts = sorted(set(sample_text(TextFiles(args.text, args.unit), args.seed)))
     # Only now what takes seconds to import.
     from .core.console import Reporter
     from .evaluation.predictions import compare_predictions
@@ -201,9 +201,12 @@ def _evaluate(args: _EvaluateOptions) -> None:
 
 
 def _bench(args: BenchOptions) -> None:
-    from .distillation.text import read_text
+    from itertools import islice
 
-    texts = read_text(args.text)
+    from .distillation.text import TextFiles
+
+    # There is a word in each at least.
+    texts = list(islice(TextFiles(args.text), args.batch * args.length))
     # Only now what takes seconds to import.
     import torch
 

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 
 import vocabdistil as vd
 from vocabdistil.distillation.job import MOST_HELD_OUT
-from vocabdistil.distillation.text import read_text, split_text
+from vocabdistil.distillation.text import read_text
+from vocabdistil.distillation.text_store import split_text
 from vocabdistil.evaluation.loyalty import regression
 from vocabdistil.evaluation.student import load_embedder
 from vocabdistil.evaluation.tasks import Pairs, pairs_score, read_pairs

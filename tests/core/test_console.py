@@ -6,10 +6,12 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
 
+from vocabdistil.core import console
 from vocabdistil.core.console import LastingStream, Reporter
 from vocabdistil.core.errors import VocabdistilError, one_line, printable
 
@@ -92,3 +94,14 @@ def test_names_are_no_markup(capsys):
     name = "[bold]a[/b] [/] :smile:"
     Reporter().print(f"in {name}")
     assert capsys.readouterr().out == f"in {name}\n"
+
+
+def test_a_stage_says_when_it_begins(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    say = Reporter()
+    say.status("Reading")
+    now = 162.7
+    say.status("Counting")
+    Reporter(quiet=True).status("Nothing")
+    assert capsys.readouterr().out == "[0 s] Reading ...\n[63 s] Counting ...\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -67,3 +68,51 @@ def test_a_long_run_is_planned_no_further_than_it_is_read(monkeypatch):
     assert len(found) == 4096 * 10**6 and drawn == []
     tail = TrainingOrder(TEXTS, 2, 10**9, seed=0)
     assert tail[2 * 10**9 - 1]["text"] in TEXTS and sum(drawn) <= 32 + 3 * 50
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 17, 50, 64])
+def test_shards_are_shuffled_and_so_are_the_texts_of_each(monkeypatch, count):
+    monkeypatch.setattr(order, "_SHARD", 16)
+    texts = TEXTS[:count] + [f"more {i}" for i in range(count - len(TEXTS))]
+    found, shards = TrainingOrder(texts, 1, count * 6, seed=3), -(-count // 16)
+    epochs = [found._slice(e * count, (e + 1) * count).tolist() for e in range(6)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    bounds = [count * s // shards for s in range(shards + 1)]
+    orders = set()
+    for epoch in epochs:
+        turns = []
+        while epoch:
+            shard = next(s for s in range(shards) if epoch[0] < bounds[s + 1])
+            part = range(bounds[shard], bounds[shard + 1])
+            assert sorted(epoch[: len(part)]) == list(part)
+            turns.append(shard)
+            epoch = epoch[len(part) :]
+        assert sorted(turns) == list(range(shards))
+        orders.add(tuple(turns))
+    assert len(orders) > 1 or shards == 1
+    # From any place on as if it had been read from the first.
+    whole = read(found)
+    again = TrainingOrder(texts, 1, count * 6, seed=3)
+    assert [again[i]["text"] for i in range(len(whole) - 1, -1, -1)] == whole[::-1]
+    assert Counter(whole) == Counter(texts * 6)
+
+
+def test_no_more_than_a_shard_is_held(monkeypatch):
+    """However many texts there are, and however far the run has come."""
+
+    class Many(Sequence):
+        def __len__(self):
+            return 10**7
+
+        def __getitem__(self, i):
+            return str(i)
+
+    drawn = []
+    permutation = order._permutation
+    monkeypatch.setattr(order, "_permutation", lambda count, seed: drawn.append(count) or permutation(count, seed))
+    monkeypatch.setattr(order, "_SHARD", 1000)
+    found = TrainingOrder(Many(), 2, 10**8, seed=0)
+    assert len(found) == 2 * 10**8 and drawn == []
+    found[10**8 + 5]
+    # The order of the shards, one or two of them, and a window.
+    assert sum(drawn) <= 10**4 + 2 * 1000 + 32

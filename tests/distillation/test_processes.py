@@ -21,7 +21,8 @@ from tests.runs import options
 from vocabdistil.core.processes import Processes
 from vocabdistil.distillation.run_folder import last_checkpoint
 
-BODY = {"preset": None, "layers": 1, "vocabulary": "train", "vocab_size": 150, "log_every": 1, "whiten": 0.0, "lr": 1e-4}
+BODY = {"preset": None, "layers": 1, "vocabulary": "train", "vocab_size": 150}
+BODY |= {"whiten": 0.0, "lr": 1e-4, "log_every": 1}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from transformers import AutoTokenizer
 
 import vocabdistil as vd
 from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation import student as student_module
 from vocabdistil.distillation.batches import DistillCollator
-from vocabdistil.distillation.text import TextFiles, read_text, split_text
+from vocabdistil.distillation.text import TextFiles, read_text, sample_text
+from vocabdistil.distillation.text_store import split_text
 from vocabdistil.models.vocabularies import train_vocabulary
 
 
@@ -71,6 +74,33 @@ def test_split_is_reproducible_and_keeps_held_out_text_unseen():
     assert not set(a.held_out) & set(a.train)
     with pytest.raises(VocabdistilError, match="too little text"):
         split_text(texts[:10], 0.2, 3)
+
+
+def test_a_sample_is_all_of_little_text_and_a_bounded_part_of_much():
+    texts = [f"{i:03} {'é' * (i % 5)}" for i in range(400)]
+    assert sample_text(iter(texts), 0) == texts
+    assert sample_text([], 0) == [] and sample_text(["far too long", "too"], 0, most=2) in (["far too long"], ["too"])
+    parts = [sample_text(iter(texts), seed, most=1000) for seed in range(300)]
+    assert parts[7] == sample_text(texts, 7, most=1000) != parts[8]
+    for part in parts:
+        size = sum(len(text.encode()) for text in part)
+        assert 980 <= size <= 1000 and part == sorted(part)
+    # All texts are as likely: each is drawn about as often, wherever it stands and however long it is.
+    counts = Counter(text for part in parts for text in part)
+    expected = sum(map(len, parts)) / len(texts)
+    for group in (texts[:100], texts[100:300], texts[300:], texts[0::5], texts[4::5]):
+        assert sum(counts[text] for text in group) / len(group) == pytest.approx(expected, rel=0.07)
+
+
+def test_a_vocabulary_is_counted_on_a_sample(teacher, demo_lines, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(student_module, "sample_text", lambda texts, seed: sample_text(texts, seed, most=20_000))
+    monkeypatch.setattr(
+        student_module, "vocabulary_from", lambda source, tokenizer, texts, *a: sizes.append(len("".join(texts)))
+    )
+    student_module.make_vocabulary("trim", teacher, iter(demo_lines), 200, seed=3)
+    student_module.make_vocabulary("somewhere", teacher, iter(demo_lines), None)
+    assert 19_000 < sizes[0] <= 20_000 and sizes[1] == len("".join(demo_lines))
 
 
 def test_batches_align(teacher, student, demo_lines):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import time
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -87,11 +88,12 @@ class LastingConsole(Console):
 
 
 class Reporter:
-    """Prints to standard output unless quiet."""
+    """Prints to standard output unless quiet, and how long ago it was made when something begins."""
 
     def __init__(self, quiet: bool = False) -> None:
         width = None if LastingStream(sys.stdout).isatty() else 110
         self.console = None if quiet else LastingConsole(sys.stdout, width)
+        self._begun = time.monotonic()
 
     def print(self, *objects: Any) -> None:
         if self.console is not None:
@@ -99,4 +101,4 @@ class Reporter:
             self.console.print(*objects, sep="\n", highlight=False, soft_wrap=lines)
 
     def status(self, text: str) -> None:
-        self.print(f"{text} ...")
+        self.print(f"[{time.monotonic() - self._begun:.0f} s] {text} ...")

@@ -25,6 +25,7 @@ __all__ = [
     "METHODS",
     "SEED",
     "TEXT_FILES",
+    "TEXT_FORMATS",
     "Choice",
     "Files",
     "Flag",
@@ -203,7 +204,9 @@ class Option:
 
 # What several commands have.
 SEED = Whole(-1, 2**32 - 1)
-TEXT_FILES = Option(Files(), "UTF-8 text", several="+")
+# What the files of a text may be.
+TEXT_FORMATS = "text: plain, JSON lines or Parquet (column text), also as .gz or .zst"
+TEXT_FILES = Option(Files(), TEXT_FORMATS, several="+")
 Seed = Annotated[int, Option(SEED, "of everything random")]
 Threads = Annotated[int | None, Option(Whole(0, MOST_THREADS), "CPU threads of torch")]
 Unit = Annotated[str, Option(Choice(names=("line", "paragraph")), "what one text is: line or paragraph")]

@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,7 +55,8 @@ from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
 from .teacher_cache import TeacherCache
-from .text import TextSplit, open_text, split_text
+from .text import GivenTexts, TextFiles, open_text, sample_text
+from .text_store import TextSplit, TextStore, split_text, stored
 
 if TYPE_CHECKING:
     from .runs import DistillTrainingArguments
@@ -97,6 +98,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
     run = _Run.begin(config, Processes.join(config.device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.folder.held())
+        run.read()
         for cache in run.caches:
             stack.enter_context(cache)
         return run.finish()
@@ -189,47 +191,49 @@ class _Run:
 
     Attributes:
         asked, config: the options as they were given, and with everything said that the recipe says.
-        texts, split: the text, every example with the prompt before it.
+        given: the text, to be read from where it is.
         sources, whitened: the teachers, and those of them whose vectors are whitened.
         kept_layers: of the first teacher; none where the student is of another kind.
         checkpoint: the student to go on from, if there is one.
         mode: where output distributions are compared.
         dev: pairs that the student is scored on at every checkpoint.
-        caches: of each teacher what it gave before; or none.
+        cached: the teachers whose states are kept, and where; or none.
         folder: of the run, with what its stages stored there.
         started: on the monotonic clock.
         processes: that do the job; the first leads.
+        texts, split: the text, every example with the prompt before it.
+        caches: of each teacher what it gave before; or none.
     """
 
     asked: DistillConfig
     config: DistillConfig
-    texts: list[str]
-    split: TextSplit
+    given: TextFiles | GivenTexts
     sources: list[Source]
     whitened: list[Source]
     kept_layers: list[int]
     checkpoint: Student | None
     mode: str
     dev: Pairs | None
-    caches: list[TeacherCache]
+    cached: list[tuple[Path, Teacher]]
     folder: RunFolder
     say: Reporter
     started: float
     processes: Processes
+    texts: TextStore = field(init=False)
+    split: TextSplit = field(init=False)
+    caches: list[TeacherCache] = field(init=False)
 
     @classmethod
     def begin(cls, config: DistillConfig, processes: Processes) -> _Run:
-        """Reads the text, loads the teachers, and opens the folder of the run once all that can be checked has been."""
+        """Loads the teachers, and opens the folder of the run once all that can be checked has been, but for the text,
+        which is read into that folder."""
         started = time.monotonic()
         looked = processes.lead(config.look, send=False)
-        texts = list(looked if processes.main else open_text(config.text, config.unit))
-        split = split_text(texts, config.held_out, config.seed, most=MOST_HELD_OUT)
+        given = looked if processes.main else open_text(config.text, config.unit)
         sources = load_sources(config)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
         checkpoint = load_student(config.student, config) if config.student is not None else None
         asked, (config, head) = config, _resolve(config, teachers, checkpoint)
-        most = MOST_READ // len(split.train)
-        need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
         kept: list[int] = []
         if config.shape is None and config.student is None:
             kept = config.kept_layers(first.model.config, max(1, first.num_layers // 2))
@@ -237,19 +241,13 @@ class _Run:
             raise VocabdistilError.of("layer_map", "kept needs a student with layers of its teacher")
         mode = _logits_mode(config, config.weights, teachers, head)
         dev = read_pairs(config.dev, "dev") if config.dev is not None else None
-        folders = _cache_folders(config, teachers, mode)
+        cached = _cache_folders(config, teachers, mode)
         if config.other_arguments:
             from .runs import training_arguments  # brings transformers' trainer, which takes a while to import
 
             training_arguments(Path(config.out), steps=1, batch_size=1, lr=1.0, seed=0, others=config.other_arguments)
         whitened = sources_to_whiten(config, sources, asked.whiten is not None)
-        about = f"{config.whiten} on {split.digest}, at most {config.max_length} tokens, seed {config.seed}"
-        done = [about if source in whitened else "none" for source in sources]
-        caches = [
-            TeacherCache.open(folder, teacher, whitening=way)
-            for (folder, teacher), way in zip(folders, done, strict=False)
-        ]
-        identity = {"logits": mode, **config.identity(), "prompt": first.prompt, "text": split.digest}
+        identity = {"logits": mode, **config.identity(), "prompt": first.prompt}
         opened: list[RunFolder] = []
 
         def open_folder() -> dict[str, Any]:
@@ -258,14 +256,26 @@ class _Run:
 
         record = processes.lead(open_folder)
         folder = opened[0] if opened else RunFolder.follow(config.out, record)
-        texts = [first.prompt + text for text in texts]
-        train, held_out = ([first.prompt + text for text in part] for part in (split.train, split.held_out))
-        split = TextSplit(train, held_out, split.digest)
         say = Reporter(config.quiet or not processes.main)
         return cls(
-            asked, config, texts, split, sources, whitened, kept, checkpoint, mode, dev, caches, folder, say, started,
+            asked, config, given, sources, whitened, kept, checkpoint, mode, dev, cached, folder, say, started,
             processes,
         )  # fmt: skip
+
+    def read(self) -> None:
+        """The text, what is held out of it, and what was made of it before."""
+        config = self.config
+        self.say.status("Reading the text")
+        self.texts = self.lead(lambda: stored(self.given, self.folder, self.teachers[0].prompt, config.quiet))
+        self.split = self.lead(lambda: split_text(self.texts, config.held_out, config.seed, most=MOST_HELD_OUT))
+        most = MOST_READ // len(self.split.train)
+        need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
+        about = f"{config.whiten} on {self.texts.digest}, at most {config.max_length} tokens, seed {config.seed}"
+        done = [about if source in self.whitened else "none" for source in self.sources]
+        self.caches = [
+            TeacherCache.open(folder, teacher, whitening=way)
+            for (folder, teacher), way in zip(self.cached, done, strict=False)
+        ]
 
     @property
     def partial(self) -> Path:
@@ -360,7 +370,7 @@ class _Run:
             config, source = self.config, self.sources[0]
             made = make_vocabulary(
                 config.vocabulary, source.teacher.tokenizer, self.texts, config.size, config.family, source.prompts,
-                source.teacher.model.get_input_embeddings().weight,
+                source.teacher.model.get_input_embeddings().weight, config.seed,
             )  # fmt: skip
             save_tokenizer(made.tokenizer, folder)
             if made.kept is not None:
@@ -438,7 +448,7 @@ class _Run:
             for body in (student.model.base_model, *(teacher.model for teacher in teachers)):
                 give_attention_maps(body)
         if masked:
-            counts = self.lead(lambda: count_tokens(tokenizer, self.split.train))
+            counts = self.lead(lambda: count_tokens(tokenizer, sample_text(self.split.train, config.seed)))
             objective.mask_probabilities = masking_probabilities(counts, tokenizer.all_special_ids).to(device)
             objective.mask_id = tokenizer.mask_token_id
         max_length = min([config.max_length, *(teacher.max_positions for teacher in teachers)])

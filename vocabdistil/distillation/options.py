@@ -149,8 +149,9 @@ class StudentOptions:
     Attributes:
         teacher: a folder or a name, or a list of them: the student takes its vocabulary's rules, its body and its first
             weights from the first.
-        text: UTF-8 files; or texts: a list, a data set or another iterable of strings, or of rows with a column
-            ``"text"``.
+        text: files, see :class:`vocabdistil.distillation.text.TextFiles`; or texts: a list, a data set (in memory or
+            streamed) or another iterable of strings, or of rows with a column ``"text"``. They are read once, as a
+            stream; where there is training, into ``out + ".partial"``, which holds them while it lasts.
         out: the folder to write.
         vocab_size: tokens of the student.
         vocabulary: ``"train"``: new tokens, in the teacher's family; ``"trim"``: those of the teacher's tokens that are
@@ -244,16 +245,13 @@ class StudentOptions:
         for code in codes or ():
             need_text(code, "language")
 
-    def look(self, once: bool = False) -> TextFiles | GivenTexts:
+    def look(self) -> TextFiles | GivenTexts:
         """Looks at files and folders by their names, before anything is loaded, which takes longer; returns the text.
-
-        Args:
-            once: the text is read once only.
 
         Raises:
             VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
-        text = open_text(self.text, self.unit, once)
+        text = open_text(self.text, self.unit)
         look_at_run(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
         if isinstance(text, TextFiles):
             text.look()
@@ -524,10 +522,10 @@ class DistillConfig(StudentOptions):
             return self.shape.vocab_size
         return self.vocab_size
 
-    def look(self, once: bool = False) -> TextFiles | GivenTexts:
+    def look(self) -> TextFiles | GivenTexts:
         if self.cache_teacher is not None and importlib.util.find_spec("pyarrow") is None:
             raise VocabdistilError.of("cache_teacher", "needs pyarrow; pip install vocabdistil[cache]")
-        text = super().look(once)
+        text = super().look()
         if self.dev is not None:
             read_scored(self.dev, "dev")
         if self.cache_teacher is not None:
@@ -555,7 +553,7 @@ class TeacherConfig:
     """Everything that :func:`vocabdistil.train_teacher` needs to know.
 
     Attributes:
-        text: UTF-8 files.
+        text: files, see :class:`vocabdistil.distillation.text.TextFiles`.
         out: the folder to write; ``out + ".partial"`` holds the run while it lasts.
         vocab_size, layers, dim, heads: of the model; its feed-forward layer has ``4 * dim``.
         cased: keep upper case and accents.
@@ -640,7 +638,9 @@ class CoverageOptions:
     vocab_size: Annotated[int | None, Option(Whole(), "tokens of the student (default 8000)")] = None
     family: Annotated[str | None, Option(Choice(names=kinds.FAMILIES), _FAMILY_HELP)] = None
     prompt: kinds.Prompt = None
-    text: Annotated[Sequence[os.PathLike] | None, Option(Files(), "UTF-8 text to count on", several="+")] = None
+    text: Annotated[
+        Sequence[os.PathLike] | None, Option(Files(), f"to count on, {kinds.TEXT_FORMATS}", several="+")
+    ] = None
     unit: kinds.Unit = "line"
     method: Annotated[
         list[str] | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,17 @@ from .options import TeacherConfig, configured
 from .order import TrainingOrder
 from .run_folder import Diverged, RunFolder, last_checkpoint
 from .runs import SeededTrainer, fit, training_arguments
-from .text import TextSplit, split_text
+from .text import TextFiles, sample_text
+from .text_store import split_text, stored
 
 __all__ = ["train_teacher"]
 
+# Held-out texts at most: enough for three digits of a loss.
+_HELD_OUT = 4096
 _SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 
 
-def bert_tokenizer(texts: Sequence[str], vocab_size: int, cased: bool, max_length: int) -> PreTrainedTokenizerFast:
+def bert_tokenizer(texts: Iterable[str], vocab_size: int, cased: bool, max_length: int) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer trained on ``texts`` that treats text as BERT's does."""
     base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     base.normalizer = normalizers.BertNormalizer(lowercase=not cased)
@@ -92,18 +95,20 @@ def train_teacher(config: TeacherConfig | None = None, **options: Any) -> Path:
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
     config = configured(TeacherConfig, config, options)
-    split = split_text(list(config.look()), config.held_out, config.seed)
-    identity = {**config.identity(), "text": split.digest}
-    folder = RunFolder.open(config.out, identity, config.resume, config.overwrite)
+    text = config.look()
+    folder = RunFolder.open(config.out, config.identity(), config.resume, config.overwrite)
     with folder.held():
-        return _run(config, split, folder)
+        return _run(config, text, folder)
 
 
-def _run(config: TeacherConfig, split: TextSplit, folder: RunFolder) -> Path:
+def _run(config: TeacherConfig, text: TextFiles, folder: RunFolder) -> Path:
     say = Reporter(config.quiet)
+    say.status("Reading the text")
+    split = split_text(stored(text, folder, quiet=config.quiet), config.held_out, config.seed, most=_HELD_OUT)
+    counted = sample_text(split.train, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say.status("Training the teacher's vocabulary")
-    tokenizer = bert_tokenizer(split.train, config.vocab_size, config.cased, config.max_length)
+    tokenizer = bert_tokenizer(counted, config.vocab_size, config.cased, config.max_length)
     torch.manual_seed(config.seed)
     model = BertForMaskedLM(
         BertConfig(
@@ -116,7 +121,7 @@ def _run(config: TeacherConfig, split: TextSplit, folder: RunFolder) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     ).to(device)
-    probabilities = masking_probabilities(count_tokens(tokenizer, split.train), tokenizer.all_special_ids).to(device)
+    probabilities = masking_probabilities(count_tokens(tokenizer, counted), tokenizer.all_special_ids).to(device)
     collator = _MlmCollator(tokenizer, config.max_length)
 
     @torch.no_grad()

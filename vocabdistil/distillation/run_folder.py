@@ -22,6 +22,7 @@ __all__ = [
     "METRICS",
     "Diverged",
     "Interrupted",
+    "OtherRun",
     "RunFolder",
     "check_out",
     "checkpoint_step",
@@ -40,6 +41,10 @@ _FORMAT = 3
 
 class Interrupted(KeyboardInterrupt):
     """Training stopped on a signal after it saved a checkpoint; the text says how to go on."""
+
+
+class OtherRun(VocabdistilError):
+    """What was to be continued is another run, which is left as it is."""
 
 
 class Diverged(VocabdistilError):
@@ -229,8 +234,8 @@ class RunFolder:
         for name, value in identity.items():
             before = record["identity"].get(name)
             if before != value:
-                what = "the text has changed since" if name == "text" else f"{value} differs from ({before}) of"
-                raise VocabdistilError.of(name, f"{what} the run that {spell('resume', True)} would continue")
+                what = f"{value} differs from ({before}) of the run that {spell('resume', True)} would continue"
+                raise VocabdistilError.of(name, what)
         return record
 
     def _begin(self, identity: dict[str, Any], resume: bool | None, overwrite: bool) -> None:
@@ -270,7 +275,7 @@ class RunFolder:
                 yield
         except BaseException as error:
             hopeless = isinstance(error, Diverged) or last_checkpoint(self.path) is None
-            if hopeless and not isinstance(error, Interrupted):
+            if hopeless and not isinstance(error, (Interrupted, OtherRun)):
                 self._remove()
             raise
         finally:

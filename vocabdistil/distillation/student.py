@@ -25,6 +25,7 @@ from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
 from ..models.whitening import cannot_whiten, need_whitenable
 from .options import VOCAB_SIZE, StudentOptions
+from .text import sample_text
 
 __all__ = [
     "Source",
@@ -163,21 +164,24 @@ def make_vocabulary(
     family: str | None = None,
     prompts: Iterable[str] = (),
     embedding: Tensor | None = None,
+    seed: int = 0,
 ) -> Vocabulary:
     """The stage of the student's vocabulary.
 
     Args:
         source: ``train``, ``trim`` or a folder, see :func:`vocabdistil.models.vocabularies.vocabulary_from`.
         tokenizer: the teacher's.
-        texts: as the models read them, with the prompt; read once, if needed at all.
+        texts: as the models read them, with the prompt; read once, if needed at all, and of more than
+            :data:`.text.COUNTED` a sample is counted.
         vocab_size: None: :data:`VOCAB_SIZE`, or what the folder has.
         prompts: what else may stand before a text: counted often enough for its tokens to be there.
         embedding: the teacher's input embeddings, if there are any: those of its tokens that others can stand in for
             then make room.
+        seed: of the sample.
     """
-    if vocab_size is None and source in ("train", "trim"):
-        vocab_size = VOCAB_SIZE
-    texts = chain(texts, *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
+    if source in ("train", "trim"):
+        vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
+        texts = chain(sample_text(texts, seed), *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
     return vocabulary_from(source, tokenizer, texts, vocab_size, family, embedding)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.progress import counting
 from ..evaluation.predictions import agreement
 from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line, whitened_line
 from ..evaluation.student import embedding_loyalty, pooled
@@ -24,7 +22,8 @@ from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
 from .student import Source, Student, load_sources, make_student, make_vocabulary, sources_to_whiten
-from .text import Prefixed, Sample
+from .text import Digested, GivenTexts, Prefixed, TextFiles, sample_text
+from .text_store import watched
 
 __all__ = ["trim"]
 
@@ -54,7 +53,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         vd.trim(teacher="intfloat/multilingual-e5-small", text=["russian.txt"], out="e5-ru", vocab_size=8000)
     """
     config = configured(TrimConfig, config, options)
-    text = config.look(once=True)
+    text = config.look()
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
     sources_to_whiten(config, [source], asked=True)
@@ -64,20 +63,21 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
 
 
 def _run(
-    config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], folder: RunFolder
+    config: TrimConfig, source: Source, layers: list[int], text: TextFiles | GivenTexts, folder: RunFolder
 ) -> DistillResult:
     say, teacher = Reporter(config.quiet), source.teacher
-    sample = Sample(Prefixed(text, teacher.prompt), _SAMPLE, config.seed)
+    say.status("Reading the text")
+    read = Digested(watched(text, config.quiet))
+    sample = sample_text(Prefixed(read, teacher.prompt), config.seed)
+    say.status("Making the student's vocabulary")
     vocabulary = make_vocabulary(
-        config.vocabulary, teacher.tokenizer, _watched(sample, config.quiet), config.vocab_size, config.family,
-        source.prompts, teacher.model.get_input_embeddings().weight,
+        config.vocabulary, teacher.tokenizer, sample, config.vocab_size, config.family, source.prompts,
+        teacher.model.get_input_embeddings().weight,
     )  # fmt: skip
-    if not sample.seen:  # the vocabulary was there already
-        for _ in sample:
-            pass
     for note in vocabulary.notes:
         say.print(note)
-    texts = random.Random(config.seed).sample(sample.kept, len(sample.kept))
+    distinct = list(dict.fromkeys(sample))
+    texts = random.Random(config.seed).sample(distinct, min(_SAMPLE, len(distinct)))
     held = texts[-_HELD:]
     fitted = texts[:-_HELD] if len(texts) >= 2 * _HELD else texts
     whitened = {}
@@ -98,8 +98,8 @@ def _run(
         "teacher": config.teacher,
         "command": "trim",
         "settings": config.settings(),
-        "texts": sample.seen,
-        "text": sample.digest,
+        "texts": read.seen,
+        "text": read.digest,
         # Of the text that the vocabulary was made for: on other text a student agrees less.
         "compared_texts": len(held),
         "vocabulary": {"source": config.vocabulary, "notes": list(vocabulary.notes)},
@@ -120,13 +120,6 @@ def _run(
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
     say.print(f"The student is {folder.place}")
     return DistillResult(out, metrics)
-
-
-def _watched(texts: Iterable[str], quiet: bool) -> Iterator[str]:
-    with counting("Reading text", None, quiet) as advance:
-        for text in texts:
-            advance(1)
-            yield text
 
 
 def _loyalty(

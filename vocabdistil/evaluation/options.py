@@ -79,7 +79,9 @@ class LoyaltyOptions:
 
     teacher: Annotated[str, Option(_MODEL, "the teacher")]
     student: Annotated[list[str], Option(_MODEL, "the students", several="+")]
-    text: Annotated[Sequence[os.PathLike], Option(Files(), "UTF-8 text that none was trained on", several="+")]
+    text: Annotated[
+        Sequence[os.PathLike], Option(Files(), f"that none was trained on, {kinds.TEXT_FORMATS}", several="+")
+    ]
     unit: kinds.Unit = "line"
     prompt: kinds.Prompt = None
     texts: Annotated[int, Option(_LENGTH, "at most so many")] = 512
@@ -102,7 +104,7 @@ class BenchOptions:
     """What the command ``bench`` is told."""
 
     models: Annotated[list[str], Option(_MODEL, _COMPARED, "models", several="+")]
-    text: Annotated[Sequence[os.PathLike], Option(Files(), "UTF-8 text to read", several="+")]
+    text: Annotated[Sequence[os.PathLike], Option(Files(), f"to read, {kinds.TEXT_FORMATS}", several="+")]
     batch: Annotated[int, Option(Whole(), "texts at once")] = 16
     length: Annotated[int, Option(Whole(2, _MOST_TIMED), "tokens of each")] = 512
     threads: kinds.Threads = None

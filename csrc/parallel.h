@@ -6,21 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#include <unistd.h>
-#endif
 
 namespace vocabdistil {
 
-#if defined(__unix__) || defined(__APPLE__)
-// A child that was forked has none of its parent's threads, but an OpenMP runtime that waits for them.
-inline const pid_t kLoadedBy = getpid();
-inline bool forked() { return getpid() != kLoadedBy; }
-#endif
+// Calls part(data, i) for each i in [0, parts), each on a thread of its own where there are as many.
+void run_parts(int parts, void (*part)(const void* data, int i), const void* data);
 
 // Calls body(begin, end) on `threads` contiguous parts of [0, n). The parts depend on `threads`, so a body must
 // compute each index from that index alone: then the result is the same for any number of threads.
@@ -32,31 +22,7 @@ void parallel_for(int64_t n, int threads, const Body& body) {
     return;
   }
   auto part = [&](int i) { body(n * i / parts, n * (i + 1) / parts); };
-#if defined(__unix__) || defined(__APPLE__)
-  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  using ThreadNum = int (*)();
-  static const auto gomp_parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  static const auto thread_num = reinterpret_cast<ThreadNum>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-  static const auto num_threads = reinterpret_cast<ThreadNum>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-  if (gomp_parallel && thread_num && num_threads && !forked()) {
-    struct Job {
-      const decltype(part)* run;
-      int parts;
-      ThreadNum thread_num, num_threads;
-    } job{&part, parts, thread_num, num_threads};
-    gomp_parallel(
-        [](void* data) {  // the runtime may grant fewer threads than asked for
-          auto* job = static_cast<Job*>(data);
-          for (int i = job->thread_num(); i < job->parts; i += job->num_threads()) (*job->run)(i);
-        },
-        &job, static_cast<unsigned>(parts), 0);
-    return;
-  }
-#endif
-  std::vector<std::thread> workers;
-  for (int i = 1; i < parts; ++i) workers.emplace_back(part, i);
-  part(0);
-  for (auto& worker : workers) worker.join();
+  run_parts(parts, [](const void* data, int i) { (*static_cast<const decltype(part)*>(data))(i); }, &part);
 }
 
 // Calls task(i) for each i in [0, count), each on whichever thread is free: for tasks of unequal size.

@@ -51,13 +51,16 @@ def rows(count, dim, seed, dtype=torch.float32):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# The sizes reach every way to lay a row out: a warp with 16, 24, 32 columns a thread or column by column, and a block.
+# The sizes reach every way to lay a row out: a warp with 16, 24, 32 columns a thread, blocks of some sizes, and column
+# by column where 16 bytes cannot be read at once or the row is very wide.
 SIZES = [(1, "mean"), (7, "sum"), (264, "mean"), (1000, "sum")]
 CASES = [(*size, dtype) for size in SIZES for dtype in DTYPES] + [
     (600, "mean", torch.float32),
     (600, "mean", torch.bfloat16),
     (1025, "mean", torch.float16),
     (2056, "mean", torch.bfloat16),
+    (4104, "mean", torch.float16),
+    (8200, "sum", torch.bfloat16),
 ]
 
 
@@ -91,13 +94,14 @@ def test_reductions_pair_weights_and_upstream(reduction, divergence, backend, de
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_layer_lists(divergence, learned, backend, device):
+@pytest.mark.parametrize("dim", [33, 40])
+def test_layer_lists(dim, divergence, learned, backend, device):
     pairs, n_s, n_t = make_pairs(6, seed=6, gaps=True)
     options = {"student_layer_weights": [1.0, 2.0, 0.5]}
     if learned:
         options = {"student_layer_weights": torch.tensor([0.3, 1, 0.5]), "teacher_layer_weights": torch.arange(1.0, 10)}
-    students = [rows(n_s, 66, i)[:, :33] if i == 1 else rows(n_s, 33, i) for i in range(3)]  # two row strides
-    teachers = [rows(n_t, 33, 5 + i) for i in range(9)]
+    students = [rows(n_s, (1 + (i == 1)) * dim, i)[:, :dim] for i in range(3)]  # two row strides
+    teachers = [rows(n_t, dim, 5 + i) for i in range(9)]
     compare(backend, device, students, teachers, pairs, divergence=divergence, beta=0.2, **options)
 
 
@@ -229,9 +233,10 @@ def test_nan_is_not_hidden(divergence, bad, backend, device):
     assert not vd.span_loss(student, teacher, pairs, divergence=divergence, backend=backend).isfinite()
 
 
-def test_mixed_dtypes_under_autocast(backend, device):
+@pytest.mark.parametrize("dim", [5, 16, 40])
+def test_mixed_dtypes_under_autocast(dim, backend, device):
     pairs, n_s, n_t = make_pairs(8, seed=4)
-    student, teacher, pairs = to(device, [rows(n_s, 16, 1, torch.float16), rows(n_t, 16, 2), pairs])
+    student, teacher, pairs = to(device, [rows(n_s, dim, 1, torch.float16), rows(n_t, dim, 2), pairs])
     student.requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
         loss = vd.span_loss(student, teacher, pairs, backend=backend)

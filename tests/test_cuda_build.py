@@ -25,18 +25,23 @@ pytestmark = [
 ]
 
 
-def chosen(tmp_path: Path, nvcc: str | Path, path: str | None = None) -> list[str]:
-    """What the build would choose with this nvcc, and with the nvidia-smi of ``path``."""
-    script = tmp_path / "choose.cmake"
+def call(tmp_path: Path, function: str, argument: str | Path, path: str | None = None) -> list[str]:
+    """What a function of the build makes of its argument."""
+    script = tmp_path / "call.cmake"
     script.write_text(
         "cmake_minimum_required(VERSION 3.24)\n"
         f'include("{SOURCES / "architectures.cmake"}")\n'
-        f'choose_cuda_architectures("{nvcc}" chosen)\n'
-        'message(STATUS "chosen: ${chosen}")\n'
+        f'{function}("{argument}" result)\n'
+        'message(STATUS "result: ${result}")\n'
     )
     env = {**os.environ, "PATH": path or os.environ["PATH"]}
     run = subprocess.run([CMAKE, "-P", str(script)], capture_output=True, text=True, check=True, env=env)
-    return run.stdout.split("chosen: ")[1].strip().split(";")
+    return run.stdout.split("result: ")[1].strip().split(";")
+
+
+def chosen(tmp_path: Path, nvcc: str | Path, path: str | None = None) -> list[str]:
+    """What the build would choose with this nvcc, and with the nvidia-smi of ``path``."""
+    return call(tmp_path, "choose_cuda_architectures", nvcc, path)
 
 
 def program(path: Path, output: str, code: int = 0) -> Path:
@@ -72,6 +77,22 @@ def test_architectures_are_chosen_by_what_nvidia_smi_sees(seen, architectures, t
     nvcc = program(tmp_path / "nvcc", "".join(f"compute_{arch}\\n" for arch in listed))
     program(tmp_path / "nvidia-smi", seen or "", code=9 if seen is None else 0)
     assert chosen(tmp_path, nvcc, f"{tmp_path}{os.pathsep}{os.environ['PATH']}") == architectures
+
+
+@pytest.mark.parametrize(
+    ("architectures", "code"),
+    [
+        ("75-real;90-real;80-real;120", ["75,code=[sm_75]", "120,code=[compute_120,sm_120]", "80,code=[sm_90,sm_80]"]),
+        ("90;100", ["90,code=[compute_90,sm_90]", "100,code=[compute_100,sm_100]"]),
+        ("86-real;90-virtual", ["90,code=[compute_90]", "86,code=[sm_86]"]),
+        ("80;90a-real", [""]),
+        ("native", [""]),
+    ],
+)
+@needs_cmake
+def test_architectures_share_what_is_compiled_up_to_ptx(architectures, code, tmp_path):
+    prefix = "--generate-code=arch=compute_"
+    assert [option.removeprefix(prefix) for option in call(tmp_path, "share_cuda_front_ends", architectures)] == code
 
 
 def test_kernels_are_in_the_module():

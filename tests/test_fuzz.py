@@ -42,6 +42,7 @@ def run_under_sanitizers(tmp_path: Path, sources: list[str], options: list[str])
     if built.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip(f"{compiler} has no working address and undefined behaviour sanitizers")
     flags = [*FLAGS, *options, "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}"]
+    sources = [*sources, "csrc/parallel.cpp"]
     objects = [str(tmp_path / f"{Path(source).stem}{i}.o") for i, source in enumerate(sources)]
     compiling = [
         subprocess.Popen([compiler, *flags, "-c", str(ROOT / source), "-o", out], stderr=subprocess.PIPE, text=True)
@@ -79,6 +80,6 @@ def test_relation_loss(tmp_path: Path) -> None:
 
 def test_spans_that_are_written_to_after_they_were_checked(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    names = ("span_mean", "span_loss", "matched_kl", "remapped_kl")
+    names = ("rows", "span_mean", "span_loss", "matched_kl", "remapped_kl")
     sources = ["tests/native/fuzz_spans.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])

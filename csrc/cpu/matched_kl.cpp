@@ -75,7 +75,7 @@ void run(const MatchedKlArgs& a) {
       if (!a.grad) continue;
       const Acc share = a.mean && !empty ? Acc{1} / static_cast<Acc>(s_end - s_begin) : Acc{1};
       const Acc factor = temperature * scale[p] * share;
-      write_grad(a.student, a.grad, ss, p, a.pairs, empty, !whole, [&](auto* __restrict row) {
+      write_grad<Acc>(a.student, a.grad, ss, p, a.pairs, empty, !whole, [&](auto* __restrict row) {
         using T = std::remove_reference_t<decltype(*row)>;
         const int32_t *__restrict ids = a.student_ids, *__restrict others = s_others.data();
         for (int64_t i = 0; i < a.matched; ++i)

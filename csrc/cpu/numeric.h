@@ -156,5 +156,17 @@ inline void with_type(DType dtype, F&& f) {
   }
 }
 
+// The same where the type is no wider than Acc.
+template <class Acc, class F>
+inline void with_type_within(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    case DType::f64:
+      if constexpr (sizeof(Acc) == sizeof(double)) return f(double{});
+  }
+}
+
 }  // namespace VD_ISA
 }  // namespace vocabdistil

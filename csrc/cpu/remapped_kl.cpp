@@ -110,7 +110,7 @@ void run(const RemappedKlArgs& a) {
         factor = temperature * scale[p] / static_cast<Acc>(s_end - s_begin);
       }
       if (!a.grad) continue;
-      write_grad(a.student, a.grad, ss, p, a.pairs, empty, false, [&](auto* __restrict row) {
+      write_grad<Acc>(a.student, a.grad, ss, p, a.pairs, empty, false, [&](auto* __restrict row) {
         using T = std::remove_reference_t<decltype(*row)>;
         const Acc by_s = static_cast<Acc>(out.student), by_t = static_cast<Acc>(out.teacher);
         VD_SIMD for (int64_t i = 0; i < mapped; ++i) t[i] = z[i] * by_s - t[i] * by_t;

@@ -47,51 +47,20 @@ class OwnSpans {
 constexpr const char* kStudentSpans = "pairs: expected ascending disjoint student spans";
 constexpr const char* kTeacherSpans = "pairs: expected ascending disjoint teacher spans";
 
-// out (+)= coef * row, and that over the divisor with kLast.
-template <bool kFirst, bool kLast, class Acc, class T>
-inline void add_row(Acc* __restrict out, const T* __restrict row, Acc coef, Acc divisor, int64_t dim) {
-  VD_SIMD for (int64_t i = 0; i < dim; ++i) {
-    const Acc x = static_cast<Acc>(load(row[i]));
-    const Acc sum = kFirst ? coef * x : madd(coef, x, out[i]);
-    out[i] = kLast ? sum / divisor : sum;
-  }
-}
-template <class Acc, class T>
-inline void add_row(Acc* out, const T* row, Acc coef, Acc divisor, int64_t dim, bool first, bool last) {
-  if (last && divisor != 1) {
-    first ? add_row<true, true>(out, row, coef, divisor, dim) : add_row<false, true>(out, row, coef, divisor, dim);
-  } else {
-    first ? add_row<true, false>(out, row, coef, divisor, dim) : add_row<false, false>(out, row, coef, divisor, dim);
-  }
-}
+// What is declared here without a body is compiled once, in rows.cpp.
 
 // out = sum_l coef[l] * sum or mean of layer l's rows [start, end). An empty span gives 0. Added up first and divided
 // once: a sum of shares rounds more where rows have a large part in common.
 template <class Acc>
-inline void load_mean(const Layers& x, int64_t start, int64_t end, int64_t dim, bool mean, Acc* out) {
-  if (end <= start) {
-    std::fill(out, out + dim, Acc{0});
-    return;
-  }
-  const bool uniform = std::all_of(x.coef, x.coef + x.count, [&](double coef) { return coef == x.coef[0]; });
-  const Acc divisor = static_cast<Acc>(static_cast<double>(mean ? end - start : 1) / (uniform ? x.coef[0] : 1));
-  with_type(x.dtype, [&](auto type) {
-    using T = decltype(type);
-    bool first = true;
-    for (int64_t l = 0; l < x.count; ++l) {
-      const auto* base = static_cast<const T*>(x.data[l]);
-      const Acc coef = uniform ? Acc{1} : static_cast<Acc>(x.coef[l]);
-      for (int64_t i = start; i < end; ++i, first = false) {
-        const bool last = l + 1 == x.count && i + 1 == end;
-        add_row(out, base + i * x.row_stride[l], coef, divisor, dim, first, last);
-      }
-    }
-  });
-}
+void load_mean(const Layers& x, int64_t start, int64_t end, int64_t dim, bool mean, Acc* out);
 
-template <class T>
-inline void zero_rows(void* data, int64_t begin, int64_t end, int64_t dim) {
-  if (end > begin) std::memset(static_cast<T*>(data) + begin * dim, 0, sizeof(T) * (end - begin) * dim);
+// Rows [begin, end) of x, pooled, at the listed columns; returns the largest value (a NaN is left to the sums).
+template <class Acc>
+Acc gather(const Rows& x, int64_t begin, int64_t end, bool mean, const int32_t* ids, int64_t count, Acc* out);
+
+inline void zero_rows(DType dtype, void* data, int64_t begin, int64_t end, int64_t dim) {
+  const int64_t bytes = dim * static_cast<int64_t>(item_size(dtype));
+  if (end > begin) std::memset(static_cast<char*>(data) + begin * bytes, 0, (end - begin) * bytes);
 }
 
 // Asks for the rows [start, end) ahead of time: the hardware's own prefetching ends at each page, which is often a row.
@@ -112,46 +81,14 @@ struct Combination {
   Acc a, b;
 };
 
-template <class Acc, class T>
-inline void write_row(T* __restrict row, const Combination<Acc>& g, Acc coef, int64_t dim) {
-  const Acc* __restrict x = g.x;
-  const Acc* __restrict y = g.y;
-  const Acc a = coef * g.a, b = coef * g.b;
-  if (y) {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) row[i] = store<T>(a * x[i] - b * y[i]);
-  } else {
-    VD_SIMD for (int64_t i = 0; i < dim; ++i) row[i] = store<T>(a * x[i]);
-  }
-}
-
 // The owner of pair p writes the rows from the end of pair p - 1 to the end of its own span, and the last pair
 // also the tail: every row is written exactly once, whichever thread it falls to.
 template <class Acc>
-inline void store_grad(const LayerGrads& out, const Spans& spans, int64_t p, int64_t pairs, int64_t dim, bool mean,
-                       const Combination<Acc>& grad, Acc scale, bool is_zero) {
-  const int64_t start = spans.start[p], end = spans.end[p];
-  const int64_t gap = p ? spans.end[p - 1] : 0;
-  const double share = mean && end > start ? 1.0 / static_cast<double>(end - start) : 1.0;
-  with_type(out.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (int64_t l = 0; l < out.count; ++l) {
-      auto* base = static_cast<T*>(out.data[l]);
-      zero_rows<T>(base, gap, is_zero ? end : start, dim);
-      if (!is_zero && end > start) {
-        const Acc coef = static_cast<Acc>(out.coef[l] * share * static_cast<double>(scale));
-        T* row = base + start * dim;
-        write_row(row, grad, coef, dim);
-        for (int64_t k = start + 1; k < end; ++k) std::memcpy(base + k * dim, row, sizeof(T) * dim);
-      }
-      if (p + 1 == pairs) zero_rows<T>(base, end, out.rows, dim);
-    }
-  });
-}
+void store_grad(const LayerGrads& out, const Spans& spans, int64_t p, int64_t pairs, int64_t dim, bool mean,
+                const Combination<Acc>& grad, Acc scale, bool is_zero);
 
 inline void zero_grads(const LayerGrads& out, int64_t dim) {
-  with_type(out.dtype, [&](auto type) {
-    for (int64_t l = 0; l < out.count; ++l) zero_rows<decltype(type)>(out.data[l], 0, out.rows, dim);
-  });
+  for (int64_t l = 0; l < out.count; ++l) zero_rows(out.dtype, out.data[l], 0, out.rows, dim);
 }
 
 // Threads worth waking for `work` elementary steps: a thread is woken for no less than it costs to wake it.

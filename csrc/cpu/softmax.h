@@ -196,50 +196,29 @@ struct ExpSum {
   static bool is_near_count(Acc less, Acc count) { return less > Acc{-0.5} * count; }
 };
 
-// Rows [begin, end) of x, pooled, at the listed columns; returns the largest value (a NaN is left to the sums).
-template <class Acc>
-inline Acc gather(const Rows& x, int64_t begin, int64_t end, bool mean, const int32_t* __restrict ids, int64_t count,
-           Acc* __restrict out) {
-  with_type(x.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* row = static_cast<const T*>(x.data) + begin * x.stride;
-    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Acc>(load(row[ids[i]]));
-    for (int64_t k = begin + 1; k < end; ++k) {
-      row += x.stride;
-      VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] += static_cast<Acc>(load(row[ids[i]]));
-    }
-  });
-  const Acc divisor = static_cast<Acc>(mean ? end - begin : 1);
-  if (divisor != 1) {
-    VD_SIMD for (int64_t i = 0; i < count; ++i) out[i] /= divisor;
-  }
-  return max_of(out, count);
-}
-
 // Writes the gradient of pair p: `fill` forms the first row of its span (zeroed before, if `clear`), the others are
 // copies of it. The owner of a pair writes the rows from the end of the pair before it, the last pair also the tail:
 // every row is written exactly once, whichever thread it falls to.
-template <class F>
+template <class Acc, class F>
 inline void write_grad(const Rows& student, void* grad, const Spans& spans, int64_t p, int64_t pairs, bool empty,
                        bool clear, F&& fill) {
   const int64_t gap = !spans.start ? p : p ? spans.end[p - 1] : 0;
   const int64_t begin = spans.start ? spans.start[p] : p, end = spans.start ? spans.end[p] : p + 1;
   const int64_t columns = student.columns;
-  with_type(student.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* base = static_cast<T*>(grad);
-    zero_rows<T>(base, gap, empty ? end : clear ? begin + 1 : begin, columns);
-    if (!empty) {
-      T* row = base + begin * columns;
+  zero_rows(student.dtype, grad, gap, empty ? end : clear ? begin + 1 : begin, columns);
+  if (!empty) {
+    with_type_within<Acc>(student.dtype, [&](auto type) {
+      auto* base = static_cast<decltype(type)*>(grad);
+      auto* row = base + begin * columns;
       fill(row);
-      for (int64_t k = begin + 1; k < end; ++k) std::memcpy(base + k * columns, row, sizeof(T) * columns);
-    }
-    if (p + 1 == pairs) zero_rows<T>(base, end, student.rows, columns);
-  });
+      for (int64_t k = begin + 1; k < end; ++k) std::memcpy(base + k * columns, row, sizeof(type) * columns);
+    });
+  }
+  if (p + 1 == pairs) zero_rows(student.dtype, grad, end, student.rows, columns);
 }
 
 inline void zero_grad(const Rows& student, void* grad) {
-  with_type(student.dtype, [&](auto type) { zero_rows<decltype(type)>(grad, 0, student.rows, student.columns); });
+  zero_rows(student.dtype, grad, 0, student.rows, student.columns);
 }
 
 // sum_p scale[p] * loss[p] in the order of the pairs: the same for any number of threads.

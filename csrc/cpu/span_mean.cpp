@@ -32,7 +32,7 @@ static void bwd(const SpanMeanBwdArgs& a) {
   const int threads = useful_threads(a.threads, a.out.rows * (a.dim + 32) * a.out.count);
   parallel_for(a.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> row(a.dim);
-    with_type(a.grad_dtype, [&](auto type) {
+    with_type_within<Acc>(a.grad_dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t p = begin; p < end; ++p) {
         const T* __restrict in = static_cast<const T*>(a.grad) + p * a.grad_stride;

@@ -55,6 +55,7 @@ class Group {
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = make_float4(a, b, c, 0);
     __syncthreads();
     a = parts[0].x, b = parts[0].y, c = parts[0].z;
+#pragma unroll 1  // three more, as a rule
     for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) {
       const float4 part = parts[w];
       a = op(a, part.x), b = op(b, part.y), c = op(c, part.z);
@@ -75,95 +76,171 @@ class Group {
   int turn_ = 0;
 };
 
-// A thread's share of a pair, whose rows are of type S (student) and T (teacher): K packs of N columns of both. Columns
-// of a warp are consecutive, and a thread's packs 32 N columns apart: a constant, so one address serves them all.
+// How a thread's columns lie in memory: packs of N columns, of one side's dtype, in W words of 32 bits.
+template <int N, int W>
+struct Packs {
+  static constexpr int columns = N, words = W;
+};
+// Calls f with the packs of a side; `width` columns of both sides make one. One code serves all dtypes, which are the
+// same for a whole launch, so that the branches cost nothing: what a pair does between its loads and its stores is long.
+template <class E, class F>
+__device__ void with_packs(int width, F&& f) {
+  if constexpr (sizeof(E) == 4)
+    f(Packs<4, 4>{});
+  else if (width == 8)
+    f(Packs<8, 4>{});
+  else
+    f(Packs<4, 2>{});
+}
+template <class F>
+__device__ void with_packs(DType dtype, int width, F&& f) {
+  dtype == DType::f32 ? with_packs<float>(width, f) : with_packs<__half>(width, f);
+}
+// Calls f with an element of the dtype.
+template <class F>
+__device__ void with_element(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: f(__nv_bfloat16{}); break;
+    case DType::f16: f(__half{}); break;
+    default: f(float{});
+  }
+}
+template <class To, class From>
+__device__ To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+template <class E>
+struct Two {
+  E low, high;
+};
+
+// What all threads would form.
+struct Temperature {
+  float value, squared, inverse, in_log2;
+};
+inline Temperature temperature_of(double x) {
+  const float value = static_cast<float>(x);
+  return {value, value * value, 1 / value, kLog2E / value};
+}
+
+// The rows of a span in all layers, one after the other.
+class Walk {
+ public:
+  __device__ Walk(const LayerTable& layers, const Span& span)
+      : layers_(layers), span_(span), position_(span.start) {}
+  __device__ bool more() const { return layer_ < layers_.count; }
+  __device__ void next() {
+    if (++position_ < span_.end) return;
+    position_ = span_.start;
+    ++layer_;
+  }
+  __device__ const char* at(int column) const { return layers_.at(layer_, position_, column); }
+  __device__ DType dtype() const { return layers_.dtype; }
+  __device__ float weight() const { return layers_.weight<float>(layer_); }
+
+ private:
+  const LayerTable& layers_;
+  const Span& span_;
+  int layer_ = 0, position_;
+};
+
+// A thread's share of a pair: kSize columns of both rows. They come in packs: those of a warp are consecutive, and a
+// thread's 32 packs apart, a constant, so one address serves them all. Of rows that allow no packs, and of very wide
+// ones, kPacked is false: columns one by one and kept in memory, which is slow but little code.
 // Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`. Of rows that are close the
 // loss has too few digits left: it says so, and they are averaged anew for its second form, of whose terms none is
 // negative (csrc/cpu/softmax.h). That form takes over the sums of the first and serves both directions of KL: the
 // compiler copies all this for every column.
-template <class S, class T, int N, int K>
+template <int kSize, bool kPacked>
 struct Pair {
-  static constexpr int kSize = N * K;
+  static constexpr int kUnroll = kPacked ? kSize : 1;
   float s[kSize], t[kSize];
   float scale;
 
-  __device__ Pair(int dim) : column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * N), dim_(dim) {}
-
-  __device__ int column(int k) const { return column_ + k * 32 * N; }
-  __device__ bool inside(int k) const { return column(k) < dim_; }  // of a whole pack: N divides dim
-
-  template <class E>
-  __device__ void fetch(Pack<E, N> (&raw)[K], const LayerTable& layers, int layer, int position) const {
-    const char* row = layers.address<E>(layer, position);
-#pragma unroll
-    for (int k = 0; k < K; ++k) raw[k] = inside(k) ? read<E, N>(row, layers.dtype, column(k)) : Pack<E, N>{};
-  }
-  template <class E>
-  static __device__ void add(float (&x)[kSize], const Pack<E, N> (&raw)[K], DType dtype, float weight) {
-    with_element<E>(dtype, [&](auto element) {
-#pragma unroll
-      for (int e = 0; e < kSize; ++e)
-        x[e] = fmaf(weight, load<float>(same_bits<decltype(element)>(raw[e / N].value[e % N])), x[e]);
-    });
-  }
-  // All rows of a span in all layers, but for the first: that one was fetched before.
-  template <class E>
-  __device__ void add_rest(float (&x)[kSize], const LayerTable& layers, const Span& span) const {
-#pragma unroll 1  // registers are dearer here than loads in flight
-    for (int l = 0; l < layers.count; ++l) {
-      const float weight = layers.weight<float>(l);
-#pragma unroll 1
-      for (int i = span.start + (l == 0); i < span.end; ++i) {
-        Pack<E, N> raw[K];
-        fetch<E>(raw, layers, l, i);
-        add<E>(x, raw, layers.dtype, weight);
-      }
-    }
+  __device__ Pair(int dim, int width)
+      : width_(width), column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * width) {
+    const int packs = dim > column_ ? (dim - column_ + 32 * width - 1) / (32 * width) : 0;
+    size_ = packs * width < kSize ? packs * width : kSize;
   }
 
-  // Averages both rows; columns past the end get `outside`. The first loads of both sides, for most spans the only
-  // ones, are in flight together.
+  // A whole pack is inside, or none of it: 4 or 8 divide the hidden size.
+  __device__ bool inside(int e) const { return (kPacked ? e / 4 * 4 : e) < size_; }
+
+  // Averages both rows; columns past the end get `outside`. The loads of both sides are in flight together.
   __device__ void average(const LayerTable& student, const Span& student_span, const LayerTable& teacher,
                           const Span& teacher_span, bool mean, float outside) {
-    Pack<S, N> first_s[K];
-    Pack<T, N> first_t[K];
-    fetch<S>(first_s, student, 0, student_span.start);
-    fetch<T>(first_t, teacher, 0, teacher_span.start);
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) s[e] = t[e] = inside(e / N) ? 0 : outside;
-    add<S>(s, first_s, student.dtype, student.weight<float>(0));
-    add<T>(t, first_t, teacher.dtype, teacher.weight<float>(0));
-    add_rest<S>(s, student, student_span);
-    add_rest<T>(t, teacher, teacher_span);
+#pragma unroll kUnroll
+    for (int e = 0; e < kSize; ++e) s[e] = t[e] = 0;
+    Walk of_s(student, student_span), of_t(teacher, teacher_span);
+#pragma unroll 1
+    while (of_s.more() || of_t.more()) {
+      uint32_t raw_s[kSize], raw_t[kSize];
+      if (of_s.more()) fetch(raw_s, of_s);
+      if (of_t.more()) fetch(raw_t, of_t);
+      if (of_s.more()) add(s, raw_s, of_s);
+      if (of_t.more()) add(t, raw_t, of_t);
+    }
     if (mean) {
       divide(s, student_span.end - student_span.start);
       divide(t, teacher_span.end - teacher_span.start);
     }
+    if (size_ == kSize) return;
+#pragma unroll kUnroll
+    for (int e = 0; e < kSize; ++e)
+      if (!inside(e)) s[e] = t[e] = outside;
   }
-  // Once, after adding up: a sum of shares rounds more where rows have a large part in common.
-  static __device__ void divide(float (&x)[kSize], int count) {
-    if (count == 1) return;
-    const float share = 1.0f / static_cast<float>(count);
+
+  // Writes weight * s to the rows of the span, 0 to the others of `written`.
+  __device__ void store_gradient(void* grad, const LayerTable& student, int dim, float weight, const Span& span,
+                                 const Rows& written) const {
+    char* const out = static_cast<char*>(grad) + column_ * student.item;
+    const int64_t stride = static_cast<int64_t>(dim) * student.item;
+    with_element(student.dtype, [&](auto element) {
+      using E = decltype(element);
+      [[maybe_unused]] uint32_t raw[kSize];
+      if constexpr (kPacked) encode<E>(raw, weight);
+#pragma unroll 1  // one to three rows as a rule
+      for (int64_t i = written.start; i < written.end; ++i) {
+        char* const row = out + i * stride;
+        const bool own = i >= span.start && i < span.end;
+        if constexpr (!kPacked) {
+#pragma unroll 1
+          for (int e = 0; e < kSize; ++e)
+            if (inside(e)) reinterpret_cast<E*>(row)[e * 32] = store<E>(own ? weight * s[e] : 0.0f);
+        } else {
+          with_packs<E>(width_, [&](auto packs) {
+            using P = decltype(packs);
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) x[e] *= share;
+            for (int k = 0; k < kSize / P::columns; ++k) {
+              Pack<uint32_t, P::words> pack;
+#pragma unroll
+              for (int w = 0; w < P::words; ++w) pack.value[w] = own ? raw[k * P::words + w] : 0;
+              if (inside(k * P::columns)) reinterpret_cast<Pack<uint32_t, P::words>*>(row)[k * 32] = pack;
+            }
+          });
+        }
+      }
+    });
   }
 
   // Asks for a span's rows in all layers, to lie in the L2 cache when their turn comes: 128 bytes a thread, and no
   // register for what is under way.
-  template <class E>
-  __device__ void ask_for(const LayerTable& layers, const Span& span) const {
-    const int bytes = dim_ * static_cast<int>(layers.item<E>());
+  static __device__ void ask_for(const LayerTable& layers, const Span& span, int dim) {
+    const int bytes = dim * layers.item;
 #pragma unroll 1
     for (int l = 0; l < layers.count; ++l)
 #pragma unroll 1
       for (int i = span.start; i < span.end; ++i)
-        for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.address<E>(l, i) + d);
+        for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.at(l, i, 0) + d);
   }
 
   // The largest values of both rows.
   __device__ void tops(Group& group) {
     top_s_ = top_t_ = -INFINITY;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       top_s_ = fmaxf(top_s_, s[e]);
       top_t_ = fmaxf(top_t_, t[e]);
@@ -175,17 +252,16 @@ struct Pair {
   struct Column {
     float s, t, above;
   };
-  __device__ Column column_of(int e, float temperature) const {
-    const float factor = kLog2E / temperature;
-    return {exp2_flushed((s[e] - top_s_) * factor), exp2_flushed((t[e] - top_t_) * factor),
-            ((t[e] - s[e]) - (top_t_ - top_s_)) * (1 / temperature)};
+  __device__ Column column_of(int e, const Temperature& temperature) const {
+    return {exp2_flushed((s[e] - top_s_) * temperature.in_log2), exp2_flushed((t[e] - top_t_) * temperature.in_log2),
+            ((t[e] - s[e]) - (top_t_ - top_s_)) * temperature.inverse};
   }
 
-  __device__ float kl(Group& group, float temperature, bool& close) {
+  __device__ float kl(Group& group, const Temperature& temperature, bool& close) {
     float cross = 0;
     tops(group);
     sum_s_ = sum_t_ = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       s[e] = x.s;
@@ -198,17 +274,17 @@ struct Pair {
     mean_ = cross / sum_t_;
     const float ratio = sum_s_ / sum_t_, loss = mean_ + logf(ratio);
     close = loss < kClose;
-    scale = temperature / sum_s_;
-#pragma unroll
+    scale = temperature.value / sum_s_;
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] -= t[e] * ratio;
-    return temperature * temperature * loss;
+    return temperature.squared * loss;
   }
 
-  __device__ float reverse_kl(Group& group, float temperature, bool& close) {
+  __device__ float reverse_kl(Group& group, const Temperature& temperature, bool& close) {
     float cross = 0;
     tops(group);
     sum_s_ = sum_t_ = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       s[e] = x.s;
@@ -221,18 +297,18 @@ struct Pair {
     mean_ = cross / sum_s_;
     const float loss = mean_ + logf(sum_t_ / sum_s_);
     close = loss < kClose;
-    scale = temperature / sum_s_;
-#pragma unroll
+    scale = temperature.value / sum_s_;
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (t[e] - mean_);
-    return temperature * temperature * loss;
+    return temperature.squared * loss;
   }
 
   // KL(p || q) of rows that are close, p the teacher or (reverse) the student.
-  __device__ float close_kl(Group& group, float temperature, bool reverse) {
+  __device__ float close_kl(Group& group, const Temperature& temperature, bool reverse) {
     const float sum_p = reverse ? sum_s_ : sum_t_, ratio = sum_p / (reverse ? sum_t_ : sum_s_);
     const float by_q = ratio * expf(mean_ - logf(ratio));
     float sum = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       const float d = reverse ? mean_ + x.above : mean_ - x.above;
@@ -243,10 +319,10 @@ struct Pair {
     }
     group.sum(sum);
     const float excess = sum / sum_p;
-    scale = temperature / (reverse ? sum_p : sum_p * (1 + excess));
-#pragma unroll
+    scale = temperature.value / (reverse ? sum_p : sum_p * (1 + excess));
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] -= t[e] * excess;
-    return temperature * temperature * log1pf(excess);
+    return temperature.squared * log1pf(excess);
   }
   // Of one column p (exp d - 1) and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
   struct Step {
@@ -266,11 +342,11 @@ struct Pair {
   }
 
   // close: in the student's KL from the teacher.
-  __device__ float jsd(Group& group, float temperature, float beta, bool& close) {
+  __device__ float jsd(Group& group, const Temperature& temperature, float beta, bool& close) {
     float cross = 0, kl_r = 0, kl_q = 0;
     tops(group);
     sum_s_ = sum_t_ = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       s[e] = x.s;
@@ -283,7 +359,7 @@ struct Pair {
     mean_ = cross / sum_s_;
     close = logf(sum_t_ / sum_s_) - mean_ < kClose;
     const float inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const float r = normal(s[e] * inverse_s), q = normal(t[e] * inverse_t);
       // log(r / m) = -log(1 + beta (q - r) / r): exactly 0 where q = r, and accurate where they are close.
@@ -296,24 +372,24 @@ struct Pair {
       t[e] = r == 0 ? 0 : -log1pf(above_r);
     }
     group.sum(kl_r, kl_q);
-    scale = (1 - beta) * temperature;
-#pragma unroll
+    scale = (1 - beta) * temperature.value;
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
-    return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
+    return temperature.squared * (beta * kl_q + (1 - beta) * kl_r);
   }
 
   // The same of rows that are close.
-  __device__ float close_jsd(Group& group, float temperature, float beta) {
+  __device__ float close_jsd(Group& group, const Temperature& temperature, float beta) {
     const float by_t = expf(-mean_);
     float sum = 0, kl_r = 0, kl_q = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       sum += step_of(x.s, x.t, by_t, x.above - mean_).rest;
     }
     group.sum(sum);
     const float shift = mean_ + log1pf(sum / sum_s_), inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       const float r = normal(x.s * inverse_s), q = normal(x.t * inverse_t), u = x.above - shift;  // log q - log r
@@ -328,10 +404,10 @@ struct Pair {
       t[e] = small ? log_excess(above_r) - above_r : r == 0 ? 0 : -log1pf(above_r);
     }
     group.sum(kl_r, kl_q);
-    scale = (1 - beta) * temperature;
-#pragma unroll
+    scale = (1 - beta) * temperature.value;
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
-    return temperature * temperature * (beta * kl_q + (1 - beta) * kl_r);
+    return temperature.squared * (beta * kl_q + (1 - beta) * kl_r);
   }
 
   // A share under what float divides by without overflow is none.
@@ -347,7 +423,7 @@ struct Pair {
 
   __device__ float mse(Group& group) {
     float sum = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       s[e] -= t[e];
       sum += s[e] * s[e];
@@ -366,7 +442,7 @@ struct Pair {
       constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);
       if (!(ss < INFINITY)) size_s = kSmaller, floor_s = 0;
       if (!(tt < INFINITY)) size_t_ = kSmaller, floor_t = 0;
-#pragma unroll
+#pragma unroll kUnroll
       for (int e = 0; e < kSize; ++e) {
         s[e] *= size_s;
         t[e] *= size_t_;
@@ -377,15 +453,72 @@ struct Pair {
     const float norms = same ? ss : sqrtf(fmaxf(ss, floor_s)) * sqrtf(fmaxf(tt, floor_t));
     const float along = ss > floor_s ? st / ss : 0;
     scale = size_s / norms;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) s[e] = s[e] * along - t[e];
     return ss != ss || tt != tt ? ss + tt : 1 - st / norms;  // fmaxf() drops a NaN
   }
 
  private:
+  __device__ void fetch(uint32_t (&raw)[kSize], const Walk& walk) const {
+    if constexpr (kPacked) {
+      const char* row = walk.at(column_);
+      with_packs(walk.dtype(), width_, [&](auto packs) {
+        using P = decltype(packs);
+#pragma unroll
+        for (int k = 0; k < kSize / P::columns; ++k) {
+          Pack<uint32_t, P::words> pack{};
+          if (inside(k * P::columns)) pack = reinterpret_cast<const Pack<uint32_t, P::words>*>(row)[k * 32];
+#pragma unroll
+          for (int w = 0; w < P::words; ++w) raw[k * P::words + w] = pack.value[w];
+        }
+      });
+    }
+  }
+  template <class E>
+  __device__ void encode(uint32_t (&raw)[kSize], float weight) const {
+    if constexpr (sizeof(E) == 4) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) raw[e] = same_bits<uint32_t>(weight * s[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kSize; e += 2)
+        raw[e / 2] = same_bits<uint32_t>(Two<E>{store<E>(weight * s[e]), store<E>(weight * s[e + 1])});
+    }
+  }
+  __device__ void add(float (&x)[kSize], const uint32_t (&raw)[kSize], Walk& walk) const {
+    const float weight = walk.weight();
+    with_element(walk.dtype(), [&](auto element) {
+      using E = decltype(element);
+      if constexpr (!kPacked) {
+        const E* row = reinterpret_cast<const E*>(walk.at(column_));
+#pragma unroll 1
+        for (int e = 0; e < kSize; ++e)
+          if (inside(e)) x[e] = fmaf(weight, load<float>(row[e * 32]), x[e]);
+      } else if constexpr (sizeof(E) == 4) {
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) x[e] = fmaf(weight, same_bits<float>(raw[e]), x[e]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kSize; e += 2) {
+          const auto two = same_bits<Two<E>>(raw[e / 2]);
+          x[e] = fmaf(weight, load<float>(two.low), x[e]);
+          x[e + 1] = fmaf(weight, load<float>(two.high), x[e + 1]);
+        }
+      }
+    });
+    walk.next();
+  }
+  // Once, after adding up: a sum of shares rounds more where rows have a large part in common.
+  static __device__ void divide(float (&x)[kSize], int count) {
+    if (count == 1) return;
+    const float share = 1.0f / static_cast<float>(count);
+#pragma unroll kUnroll
+    for (int e = 0; e < kSize; ++e) x[e] *= share;
+  }
+
   __device__ void multiply(Group& group, float& ss, float& tt, float& st) const {
     ss = tt = st = 0;
-#pragma unroll
+#pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       ss += s[e] * s[e];
       tt += t[e] * t[e];
@@ -394,7 +527,8 @@ struct Pair {
     group.sum(ss, tt, st);
   }
 
-  int column_, dim_;
+  int width_, column_;          // of a pack; the first of this thread
+  int size_;                    // how many of this thread's columns lie within the row
   float top_s_, top_t_;         // the largest values
   float sum_s_, sum_t_, mean_;  // of the exponentials; of the exponents' differences by the first side's shares
 };

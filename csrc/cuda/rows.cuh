@@ -55,94 +55,26 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T value[N];
 };
 
-// An element whose type, float or a half type, is known at run time only: it is held as a float.
-struct AnyFloat {
-  float value;
-};
-template <>
-__device__ float load<float>(AnyFloat x) {
-  return x.value;
-}
-template <>
-__device__ AnyFloat store<AnyFloat>(float x) {
-  return {x};
-}
-
-// A half type that is known at run time only, as it lies in memory: what stands between loads and stores is compiled
-// once for both. `with_element` calls f with one of the type, for a whole row, so that the branch costs nothing.
-struct AnyHalf {
-  uint16_t bits;
-};
-template <class E, class F>
-__device__ void with_element(DType dtype, F&& f) {
-  if constexpr (!std::is_same<E, AnyHalf>::value)
-    f(E{});
-  else if (dtype == DType::bf16)
-    f(__nv_bfloat16{});
-  else
-    f(__half{});
-}
-template <class To, class From>
-__device__ To same_bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "of one size");
-  To y;
-  std::memcpy(&y, &x, sizeof(y));
-  return y;
-}
-
-template <class T, int N>
-__device__ Pack<T, N> read(const void* row, DType, int64_t column) {
-  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(row) + column);
-}
-template <>
-__device__ Pack<AnyFloat, 1> read<AnyFloat, 1>(const void* row, DType dtype, int64_t column) {
-  switch (dtype) {
-    case DType::bf16: return {load<float>(static_cast<const __nv_bfloat16*>(row)[column])};
-    case DType::f16: return {load<float>(static_cast<const __half*>(row)[column])};
-    default: return {static_cast<const float*>(row)[column]};
-  }
-}
-template <class T, int N>
-__device__ void write(void* row, DType, int64_t column, const Pack<T, N>& value) {
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(row) + column) = value;
-}
-template <>
-__device__ void write<AnyFloat, 1>(void* row, DType dtype, int64_t column, const Pack<AnyFloat, 1>& value) {
-  const float x = value.value[0].value;
-  switch (dtype) {
-    case DType::bf16: static_cast<__nv_bfloat16*>(row)[column] = store<__nv_bfloat16>(x); break;
-    case DType::f16: static_cast<__half*>(row)[column] = store<__half>(x); break;
-    default: static_cast<float*>(row)[column] = x;
-  }
-}
-inline __host__ __device__ int64_t size_of(DType dtype) {
+inline int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
 // A kernel argument: the addresses travel with the launch, so nothing is copied from the host beforehand.
 struct LayerTable {
   void* data[kMaxLayers];
-  int64_t stride[kMaxLayers];
+  int64_t stride[kMaxLayers];  // in bytes
   int64_t rows;
-  int count;
+  int count, item;  // item: bytes of an element
   DType dtype;
-  const double* coef;
+  const double* coef;  // null: `share` each
+  double share;
 
-  template <class T>
-  __device__ T* row(int layer, int64_t position) const {
-    return static_cast<T*>(data[layer]) + position * stride[layer];
-  }
-  template <class T>
-  __device__ int64_t item() const {
-    return std::is_same<T, AnyFloat>::value ? size_of(dtype) : static_cast<int64_t>(sizeof(T));
-  }
-  template <class T>
-  __device__ const char* address(int layer, int64_t position) const {
-    return static_cast<const char*>(data[layer]) + position * stride[layer] * item<T>();
+  __device__ char* at(int layer, int64_t position, int64_t column) const {
+    return static_cast<char*>(data[layer]) + position * stride[layer] + column * item;
   }
   template <class A>
   __device__ A weight(int layer) const {
-    return coef ? static_cast<A>(coef[layer]) : A{1} / static_cast<A>(count);
+    return static_cast<A>(coef ? coef[layer] : share);
   }
 };
 
@@ -168,35 +100,36 @@ __device__ A share(const Span& s, bool mean) {
   return mean && s.end > s.start ? A{1} / static_cast<A>(s.end - s.start) : A{1};
 }
 
-// One column pack of a gradient: the value on the rows of the span, 0 on the others of `written`.
+// One column pack of a gradient: the value on the rows of the span, 0 on the others of `written`. `out`: that of row 0.
 template <class T, int N>
-__device__ void store_rows(void* out, DType dtype, int64_t stride, int64_t column, const Span& s, const Rows& written,
-                           const Pack<T, N>& value) {
+__device__ void store_rows(char* out, int64_t stride, const Span& s, const Rows& written, const Pack<T, N>& value) {
   const Pack<T, N> zero{};
 #pragma unroll 1  // one to three rows as a rule
   for (int64_t i = written.start; i < written.end; ++i)
-    write<T, N>(out, dtype, i * stride + column, i >= s.start && i < s.end ? value : zero);
+    *reinterpret_cast<Pack<T, N>*>(out + i * stride) = i >= s.start && i < s.end ? value : zero;
 }
 
 inline LayerTable table(const GpuLayers& x) {
   LayerTable t{};
   t.rows = x.rows;
   t.count = static_cast<int>(x.count);
+  t.item = static_cast<int>(size_of(x.dtype));
   t.dtype = x.dtype;
   t.coef = x.coef;
+  t.share = 1.0 / static_cast<double>(x.count);
   for (int l = 0; l < t.count; ++l) {
     t.data[l] = x.data[l];
-    t.stride[l] = x.row_stride[l];
+    t.stride[l] = x.row_stride[l] * t.item;
   }
   return t;
 }
 
-inline bool aligned(const void* address, int64_t stride, size_t size) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && (stride * size) % 16 == 0;
+inline bool aligned(const void* address, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride % 16 == 0;
 }
-inline bool aligned(const LayerTable& x, size_t size) {
+inline bool aligned(const LayerTable& x) {
   for (int l = 0; l < x.count; ++l)
-    if (!aligned(x.data[l], x.stride[l], size)) return false;
+    if (!aligned(x.data[l], x.stride[l])) return false;
   return true;
 }
 

@@ -13,10 +13,11 @@ struct LossArgs {
   bool want_grad;
   Spans student_spans, teacher_spans;
   int64_t pairs;
-  int dim;
+  int dim, width;  // of a row, and of its packs
   Divergence divergence;
   bool mean;
-  float temperature, beta, base;
+  Temperature temperature;
+  float beta, base;
   const float *weights, *upstream;  // [pairs] and [1], each may be null
   float* loss;                      // [pairs] or null
 };
@@ -25,18 +26,21 @@ struct LossArgs {
 struct Place {
   Span student, teacher;
   int before;
+
+  __device__ void clamp(const LossArgs& a) {
+    student = cuda::clamp(student, a.student.rows);
+    teacher = cuda::clamp(teacher, a.teacher.rows);
+  }
 };
 __device__ Place place(const LossArgs& a, int64_t p) {
   if (p >= a.pairs) return {};
   return {span(a.student_spans, p), span(a.teacher_spans, p), end_before(a.student_spans, p)};
 }
 
-// Blocks per multiprocessor that share its registers: as many as fit without spilling them.
-constexpr int resident(int n, int columns, int threads) { return threads > 128 ? 1 : columns > 16 || n == 1 ? 3 : 4; }
-
-// JSD has kernels of its own: its logarithms would cost the others registers.
-template <class S, class T, int N, int K, bool kJsd, int kThreads>
-__global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
+// JSD has kernels of its own: its logarithms would cost the others registers. Blocks of four warps share a multiprocessor
+// in threes where a thread holds many columns, else in fours: as many as fit its registers without spilling them.
+template <int kColumns, bool kPacked, bool kJsd, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3 : 1)
     loss_kernel(const __grid_constant__ LossArgs a) {
   __shared__ float4 parts[2][32];
   float base = a.base;
@@ -46,19 +50,32 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
   }
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
   Group group(parts);
-  Pair<S, T, N, K> pair(a.dim);
+  Pair<kColumns, kPacked> pair(a.dim, a.width);
   Place here = place(a, first_pair());
+  here.clamp(a);
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
-    const Place next = place(a, p + pair_step());
-    const Span student = clamp(here.student, a.student.rows), teacher = clamp(here.teacher, a.teacher.rows);
+    Place next = place(a, p + pair_step());
+    const Span student = here.student, teacher = here.teacher;
     const bool both = student.end > student.start && teacher.end > teacher.start;
-    if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
-    pair.template ask_for<S>(a.student, clamp(next.student, a.student.rows));
-    pair.template ask_for<T>(a.teacher, clamp(next.teacher, a.teacher.rows));
     float loss = 0;
-    if (both) {
-      bool close = false;
-      if constexpr (kJsd) {
+    // Of rows that are close the averages are formed again, from the cache: to keep them would cost every pair registers.
+    bool close = false, again = false;
+#pragma unroll 1
+    do {
+      if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
+      if (!again) {
+        next.clamp(a);
+        pair.ask_for(a.student, next.student, a.dim);
+        pair.ask_for(a.teacher, next.teacher, a.dim);
+      }
+      if (!both) break;
+      if (again) {
+        close = false;
+        if constexpr (kJsd)
+          loss = pair.close_jsd(group, a.temperature, a.beta);
+        else
+          loss = pair.close_kl(group, a.temperature, a.divergence == Divergence::reverse_kl);
+      } else if constexpr (kJsd) {
         loss = pair.jsd(group, a.temperature, a.beta, close);
       } else {
         switch (a.divergence) {
@@ -68,34 +85,16 @@ __global__ void __launch_bounds__(kThreads, resident(N, N* K, kThreads))
           default: loss = pair.cosine(group);
         }
       }
-      if (close) {
-        // Read again, from the cache: to keep the rows would cost every pair its registers.
-        pair.average(a.student, student, a.teacher, teacher, a.mean, -INFINITY);
-        if constexpr (kJsd)
-          loss = pair.close_jsd(group, a.temperature, a.beta);
-        else
-          loss = pair.close_kl(group, a.temperature, a.divergence == Divergence::reverse_kl);
-      }
-    }
+      again = close;
+    } while (again);
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
     if (a.want_grad) {
       const Rows written = written_rows(here.before, student, p + 1 == a.pairs, a.student.rows);
       const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
 #pragma unroll 1
-      for (int l = 0; l < a.student.count; ++l) {
-        const float weight = scale * a.student.weight<float>(l);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          if (!pair.inside(k)) continue;
-          Pack<S, N> value;
-          with_element<S>(a.student.dtype, [&](auto element) {
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-              value.value[n] = same_bits<S>(store<decltype(element)>(both ? weight * pair.s[k * N + n] : 0.0f));
-          });
-          store_rows(a.grad[l], a.student.dtype, a.dim, pair.column(k), student, written, value);
-        }
-      }
+      for (int l = 0; l < a.student.count; ++l)
+        pair.store_gradient(a.grad[l], a.student, a.dim, scale * a.student.weight<float>(l), both ? student : Span{},
+                            written);
     }
     here = next;
   }
@@ -118,39 +117,29 @@ __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Tot
   if (threadIdx.x == 0) *a.total = a.base * sum;
 }
 
+constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
+
 // Columns per thread, by reasoning and not yet measured. In half precision the instructions per column, not the bytes,
 // are near the limit of the GPU, so the fixed cost of a warp is spread over as many columns as the registers allow:
 // 16, 24 or 32 of a row of up to 1024 columns, which one warp holds and reduces without a barrier; 32 of a wider one,
 // which takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds have 48 KB of loads in
 // flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute: so each asks for its
-// next pair's rows ahead. JSD, bound by its logarithms, and rows that allow no 16-byte accesses take 16 throughout.
-template <class S, class T, int N, int K, bool kJsd, int kMostThreads>
+// next pair's rows ahead. JSD, bound by its logarithms, and rows of more than 4096 columns, of which a multiprocessor
+// holds few, take 16. What is wider still or allows no 16-byte accesses is rare: little code, not speed.
+template <int kColumns, bool kPacked, bool kJsd, int kThreads>
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
-  constexpr int kColumns = N * K;
-  const int threads = a.dim <= 32 * kColumns ? 32 : round_up((a.dim + kColumns - 1) / kColumns, 32);
-  const auto kernel = threads <= 128 ? loss_kernel<S, T, N, K, kJsd, 128> : loss_kernel<S, T, N, K, kJsd, kMostThreads>;
-  return launch(kernel, a, a.pairs, threads, 1, stream);
+  const int threads = round_up((a.dim + kColumns - 1) / kColumns, 32);
+  return launch(loss_kernel<kColumns, kPacked, kJsd, kThreads>, a, a.pairs, threads, 1, stream);
 }
 
-template <class S, class T>
-const char* launch_packed(const LossArgs& a, cudaStream_t stream) {
-  constexpr int N = 16 / sizeof(S);
-  if (a.divergence == Divergence::jsd) return launch_loss<S, T, N, 16 / N, true, 1024>(a, stream);
-  if (a.dim <= 512) return launch_loss<S, T, N, 16 / N, false, 128>(a, stream);
-  if (a.dim <= 768) return launch_loss<S, T, N, 24 / N, false, 128>(a, stream);
-  return launch_loss<S, T, N, 32 / N, false, 512>(a, stream);
-}
-
-// Projected rows are float next to a teacher in half precision; what else there is goes column by column.
-const char* launch_loss(const LossArgs& a, bool packed, cudaStream_t stream) {
-  const DType s = a.student.dtype, t = a.teacher.dtype;
-  if (packed && s == DType::f32) {
-    if (t == DType::f32) return launch_packed<float, float>(a, stream);
-    return launch_packed<float, AnyHalf>(a, stream);
-  }
-  if (packed && t != DType::f32) return launch_packed<AnyHalf, AnyHalf>(a, stream);
-  if (a.divergence == Divergence::jsd) return launch_loss<AnyFloat, AnyFloat, 1, 16, true, 1024>(a, stream);
-  return launch_loss<AnyFloat, AnyFloat, 1, 16, false, 1024>(a, stream);
+const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
+  const bool jsd = a.divergence == Divergence::jsd;
+  if (a.width == 1)
+    return jsd ? launch_loss<16, false, true, 1024>(a, stream) : launch_loss<16, false, false, 1024>(a, stream);
+  if (jsd) return launch_loss<16, true, true, 512>(a, stream);
+  if (a.dim <= 512 || a.dim > 4096) return launch_loss<16, true, false, 512>(a, stream);
+  if (a.dim <= 768) return launch_loss<24, true, false, 128>(a, stream);
+  return launch_loss<32, true, false, 128>(a, stream);
 }
 
 }  // namespace
@@ -164,23 +153,25 @@ const char* problem() {
 
 const char* span_loss(const GpuSpanLossArgs& x) {
   const auto stream = static_cast<cudaStream_t>(x.stream);
-  const int64_t size = size_of(x.student.dtype), wide = 16 / size;
+  const int64_t size = size_of(x.student.dtype), teacher_size = size_of(x.teacher.dtype);
   if (x.student.dtype == DType::f64 || x.teacher.dtype == DType::f64)
     return "span_loss: expected float32, bfloat16 or float16";
   if (x.dim > 16384) return "span_loss: expected a hidden size of at most 16384";
+  // As many columns of both sides make a pack: 16 bytes, or 8 of the one that alone is in half precision.
+  const int width = static_cast<int>(16 / std::max(size, teacher_size));
   LossArgs a{table(x.student), table(x.teacher), {}, x.grads > 0, x.student_spans, x.teacher_spans, x.pairs,
-             static_cast<int>(x.dim), x.divergence, x.mean, static_cast<float>(x.temperature),
+             static_cast<int>(x.dim), width, x.divergence, x.mean, temperature_of(x.temperature),
              static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.loss};
-  // Of the teacher as many columns are read at once as of the student: 8 bytes where it alone is in half precision.
-  bool packed = x.dim % wide == 0 && aligned(a.student, size) && aligned(a.teacher, size_of(x.teacher.dtype));
+  bool packed = x.dim % width == 0 && x.dim <= kMostPacked && aligned(a.student) && aligned(a.teacher);
   for (int64_t l = 0; l < x.grads; ++l) {
     a.grad[l] = x.grad[l];
-    packed = packed && aligned(x.grad[l], x.dim, size);
+    packed = packed && aligned(x.grad[l], x.dim * size);
     if (x.pairs == 0)
       if (const char* error = text(cudaMemsetAsync(x.grad[l], 0, x.student.rows * x.dim * size, stream))) return error;
   }
+  if (!packed) a.width = 1;
   const char* error = nullptr;
-  if (x.pairs > 0) error = launch_loss(a, packed, stream);
+  if (x.pairs > 0) error = launch_loss(a, stream);
   if (error || !x.total) return error;
   return launch(total_kernel, TotalArgs{x.loss, x.weights, x.pairs, a.base, x.total}, 1, 1024, 1, stream);
 }

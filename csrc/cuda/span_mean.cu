@@ -25,7 +25,7 @@ __global__ void fwd_kernel(const __grid_constant__ FwdArgs a) {
       for (int l = 0; l < a.x.count; ++l) {
         const A weight = part * a.x.weight<A>(l);
         for (int i = s.start; i < s.end; ++i) {
-          const auto pack = *reinterpret_cast<const Pack<T, N>*>(a.x.row<const T>(l, i) + d);
+          const auto pack = *reinterpret_cast<const Pack<T, N>*>(a.x.at(l, i, d));
 #pragma unroll
           for (int n = 0; n < N; ++n) sum[n] += weight * load<A>(pack.value[n]);
         }
@@ -61,7 +61,7 @@ __global__ void bwd_kernel(const __grid_constant__ BwdArgs a) {
         Pack<T, N> value;
 #pragma unroll
         for (int n = 0; n < N; ++n) value.value[n] = store<T>(weight * load<A>(in.value[n]));
-        store_rows(a.out.row<T>(l, 0), a.out.dtype, a.dim, d, s, written, value);
+        store_rows(a.out.at(l, 0, d), a.out.stride[l], s, written, value);
       }
     }
   }
@@ -99,7 +99,7 @@ const char* span_mean_fwd(const GpuLayers& x, Spans spans, int64_t pairs, int64_
     using T = decltype(row);
     using Out = decltype(average);
     constexpr int N = 16 / sizeof(T);
-    if (dim % N == 0 && aligned(a.x, sizeof(T)) && aligned(out, dim, sizeof(Out)))
+    if (dim % N == 0 && aligned(a.x) && aligned(out, dim * sizeof(Out)))
       return launch(fwd_kernel<T, Out, N>, a, pairs, threads(dim, N), 2, s);
     return launch(fwd_kernel<T, Out, 1>, a, pairs, threads(dim, 1), 2, s);
   });
@@ -115,7 +115,7 @@ const char* span_mean_bwd(DType grad_dtype, const void* grad, int64_t grad_strid
     using G = decltype(average);
     constexpr int N = 16 / sizeof(T);
     if (pairs == 0) return clear(a.out, sizeof(T) * dim, s);
-    if (dim % N == 0 && aligned(a.out, sizeof(T)) && aligned(grad, grad_stride, sizeof(G)))
+    if (dim % N == 0 && aligned(a.out) && aligned(grad, grad_stride * sizeof(G)))
       return launch(bwd_kernel<G, T, N>, a, pairs, threads(dim, N), 2, s);
     return launch(bwd_kernel<G, T, 1>, a, pairs, threads(dim, 1), 2, s);
   });

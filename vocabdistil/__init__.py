@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import reference
-    from .alignment.align import AlignedBatch, align
+    from .alignment.align import align
+    from .alignment.batch import AlignedBatch
     from .alignment.cache import AlignedDataset, cache_aligned
-    from .alignment.collator import AlignmentBatch, AlignmentCollator
+    from .alignment.collator import AlignmentCollator
     from .alignment.coverage import Coverage, CoverageReport, coverage
     from .alignment.methods import boundary_pairs, match_pairs
     from .alignment.picture import AlignmentPicture, show_alignment
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .distillation.trim import trim
     from .evaluation import loyalty
     from .evaluation.tasks import evaluate
+    from .models import students
     from .ops import (
         attention_loss,
         contrastive,
@@ -45,9 +47,8 @@ __version__ = "0.1.0"
 
 # Loaded on first use: torch and transformers take seconds to import, and options and their help need neither.
 _HOMES = {
-    "AlignedBatch": "alignment.align",
+    "AlignedBatch": "alignment.batch",
     "AlignedDataset": "alignment.cache",
-    "AlignmentBatch": "alignment.collator",
     "AlignmentCollator": "alignment.collator",
     "AlignmentPicture": "alignment.picture",
     "Coverage": "alignment.coverage",
@@ -90,7 +91,7 @@ _HOMES = {
     "train_teacher": "distillation.pretraining",
     "trim": "distillation.trim",
 }
-_MODULES = {"loyalty": "evaluation.loyalty", "reference": "reference"}
+_MODULES = {"loyalty": "evaluation.loyalty", "reference": "reference", "students": "models.students"}
 
 
 def __getattr__(name: str) -> Any:
@@ -111,7 +112,6 @@ def __dir__() -> list[str]:
 __all__ = [
     "AlignedBatch",
     "AlignedDataset",
-    "AlignmentBatch",
     "AlignmentCollator",
     "AlignmentPicture",
     "Coverage",
@@ -152,6 +152,7 @@ __all__ = [
     "span_kl",
     "span_loss",
     "span_mean",
+    "students",
     "text_pairs",
     "train_teacher",
     "trim",

@@ -34,7 +34,7 @@ _FIELDS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Mapping[str, Tensor]):
-    """One side of an aligned batch: also a mapping, so that ``model(**batch.student)`` calls a model with it.
+    """One side of an aligned batch, also as a mapping.
 
     Attributes:
         input_ids: int64 ``[B, L]``, padded to the longest sequence.
@@ -58,9 +58,6 @@ class Tokens(Mapping[str, Tensor]):
     # By identity, as tensors are.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
 
 
 def match_pairs(

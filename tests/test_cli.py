@@ -14,6 +14,7 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
+import vocabdistil as vd
 from vocabdistil.cli import main
 
 
@@ -35,6 +36,11 @@ def test_env_is_json(capsys):
     assert main(["env"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["build"]["loaded"] and found["backends"]["cpu"]["available"]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vocabdistil {vd.__version__}\n"
 
 
 def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_file, capsys):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from . import __version__
 from .core.errors import VocabdistilError, on_command_line, one_line
 from .core.options import Json, add_options, flags_of, options_of
 from .distillation.options import CoverageOptions, DemoOptions, DistillConfig, TeacherConfig, TrimConfig
@@ -255,6 +256,7 @@ _COMMANDS = {
 def build_parser() -> argparse.ArgumentParser:
     about = "Distil a transformer into one with a different, smaller vocabulary."
     parser = _Parser(prog="vocabdistil", description=about)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         add_options(commands.add_parser(name, help=command.about, description=command.about), command.options)

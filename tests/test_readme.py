@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import AutoModel, AutoTokenizer
 
 import vocabdistil as vd
 from vocabdistil import cli
-from vocabdistil.distillation import demo
 from vocabdistil.distillation.recipes import RECIPES
 from vocabdistil.models.students import PRESETS
 
@@ -33,17 +31,6 @@ def readme() -> str:
 def blocks(readme) -> list[tuple[str, str]]:
     """Language and text of each."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture
-def demo_folder(tmp_path, monkeypatch) -> Path:
-    """Where ``vocabdistil demo`` ran, but for the length of its trainings."""
-    train, distill = demo.train_teacher, demo.distill
-    monkeypatch.setattr(demo, "train_teacher", lambda **options: train(**options | {"steps": 2}))
-    monkeypatch.setattr(demo, "distill", lambda config: distill(dataclasses.replace(config, steps=2)))
-    monkeypatch.chdir(tmp_path)
-    demo.demo("vocabdistil-demo", quiet=True)
-    return tmp_path
 
 
 def test_the_blocks_run_in_order(blocks, demo_folder, capsys):

@@ -55,7 +55,8 @@ def top_page(text: str, url: str) -> str:
         path = found[1]
         if "://" in path or path.startswith("#"):
             return found[0]
-        return f"]({pages.get(path) or f'{url}/blob/main/{path}'})"
+        page = path.removeprefix("docs/") if path.startswith("docs/") else pages.get(path)
+        return f"]({page or f'{url}/blob/main/{path}'})"
 
     return re.sub(r"\]\(([^)\s]+)\)", target, text)
 

@@ -43,6 +43,19 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"vocabdistil {vd.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"), [("vocabdistil tr", {"trim"}), ("vocabdistil trim --vocab", {"--vocab-size", "--vocabulary"})]
+)
+def test_a_shell_is_told_how_a_line_may_go_on(line, offered, tmp_path):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    command = [sys.executable, "-c", "from vocabdistil.cli import main; main()"]
+    subprocess.run(command, env=os.environ | asked, check=True)
+    assert {choice.strip() for choice in answer.read_text().splitlines()} == offered
+
+
 def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_file, capsys):
     command = ["loyalty", "--teacher", str(teacher_folder), "--student", str(teacher_folder), str(untrained)]
     assert main([*command, "--text", str(text_file), "--texts", "20", "--max-length", "32", "--json"]) == 0

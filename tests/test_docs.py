@@ -46,9 +46,9 @@ def test_every_page_is_in_the_menu(hooks):
 
 
 def test_links_of_files_lead_to_pages_or_to_the_repository(hooks):
-    text = "[a](CONTRIBUTING.md) [b](csrc/ops.h) [c](https://x.org/y) [d](#here)"
+    text = "[a](CONTRIBUTING.md) [b](csrc/ops.h) [c](https://x.org/y) [d](#here) [e](docs/glossary.md)"
     assert hooks.top_page(text, "https://g") == (
-        "[a](contributing.md) [b](https://g/blob/main/csrc/ops.h) [c](https://x.org/y) [d](#here)"
+        "[a](contributing.md) [b](https://g/blob/main/csrc/ops.h) [c](https://x.org/y) [d](#here) [e](glossary.md)"
     )
 
 

@@ -64,8 +64,9 @@ def test_the_set_up_commands_stand_alone(blocks):
 def test_what_it_names_is_there(readme):
     public = set(re.findall(r"\bvd\.(\w+)", readme))
     assert public and {name for name in public if not hasattr(vd, name)} == set()
-    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    known = {option for parser in commands.choices.values() for option in parser._option_string_actions}
+    whole = cli.build_parser()
+    (commands,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
+    known = {option for parser in (whole, *commands.choices.values()) for option in parser._option_string_actions}
     # That of the benchmarks.
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--e5"}
     assert set(re.findall(r"\bvocabdistil (?=[a-z])(\w+)(?=`| --)", readme)) <= set(commands.choices)

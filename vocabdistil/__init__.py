@@ -29,19 +29,16 @@ if TYPE_CHECKING:
     from .evaluation import loyalty
     from .evaluation.tasks import evaluate
     from .models import students
-    from .ops import (
-        attention_loss,
-        contrastive,
-        linear_matched_kl,
-        matched_kl,
-        pooled_loss,
-        relation_loss,
-        remapped_kl,
-        similarity_loss,
-        span_kl,
-        span_loss,
-        span_mean,
-    )
+    from .ops.attention_loss import attention_loss
+    from .ops.contrastive import contrastive
+    from .ops.linear_matched_kl import linear_matched_kl
+    from .ops.matched_kl import matched_kl
+    from .ops.pooled_loss import pooled_loss
+    from .ops.relation_loss import relation_loss
+    from .ops.remapped_kl import remapped_kl
+    from .ops.similarity_loss import similarity_loss
+    from .ops.span_loss import span_kl, span_loss
+    from .ops.span_mean import span_mean
 
 __version__ = "0.1.0"
 
@@ -68,25 +65,25 @@ _HOMES = {
     "TeacherConfig": "distillation.options",
     "TrimConfig": "distillation.options",
     "align": "alignment.align",
-    "attention_loss": "ops",
+    "attention_loss": "ops.attention_loss",
     "backends": "core.backends",
     "boundary_pairs": "alignment.methods",
     "cache_aligned": "alignment.cache",
-    "contrastive": "ops",
+    "contrastive": "ops.contrastive",
     "coverage": "alignment.coverage",
     "distill": "distillation.job",
     "evaluate": "evaluation.tasks",
-    "linear_matched_kl": "ops",
+    "linear_matched_kl": "ops.linear_matched_kl",
     "match_pairs": "alignment.methods",
-    "matched_kl": "ops",
-    "pooled_loss": "ops",
-    "relation_loss": "ops",
-    "remapped_kl": "ops",
+    "matched_kl": "ops.matched_kl",
+    "pooled_loss": "ops.pooled_loss",
+    "relation_loss": "ops.relation_loss",
+    "remapped_kl": "ops.remapped_kl",
     "show_alignment": "alignment.picture",
-    "similarity_loss": "ops",
-    "span_kl": "ops",
-    "span_loss": "ops",
-    "span_mean": "ops",
+    "similarity_loss": "ops.similarity_loss",
+    "span_kl": "ops.span_loss",
+    "span_loss": "ops.span_loss",
+    "span_mean": "ops.span_mean",
     "text_pairs": "alignment.spans",
     "train_teacher": "distillation.pretraining",
     "trim": "distillation.trim",

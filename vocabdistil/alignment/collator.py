@@ -89,7 +89,7 @@ def restride(pairs: SpanPairs, batch: int, student: tuple[int, int], teacher: tu
         for side, (old, new) in (("student", student), ("teacher", teacher))
         for position in (getattr(pairs, f"{side}_start"), getattr(pairs, f"{side}_end"))
     ]
-    return SpanPairs._trusted(*moved, pairs.num_nonempty, batch * student[1], batch * teacher[1])
+    return SpanPairs._trusted(moved, pairs.num_nonempty, batch * student[1], batch * teacher[1])
 
 
 # What transformers calls labels.
@@ -230,7 +230,7 @@ class Rows:
         both = (self.spans[1] > self.spans[0]) & (self.spans[3] > self.spans[2])
         tokens = (sides[1].input_ids.numel(), sides[0].input_ids.numel())
         fields = (moved[name] for name in (*SPANS[2:], *SPANS[:2]))
-        return sides[0], sides[1], SpanPairs._trusted(*fields, int(both.sum()), *tokens), None
+        return sides[0], sides[1], SpanPairs._trusted(fields, int(both.sum()), *tokens), None
 
 
 def _check_weights(weights: object, size: int) -> None:
@@ -317,6 +317,20 @@ class AlignmentCollator:
             loss = vd.span_kl(hidden, taught, batch["pairs"], weight=projection)
     """
 
+    teacher: Any
+    student: Any
+    method: str
+    max_length: tuple[int | None, int | None]
+    multiple: int
+    text_column: str
+    pad_ids: tuple[int, int]
+    vocab_sizes: tuple[int, int]
+    table: RemapTable | None
+    matched: MatchedVocab | None
+    mlm_probability: float
+    mask_id: int
+    mask_weights: Tensor | None
+
     def __init__(
         self,
         teacher: Any,
@@ -364,8 +378,9 @@ class AlignmentCollator:
                 raise ValueError("student: expected a tokenizer with a mask token for mlm_probability, got none")
             self.mask_id = infos[1].roles["mask"]
             if mask_weights is None:
-                self.mask_weights = torch.ones(self.vocab_sizes[1])
-                self.mask_weights[list(infos[1].special.values())] = 0
+                mask_weights = torch.ones(self.vocab_sizes[1])
+                mask_weights[list(infos[1].special.values())] = 0
+                self.mask_weights = mask_weights
 
     def __call__(self, features: Sequence[Any]) -> AlignedBatch:
         if isinstance(features, (str, bytes, Mapping)) or not isinstance(features, Sized):
@@ -386,7 +401,7 @@ class AlignmentCollator:
             teacher=AlignedBatch(teacher), student=AlignedBatch(student), pairs=pairs, **words
         )
         batch.update(_other_columns(features, own))
-        if self.mlm_probability:
+        if self.mask_weights is not None and self.mlm_probability:
             batch["student"]["input_ids"], labels = mask_tokens(
                 student.input_ids,
                 self.mask_weights,
@@ -417,7 +432,7 @@ class AlignmentCollator:
         self, texts: list[str | Sequence[str]], teacher: Tokens, student: Tokens, pairs: SpanPairs
     ) -> dict[str, Tensor]:
         """Which of the given words each token is of."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, side, limit in zip(("teacher", "student"), (teacher, student), self.max_length, strict=True):
             words = torch.full_like(side.input_ids, -1)
             if name == "student" and self.method == "reduce":  # its tokens are of those of the teacher

@@ -115,7 +115,7 @@ def match_pairs(
     spans = torch.empty(4, count, dtype=torch.int32)
     _native_module().align_match_write(args, spans.data_ptr())
     return SpanPairs._trusted(
-        *spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
+        spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
     )
 
 
@@ -307,7 +307,7 @@ def _pairs(spans: bytearray, batch: int, teacher_length: int, student_length: in
     values = torch.frombuffer(spans, dtype=torch.int32) if spans else torch.empty(0, dtype=torch.int32)
     count = values.numel() // 4
     return SpanPairs._trusted(
-        *values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
+        values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
     )
 
 

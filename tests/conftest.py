@@ -3,6 +3,7 @@ whole run fails if a tier that could run here ran nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -102,6 +103,27 @@ def demo_lines() -> list[str]:
     from vocabdistil.distillation.demo import demo_text
 
     return demo_text(1200)
+
+
+@pytest.fixture(scope="session")
+def _short_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vocabdistil.distillation import demo
+
+    train, distill = demo.train_teacher, demo.distill
+    folder = tmp_path_factory.mktemp("demo") / "vocabdistil-demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "train_teacher", lambda **options: train(**options | {"steps": 2}))
+        patch.setattr(demo, "distill", lambda config: distill(dataclasses.replace(config, steps=2)))
+        demo.demo(folder, quiet=True)
+    return folder
+
+
+@pytest.fixture
+def demo_folder(_short_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where ``vocabdistil demo`` ran, but for the length of its trainings; the current folder."""
+    shutil.copytree(_short_demo, tmp_path / _short_demo.name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
+import vocabdistil as vd
 from vocabdistil.cli import main
 
 
@@ -35,6 +36,24 @@ def test_env_is_json(capsys):
     assert main(["env"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["build"]["loaded"] and found["backends"]["cpu"]["available"]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vocabdistil {vd.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("vocabdistil tr", {"trim"}), ("vocabdistil trim --vocab", {"--vocab-size", "--vocabulary"})]
+)
+def test_a_shell_is_told_how_a_line_may_go_on(line, offered, tmp_path):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    command = [sys.executable, "-c", "from vocabdistil.cli import main; main()"]
+    subprocess.run(command, env=os.environ | asked, check=True)
+    assert {choice.strip() for choice in answer.read_text().splitlines()} == offered
 
 
 def test_loyalty_of_a_teacher_to_itself_is_1(teacher_folder, untrained, text_file, capsys):

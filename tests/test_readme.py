@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import AutoModel, AutoTokenizer
 
 import vocabdistil as vd
 from vocabdistil import cli
-from vocabdistil.distillation import demo
 from vocabdistil.distillation.recipes import RECIPES
 from vocabdistil.models.students import PRESETS
 
@@ -33,17 +31,6 @@ def readme() -> str:
 def blocks(readme) -> list[tuple[str, str]]:
     """Language and text of each."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture
-def demo_folder(tmp_path, monkeypatch) -> Path:
-    """Where ``vocabdistil demo`` ran, but for the length of its trainings."""
-    train, distill = demo.train_teacher, demo.distill
-    monkeypatch.setattr(demo, "train_teacher", lambda **options: train(**options | {"steps": 2}))
-    monkeypatch.setattr(demo, "distill", lambda config: distill(dataclasses.replace(config, steps=2)))
-    monkeypatch.chdir(tmp_path)
-    demo.demo("vocabdistil-demo", quiet=True)
-    return tmp_path
 
 
 def test_the_blocks_run_in_order(blocks, demo_folder, capsys):
@@ -77,8 +64,9 @@ def test_the_set_up_commands_stand_alone(blocks):
 def test_what_it_names_is_there(readme):
     public = set(re.findall(r"\bvd\.(\w+)", readme))
     assert public and {name for name in public if not hasattr(vd, name)} == set()
-    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    known = {option for parser in commands.choices.values() for option in parser._option_string_actions}
+    whole = cli.build_parser()
+    (commands,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
+    known = {option for parser in (whole, *commands.choices.values()) for option in parser._option_string_actions}
     # That of the benchmarks.
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--e5"}
     assert set(re.findall(r"\bvocabdistil (?=[a-z])(\w+)(?=`| --)", readme)) <= set(commands.choices)

@@ -423,6 +423,10 @@ def kernel(
     with which the gradient is multiplied; nothing is done where it is 1.
 
     The program of pair p also clears the rows between the span before and its own, the last one the tail."""
+    # student, teacher: [s_rows, v_s], [t_rows, v_t], columns adjacent; *_start, *_end: int32 [pairs]. teacher_of: int32
+    # [v_s], -1 where there is none; teacher_matched: int8 [v_t]; teacher_rest: [pairs, 4]. s_bias, t_bias: [v_s],
+    # [v_t]; s_lengths, t_lengths: [pairs]; temperature: a number, or float64 []. scale, loss: [pairs]; grad: as the
+    # student, rows g_stride apart; upstream: [].
     if upstream is None:
         _row(
             student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
@@ -459,6 +463,8 @@ def rest_kernel(
 ):  # fmt: skip
     """Adds the columns of z that are not left out to ``rest [R, 4]``: of each row the largest, the sum of
     exp((. - largest) / T), that sum less the number of its terms, and this number."""
+    # z: [R, columns], rows stride apart; left_out: uint8 [columns]; bias: [columns] or None; lengths: [R] or None;
+    # temperature: a number, or float64 [].
     p = tl.program_id(0).to(tl.int64)
     inverse = 1.0 / temperature_of(temperature, ACC)
     tops = tl.full([BLOCK], float("-inf"), dtype=ACC)
@@ -499,6 +505,7 @@ def _shifted(top, total, less, count, high, inverse):
 @triton.jit(do_not_specialize=["count"])
 def tables_kernel(student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK: tl.constexpr):
     """``teacher_of[student id] = teacher id`` and, unless None, ``teacher_matched[teacher id] = 1``."""
+    # student_ids, teacher_ids: int32 or int64 [count]; teacher_of: int32 [v_s]; teacher_matched: int8 [v_t] or None.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     s = tl.load(student_ids + i, mask=i < count, other=-1)
     t = tl.load(teacher_ids + i, mask=i < count, other=-1)

@@ -55,6 +55,8 @@ def sums_kernel(
 ):  # fmt: skip
     """``losses [heads, P]``; ``tops [2, heads, P]``: the largest scores of the student and of the teacher; ``factors
     [2, heads, P]``: what the student's exponentials count in the gradient, and the teacher's in units of that."""
+    # student, teacher: float32 [pairs, s_width], [pairs, t_width], contiguous; first, last: int32 [pairs]; scale:
+    # [pairs].
     p, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     begin, counts = _labels(first, last, p, pairs)
     low, high = _reach(last, p, begin, counts, pairs)
@@ -94,6 +96,8 @@ def grad_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Columns ``OUT`` of one head of the rows of ``grad [P, s_width]``."""
+    # student, teacher: float32 [pairs, s_width], [pairs, t_width], contiguous; first, last: int32 [pairs]; tops,
+    # factors: [2, heads, pairs], from sums_kernel.
     p, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     d = tl.program_id(2) * OUT + tl.arange(0, OUT)
     begin, counts = _labels(first, last, p, pairs)

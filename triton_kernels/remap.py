@@ -41,6 +41,8 @@ def look_up(ids, mask, indptr, b, at, length, ids_stride, mask_stride, rows):
 def measure_kernel(
     ids, mask, indptr, out, length, ids_stride, mask_stride, chunks, rows, size, BLOCK: tl.constexpr
 ):
+    # ids: int32 or int64 [batch, length], mask: any integers of that shape or None, columns adjacent; indptr: int32
+    # [rows + 1]. out: int32 [4, batch, chunks]: pieces, tokens that are kept, those with pieces, those of no row.
     pid = tl.program_id(0).to(tl.int64)
     at = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)
     keep, known, _, count = look_up(ids, mask, indptr, pid // chunks, at, length, ids_stride, mask_stride, rows)
@@ -63,6 +65,9 @@ def write_kernel(
     ids, mask, indptr, pieces, measured, first_pair, input_ids, attention, spans, nonempty, length, ids_stride,
     mask_stride, chunks, rows, width, pairs, unk_id, pad_id, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # ids, mask, indptr: as in measure_kernel, measured its out or None; pieces: int32 [nnz]; first_pair: int64 [batch *
+    # chunks] or None. input_ids, attention: int64 [batch, width]; spans: int32 [4, pairs]; nonempty: int32 [batch *
+    # chunks].
     pid = tl.program_id(0).to(tl.int64)
     b, chunk = pid // chunks, pid % chunks
     at = chunk * BLOCK + tl.arange(0, BLOCK)

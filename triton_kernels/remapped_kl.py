@@ -139,6 +139,8 @@ def pool_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Means of the student's logits -> ``out [groups, columns, PAIRS]``."""
+    # student: [rows, columns], columns adjacent; start, end: int32 [pairs] or None (row p with row p); upstream: [] or
+    # None.
     group = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, PAIRS)
     first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
@@ -156,6 +158,9 @@ def combine_kernel(
 ):  # fmt: skip
     """Combined logits -> ``z [groups, 32 slices, PAIRS]``; largest and sum of exp of both sides over the columns of a
     program, sum of exp(t) (t - s - apart) / T, and apart -> ``stats [6, groups, parts, PAIRS]``."""
+    # pooled: [groups, columns, PAIRS], from pool_kernel; teacher: [rows, V_t], columns adjacent; start, end: int32
+    # [pairs] or None; row_ids: int32 [32 slices], pieces_at: int32 [slices + 1], pieces: int32, of the plan; upstream:
+    # [] or None; temperature: a number, or float64 [].
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
@@ -219,6 +224,7 @@ def merge_kernel(
 ):  # fmt: skip
     """``stats [6, groups, parts, PAIRS]`` -> ``merged [5, groups, PAIRS]``: shift and sum of exp of both sides, and the
     mean of what their shifted, divided logits differ by."""
+    # upstream: [] or None; temperature: a number, or float64 [].
     group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, PARTS)
     inverse = 1.0 / temperature_of(temperature, ACC)
@@ -266,6 +272,8 @@ def close_kernel(
 ):  # fmt: skip
     """Of pairs that are close the sum over the columns of a program of p (exp d - 1 - d) -> ``sums [groups, parts,
     PAIRS]``. Groups without one end at once."""
+    # z: [groups, 32 slices, PAIRS]; teacher: [rows, V_t]; start, end: int32 [pairs] or None; row_ids: int32 [32
+    # slices]; merged: [5, groups, PAIRS]; temperature: a number, or float64 [].
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
     first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
@@ -290,6 +298,9 @@ def slope_kernel(
     PAIRS: tl.constexpr, SLICE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The losses, and d loss / d z -> ``slope``, laid out as z, which it may be; ``sums`` from `close_kernel`."""
+    # z, slope: [groups, 32 slices, PAIRS]; teacher: [rows, V_t]; student_start, student_end, start, end: int32 [pairs]
+    # or None; row_ids: int32 [32 slices]; merged: [5, groups, PAIRS]; sums: [groups, parts, PAIRS]; scale: [pairs];
+    # loss: [pairs] or None; upstream: [] or None; temperature: a number, or float64 [].
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
@@ -338,6 +349,8 @@ def gather_kernel(
     ACC: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """The sum of each segment -> ``out [groups, 32 slices, PAIRS]``; ``rows``: how many slope has."""
+    # slope, z: [groups, rows, PAIRS]; pooled: [groups, columns, PAIRS]; uses_at: int32 [slices + 1], uses: int32,
+    # owners: int32 [32 slices], of the plan, whose slices are segments here; upstream: [] or None.
     b, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
     slope += group * rows * PAIRS
@@ -368,6 +381,8 @@ def write_kernel(
     ACC: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The segments of each piece, added up, into every row of its pairs' spans; zeros into the rows between them."""
+    # sums: [groups, count, PAIRS]; of: int32 [columns + 1], segments: int32 [count], of the plan; grad: [rows,
+    # columns], contiguous; start, end, t_start, t_end: int32 [pairs] or None; upstream: [] or None.
     group = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, PAIRS)
     p = p0 + group * PAIRS + r

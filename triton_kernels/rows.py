@@ -116,6 +116,7 @@ def span_share(first, last, MEAN: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7"])
 def table_kernel(out, a0, a1, a2, a3, a4, a5, a6, a7):
+    # out: int64 [8]; the others are the addresses themselves.
     tl.store(out, a0)
     tl.store(out + 1, a1)
     tl.store(out + 2, a2)

@@ -140,6 +140,10 @@ def loss_kernel(
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``grad``, ``loss``, ``weights`` and ``upstream`` may be None; with an ``upstream`` of 1 nothing is done."""
+    # student, teacher: one layer [student_rows, dim], [teacher_rows, dim], columns adjacent; *_table: int64 [*_LAYERS],
+    # the addresses of all, None for one; *_coef: [*_LAYERS] or None; *_start, *_end: int32 [pairs]. grad: one
+    # layer [student_rows, dim], contiguous; grad_table: int64 [STUDENT_LAYERS] or None. loss, weights: float32 [pairs];
+    # upstream: float32 [].
     ACC: tl.constexpr = tl.float32
     if upstream is not None:
         factor = tl.load(upstream)
@@ -186,6 +190,7 @@ def loss_kernel(
 @triton.jit(do_not_specialize=["pairs"])
 def total_kernel(loss, weights, total, pairs, base, BLOCK: tl.constexpr):
     """``total = base * sum_p weights[p] * loss[p]`` by one program: a fixed order, so the same sum every time."""
+    # loss, weights: float32 [pairs], weights may be None; total: float32 [].
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for block in range(0, pairs, BLOCK):
         p = block + tl.arange(0, BLOCK)

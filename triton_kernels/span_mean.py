@@ -30,6 +30,8 @@ def fwd_kernel(
     LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # x: one layer [rows, dim], columns adjacent; x_table: int64 [LAYERS], the addresses of all, None for one. coef:
+    # [LAYERS] or None (1 / LAYERS); start, end: int32 [pairs]; out: [pairs, dim], contiguous.
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first, last = span(start, end, p, pairs, rows)
     share = span_share(first, last, MEAN, ACC)
@@ -48,6 +50,8 @@ def bwd_kernel(
     LAYERS: tl.constexpr, ALIGNED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # grad: [pairs, dim], columns adjacent; start, end: int32 [pairs]; coef: [LAYERS] or None (1 / LAYERS). out:
+    # one layer [rows, dim], contiguous; out_table: int64 [LAYERS], the addresses of all, None for one.
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first, last = span(start, end, p, pairs, rows)
     begin, stop = written_rows(end, p, pairs, first, last, rows)

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import reference
-    from .alignment.align import AlignedBatch, align
+    from .alignment.align import align
+    from .alignment.batch import AlignedBatch
     from .alignment.cache import AlignedDataset, cache_aligned
-    from .alignment.collator import AlignmentBatch, AlignmentCollator
+    from .alignment.collator import AlignmentCollator
     from .alignment.coverage import Coverage, CoverageReport, coverage
     from .alignment.methods import boundary_pairs, match_pairs
     from .alignment.picture import AlignmentPicture, show_alignment
@@ -28,27 +29,24 @@ if TYPE_CHECKING:
     from .distillation.trim import trim
     from .evaluation import loyalty
     from .evaluation.tasks import evaluate
-    from .ops import (
-        attention_loss,
-        contrastive,
-        linear_matched_kl,
-        matched_kl,
-        pooled_loss,
-        relation_loss,
-        remapped_kl,
-        similarity_loss,
-        span_kl,
-        span_loss,
-        span_mean,
-    )
+    from .models import students
+    from .ops.attention_loss import attention_loss
+    from .ops.contrastive import contrastive
+    from .ops.linear_matched_kl import linear_matched_kl
+    from .ops.matched_kl import matched_kl
+    from .ops.pooled_loss import pooled_loss
+    from .ops.relation_loss import relation_loss
+    from .ops.remapped_kl import remapped_kl
+    from .ops.similarity_loss import similarity_loss
+    from .ops.span_loss import span_kl, span_loss
+    from .ops.span_mean import span_mean
 
 __version__ = "0.1.0"
 
 # Loaded on first use: torch and transformers take seconds to import, and options and their help need neither.
 _HOMES = {
-    "AlignedBatch": "alignment.align",
+    "AlignedBatch": "alignment.batch",
     "AlignedDataset": "alignment.cache",
-    "AlignmentBatch": "alignment.collator",
     "AlignmentCollator": "alignment.collator",
     "AlignmentPicture": "alignment.picture",
     "Coverage": "alignment.coverage",
@@ -69,30 +67,30 @@ _HOMES = {
     "TeacherConfig": "distillation.options",
     "TrimConfig": "distillation.options",
     "align": "alignment.align",
-    "attention_loss": "ops",
+    "attention_loss": "ops.attention_loss",
     "backends": "core.backends",
     "boundary_pairs": "alignment.methods",
     "cache_aligned": "alignment.cache",
-    "contrastive": "ops",
+    "contrastive": "ops.contrastive",
     "coverage": "alignment.coverage",
     "distill": "distillation.job",
     "evaluate": "evaluation.tasks",
-    "linear_matched_kl": "ops",
+    "linear_matched_kl": "ops.linear_matched_kl",
     "match_pairs": "alignment.methods",
-    "matched_kl": "ops",
-    "pooled_loss": "ops",
-    "relation_loss": "ops",
-    "remapped_kl": "ops",
+    "matched_kl": "ops.matched_kl",
+    "pooled_loss": "ops.pooled_loss",
+    "relation_loss": "ops.relation_loss",
+    "remapped_kl": "ops.remapped_kl",
     "show_alignment": "alignment.picture",
-    "similarity_loss": "ops",
-    "span_kl": "ops",
-    "span_loss": "ops",
-    "span_mean": "ops",
+    "similarity_loss": "ops.similarity_loss",
+    "span_kl": "ops.span_loss",
+    "span_loss": "ops.span_loss",
+    "span_mean": "ops.span_mean",
     "text_pairs": "alignment.spans",
     "train_teacher": "distillation.pretraining",
     "trim": "distillation.trim",
 }
-_MODULES = {"loyalty": "evaluation.loyalty", "reference": "reference"}
+_MODULES = {"loyalty": "evaluation.loyalty", "reference": "reference", "students": "models.students"}
 
 
 def __getattr__(name: str) -> Any:
@@ -113,7 +111,6 @@ def __dir__() -> list[str]:
 __all__ = [
     "AlignedBatch",
     "AlignedDataset",
-    "AlignmentBatch",
     "AlignmentCollator",
     "AlignmentPicture",
     "Coverage",
@@ -155,6 +152,7 @@ __all__ = [
     "span_kl",
     "span_loss",
     "span_mean",
+    "students",
     "text_pairs",
     "train_teacher",
     "trim",

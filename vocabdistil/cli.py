@@ -1,18 +1,21 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: ``vocabdistil`` or ``python -m vocabdistil``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
+from . import __version__
 from .core.errors import VocabdistilError, need, on_command_line, one_line
 from .core.options import Json, add_options, flags_of, options_of
 from .core.processes import FirstFailed, follows, have_met, launched, leave
@@ -45,7 +48,7 @@ class _EnvOptions:
 class _Parser(argparse.ArgumentParser):
     """Errors of usage are one line too."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, None if follows() else f"{self.prog}: {one_line(message)}\n")
 
 
@@ -107,6 +110,7 @@ def _coverage(args: CoverageOptions) -> None:
     sentence = read_sentence_settings(args.teacher)
     prompt = expected_prompt(args.prompt, sentence)
     texts = Prefixed(TextFiles(args.text, args.unit), prompt) if args.text else None
+    shown: Iterable[str] = (args.show or ()) if texts is None else texts
     teacher = load_tokenizer(args.teacher if sentence is None else sentence.transformer_folder)
     if args.student is None:
         others = known_prompts(prompt, sentence)
@@ -120,29 +124,29 @@ def _coverage(args: CoverageOptions) -> None:
     # One picture of each text is enough, unless several were asked for.
     drawn = methods if args.method else methods[:1]
     counted = texts is not None or args.json
-    ready = {
+    ready: dict[str, Any] = {
         "table": RemapTable.from_tokenizers(teacher, student) if "reduce" in (methods if counted else drawn) else None,
         "matched": MatchedVocab.from_tokenizers(teacher, student),
     }
     worst: dict[str, list[AlignedText]] = {}
     if args.worst:
-        worst = {m: worst_aligned(texts, teacher, student, args.worst, m, quiet=False, **ready) for m in drawn}
+        worst = {m: worst_aligned(shown, teacher, student, args.worst, m, quiet=False, **ready) for m in drawn}
     if counted:
-        found = coverage(args.show if texts is None else texts, teacher, student, methods, quiet=False, **ready)
+        found = coverage(shown, teacher, student, methods, quiet=False, **ready)
         if args.json:
             listed = {method: [asdict(text) for text in chosen] for method, chosen in worst.items()}
             _print_json(found.as_dict() | ({"worst": listed} if listed else {}))
         else:
             say.print(*coverage_tables((args.teacher, name), (teacher, student), found))
 
-    def pictures(shown: Sequence[str], by: Sequence[str]) -> list[AlignmentPicture]:
-        return [show_alignment(text, teacher, student, method, **ready) for text in shown for method in by]
+    def pictures(of: Sequence[str], by: Sequence[str]) -> list[AlignmentPicture]:
+        return [show_alignment(text, teacher, student, method, **ready) for text in of for method in by]
 
     sections = {}
     if args.show:
         sections["Texts asked for" if worst else ""] = pictures(args.show, drawn)
     elif args.html or worst:
-        first = list(islice(texts, _FIRST if args.html else args.worst))
+        first = list(islice(shown, _FIRST if args.html else args.worst))
         sections[f"First texts ({len(first)})" if worst else ""] = pictures(first, drawn)
     for method, chosen in worst.items():
         shares = f"{chosen[0].one_to_one:.0%} to {chosen[-1].one_to_one:.0%} of their bytes in 1:1 pairs"
@@ -259,6 +263,7 @@ _COMMANDS = {
 def build_parser() -> argparse.ArgumentParser:
     about = "Distil a transformer into one with a different, smaller vocabulary."
     parser = _Parser(prog="vocabdistil", description=about)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         add_options(commands.add_parser(name, help=command.about, description=command.about), command.options)
@@ -277,8 +282,14 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 for bad input (one line on standard error), 130 when interrupted."""
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # usage errors and --help
         return int(stop.code or 0)
     command = _COMMANDS[args.command]

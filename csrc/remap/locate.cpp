@@ -1,3 +1,14 @@
+// Where the tokens of one side lie in a text, in bytes. "Ada  É honeysoup" by a WordPiece that lowers and drops accents:
+//
+//   text    A d a _ _ É É _ h o n e y s o u p     _: white space; É takes two bytes
+//   byte    0 1 2 3 4 5 6 7 8 ...      13   17
+//
+//           [CLS]  ada     e       honey    ##soup   [SEP]    lead = trail = 1
+//   spell   -1, 1  [0, 3)  [5, 7)  [8, 13)  [13, 17) -1, 2    e is what the fold of É says; -1 and the kind: template
+//   words   -1, 1  [0, 3)  [5, 7)  [8, 17)  [8, 17)  -1, 2    by word every token covers the whole of its word
+//   cut     -1, 1  [0, 3)  [5, 7)  [8, 13)           -1, 2    max_length 5: limit = 13, from where on nothing pairs
+//
+// Where the tokens do not spell the text, and what the tokenizer reports is no help either, locate() says so.
 #include <algorithm>
 
 #include "boundary.h"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import vocabdistil as vd
 from tests._families import FAMILIES, SCRIPTS, family
 from tests._wordpiece import small_text
-from vocabdistil.alignment.collator import SPANS, AlignmentBatch, AlignmentCollator, Rows
+from vocabdistil.alignment.collator import SPANS, AlignmentCollator, Rows
 
 METHODS = ("boundary", "word", "match", "reduce")
 TEXTS = [*SCRIPTS, "", " ", *small_text(8), " ".join(small_text(30))]
@@ -144,7 +144,8 @@ def test_workers_make_the_same_batches(method: str, context: str, monkeypatch) -
     loader = DataLoader(TEXTS, batch_size=4, collate_fn=collator, num_workers=1, multiprocessing_context=context)
     got = list(loader)
     assert len(got) == len(want) > 3
-    assert all(isinstance(batch, AlignmentBatch) and same(batch, other) for batch, other in zip(got, want, strict=True))
+    assert all(isinstance(batch, vd.AlignedBatch) for batch in got)
+    assert all(map(same, got, want))
 
 
 def test_travels_and_moves() -> None:
@@ -154,6 +155,29 @@ def test_travels_and_moves() -> None:
     moved = batch.to("meta")
     assert moved["pairs"].device.type == moved["student"]["labels"].device.type == "meta"
     assert batch["pairs"].device.type == "cpu"
+
+
+def test_align_and_the_collator_return_the_same_mapping() -> None:
+    teacher, student = family("byte-level"), family("wordpiece")
+    batch = AlignmentCollator(teacher, student, max_length=20)(TEXTS)
+    aligned = vd.align(TEXTS, teacher, student, max_length=20)
+    assert type(batch) is type(aligned) is vd.AlignedBatch
+    assert batch.keys() == aligned.keys() - {"coverage"} == {"teacher", "student", "pairs"}
+    assert all(same(batch[name], aligned[name]) for name in batch)
+    moved = aligned.to("meta")
+    assert moved.coverage is aligned.coverage is aligned["coverage"]
+    inside = moved.pairs, moved.teacher.input_ids, moved.student.attention_mask
+    assert {part.device.type for part in inside} == {"meta"}
+    with pytest.raises(AttributeError, match="no attribute or item 'nothing'"):
+        batch.nothing  # noqa: B018
+
+
+def test_labels_of_masked_words_are_where_a_trainer_looks() -> None:
+    collator = AlignmentCollator(family("byte-level"), family("wordpiece"), mlm_probability=0.3)
+    batch = collator(TEXTS)
+    assert batch["labels"] is batch["student"]["labels"] and "labels" not in batch["teacher"]
+    plain = AlignmentCollator(family("byte-level"), family("wordpiece"))(TEXTS)
+    assert "labels" not in plain and plain.get("labels") is plain.student.input_ids
 
 
 class Student(torch.nn.Module):

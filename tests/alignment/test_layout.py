@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import vocabdistil as vd
 from tests._families import FAMILIES, family
@@ -248,3 +248,24 @@ def test_what_becomes_of_a_character_is_what_the_tokenizer_says(name: str) -> No
         for code, (alternatives, _) in enumerate(folds.page(page), 256 * page):
             became = source.info.backend.normalizer.normalize_str(chr(code)).replace(mark, " ").strip(" ")
             assert (alternatives[0] if alternatives else chr(code)).strip(" ") == became, hex(code)
+
+
+def test_the_worked_example_of_the_source() -> None:
+    """What stands at the head of csrc/remap/locate.cpp."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "ada", "e", "honey", "##soup"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.add_special_tokens(words[:3])
+
+    def places(max_length: int | None, by_word: bool) -> tuple[list[tuple[int, int]], int]:
+        source = module.known(tokenizer, "teacher")
+        side, _ = module.locate(["Ada  É honeysoup"], source, "teacher", max_length, by_word)
+        start, end, limit = side.row(0)
+        return list(zip(start, end, strict=True)), limit
+
+    spelled = [(-1, 1), (0, 3), (5, 7), (8, 13), (13, 17), (-1, 2)]
+    assert places(None, False)[0] == spelled
+    assert places(None, True)[0] == [*spelled[:3], (8, 17), (8, 17), (-1, 2)]
+    assert places(5, False) == ([*spelled[:4], (-1, 2)], 13)

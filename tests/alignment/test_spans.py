@@ -97,7 +97,7 @@ def test_a_count_that_is_a_tensor_gives_the_same_losses(module, reduction, monke
     p, _, _ = make_pairs(25, seed=0, gaps=True, empty=True)
     want = losses_of(module, p, reduction)
     fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
-    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
+    counted = vd.SpanPairs._trusted(fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
     moved = pickle.loads(pickle.dumps(counted.to("cpu")))
     assert 0 < moved.num_nonempty < 25 and moved.to("meta").num_nonempty.device.type == "meta"
     for got, expected in zip(losses_of(module, moved, reduction), want, strict=True):
@@ -109,7 +109,7 @@ def test_drawn_negatives_are_pairs_that_count(negatives, monkeypatch):
     p, n_s, n_t = make_pairs(25, seed=0, gaps=True, empty=True)
     student, teacher = randn(n_s, 12), randn(n_t, 12, seed=1)
     fields = (p.student_start, p.student_end, p.teacher_start, p.teacher_end)
-    counted = vd.SpanPairs._trusted(*fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
+    counted = vd.SpanPairs._trusted(fields, torch.tensor(p.num_nonempty), p.student_tokens, p.teacher_tokens, p.padded)
     for sparse in (0, 64):
         monkeypatch.setattr(contrastive, "_SPARSE", sparse)
         results = []
@@ -158,7 +158,7 @@ def test_they_stay_as_they_were_made(name):
 def test_inference_mode_makes_pairs_that_autograd_can_keep():
     with torch.inference_mode():
         made = pairs([0], [2], [0], [1])
-        counted = vd.SpanPairs._trusted(*(torch.zeros(1, dtype=torch.int32),) * 4, torch.tensor(0), 0, 0)
+        counted = vd.SpanPairs._trusted((torch.zeros(1, dtype=torch.int32),) * 4, torch.tensor(0), 0, 0)
         texts = text_pairs(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))
     for p in (made, counted, texts, counted.to("cpu")):
         assert not any(getattr(p, f).is_inference() for f in ("student_start", "student_end", "teacher_end"))

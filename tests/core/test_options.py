@@ -97,12 +97,13 @@ def test_options_are_checked_before_what_takes_long_to_import():
 import sys
 from vocabdistil.cli import main
 assert main(["distill", "--help"]) == 0
+assert main(["--version"]) == 0
 assert main(["trim", "--teacher", "none/there/x", "--text", __file__, "--out", "o", "--dim", "0"]) == 2
 assert main(["trim", "--teacher", "./none", "--text", sys.executable, "--out", "o"]) == 2
 assert main(["evaluate", "--model", "./none", "--pairs", "x.csv"]) == 2
 assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
 import vocabdistil as vd
-assert {"span_loss", "trim", "loyalty", "DistillConfig"} <= set(dir(vd)) and "torch" not in sys.modules
+assert {"span_loss", "trim", "loyalty", "students", "DistillConfig"} <= set(dir(vd)) and "torch" not in sys.modules
 """
     code = code.replace("__file__", "sys.executable")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from .batch import AlignedBatch
 from .coverage import Coverage
-from .methods import Tokens, align_texts
+from .methods import align_texts
 from .remap import RemapTable
-from .spans import SpanPairs
 from .surfaces import known
 from .vocab import MatchedVocab
 
-__all__ = ["AlignedBatch", "align"]
-
-
-@dataclass(frozen=True)
-class AlignedBatch:
-    """Texts as both sides read them, aligned.
-
-    Attributes:
-        teacher, student: ``input_ids`` and ``attention_mask``, int64 ``[B, L_t]`` and ``[B, L_s]``, as attributes and
-            as the items of a mapping: ``model(**batch.student)``.
-        pairs: span pairs over positions ``b * L + i`` of each side.
-        coverage: how much of the batch the pairs cover.
-    """
-
-    teacher: Tokens
-    student: Tokens
-    pairs: SpanPairs
-    coverage: Coverage
-
-    def to(self, device: torch.device | str) -> AlignedBatch:
-        return AlignedBatch(
-            self.teacher.to(device), self.student.to(device), self.pairs.to(device), self.coverage
-        )
+__all__ = ["align"]
 
 
 def align(
@@ -72,7 +47,8 @@ def align(
         matched: their matched vocabulary, if there is one already (``match``).
 
     Returns:
-        Both sides padded to their longest sequence, the span pairs and their coverage, on the CPU.
+        Both sides padded to their longest sequence, the span pairs and their coverage, on the CPU: the same mapping as
+        that of an :class:`AlignmentCollator`.
 
     Raises:
         TypeError: texts that are not strings, a tokenizer that is not fast, a table or a matched vocabulary that is
@@ -83,4 +59,5 @@ def align(
     """
     sources = known(teacher, "teacher"), known(student, "student")
     left, right, pairs, counted = align_texts(texts, teacher, student, method, max_length, table, matched, sources)
-    return AlignedBatch(left, right, pairs, Coverage.of(left, right, pairs, sources, counted))
+    found = Coverage.of(left, right, pairs, sources, counted)
+    return AlignedBatch(teacher=AlignedBatch(left), student=AlignedBatch(right), pairs=pairs, coverage=found)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..core.values import INT32_MAX, integer
+from .batch import AlignedBatch
 from .loading import tokenizer_of
 from .masking import mask_tokens
 from .methods import (
@@ -34,42 +35,11 @@ from .spans import SpanPairs
 from .surfaces import known
 from .vocab import MatchedVocab
 
-__all__ = ["AlignmentBatch", "AlignmentCollator", "Rows", "one_thread_in_workers", "restride", "text_of", "widen"]
+__all__ = ["AlignmentCollator", "Rows", "one_thread_in_workers", "restride", "text_of", "widen"]
 
 SPANS = ("teacher_start", "teacher_end", "student_start", "student_end")
 # Of a batch.
 _PARTS = ("teacher", "student", "pairs", "teacher_words", "student_words")
-
-
-class AlignmentBatch(dict[str, Any]):
-    """A ``dict`` whose values go to a device, or into pinned memory, together; lists stay where they are."""
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AlignmentBatch:
-        """The same batch on another device, span pairs included."""
-        return self._each("to", device, non_blocking=non_blocking)
-
-    def pin_memory(self) -> AlignmentBatch:
-        return self._each("pin_memory")
-
-    def _each(self, method: str, *args: Any, **options: Any) -> AlignmentBatch:
-        return type(self)(
-            {k: getattr(v, method)(*args, **options) if hasattr(v, method) else v for k, v in self.items()}
-        )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of any ``dict``; but where there are no labels, what the student is to predict or reads is in their place.
-
-        A ``Trainer`` that evaluates asks in this way whether there is a loss, and calls the model by itself if not,
-        which does not know what to do with two sides.
-        """
-        # No key of its own: it would be one more column of every batch, in the way of labels that features bring, and
-        # ``label_names=["pairs"]``, the way that transformers has for this, takes tensors alone.
-        if key not in self and "student" in self:
-            if key == "labels":
-                return self["student"].get("labels", self["student"]["input_ids"])
-            if key == "return_loss":
-                return True
-        return super().get(key, default)
 
 
 def one_thread_in_workers() -> None:
@@ -119,7 +89,7 @@ def restride(pairs: SpanPairs, batch: int, student: tuple[int, int], teacher: tu
         for side, (old, new) in (("student", student), ("teacher", teacher))
         for position in (getattr(pairs, f"{side}_start"), getattr(pairs, f"{side}_end"))
     ]
-    return SpanPairs._trusted(*moved, pairs.num_nonempty, batch * student[1], batch * teacher[1])
+    return SpanPairs._trusted(moved, pairs.num_nonempty, batch * student[1], batch * teacher[1])
 
 
 # What transformers calls labels.
@@ -260,7 +230,7 @@ class Rows:
         both = (self.spans[1] > self.spans[0]) & (self.spans[3] > self.spans[2])
         tokens = (sides[1].input_ids.numel(), sides[0].input_ids.numel())
         fields = (moved[name] for name in (*SPANS[2:], *SPANS[:2]))
-        return sides[0], sides[1], SpanPairs._trusted(*fields, int(both.sum()), *tokens), None
+        return sides[0], sides[1], SpanPairs._trusted(fields, int(both.sum()), *tokens), None
 
 
 def _check_weights(weights: object, size: int) -> None:
@@ -307,17 +277,16 @@ class AlignmentCollator:
         table, matched: the remap table (``reduce``) and the matched vocabulary (``match``), if there are some already.
 
     Returns (of a call on ``B`` features):
-        An :class:`AlignmentBatch`, a ``dict`` with
+        An :class:`AlignedBatch` as that of :func:`align`, with
 
-        - ``"teacher"``, ``"student"``: ``input_ids`` and ``attention_mask``, int64 ``[B, L_t]`` and ``[B, L_s]``, to
-          call a model with: ``model(**batch["student"])``;
-        - ``"pairs"``: :class:`SpanPairs` over positions ``b * L + i``;
-        - ``"labels"`` among the student's, with ``mlm_probability``: int64 ``[B, L_s]``, the original ids where the
-          inputs were masked, -100 elsewhere;
+        - ``"teacher"``, ``"student"``, ``"pairs"``;
+        - with ``mlm_probability`` ``"labels"``, among the student's too: int64 ``[B, L_s]``, the original ids where
+          the inputs were masked, -100 elsewhere;
         - of texts in words ``"teacher_words"``, ``"student_words"``: int64 ``[B, L_t]`` and ``[B, L_s]``, which word
           each token is of, -1 where it is of none;
-        - all other columns of the features, ``label`` and ``label_ids`` as ``"labels"``: numbers and arrays of one
-          shape as a tensor, labels of different lengths padded with -100, anything else as a list.
+        - all other columns of the features, ``label`` and ``label_ids`` as ``"labels"``, before those of masked words:
+          numbers and arrays of one shape as a tensor, labels of different lengths padded with -100, anything else as
+          a list.
 
         ``batch.to(device)`` moves all of it.
 
@@ -347,6 +316,20 @@ class AlignmentCollator:
             hidden = student(**batch["student"]).last_hidden_state
             loss = vd.span_kl(hidden, taught, batch["pairs"], weight=projection)
     """
+
+    teacher: Any
+    student: Any
+    method: str
+    max_length: tuple[int | None, int | None]
+    multiple: int
+    text_column: str
+    pad_ids: tuple[int, int]
+    vocab_sizes: tuple[int, int]
+    table: RemapTable | None
+    matched: MatchedVocab | None
+    mlm_probability: float
+    mask_id: int
+    mask_weights: Tensor | None
 
     def __init__(
         self,
@@ -395,10 +378,11 @@ class AlignmentCollator:
                 raise ValueError("student: expected a tokenizer with a mask token for mlm_probability, got none")
             self.mask_id = infos[1].roles["mask"]
             if mask_weights is None:
-                self.mask_weights = torch.ones(self.vocab_sizes[1])
-                self.mask_weights[list(infos[1].special.values())] = 0
+                mask_weights = torch.ones(self.vocab_sizes[1])
+                mask_weights[list(infos[1].special.values())] = 0
+                self.mask_weights = mask_weights
 
-    def __call__(self, features: Sequence[Any]) -> AlignmentBatch:
+    def __call__(self, features: Sequence[Any]) -> AlignedBatch:
         if isinstance(features, (str, bytes, Mapping)) or not isinstance(features, Sized):
             raise TypeError(f"features: expected a list of texts or of rows, got {type(features).__name__}")
         if not len(features):
@@ -413,18 +397,20 @@ class AlignmentCollator:
             teacher, student, pairs = self._from_texts(texts)
             if any(map(is_split, texts)):
                 words = self._words(texts, teacher, student, pairs)
-        batch = AlignmentBatch(
-            teacher=AlignmentBatch(teacher), student=AlignmentBatch(student), pairs=pairs, **words
+        batch = AlignedBatch(
+            teacher=AlignedBatch(teacher), student=AlignedBatch(student), pairs=pairs, **words
         )
         batch.update(_other_columns(features, own))
-        if self.mlm_probability:
-            batch["student"]["input_ids"], batch["student"]["labels"] = mask_tokens(
+        if self.mask_weights is not None and self.mlm_probability:
+            batch["student"]["input_ids"], labels = mask_tokens(
                 student.input_ids,
                 self.mask_weights,
                 self.mask_id,
                 attention_mask=student.attention_mask,
                 mlm_probability=self.mlm_probability,
             )
+            batch["student"]["labels"] = labels
+            batch.setdefault("labels", labels)
         return batch
 
     def _from_texts(self, texts: list[str | Sequence[str]]) -> tuple[Tokens, Tokens, SpanPairs]:
@@ -446,7 +432,7 @@ class AlignmentCollator:
         self, texts: list[str | Sequence[str]], teacher: Tokens, student: Tokens, pairs: SpanPairs
     ) -> dict[str, Tensor]:
         """Which of the given words each token is of."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, side, limit in zip(("teacher", "student"), (teacher, student), self.max_length, strict=True):
             words = torch.full_like(side.input_ids, -1)
             if name == "student" and self.method == "reduce":  # its tokens are of those of the teacher

@@ -35,6 +35,7 @@ __all__ = ["TEXTS_AT_ONCE", "Coverage", "CoverageReport", "checked", "coverage"]
 
 # Texts, and characters, that are read at once: whichever comes first.
 TEXTS_AT_ONCE = 512, 1 << 20
+_SIDES = "teacher", "student"
 
 
 @dataclass(frozen=True)
@@ -172,20 +173,73 @@ def coverage(
     if table is None and "reduce" in methods:
         table = RemapTable.from_tokenizers(teacher, student)
     sizes = len(sources[0].info.tokens), len(sources[1].info.tokens)
-    for side, size in zip(("teacher", "student"), sizes, strict=True):
+    for side, size in zip(_SIDES, sizes, strict=True):
         check_index_range(getattr(matched, f"{side}_ids"), f"matched.{side}_ids", size)
-    in_both = _lookup(matched.teacher_ids, sizes[0]), _lookup(matched.student_ids, sizes[1])
-    total: dict[str, Coverage] = {}
-    counts = dict.fromkeys(
-        [f"{side}_{what}" for side in ("teacher", "student") for what in ("tokens", "unknown", "matched")], 0
+    counts = _Counting((teacher, student), sources, methods, table, matched)
+    with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:
+        for chunk in chunks(checked(texts), *TEXTS_AT_ONCE):
+            counts.add(chunk)
+            advance(len(chunk))
+    if not counts.texts:
+        raise ValueError("texts: expected at least one, got none")
+    return CoverageReport(
+        teacher_vocab=len(teacher) if hasattr(teacher, "__len__") else teacher.get_vocab_size(),
+        student_vocab=len(student) if hasattr(student, "__len__") else student.get_vocab_size(),
+        matched_vocab=len(matched),
+        texts=counts.texts,
+        **counts.tokens,
+        methods=counts.methods,
+        equal_texts=counts.equal if "reduce" in methods else None,
     )
-    count, equal = 0, 0
 
-    def aligned(chunk: list[str]) -> tuple[Tokens, Tokens, dict[str, Aligned]]:
+
+class _Counting:
+    """What :func:`coverage` counts, some texts after the others.
+
+    Attributes:
+        texts: how many were read.
+        tokens: of each side how many there were, were unknown, and are in the other vocabulary.
+        methods: of each alignment.
+        equal: how many texts ``reduce`` cuts as the student does.
+    """
+
+    def __init__(
+        self,
+        tokenizers: tuple[Any, Any],
+        sources: tuple[Known, Known],
+        methods: Collection[str],
+        table: RemapTable | None,
+        matched: MatchedVocab,
+    ) -> None:
+        self.tokenizers, self.sources, self.table, self.matched = tokenizers, sources, table, matched
+        self.sizes = len(sources[0].info.tokens), len(sources[1].info.tokens)
+        self.in_both = _lookup(matched.teacher_ids, self.sizes[0]), _lookup(matched.student_ids, self.sizes[1])
+        self.wanted = methods
+        self.texts = self.equal = 0
+        self.methods: dict[str, Coverage] = {}
+        self.tokens = {f"{side}_{what}": 0 for side in _SIDES for what in ("tokens", "unknown", "matched")}
+
+    def add(self, chunk: list[str]) -> None:
+        left, right, found = self._aligned(chunk)
+        for name, tokens, source, both in zip(_SIDES, (left, right), self.sources, self.in_both, strict=True):
+            ids = tokens.input_ids[tokens.attention_mask != 0]
+            self.tokens[f"{name}_tokens"] += ids.numel()
+            self.tokens[f"{name}_matched"] += int(both[ids].sum())
+            if source.info.unk_id is not None:
+                self.tokens[f"{name}_unknown"] += int((ids == source.info.unk_id).sum())
+        if "reduce" in found:
+            self.equal += _rows_equal(found["reduce"][1], right)
+        for method, (a, b, pairs, counted) in found.items():
+            part = Coverage.of(a, b, pairs, self.sources, counted, examples=max(self.sizes))
+            self.methods[method] = self.methods[method] + part if method in self.methods else part
+        self.texts += len(chunk)
+
+    def _aligned(self, chunk: list[str]) -> tuple[Tokens, Tokens, dict[str, Aligned]]:
         """What each side reads by itself, and the alignments; every text is tokenized as seldom as possible."""
+        sources, matched = self.sources, self.matched
         found = {
-            method: align_texts(chunk, teacher, student, method, None, table, matched, sources)
-            for method in methods
+            method: align_texts(chunk, *self.tokenizers, method, None, self.table, matched, sources)
+            for method in self.wanted
             if method in ("boundary", "word")
         }
         if found:
@@ -193,11 +247,11 @@ def coverage(
         else:
             left, right = read_side(chunk, sources[0], "teacher", None), read_side(chunk, sources[1], "student", None)
         by_ids: dict[str, tuple[Tokens, SpanPairs]] = {}
-        if "match" in methods:
+        if "match" in self.wanted:
             pairs = match_pairs(left.input_ids, right.input_ids, matched, left.attention_mask, right.attention_mask)
             by_ids["match"] = right, pairs
-        if table is not None and "reduce" in methods:
-            out = table.remap(left.input_ids, left.attention_mask)
+        if self.table is not None and "reduce" in self.wanted:
+            out = self.table.remap(left.input_ids, left.attention_mask)
             by_ids["reduce"] = Tokens(out.input_ids, out.attention_mask), out.pairs
         if by_ids:
             # These do not look at the text: the teacher's tokens tell which part of it they cover.
@@ -206,35 +260,7 @@ def coverage(
                 spans = pairs.teacher_start.data_ptr(), pairs.teacher_end.data_ptr()
                 counted = place.bytes(chunk, *spans, len(pairs), left.input_ids.shape[1])
                 found[method] = left, tokens, pairs, counted
-        return left, right, {method: found[method] for method in methods}
-
-    with counting("Counting texts", len(texts) if isinstance(texts, Sized) else None, quiet) as advance:
-        for chunk in chunks(checked(texts), *TEXTS_AT_ONCE):
-            left, right, found = aligned(chunk)
-            for name, side, source, both in zip(("teacher", "student"), (left, right), sources, in_both, strict=True):
-                ids = side.input_ids[side.attention_mask != 0]
-                counts[f"{name}_tokens"] += ids.numel()
-                counts[f"{name}_matched"] += int(both[ids].sum())
-                if source.info.unk_id is not None:
-                    counts[f"{name}_unknown"] += int((ids == source.info.unk_id).sum())
-            if "reduce" in found:
-                equal += _rows_equal(found["reduce"][1], right)
-            for method, (a, b, pairs, counted) in found.items():
-                part = Coverage.of(a, b, pairs, sources, counted, examples=max(sizes))
-                total[method] = total[method] + part if method in total else part
-            count += len(chunk)
-            advance(len(chunk))
-    if not count:
-        raise ValueError("texts: expected at least one, got none")
-    return CoverageReport(
-        teacher_vocab=len(teacher) if hasattr(teacher, "__len__") else teacher.get_vocab_size(),
-        student_vocab=len(student) if hasattr(student, "__len__") else student.get_vocab_size(),
-        matched_vocab=len(matched),
-        texts=count,
-        **counts,
-        methods=total,
-        equal_texts=equal if "reduce" in methods else None,
-    )
+        return left, right, {method: found[method] for method in self.wanted}
 
 
 _EXAMPLES = 5

@@ -150,13 +150,12 @@ def read_tokenizer(tokenizer: Any, name: str) -> TokenizerInfo:
             token = getattr(tokenizer, f"{role}_token", None)
             if token is not None and str(token) in vocab:
                 roles[role] = vocab[str(token)]
-    for token in (getattr(model, "unk_token", None), *_CONVENTION):
-        role = _CONVENTION.get(token, "unk") if token else None
-        if role and token in vocab:
-            roles.setdefault(role, vocab[token])
+    for content in (getattr(model, "unk_token", None), *_CONVENTION):
+        if content and content in vocab:
+            roles.setdefault(_CONVENTION.get(content, "unk"), vocab[content])
 
     tokens = _by_id(vocab)
-    special.update({tokens[i]: i for i in roles.values()})
+    special.update({token: i for i in roles.values() if (token := tokens[i]) is not None})
     return TokenizerInfo(
         backend=backend,
         kind=type(model).__name__,

@@ -34,7 +34,7 @@ _FIELDS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Mapping[str, Tensor]):
-    """One side of an aligned batch: also a mapping, so that ``model(**batch.student)`` calls a model with it.
+    """One side of an aligned batch, also as a mapping.
 
     Attributes:
         input_ids: int64 ``[B, L]``, padded to the longest sequence.
@@ -58,9 +58,6 @@ class Tokens(Mapping[str, Tensor]):
     # By identity, as tensors are.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
 
 
 def match_pairs(
@@ -118,7 +115,7 @@ def match_pairs(
     spans = torch.empty(4, count, dtype=torch.int32)
     _native_module().align_match_write(args, spans.data_ptr())
     return SpanPairs._trusted(
-        *spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
+        spans.to(device).unbind(), count, batch * student_length, batch * teacher_length
     )
 
 
@@ -310,7 +307,7 @@ def _pairs(spans: bytearray, batch: int, teacher_length: int, student_length: in
     values = torch.frombuffer(spans, dtype=torch.int32) if spans else torch.empty(0, dtype=torch.int32)
     count = values.numel() // 4
     return SpanPairs._trusted(
-        *values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
+        values.view(4, count).unbind(), count, batch * student_length, batch * teacher_length
     )
 
 

@@ -383,7 +383,7 @@ class RemapTable:
             self._check_room(ids.shape[0], max_length)
             input_ids, out_mask, spans, nonempty = remap(*table, max_length)
             tokens = ids.shape[0] * max_length, ids.numel()
-            return RemapOutput(input_ids, out_mask, SpanPairs._trusted(*spans.unbind(), nonempty, *tokens))
+            return RemapOutput(input_ids, out_mask, SpanPairs._trusted(spans.unbind(), nonempty, *tokens))
         totals, measured = measure(*source)
         width, count, nonempty, outside = totals.tolist()
         if outside:
@@ -392,7 +392,7 @@ class RemapTable:
         self._check_room(ids.shape[0], width)
         input_ids, out_mask, spans, _ = remap(*table, width, measured, count)
         tokens = ids.shape[0] * width, ids.numel()
-        return RemapOutput(input_ids, out_mask, SpanPairs._trusted(*spans.unbind(), nonempty, *tokens))
+        return RemapOutput(input_ids, out_mask, SpanPairs._trusted(spans.unbind(), nonempty, *tokens))
 
     def _check_room(self, batch: int, width: int) -> None:
         if batch * width > INT32_MAX:
@@ -440,7 +440,7 @@ class RemapTable:
             _from_block(block, torch.int64, tokens, 8 * k * tokens).view(batch, width) for k in range(2)
         )
         spans = (_from_block(block, torch.int32, count, 16 * tokens + 4 * k * count) for k in range(4))
-        pairs = SpanPairs._trusted(*spans, nonempty, tokens, batch * length)
+        pairs = SpanPairs._trusted(spans, nonempty, tokens, batch * length)
         return RemapOutput(input_ids, out_mask, pairs)
 
     def save(self, path: str | os.PathLike[str]) -> None:

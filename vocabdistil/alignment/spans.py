@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -138,20 +139,16 @@ class SpanPairs:
     @classmethod
     def _trusted(
         cls,
-        student_start: Tensor,
-        student_end: Tensor,
-        teacher_start: Tensor,
-        teacher_end: Tensor,
+        spans: Iterable[Tensor],
         num_nonempty: int | Tensor,
         student_tokens: int,
         teacher_tokens: int,
         padded: bool = True,
     ) -> SpanPairs:
-        """Wraps int32 vectors that are right by construction (native alignments), without checking them again."""
+        """Wraps int32 vectors that are right by construction (native alignments), without checking them again: starts
+        and ends of the student's spans, then of the teacher's."""
         self = cls.__new__(cls)
-        self._fill(
-            student_start, student_end, teacher_start, teacher_end, num_nonempty, student_tokens, teacher_tokens, padded
-        )
+        self._fill(*spans, num_nonempty, student_tokens, teacher_tokens, padded)
         return self
 
     def _fill(self, *state: Any) -> None:
@@ -183,11 +180,11 @@ class SpanPairs:
         count = self.num_nonempty
         if isinstance(count, Tensor):
             count = count.to(device, non_blocking=non_blocking)
-        return self._trusted(*moved, count, self.student_tokens, self.teacher_tokens, self.padded)
+        return self._trusted(moved, count, self.student_tokens, self.teacher_tokens, self.padded)
 
     def pin_memory(self) -> SpanPairs:
         pinned = [getattr(self, name).pin_memory() for name in _FIELDS]
-        return self._trusted(*pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens, self.padded)
+        return self._trusted(pinned, self.num_nonempty, self.student_tokens, self.teacher_tokens, self.padded)
 
     def __getstate__(self) -> tuple:
         return tuple(getattr(self, name) for name in self.__slots__[:-1])
@@ -228,7 +225,7 @@ def text_pairs(student_mask: Tensor, teacher_mask: Tensor, pooling: str = "mean"
     teacher = text_spans(teacher_mask, "teacher_mask", pooling, seen)
     count = ((student[1] > student[0]) & (teacher[1] > teacher[0])).sum()
     tokens = student_mask.numel(), teacher_mask.numel()
-    return SpanPairs._trusted(*student, *teacher, int(count) if seen else count, *tokens)
+    return SpanPairs._trusted((*student, *teacher), int(count) if seen else count, *tokens)
 
 
 def check_mask(mask: Tensor, name: str) -> None:
@@ -329,7 +326,7 @@ def chosen_pairs(
         chosen = mask.flatten() != 0
         start = torch.arange(len(chosen), dtype=torch.int32, device=mask.device)
         spans = start, start + chosen
-        pairs = SpanPairs._trusted(*spans, *spans, chosen.sum(), len(chosen), len(chosen))
+        pairs = SpanPairs._trusted((*spans, *spans), chosen.sum(), len(chosen), len(chosen))
     check_pair_weights(pair_weights, rows_s.shape[0] if pairs is None else len(pairs), student)
     return pairs
 

@@ -435,7 +435,7 @@ def _word_mark(state: Any, pieces: list[str | None]) -> str | None:
     """What stands at the beginning of every word but the first, and nowhere else, after this pre-tokenizer; None if
     there is no such mark, or no piece of the model for it."""
     steps = _steps(state)
-    last = steps[-1] if steps else None
+    last = steps[-1] if steps else {}
     if _type(last) != "Metaspace" or not last.get("split", True) or last["replacement"] not in pieces:
         return None
     # White space that was cut away before leaves words that only get a mark where every word gets one.

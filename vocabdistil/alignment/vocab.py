@@ -52,10 +52,10 @@ def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
             special.setdefault(i, j)
     taken = set(special.values())
     for token, i in source.info.special.items():
-        j = target.info.special.get(token)
-        if i not in special and j is not None and j not in taken:
-            special[i] = j
-            taken.add(j)
+        same = target.info.special.get(token)
+        if i not in special and same is not None and same not in taken:
+            special[i] = same
+            taken.add(same)
     by_form: dict[tuple[bool, bytes], int] = {}
     apart, byte_tokens = set(target.info.special.values()), set(target.surfaces.byte_ids.values())
     # Where word ends are marked, tokens that have the mark are the words of others.
@@ -69,9 +69,8 @@ def _pairs_by_text(source: Known, target: Known) -> list[tuple[int, int]]:
     bytes_last = set(source.surfaces.byte_ids.values())
     for i in sorted(range(len(source.info.tokens)), key=lambda i: (i in bytes_last, not ends_word(source, i))):
         form = word_form(source, i) if i not in apart else None
-        j = by_form.pop(form, None) if form is not None else None
-        if j is not None:
-            pairs.append((i, j))
+        if form in by_form:
+            pairs.append((i, by_form.pop(form)))
     return sorted(pairs)
 
 

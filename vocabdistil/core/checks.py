@@ -88,19 +88,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(value: object, name: str) -> None:
+def check_tensor(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {kind_of(value)}")
+    return value
 
 
-def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -> None:
+def check_float(value: object, name: str, dims: tuple[int, ...] | None = None) -> Tensor:
     """A floating tensor, with one of ``dims`` dimensions if given."""
-    check_tensor(value, name)
+    value = check_tensor(value, name)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}")
     if dims is not None and value.dim() not in dims:
         wanted = " or ".join(str(d) for d in dims)
         raise ValueError(f"{name}: expected {wanted} dimensions, got shape {tuple(value.shape)}")
+    return value
 
 
 def check_sides(student: Tensor, student_name: str, teacher: Tensor, teacher_name: str) -> None:
@@ -130,7 +132,7 @@ def check_same_kind(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
         raise TypeError(f"{b_name}: expected dtype {dtype_name(a.dtype)} as {a_name}, got {dtype_name(b.dtype)}")
 
 
-def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+def check_choice(value: object, name: str, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -223,11 +225,10 @@ def as_projection(weight: Tensor | nn.Module | None, bias: Tensor | None, name: 
 
 def as_output_layer(weight: Tensor | nn.Linear, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
     """The same of an output layer, whose rows are read one by one: it is linear."""
-    given = weight
-    weight, bias = as_projection(weight, bias, f"{side}_")
-    if isinstance(weight, nn.Module):
-        raise TypeError(f"{side}_weight: expected a tensor or a torch.nn.Linear, got {kind_of(given)}")
-    return weight, bias
+    rows, bias = as_projection(weight, bias, f"{side}_")
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{side}_weight: expected a tensor or a torch.nn.Linear, got {kind_of(weight)}")
+    return rows, bias
 
 
 def check_projection(weight: Tensor | nn.Module | None, bias: Tensor | None, student: Tensor, teacher: Tensor) -> None:
@@ -258,7 +259,7 @@ def check_projection(weight: Tensor | nn.Module | None, bias: Tensor | None, stu
 
 def check_columns(logits: object, name: str) -> None:
     """Logits ``[..., V]`` with at least one row dimension."""
-    check_float(logits, name)
+    logits = check_float(logits, name)
     if logits.dim() < 2:
         raise ValueError(
             f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(logits.shape)}"
@@ -266,7 +267,7 @@ def check_columns(logits: object, name: str) -> None:
 
 
 def check_index(value: object, name: str) -> None:
-    check_tensor(value, name)
+    value = check_tensor(value, name)
     if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: expected int32 or int64, got {dtype_name(value.dtype)}")
     if value.dim() != 1:

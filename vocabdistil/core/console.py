@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -81,7 +81,7 @@ class LastingConsole(Console):
     characters escaped."""
 
     def __init__(self, stream: TextIO | None, width: int | None = None) -> None:
-        super().__init__(file=LastingStream(stream), width=width, markup=False, emoji=False)
+        super().__init__(file=cast(TextIO, LastingStream(stream)), width=width, markup=False, emoji=False)
 
     def render_str(self, text: str, **kwargs: Any) -> Text:
         return super().render_str(printable(text), **kwargs)

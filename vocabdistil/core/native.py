@@ -10,13 +10,15 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+_module: ModuleType | None
 try:
-    from .. import _C as _module
+    _module = import_module("vocabdistil._C")
 except ImportError as error:  # kept, to be told by whoever needs the module
     _module = None
     _load_error: str | None = str(error)
@@ -65,7 +67,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     if like.device.type != "cpu" or size not in _POOLED or _module is None:
         return like.new_empty(shape, dtype=dtype)
     storage = torch.frombuffer(_module.Block(size), dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]  # strides are optional
 
 
 def _layers(layers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
@@ -138,9 +140,13 @@ def matched_kl(
     )  # fmt: skip
 
 
+# hidden, weight, bias, lengths, ids.
+LinearSide = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor]
+
+
 def linear_matched_kl(
-    student: Sequence[Tensor | None], teacher: Sequence[Tensor | None], unmatched: int, temperature: float,
-    budget: int, scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
+    student: LinearSide, teacher: LinearSide, unmatched: int, temperature: float, budget: int,
+    scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     """Each side: hidden [R, D] and weight [V, D] with unit column stride, bias [V] or None, lengths [R] or None (1
     each), ids int32 [V_m]; scale, loss: [R]; total: []; grads of hidden, weight and bias, contiguous, or None: all but

@@ -232,7 +232,8 @@ def options_of(kind: type) -> Mapping[str, tuple[Field, Option]]:
 
 def check_options(config: Any) -> None:
     """Raises VocabdistilError for the first option of a dataclass that cannot be."""
-    for name, (declared, option) in options_of(type(config)).items():
+    kind: type = type(config)
+    for name, (declared, option) in options_of(kind).items():
         value = getattr(config, name)
         if value is not None or declared.default is not None:
             option.check(value, name)

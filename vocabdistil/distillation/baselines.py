@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..models.architectures import body_of, move
 from ..models.bodies import build_body
 from ..models.shrinking import shrink
 from ..models.teachers import Reading, Teacher
@@ -39,7 +40,7 @@ def mean_of_embeddings(
         rows: ``[V_t, E]`` -> ``[V_s, E]``, rows for the student's tokens out of the teacher's.
         tokenizer: the student's.
     """
-    weight = teacher.model.get_input_embeddings().weight.detach().float().cpu()
+    weight = teacher.embedding.detach().float().cpu()
     return _Embeddings("mean of input embeddings", teacher.model, tokenizer, prompt=teacher.prompt, table=rows(weight))
 
 
@@ -57,10 +58,10 @@ def trimmed_teacher(
         texts: what they are fitted to.
     """
     device = teacher.model.device
-    teacher.whole.to("cpu")
+    move(teacher.whole, "cpu")
     try:
-        model = build_body(shrink(teacher, kept, texts).teacher, rows, tokenizer, range(len(kept))).base_model
+        model = build_body(shrink(teacher, kept, texts).teacher, rows, tokenizer, range(len(kept)))
     finally:
-        teacher.whole.to(device)
-    model = model.to(device)
+        move(teacher.whole, device)
+    model = move(body_of(model), device)
     return replace(teacher, name="trimmed teacher", model=model, tokenizer=tokenizer, masked_lm=None)

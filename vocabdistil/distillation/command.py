@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from ..core.options import names_of
 from ..models.presets import Preset
 from .options import StudentOptions
 
@@ -50,7 +51,7 @@ def command_of(command: str, options: StudentOptions, files: Sequence[str] | Non
     if files is None or presets:
         return "python", _call(command, options, files, given, presets)
     parts = [f"vocabdistil {command}"]
-    parts += [_option("teacher", teacher) for teacher in options.teacher]
+    parts += [_option("teacher", teacher) for teacher in names_of(options.teacher)]
     # A file whose name begins with a dash would be an option.
     parts += [f"--text {shlex.join(f'./{name}' if name.startswith('-') else name for name in files)}"]
     parts += [_option("out", options.out)]
@@ -74,7 +75,8 @@ def _call(
     lines = ["import vocabdistil as vd"]
     if presets:
         lines.append("from vocabdistil.models.students import Preset")
-    teacher = options.teacher[0] if len(options.teacher) == 1 else list(options.teacher)
+    teachers = names_of(options.teacher)
+    teacher = teachers[0] if len(teachers) == 1 else teachers
     text = "texts" if files is None else repr(list(files))
     lines += [
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 from ..core.console import Reporter
 from ..core.errors import VocabdistilError
@@ -113,7 +114,7 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
     elif not text.is_file() or text.read_bytes() != data:
         raise VocabdistilError.of("out", f"{text} is not the text of this demo; name another folder")
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
-    common = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
+    common: dict[str, Any] = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
     train_teacher(out=out / "teacher", vocab_size=1200, layers=4, dim=192, heads=6, steps=400, lr=1e-3, **common)
     say.status("A student: DistilBERT, 2 layers, width 96, with its own vocabulary of 200 tokens")
     return distill(

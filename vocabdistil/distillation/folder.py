@@ -15,6 +15,7 @@ from torch import Tensor
 from ..alignment.remap import RemapTable
 from ..core.errors import printable
 from ..evaluation.card import model_card
+from ..models.architectures import move
 from ..models.sentence import write_sentence_settings
 from ..models.vocabularies import save_tokenizer
 from .command import command_of
@@ -57,7 +58,7 @@ def write_student(
         ``options.out``.
     """
     final = folder.begin_result()
-    student.model.to("cpu").save_pretrained(final)
+    move(student.model, "cpu").save_pretrained(final)
     save_tokenizer(student.tokenizer, final)
     if source.sentence is not None:
         write_sentence_settings(source.sentence_with_prompt, final, *(student.projection or ()))
@@ -68,7 +69,7 @@ def write_student(
     for log in folder.path.glob("*.jsonl"):
         shutil.copy(log, final)
     given = files_of(options.text)
-    files = None if given is None else list(map(os.fspath, given))
+    files = None if given is None else [os.fspath(path) for path in given]
     made = command_of(metrics["command"], options, files)
     card = model_card(folder.out.resolve().name, metrics, files, made)
     (final / "README.md").write_text(printable(card), encoding="utf-8")

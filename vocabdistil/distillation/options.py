@@ -280,7 +280,7 @@ class StudentOptions:
         if self.keep_layers is None:
             kept = keep_layers(teacher, self.layers or default)
         else:
-            kept = keep_layers(teacher, named=self.keep_layers)
+            kept = keep_layers(teacher, named=str(self.keep_layers))
         check_layers(teacher, kept)
         narrow_shape(teacher, self.dim, self.heads, self.ffn)
         return kept
@@ -288,7 +288,7 @@ class StudentOptions:
     def sources(self) -> dict[str, list[str]]:
         """The models and tokenizers that the run loads, by the options that name them."""
         named = self.vocabulary not in ("train", "trim", None)
-        return {"teacher": self.teacher, "vocabulary": [self.vocabulary] if named else []}
+        return {"teacher": names_of(self.teacher), "vocabulary": names_of(self.vocabulary) if named else []}
 
     def inputs(self, text: TextFiles | GivenTexts) -> list[str]:
         """The files and folders that the run reads, by their names."""
@@ -312,7 +312,7 @@ class TrimConfig(StudentOptions):
 
     def check(self) -> None:
         super().check()
-        need(len(self.teacher) == 1, "teacher", "one", len(self.teacher))
+        need(len(names_of(self.teacher)) == 1, "teacher", "one", len(names_of(self.teacher)))
 
 
 @dataclass
@@ -450,7 +450,7 @@ class DistillConfig(StudentOptions):
         self.recipe_weights(RECIPES.get(self.recipe, RECIPES["masked"]))
         if self.teacher_weights is not None:
             shares = self.teacher_weights
-            listed = isinstance(shares, (list, tuple)) and len(shares) == len(self.teacher)
+            listed = isinstance(shares, (list, tuple)) and len(shares) == len(names_of(self.teacher))
             need(
                 listed and all(is_real(share) and 0 < share < float("inf") for share in shares),
                 "teacher_weights",
@@ -498,7 +498,7 @@ class DistillConfig(StudentOptions):
             head: whether the student has an MLM head and a teacher has one to learn from.
         """
         name = ("masked" if head else "embedding") if self.recipe == "auto" else self.recipe
-        recipe, changes = RECIPES[name], {"recipe": name}
+        recipe, changes = RECIPES[name], dict[str, Any](recipe=name)
         for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size", "whiten"):
             if getattr(self, option) is None:
                 changes[option] = getattr(recipe, option)
@@ -529,7 +529,7 @@ class DistillConfig(StudentOptions):
         if self.dev is not None:
             read_scored(self.dev, "dev")
         if self.cache_teacher is not None:
-            for folder in cache_folders(self.cache_teacher, len(self.teacher)):
+            for folder in cache_folders(self.cache_teacher, len(names_of(self.teacher))):
                 look_at_cache(folder)
         return text
 
@@ -593,8 +593,9 @@ class TeacherConfig:
 
     def look(self) -> TextFiles:
         """As :meth:`StudentOptions.look`."""
-        text = TextFiles(self.text, self.unit)
-        look_at_run(Path(self.out), self.overwrite, self.text, self.resume)
+        files = names_of(self.text)
+        text = TextFiles(files, self.unit)
+        look_at_run(Path(self.out), self.overwrite, files, self.resume)
         text.look()
         return text
 

@@ -17,6 +17,7 @@ from ..alignment.families import encode
 from ..alignment.masking import mask_tokens, masking_probabilities
 from ..core.console import Reporter
 from ..core.seeds import mix_seed
+from ..models.architectures import move
 from ..models.vocabularies import count_tokens, save_tokenizer, train_wordpiece
 from ..reference.mlm import mlm_loss
 from .options import TeacherConfig, configured
@@ -64,14 +65,16 @@ class _MlmTrainer(SeededTrainer):
         super().__init__(*args, **kwargs)
         self.probabilities, self.mask_id = probabilities, mask_id
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = _mlm(model, inputs, self.probabilities, self.mask_id, self.step_seed)
         self.note({"mlm": loss})
         return (loss, {}) if return_outputs else loss
 
 
 def _mlm(
-    model: nn.Module, batch: dict[str, torch.Tensor], probabilities: torch.Tensor, mask_id: int, seed: int
+    model: Any, batch: dict[str, torch.Tensor], probabilities: torch.Tensor, mask_id: int, seed: int
 ) -> torch.Tensor:
     generator = torch.Generator(batch["input_ids"].device).manual_seed(seed)
     masked = mask_tokens(
@@ -110,7 +113,7 @@ def _run(config: TeacherConfig, text: TextFiles, folder: RunFolder) -> Path:
     say.status("Training the teacher's vocabulary")
     tokenizer = bert_tokenizer(counted, config.vocab_size, config.cased, config.max_length)
     torch.manual_seed(config.seed)
-    model = BertForMaskedLM(
+    made = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.dim,
@@ -120,7 +123,8 @@ def _run(config: TeacherConfig, text: TextFiles, folder: RunFolder) -> Path:
             max_position_embeddings=config.max_length,
             pad_token_id=tokenizer.pad_token_id,
         )
-    ).to(device)
+    )
+    model = move(made, device)
     probabilities = masking_probabilities(count_tokens(tokenizer, counted), tokenizer.all_special_ids).to(device)
     collator = _MlmCollator(tokenizer, config.max_length)
 
@@ -158,7 +162,7 @@ def _run(config: TeacherConfig, text: TextFiles, folder: RunFolder) -> Path:
     if not math.isfinite(after):
         raise Diverged.of("lr", "the training diverged, the held-out loss is not finite; try a smaller one")
     final = folder.begin_result()
-    model.to("cpu").save_pretrained(final)
+    move(model, "cpu").save_pretrained(final)
     save_tokenizer(tokenizer, final)
     before = folder.record["before"]
     figures = {"held_out_mlm": {"before": before, "after": after}, "train_seconds": round(seconds, 1)}

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment.spans import TEXT_POOLINGS
 from ..core.errors import need
-from ..models.architectures import architecture_of
+from ..core.options import names_of
+from ..models.architectures import architecture_of, body_of
 from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
@@ -112,7 +113,7 @@ class Student:
     def as_teacher(self, name: str = "student", prompt: str = "") -> Teacher:
         """The student as whatever looks at finished models sees it."""
         head = self.model if self.has_head else None
-        return Teacher(name, self.model.base_model, self.tokenizer, head, prompt=prompt)
+        return Teacher(name, body_of(self.model), self.tokenizer, head, prompt=prompt)
 
 
 def known_prompts(prompt: str, sentence: SentenceSettings | None) -> list[str]:
@@ -128,7 +129,7 @@ def load_sources(options: StudentOptions) -> list[Source]:
         VocabdistilError: a teacher cannot be loaded, or their folders say different prompts and none was asked for.
     """
     sources = []
-    for name in options.teacher:
+    for name in names_of(options.teacher):
         sentence = read_sentence_settings(name)
         prompt = expected_prompt(options.prompt, sentence)
         folder = name if sentence is None else sentence.transformer_folder
@@ -157,9 +158,9 @@ def sources_to_whiten(options: StudentOptions, sources: Sequence[Source], asked:
 
 
 def make_vocabulary(
-    source: str,
+    source: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[str] | None,
     vocab_size: int | None,
     family: str | None = None,
     prompts: Iterable[str] = (),
@@ -179,7 +180,7 @@ def make_vocabulary(
             then make room.
         seed: of the sample.
     """
-    if source in ("train", "trim"):
+    if texts is not None and source in ("train", "trim"):
         vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
         texts = chain(sample_text(texts, seed), *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
     return vocabulary_from(source, tokenizer, texts, vocab_size, family, embedding)
@@ -207,7 +208,9 @@ def make_student(
     teacher, tokenizer = source.teacher, vocabulary.tokenizer
     start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
     projection: tuple[Tensor, Tensor | None] | None = None
-    keep, report, shape = kept_layers, {}, (options.dim, options.heads, options.ffn)
+    keep: Sequence[int] = kept_layers
+    report: dict[str, Any] = {}
+    shape = options.dim, options.heads, options.ffn
     if preset is not None:
         kept_layers = _layers_for(preset, teacher) if options.fit else []
         shape = preset.dim, preset.heads, preset.ffn
@@ -218,8 +221,9 @@ def make_student(
         if small.teacher.width != source.teacher.width:
             projection = small.weight, small.bias
     if preset is not None:
-        model = build_student(preset, tokenizer, seed=options.seed)
-        report |= initialise_from_teacher(model, teacher, start.rows)
+        fresh = build_student(preset, tokenizer, seed=options.seed)
+        report |= initialise_from_teacher(fresh, teacher, start.rows)
+        model: PreTrainedModel = fresh
     else:
         model = build_body(teacher, start.rows, tokenizer, keep)
     if kept_layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,7 @@ def _run(
     say.status("Making the student's vocabulary")
     vocabulary = make_vocabulary(
         config.vocabulary, teacher.tokenizer, sample, config.vocab_size, config.family, source.prompts,
-        teacher.model.get_input_embeddings().weight,
+        teacher.embedding,
     )  # fmt: skip
     for note in vocabulary.notes:
         say.print(note)
@@ -93,8 +94,8 @@ def _run(
     say.print(start_line(student.report["tokens"]))
     table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
     report = coverage(held, teacher.tokenizer, student.tokenizer, table=table)
-    say.print(*coverage_tables((teacher.name, config.out), (teacher.tokenizer, student.tokenizer), report))
-    metrics = {
+    say.print(*coverage_tables((teacher.name, os.fspath(config.out)), (teacher.tokenizer, student.tokenizer), report))
+    metrics: dict[str, Any] = {
         "teacher": config.teacher,
         "command": "trim",
         "settings": config.settings(),
@@ -114,7 +115,8 @@ def _run(
             teacher, student.as_teacher(), held, batch=config.time_batch, length=config.time_length
         ),
     }
-    projections = dict(zip(("0_0", "bias"), student.projection or (), strict=False))
+    parts = zip(("0_0", "bias"), student.projection or (), strict=False)
+    projections = {name: part for name, part in parts if part is not None}
     out = write_student(folder, config, source, student, [table], metrics, projections)
     about = f"{len(held)} texts of those that the vocabulary was made for"
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
@@ -137,8 +139,8 @@ def _loyalty(
         vectors = embedding_loyalty(ours, theirs, *(made.projection or ()))
         if teacher.masked_lm is None or not made.learns_words:
             return vectors
-        lengths = [min(config.max_length, side.max_positions) for side in (teacher, reader)]
-        return vectors | agreement(teacher, reader, matched, texts, tuple(lengths), seed=config.seed)
+        lengths = min(config.max_length, teacher.max_positions), min(config.max_length, reader.max_positions)
+        return vectors | agreement(teacher, reader, matched, texts, lengths, seed=config.seed)
 
     every = list(range(teacher.num_layers))
     if student.kept_layers != every or student.projection is not None:

@@ -93,12 +93,19 @@ def pseudo_perplexity(model: Teacher, texts: Sequence[str], quiet: bool = True) 
             rows = torch.arange(len(at), device=device)
             truth = ids[rows, at]
             ids[rows, at] = tokenizer.mask_token_id
-            before_output = model.read(ids, mask, head=True).head[rows, at]
+            before_output = _before_output(model, ids, mask)[rows, at]
             log_p = linear(before_output, weight, bias).log_softmax(-1)
             total += log_p[rows, truth].double().sum().cpu()
             advance(len(at))
             start = end
     return math.exp(-float(total) / characters)
+
+
+def _before_output(model: Teacher, ids: Tensor, mask: Tensor) -> Tensor:
+    """``[B, L, E]``: what the output layer of a model with an MLM head reads."""
+    head = model.read(ids, mask, head=True).head
+    assert head is not None
+    return head
 
 
 @torch.no_grad()
@@ -134,14 +141,12 @@ def agreement(
     count = 0
     for b, start in enumerate(range(0, len(texts), batch_size)):
         chunk = list(texts[start : start + batch_size])
-        ids, masks = zip(
-            *(
-                pad(encode(side.tokenizer, chunk, "tokenizer", length), side.tokenizer.pad_token_id)
-                for side, length in zip(sides, max_lengths, strict=True)
-            ),
-            strict=True,
+        (teacher_ids, teacher_mask), (student_ids, student_mask) = (
+            pad(encode(side.tokenizer, chunk, "tokenizer", length), side.tokenizer.pad_token_id)
+            for side, length in zip(sides, max_lengths, strict=True)
         )
-        pairs = match_pairs(*ids, matched, *masks)
+        ids, masks = (teacher_ids, student_ids), (teacher_mask, student_mask)
+        pairs = match_pairs(teacher_ids, student_ids, matched, teacher_mask, student_mask)
         aligned = torch.stack([pairs.teacher_start, pairs.student_start]).long()
         aligned = aligned[:, ~torch.isin(ids[0].flatten()[aligned[0]], specials)]
         drawn = torch.randperm(aligned.shape[1], generator=torch.Generator().manual_seed(mix_seed(seed, b)))
@@ -151,8 +156,7 @@ def agreement(
         heads = []
         for side, own_ids, mask, at in zip(sides, ids, masks, positions, strict=True):
             own_ids.view(-1)[at] = side.tokenizer.mask_token_id
-            reading = side.read(own_ids.to(device), mask.to(device), head=True)
-            heads.append(reading.head.flatten(0, 1)[at.to(device)])
+            heads.append(_before_output(side, own_ids.to(device), mask.to(device)).flatten(0, 1)[at.to(device)])
         count += positions.shape[1]
         step = max(1, _PROBABILITIES_AT_ONCE // len(matched))
         for rows in zip(*(head.split(step) for head in heads), strict=True):

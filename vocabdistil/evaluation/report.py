@@ -103,7 +103,7 @@ def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report:
     alignments = Table(title="Alignments", title_justify="left")
     for column in ("", *report.methods):
         alignments.add_column(column, justify="right" if column else "left")
-    rows: tuple[tuple[str, Callable[[Coverage], str]], ...] = (
+    rows: tuple[tuple[str, Callable[[Coverage], str | Text]], ...] = (
         ("span pairs", lambda c: f"{c.pairs:,}"),
         ("of them 1:1", lambda c: _share(c.one_to_one)),
         ("teacher tokens in pairs", lambda c: _share(c.teacher_covered)),

@@ -99,7 +99,7 @@ def pooled(
     # What reads alike is read once.
     numbers: dict[tuple[int, ...], int] = {}
     which = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
-    rows = list(numbers)
+    rows = list(map(list, numbers))
     advance(len(which) - len(rows))
     # Texts of a batch are alike in length, so that little padding is read.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

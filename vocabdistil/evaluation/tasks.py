@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def _cosines(
     """Float64 ``[n]``."""
     texts = [*pairs.left, *pairs.right]
     vectors = embed(model, texts, max_length, settings, projection, bias, advance).double()
-    return F.cosine_similarity(*vectors.chunk(2))
+    left, right = vectors.chunk(2)
+    return F.cosine_similarity(left, right)
 
 
 def _correlations(scores: Tensor, truth: Tensor) -> dict[str, float]:
@@ -178,9 +180,8 @@ def pairs_scores(models: Sequence[Embedder], pairs: Pairs, max_length: int, quie
     first: Tensor | None = None
     with counting(f"Pairs of {Path(pairs.name).name}", 2 * len(pairs.left) * len(models), quiet) as advance:
         for model in models:
-            cosines, seconds = _timed(
-                model, pairs.left, lambda m=model: _cosines(m.model, pairs, max_length, m.settings, advance=advance)
-            )
+            score = partial(_cosines, model.model, pairs, max_length, model.settings, advance=advance)
+            cosines, seconds = _timed(model, pairs.left, score)
             loyalty = None if first is None else _correlations(cosines, first)
             first = cosines if first is None else first
             rows.append(_row(model, _correlations(cosines, pairs.scores), loyalty, seconds))
@@ -230,11 +231,8 @@ def probe_scores(
     first: Tensor | None = None
     with counting(f"Texts of {Path(labels.name).name}", len(labels.texts) * len(models), quiet) as advance:
         for model in models:
-            vectors, seconds = _timed(
-                model,
-                labels.texts,
-                lambda m=model: embed(m.model, labels.texts, max_length, m.settings, advance=advance),
-            )
+            read = partial(embed, model.model, labels.texts, max_length, model.settings, advance=advance)
+            vectors, seconds = _timed(model, labels.texts, read)
             guessed, scores = _probe(vectors, labels, train, test)
             loyalty = None
             if first is not None:
@@ -312,18 +310,18 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = [load_embedder(name, "models", prompt, trust_remote_code) for name in options.models]
-    files = iter(display_names([task.name for task in (*given, *classed)]))
+    files = iter(display_names([*(task.name for task in given), *(task.name for task in classed)]))
     shown = display_names([model.model.name for model in loaded])
     found = []
     for task in given:
         about = {"kind": "pairs", "file": task.name, "name": next(files), "score": "spearman"}
         size, results = {"pairs": len(task.left)}, pairs_scores(loaded, task, max_length, quiet)
         found.append({**about, "size": size, "results": results})
-    for task in classed:
-        train, test = split_labels(task.labels, seed)
-        size = {"train": len(train), "test": len(test), "classes": len(set(task.labels))}
-        about = {"kind": "labels", "file": task.name, "name": next(files), "score": "accuracy"}
-        found.append({**about, "size": size, "results": probe_scores(loaded, task, max_length, seed, quiet)})
+    for texts in classed:
+        train, test = split_labels(texts.labels, seed)
+        size = {"train": len(train), "test": len(test), "classes": len(set(texts.labels))}
+        about = {"kind": "labels", "file": texts.name, "name": next(files), "score": "accuracy"}
+        found.append({**about, "size": size, "results": probe_scores(loaded, texts, max_length, seed, quiet)})
     report = {
         "models": [_describe(*row) for row in zip(loaded, shown, strict=True)],
         "tasks": found,

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..alignment.families import encode
 from ..core.errors import VocabdistilError
+from ..models.architectures import move
 from ..models.teachers import Teacher, model_inputs
 
 __all__ = ["bench_models", "compare_models", "cpu_time", "describe_model", "timing_texts"]
@@ -51,7 +53,7 @@ def timing_texts(texts: Sequence[str], tokenizers: Sequence[Any], batch: int, le
 
 @torch.no_grad()
 def cpu_time(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int, repeats: int = 3
+    model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], length: int, repeats: int = 3
 ) -> dict[str, float | int]:
     """Seconds of one forward pass over ``texts`` as one batch, cut to ``length`` tokens, tokenizing left out: median,
     and the token count."""
@@ -63,13 +65,13 @@ def cpu_time(
         ids[b, : len(row)] = torch.tensor(row)
         mask[b, : len(row)] = 1
     device = next(model.parameters()).device
-    model.to("cpu").eval()
+    move(model, "cpu").eval()
     inputs, seconds = model_inputs(model, ids, mask), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         model(**inputs)
         seconds.append(time.perf_counter() - start)
-    model.to(device)
+    move(model, device)
     return {"seconds": round(statistics.median(seconds[1:]), 4), "tokens": int(mask.sum())}
 
 

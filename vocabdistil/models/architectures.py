@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
-__all__ = ["ARCHITECTURES", "Architecture", "Fields", "LayerParts", "architecture_of", "first_position", "layer_kinds"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Fields",
+    "LayerParts",
+    "architecture_of",
+    "body_of",
+    "embedding_of",
+    "first_position",
+    "layer_kinds",
+    "layers_of",
+    "move",
+]
 
 
 class Fields(NamedTuple):
@@ -79,17 +93,18 @@ class Architecture:
         weights."""
         return self.parts is not None and not self.shared
 
-    def part_of_embeddings(self, body: nn.Module, name: str) -> nn.Module | None:
+    # What such a module has depends on its kind, which whoever asks knows: hence Any.
+    def part_of_embeddings(self, body: nn.Module, name: str) -> Any:
         """``positions``, ``types`` or ``norm`` of a model, None where it has none."""
         path = getattr(self, name)
         return _find(body, f"{self.embeddings}.{path}") if path else None
 
-    def widening(self, body: nn.Module) -> nn.Module | None:
+    def widening(self, body: nn.Module) -> Any:
         """The map from the embeddings to the hidden width, None where they are equal."""
         return _find(body, self.widen) if self.widen else None
 
 
-def _find(module: nn.Module, path: str) -> nn.Module | None:
+def _find(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
@@ -190,11 +205,30 @@ def architecture_of(config: Any) -> Architecture | None:
     return ARCHITECTURES.get(config.model_type)
 
 
-def first_position(body: nn.Module) -> int:
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without its head."""
+    return cast("PreTrainedModel", model.base_model)
+
+
+def embedding_of(model: PreTrainedModel) -> Tensor:
+    """The rows of its tokens, ``[V, E]``."""
+    return cast("Tensor", model.get_input_embeddings().weight)
+
+
+def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The same model on another device; what wraps ``PreTrainedModel.to`` has no types."""
+    return cast("Any", model).to(device)
+
+
+def layers_of(body: nn.Module, row: Architecture) -> nn.ModuleList:
+    return cast("nn.ModuleList", body.get_submodule(row.layers))
+
+
+def first_position(body: PreTrainedModel) -> int:
     """The row of the table of positions that the first token takes; 0 where there is no table."""
     row = architecture_of(body.config)
-    table = row.part_of_embeddings(body, "positions") if row else None
-    return table.padding_idx + 1 if table is not None and row.after_padding else 0
+    table = row.part_of_embeddings(body, "positions") if row and row.after_padding else None
+    return 0 if table is None else table.padding_idx + 1
 
 
 def layer_kinds(config: Any) -> list[str] | None:

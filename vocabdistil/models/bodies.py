@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import need
-from .architectures import Architecture, layer_kinds
+from .architectures import Architecture, embedding_of, layer_kinds
 from .shapes import attention_period, check_layers, known_architecture
 from .teachers import Teacher
 
@@ -79,7 +79,7 @@ def _config(teacher: Teacher, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         _tell_attention(config, [kinds[i] for i in keep])
     output = model.get_output_embeddings() if teacher.masked_lm is not None else None
     if output is not None:
-        config.tie_word_embeddings = output.weight is model.get_input_embeddings().weight
+        config.tie_word_embeddings = output.weight is embedding_of(model)
     if row.after_padding:
         table = row.part_of_embeddings(teacher.model, "positions")
         config.max_position_embeddings = table.num_embeddings + tokenizer.pad_token_id - table.padding_idx
@@ -93,7 +93,7 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 def _vocabulary_rows(teacher: Teacher, rows: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
     """The teacher's tensors that have a row for each token, tied ones once, and what the student has instead."""
-    inputs = teacher.whole.get_input_embeddings().weight
+    inputs = embedding_of(teacher.whole)
     made = [(inputs, rows(inputs.detach()))]
     if teacher.masked_lm is None:
         return made
@@ -177,6 +177,6 @@ def build_body(
     with torch.random.fork_rng(devices=[]):
         student = type(teacher.whole)(config)
     if getattr(teacher.model, "pooler", None) is None and hasattr(student.base_model, "pooler"):
-        student.base_model.pooler = None
+        setattr(student.base_model, "pooler", None)  # noqa: B010 - torch declares no modules that are None
     student.load_state_dict(_state(teacher, student, made, keep, tokenizer))
     return student.float().eval()

@@ -16,7 +16,8 @@ from ..alignment.families import backend_of, chunks, encode
 
 __all__ = ["count_tokens", "frequent_characters"]
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 4096, 1 << 20
 # The share of characters that SentencePiece's trainer gives tokens of their own by default.
 _COVERAGE = 0.9995

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..alignment.families import ROLES, backend_of, plain_settings, read_tokenizer
 from ..core.errors import VocabdistilError
@@ -48,7 +48,7 @@ class Vocabulary:
         notes: what the user should know, a sentence each.
     """
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     kind: str
     kept: Tensor | None = None
     notes: tuple[str, ...] = field(default=())
@@ -125,7 +125,7 @@ def _roles(tokenizer: Any) -> dict[str, str]:
     """The special token of each role, such as ``{"unk_token": "[UNK]"}``."""
     if isinstance(tokenizer, Tokenizer):
         info = read_tokenizer(tokenizer, "teacher")
-        return {f"{role}_token": info.tokens[i] for role, i in info.roles.items()}
+        return {f"{role}_token": str(info.tokens[i]) for role, i in info.roles.items()}
     tokens = {f"{role}_token": getattr(tokenizer, f"{role}_token", None) for role in ROLES}
     return {role: str(token) for role, token in tokens.items() if token is not None}
 

@@ -185,10 +185,10 @@ def _read_settings(source: str, argument: str, load: Load | None) -> SentenceSet
     need(understood, argument, expected, ", ".join(names))
     (inside, where), later = (entry["path"] for entry in listed[:2]), listed[2:]
     pooling = read_json(argument, source, where, "config.json") or {}
-    width = pooling.get("embedding_dimension", pooling.get("word_embedding_dimension"))
+    width: Any = pooling.get("embedding_dimension", pooling.get("word_embedding_dimension"))
     need(isinstance(width, int), argument, "the width of the vectors in its pooling's config.json", width)
     found = (read_json(argument, source, inside, name) for name in _TRANSFORMER_SETTINGS)
-    transformer = next((settings for settings in found if settings is not None), {})
+    transformer: dict[str, Any] = next((settings for settings in found if settings is not None), {})
     folder = source
     if inside:
         folder = os.path.join(_local(source, inside), inside)

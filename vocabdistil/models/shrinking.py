@@ -9,8 +9,9 @@ least squares, layer by layer from the first, each layer reading what the fitted
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..core.errors import need
-from .architectures import Architecture, LayerParts, architecture_of
+from .architectures import Architecture, LayerParts, body_of, layers_of
 from .bodies import build_body, check_body
 from .fitting import Batch, Seen, Tap, fit_linear, least_squares, tapped, token_batches
-from .shapes import Shape, narrow_shape, shape_of
+from .shapes import Shape, known_architecture, narrow_shape, shape_of
 from .teachers import Teacher, model_inputs
 
 __all__ = ["Shrunk", "shrink"]
@@ -71,12 +72,12 @@ class _Stream:
             self.calls.append((args, kwargs))
             raise Seen
 
-        first = body.get_submodule(row.layers)[0]
+        first = layers_of(body, row)[0]
         hook = first.register_forward_pre_hook(keep, with_kwargs=True)
         norm = Tap(row.part_of_embeddings(body, "norm"), reads=True)
         try:
             for ids, mask in batches:
-                raw += tapped(lambda ids=ids, mask=mask: body(**model_inputs(body, ids, mask)), [norm])
+                raw += tapped(partial(body, **model_inputs(body, ids, mask)), [norm])
         finally:
             hook.remove()
         self.raw = self._flat(raw)
@@ -159,7 +160,8 @@ def _smaller_head(query: Tensor, key: Tensor, value: Tensor, written: Tensor, wi
 
 def _modules(layer: nn.Module, parts: LayerParts) -> Any:
     """:class:`LayerParts` of the modules themselves."""
-    return LayerParts(*map(layer.get_submodule, parts))
+    modules: Iterator[Any] = map(layer.get_submodule, parts)
+    return LayerParts(*modules)
 
 
 def _slices(count: int, width: int) -> list[slice]:
@@ -251,7 +253,7 @@ def _cut_model(copied: PreTrainedModel, row: Architecture, whole: Shape, shape: 
     with torch.random.fork_rng(devices=[]):
         small = type(copied)(config)
     if hasattr(small.base_model, "pooler"):
-        small.base_model.pooler = None
+        setattr(small.base_model, "pooler", None)  # noqa: B010 - torch declares no modules that are None
     source, state = copied.state_dict(), {}
     for key, target in small.state_dict().items():
         value = source[key]
@@ -266,10 +268,13 @@ def _cut_model(copied: PreTrainedModel, row: Architecture, whole: Shape, shape: 
 
 def _fit_head(student: PreTrainedModel, teacher: Teacher, cut: _Cut, x: Tensor, last: Tensor) -> None:
     """The MLM head of a narrower body, for logits as near to the teacher's as what its output layer reads can make."""
-    row, config = architecture_of(teacher.model.config), teacher.model.config
+    config = teacher.model.config
+    row = known_architecture(config)
+    assert row.head is not None
     act = ACT2FN[getattr(config, row.activation, row.activation)]
-    dense, norm = (teacher.masked_lm.get_submodule(name) for name in row.head)
-    our_dense, our_norm = (student.get_submodule(name) for name in row.head)
+    dense, norm = map(teacher.whole.get_submodule, row.head)
+    ours: Iterator[Any] = map(student.get_submodule, row.head)
+    our_dense, our_norm = ours
     before = dense(last)
     given = norm(act(before))
     output = teacher.output_layer[0].double()
@@ -284,17 +289,19 @@ def _fitted(
     teacher: Teacher, copied: PreTrainedModel, keep: Sequence[int], shape: Shape, batches: Sequence[Batch]
 ) -> tuple[PreTrainedModel, Tensor, list[float]]:
     """The smaller model, its coordinates, and how much of the teacher's variance each layer explains."""
-    row, body, whole = architecture_of(teacher.model.config), teacher.model, shape_of(teacher.model.config)
+    row, body, whole = known_architecture(teacher.model.config), teacher.model, shape_of(teacher.model.config)
+    assert row.parts is not None
     student, coordinates = copied, torch.arange(whole.dim)
     if shape != whole:
         coordinates = _loud_coordinates(teacher, batches, keep, shape.dim)
         student = _cut_model(copied, row, whole, shape, coordinates)
     act = ACT2FN[getattr(body.config, "hidden_act", None) or body.config.activation]
     cut = _Cut(whole, shape, coordinates, act)
-    layers, small = body.get_submodule(row.layers), student.base_model.get_submodule(row.layers)
-    theirs, ours = _Stream(body, row, batches), _Stream(student.base_model, row, batches)
+    student_body = body_of(student)
+    layers, small = layers_of(body, row), layers_of(student_body, row)
+    theirs, ours = _Stream(body, row, batches), _Stream(student_body, row, batches)
     if shape.dim != whole.dim and row.widening(body) is None:
-        norm = row.part_of_embeddings(student.base_model, "norm")
+        norm = row.part_of_embeddings(student_body, "norm")
         ours.states = _fit_norm(norm, ours.raw, theirs.states[:, coordinates])
 
     # Up to the first gap the copied layers are exact.
@@ -359,18 +366,19 @@ def shrink(
         VocabdistilError: no such layers, or a shape that the architecture cannot take.
     """
     check_body(teacher, keep)
-    row, whole = architecture_of(teacher.model.config), shape_of(teacher.model.config)
+    row, whole = known_architecture(teacher.model.config), shape_of(teacher.model.config)
     shape, keep = narrow_shape(teacher.model.config, dim, heads, ffn), list(keep)
     if shape == whole and len(keep) == teacher.num_layers:
         return Shrunk(teacher, torch.arange(whole.dim), torch.eye(whole.dim), torch.zeros(whole.dim), [])
     batches = token_batches(teacher, texts, min(max_length, teacher.max_positions), tokens)
     need(bool(batches), "text", "some text to fit the student to", "none")
     student = build_body(teacher, lambda matrix: matrix, teacher.tokenizer, keep)
-    coordinates, explained = torch.arange(whole.dim), []
+    coordinates = torch.arange(whole.dim)
+    explained: list[float] = []
     if row.fittable:
         student, coordinates, explained = _fitted(teacher, student, keep, shape, batches)
     student.requires_grad_(False)
-    weight, bias = least_squares(_last_states(student.base_model, batches), _last_states(teacher.model, batches))
+    weight, bias = least_squares(_last_states(body_of(student), batches), _last_states(teacher.model, batches))
     masked_lm = student if teacher.masked_lm is not None else None
-    small = replace(teacher, model=student.base_model, masked_lm=masked_lm)
+    small = replace(teacher, model=body_of(student), masked_lm=masked_lm)
     return Shrunk(small, coordinates, weight, bias, explained)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures import ARCHITECTURES, Architecture, first_position
+from .architectures import ARCHITECTURES, Architecture, first_position, layers_of
 from .presets import PRESETS, Preset
 from .shapes import choose_layers, shape_of
 from .teachers import Teacher
@@ -69,7 +69,7 @@ def _widened(row: Architecture | None, body: PreTrainedModel, x: Tensor, bias: b
 def _known_positions(row: Architecture | None, body: PreTrainedModel) -> Tensor | None:
     """The teacher's positions ``[P, D]`` from the first that a token takes, with token type 0; None without a table."""
     table = row.part_of_embeddings(body, "positions") if row else None
-    if not isinstance(table, nn.Embedding):
+    if row is None or not isinstance(table, nn.Embedding):
         return None
     known = table.weight.detach().float().cpu()[first_position(body) :]
     types = row.part_of_embeddings(body, "types")
@@ -88,8 +88,10 @@ def _copy_layers(student: DistilBertForMaskedLM, teacher: Teacher, row: Architec
     if row.parts is None or shape_of(teacher.model.config) != shape_of(student.config):
         return []
     chosen = choose_layers(teacher.num_layers, min(student.config.n_layers, teacher.num_layers))
-    names = dict(zip(row.parts, ARCHITECTURES["distilbert"].parts, strict=True))
-    layers = teacher.model.get_submodule(row.layers)
+    ours = ARCHITECTURES["distilbert"].parts
+    assert ours is not None
+    names = dict(zip(row.parts, ours, strict=True))
+    layers = layers_of(teacher.model, row)
     for block, index in zip(student.distilbert.transformer.layer, chosen, strict=False):
         source = layers[index * len(layers) // teacher.num_layers if row.shared else index]
         _copy_modules(source, block, names)
@@ -118,7 +120,7 @@ def initialise_from_teacher(
         ``head`` (whether it was copied).
     """
     width, row, body = student.config.dim, teacher.architecture, teacher.model
-    source = _widened(row, body, body.get_input_embeddings().weight.detach().float().cpu())
+    source = _widened(row, body, teacher.embedding.detach().float().cpu())
     axes = None if source.shape[1] == width else principal_axes(source, width)
 
     def fit(x: Tensor) -> Tensor:

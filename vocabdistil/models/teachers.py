@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, first_line, load_tokenizer
 from ..core.errors import VocabdistilError
-from .architectures import Architecture, architecture_of, first_position
+from .architectures import Architecture, architecture_of, body_of, embedding_of, first_position, layers_of
 from .folders import need_known
 
 __all__ = [
@@ -93,6 +93,11 @@ class Teacher:
     def whole(self) -> PreTrainedModel:
         """The model with its head, if it has one."""
         return self.model if self.masked_lm is None else self.masked_lm
+
+    @property
+    def embedding(self) -> Tensor:
+        """Of the tokens, ``[V, E]``."""
+        return embedding_of(self.model)
 
     @property
     def width(self) -> int:
@@ -200,7 +205,7 @@ def _recorded_projections(body: PreTrainedModel, layers: Sequence[int]) -> Itera
         if row is None or row.parts is None:
             kind = type(body).__name__
             raise VocabdistilError.of("weights", f"relations needs layers of BERT's kind; {kind} has others")
-        blocks = body.get_submodule(row.layers)
+        blocks, parts = layers_of(body, row), row.parts
 
         def recorder(layer: int, place: int) -> Any:
             def record(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -211,7 +216,7 @@ def _recorded_projections(body: PreTrainedModel, layers: Sequence[int]) -> Itera
         for layer in layers:
             # Layers that share their weights are one block, and the last of them is what its hooks see.
             block = blocks[min(layer, len(blocks)) - 1]
-            for place, path in enumerate((row.parts.query, row.parts.key, row.parts.value)):
+            for place, path in enumerate((parts.query, parts.key, parts.value)):
                 hooks.append(block.get_submodule(path).register_forward_hook(recorder(layer, place)))
     try:
         yield found
@@ -334,7 +339,7 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if len(layer.weight) <= _largest_id(tokenizer):
         return f"its output layer has {len(layer.weight)} rows for ids up to {_largest_id(tokenizer)}"
     ids = torch.arange(4)[None] % len(layer.weight)
-    inputs = model_inputs(model.base_model, ids, torch.ones_like(ids))
+    inputs = model_inputs(body_of(model), ids, torch.ones_like(ids))
     try:
         out, head = _run_to_output_layer(model, inputs)
         ours, theirs = nn.functional.linear(head, layer.weight, getattr(layer, "bias", None)), model(**inputs).logits
@@ -391,13 +396,15 @@ def load_teacher(
     tokenizer = load_tokenizer(source, argument, trust_remote_code)
     path = check_source(source, argument)
     row = architecture_of(_load_config(path, argument, trust_remote_code))
-    masked_lm, missing, headless = None, [], "it was not loaded"
+    masked_lm: PreTrainedModel | None = None
+    missing: list[str] = []
+    headless = "it was not loaded"
     if head:
         masked_lm, missing, headless = _load_masked_lm(path, trust_remote_code)
     if masked_lm is not None and (headless := _head_problem(masked_lm.float().eval(), tokenizer)):
         masked_lm = None
     if masked_lm is not None:
-        model = masked_lm.base_model
+        model = body_of(masked_lm)
     else:
         try:
             model, missing = _load_body(path, row.body if row else "", trust_remote_code)
@@ -405,7 +412,7 @@ def load_teacher(
             raise cannot_load("a model", name, argument, error) from None
     if missing:
         raise VocabdistilError.of(argument, f"cannot load a model from {name}: its checkpoint has no {missing[0]}")
-    rows = len(model.get_input_embeddings().weight)
+    rows = len(embedding_of(model))
     if _largest_id(tokenizer) >= rows:
         raise VocabdistilError.of(
             argument,

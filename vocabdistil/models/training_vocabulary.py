@@ -63,7 +63,7 @@ _WORDS = {
     "bpe": (_METASPACE, _METASPACE),
     "unigram": (_METASPACE, _METASPACE),
 }
-_MODELS = {
+_MODELS: dict[str, dict[str, Any]] = {
     "wordpiece": {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
     "byte-bpe": {"type": "BPE"},
     "bpe": {"type": "BPE", "fuse_unk": True},
@@ -102,7 +102,7 @@ def _in_family(state: dict[str, Any], family: str) -> dict[str, Any]:
 def _word_maker(state: dict[str, Any]) -> Tokenizer:
     """A tokenizer that only normalizes and cuts words."""
     empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
-    plain = {"model": empty, "added_tokens": [], "post_processor": None, "decoder": None}
+    plain: dict[str, Any] = {"model": empty, "added_tokens": [], "post_processor": None, "decoder": None}
     return Tokenizer.from_str(json.dumps(state | plain))
 
 
@@ -192,7 +192,7 @@ def _merges(
     copies = (_PART.join([word] * max(1, round(words[word] / less))) for word in sorted(words) if _PART not in word)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(_PART)
-    affixes = {"continuing_subword_prefix": prefix, "end_of_word_suffix": suffix}
+    affixes: dict[str, Any] = {"continuing_subword_prefix": prefix, "end_of_word_suffix": suffix}
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -207,7 +207,7 @@ def _merges(
 
 def _forms(words: Iterable[str], prefix: str = "", suffix: str = "") -> list[str]:
     """Every character of the words, in every form that a word begins to be read with, sorted."""
-    forms = set()
+    forms: set[str] = set()
     for word in words:
         forms.update(word)
         spelled = [word[0], *(prefix + character for character in word[1:])]
@@ -263,7 +263,7 @@ def _unigram(words: Mapping[str, int], alphabet: Iterable[str], size: int) -> li
                 minloglevel=3,
                 seed_sentencepieces_file=str(seeds),
             )
-    model = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue()) if lines else ()
+    model: Any = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue()) if lines else ()
     found = {model.id_to_piece(i): model.get_score(i) for i in range(1, len(model))}
     lowest = min(found.values(), default=0.0)
     single = {character: found.get(character, lowest) for character in alphabet}
@@ -400,6 +400,7 @@ def train_vocabulary(teacher: Any, texts: Iterable[str], vocab_size: int, family
     expected = listed(FAMILIES)
     need(family is not None, "family", f"{expected} for a teacher of another kind", state["model"]["type"])
     need(family in FAMILIES, "family", expected, repr(family))
+    assert family is not None
     first = list(special_strings(teacher, state))
     unk, roles = _unk_token(teacher, state, family)
     if unk and unk not in first:

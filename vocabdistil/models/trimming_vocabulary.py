@@ -66,7 +66,8 @@ class _Greedy:
         if self._whole_words:
             return []
         inside = token.startswith(self.prefix) and len(token) > len(self.prefix)
-        first, *rest = token[len(self.prefix) :] if inside else token
+        spelled = token[len(self.prefix) :] if inside else token
+        first, rest = spelled[0], spelled[1:]
         return [self.prefix * inside + first, *(self.prefix + character for character in rest)]
 
     def needs(self, token: str) -> set[str]:
@@ -87,8 +88,9 @@ class _Bpe:
         self.byte_fallback = bool(model.get("byte_fallback"))
         self.prefix = model.get("continuing_subword_prefix") or ""
         self._suffix = model.get("end_of_word_suffix") or ""
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        self._merges: list[tuple[str, str]] = merges
+        split = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        merges = [(left, right) for left, right in split]
+        self._merges = merges
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
 
     def _merged(self, left: str, right: str) -> str:
@@ -128,7 +130,12 @@ class _Bpe:
         return model | {"vocab": ids, "merges": merges}
 
 
-_FAMILIES = {"Unigram": _Unigram, "WordPiece": _Greedy, "WordLevel": _Greedy, "BPE": _Bpe}
+_FAMILIES: dict[str, type[_Unigram | _Greedy | _Bpe]] = {
+    "Unigram": _Unigram,
+    "WordPiece": _Greedy,
+    "WordLevel": _Greedy,
+    "BPE": _Bpe,
+}
 
 
 def _byte_symbols(state: dict[str, Any], family: Any) -> set[str]:

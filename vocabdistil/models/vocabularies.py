@@ -56,6 +56,7 @@ def vocabulary_from(
         return Vocabulary(load_tokenizer(source, "vocabulary"), "given")
     need(texts is not None, "text", f"a text for {asked}", texts)
     need(vocab_size is not None and vocab_size > 0, "vocab_size", f"a number for {asked}", vocab_size)
+    assert texts is not None and vocab_size is not None
     if source == "train":
         return train_vocabulary(teacher, texts, vocab_size, family)
     need(family is None, "family", f"nothing beside {asked}", family)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError, need, spell
-from .architectures import architecture_of
+from .architectures import architecture_of, layers_of
 from .fitting import Tap, tapped, token_batches
 from .sentence import SentenceSettings, lowered, pool, prompt_length
+from .shapes import known_architecture
 from .teachers import Teacher, model_inputs
 
 __all__ = ["Whitened", "cannot_whiten", "need_whitenable", "set_last_layer", "whiten"]
@@ -61,10 +63,11 @@ def need_whitenable(teacher: Teacher, settings: SentenceSettings | None = None) 
 
 def _last_layer(teacher: Teacher) -> tuple[nn.Module, nn.Linear, nn.LayerNorm]:
     """The norm before the feed-forward part, the last map of this, and the norm after it."""
-    row = architecture_of(teacher.model.config)
-    layer = teacher.model.get_submodule(row.layers)[-1]
-    parts = row.parts.attention_norm, row.parts.ffn_out, row.parts.ffn_norm
-    return tuple(layer.get_submodule(part) for part in parts)
+    row = known_architecture(teacher.model.config)
+    assert row.parts is not None
+    layer = layers_of(teacher.model, row)[-1]
+    ffn_out, ffn_norm = map(layer.get_submodule, (row.parts.ffn_out, row.parts.ffn_norm))
+    return layer.get_submodule(row.parts.attention_norm), cast(nn.Linear, ffn_out), cast(nn.LayerNorm, ffn_norm)
 
 
 class _Moments:
@@ -145,7 +148,7 @@ def whiten(
     taps = [Tap(ffn_out, reads=True), Tap(attention_norm), Tap(ffn_norm)]
     moments, vectors = _Moments(), []
     for batch in batches:
-        seen = tapped(lambda batch=batch: teacher.model(**model_inputs(teacher.model, *batch)), taps)
+        seen = tapped(partial(teacher.model, **model_inputs(teacher.model, *batch)), taps)
         vectors.append(pool(seen[-1], batch.mask, settings, leading).float())
         moments.add(torch.cat(seen, -1)[batch.mask == 1])
     several = sum(map(len, vectors)) > 1 and bool((torch.cat(vectors).std(0) > 0).any())

@@ -95,6 +95,13 @@ def dense_sweep(
     return total, loss, grad_hidden, grad_weight, grad_bias
 
 
+def _unit(scale: Tensor, temperature: float) -> Tensor:
+    """Float16 has no room for what one logit of many counts in a mean over many rows: its gradients are formed of a
+    size near 1, in units of this, and brought down to their own size in float32."""
+    largest = scale.abs().amax().clamp(min=1e-30) if scale.numel() else scale.new_ones(())
+    return largest * 2.0 ** -math.floor(math.log2(32768 / temperature))
+
+
 def _sweep(
     student: Tensor, student_weight: Tensor, student_bias: Tensor | None, student_lengths: Tensor | None,
     teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_lengths: Tensor | None,
@@ -124,13 +131,8 @@ def _sweep(
     grad_hidden = scale.new_empty(student.shape if hidden_grad else 0)
     d_weight = scale.new_empty((width, student.shape[1]) if weight_grad else 0)
     d_bias = scale.new_zeros(width if bias_grad else 0)
-    # Float16 has no room for what one logit of many counts in a mean over many rows: its gradients are formed of a size
-    # near 1, and brought down to their own in float32.
-    unit, row_scale = None, scale
-    if narrow == torch.float16:
-        unit = scale.abs().amax().clamp(min=1e-30) if count else scale.new_ones(())
-        unit = unit * 2.0 ** -math.floor(math.log2(32768 / temperature))
-        row_scale = scale / unit
+    unit = _unit(scale, temperature) if narrow == torch.float16 else None
+    row_scale = scale if unit is None else scale / unit
 
     size = scale.element_size()
     traffic = w_s.nbytes + w_t.nbytes + size * d_weight.numel()
@@ -158,9 +160,11 @@ def _sweep(
         product(x, w_s.t(), s)
         product(y, w_t.t(), t)
         rest = None
-        if rest_buffer is not None:
+        if rest_buffer is not None and left_out is not None:
             rest = _teacher_rest(y, teacher_weight, teacher_bias, y_lengths, left_out, temperature, rest_buffer, add)
         rows(s, t, b_s, b_t, x_lengths, y_lengths, rest, row_scale[part], unmatched, temperature, loss[part], d)
+        if d is None:
+            return
         if hidden_grad:
             product(d, w_s, grad_hidden[part])
         if weight_grad:

@@ -59,7 +59,7 @@ def _impl(
     compact = valid is not None and num_valid >= 0
     if valid is not None and not compact:
         scale = torch.where(valid, scale, 0.0)
-    if compact:
+    if valid is not None and compact:
         # As nonzero(), which would wait for the device to tell how many there are.
         kept = torch.searchsorted(valid.cumsum(0), torch.arange(1, num_valid + 1, device=valid.device))
         anchor, other, scale = anchor[kept], other[kept], scale[kept]
@@ -70,12 +70,12 @@ def _impl(
     loss = torch.empty_like(scale)
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
     d_other = torch.zeros_like(other) if other_grad else None
-    dense = negatives is None or count < _SPARSE * negatives.shape[1]
+    sparse = None if negatives is None or count < _SPARSE * negatives.shape[1] else negatives
     parts_of = split if halves else _whole
-    others = parts_of(other) if dense else ()
-    for part in _chunks(count, size * (count if dense else negatives.shape[1] * width)):
+    others = parts_of(other) if sparse is None else ()
+    for part in _chunks(count, size * (count if sparse is None else sparse.shape[1] * width)):
         a, b = anchor[part], other[part]
-        if dense:
+        if sparse is None:
             anchors, scores = parts_of(a), a.new_empty(len(a), count)
             sum_product(anchors, [x.t() for x in others], scores)
             scores.mul_(1 / temperature)
@@ -95,12 +95,12 @@ def _impl(
             if d_other is not None:
                 sum_product([x.t() for x in slopes], anchors, d_other, add=True)
             continue
-        ids = negatives[part]
+        ids = sparse[part]
         rows = other[ids.flatten()].view(*ids.shape, width)
-        others = torch.bmm(rows, a[:, :, None])[:, :, 0]
+        theirs = torch.bmm(rows, a[:, :, None])[:, :, 0]
         if valid is not None and not compact:
-            others.masked_fill_(~valid[ids], float("-inf"))
-        scores = torch.cat([(a * b).sum(-1, keepdim=True), others], 1)
+            theirs.masked_fill_(~valid[ids], float("-inf"))
+        scores = torch.cat([(a * b).sum(-1, keepdim=True), theirs], 1)
         scores.mul_(1 / temperature)
         loss[part] = _loss_and_slope(scores, scores[:, 0], scale[part], temperature)
         if d_anchor is not None:
@@ -118,7 +118,8 @@ def _impl(
     elif valid is not None:
         loss = torch.where(valid, loss, 0.0)
     nothing = scale.new_empty(0)
-    return total, loss, *(nothing.clone() if d is None else d for d in (d_anchor, d_other))
+    d_anchor, d_other = (nothing.clone() if d is None else d for d in (d_anchor, d_other))
+    return total, loss, d_anchor, d_other
 
 
 def _add_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:

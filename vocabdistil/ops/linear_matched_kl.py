@@ -58,7 +58,8 @@ def _impl(
         side(teacher, teacher_weight, teacher_bias, teacher_lengths, teacher_ids),
         unmatched, temperature, BUDGET, scale, loss, total, grads,
     )  # fmt: skip
-    return total, loss, *(scale.new_empty(0) if g is None else g for g in grads)
+    grad_hidden, grad_weight, grad_bias = (scale.new_empty(0) if g is None else g for g in grads)
+    return total, loss, grad_hidden, grad_weight, grad_bias
 
 
 def _fake(

@@ -131,8 +131,8 @@ def matched_kl(
         )  # fmt: skip
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype, pair_weights)
-    options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice)
-    options += (not torch.compiler.is_compiling(),)
+    compiling = torch.compiler.is_compiling()
+    options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice, not compiling)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
     ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernel takes both: one launch less per side
     student_ids = matched.student_ids.to(student.device, ids_dtype).contiguous()

@@ -41,5 +41,6 @@ def pooled_loss(
             with gaps, if it lies in host memory.
     """
     pairs = check_pooled(student_hidden, teacher_hidden, student_mask, teacher_mask, divergence, pooling)
-    projection = {"weight": weight, "bias": bias}
-    return span_loss(student_hidden, teacher_hidden, pairs, divergence=divergence, **projection, backend=backend)
+    return span_loss(
+        student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight, bias=bias, backend=backend
+    )

@@ -96,13 +96,13 @@ def relation_loss(
     first, last = text_of(pairs, students[0].shape[1])
     if (valid := valid_pairs(pairs)) is not None:
         last = torch.where(valid, last, first)
-    total = None
+    terms = []
     for s, t in zip(students, teachers, strict=True):
         s = pool_rows(s.flatten(0, 1), pairs.student_start, pairs.student_end, "mean", None).to(dtype)
         t = pool_rows(t.flatten(0, 1), pairs.teacher_start, pairs.teacher_end, "mean", None).to(dtype)
-        loss = RowLoss.apply(
+        term = RowLoss.apply(
             _of_rows, None, s, t, first, last, row_scale(pairs, s, reduction, dtype) / len(students), (heads, choice),
             reduction != "none", torch.is_grad_enabled() and s.requires_grad,
         )  # fmt: skip
-        total = loss if total is None else total + loss
-    return total
+        terms.append(term)
+    return sum(terms[1:], terms[0])

@@ -30,6 +30,7 @@ def _run(
     teacher_grads: Sequence[Tensor], upstream: Tensor | None = None,
 ) -> None:  # fmt: skip
     if backend == "cpu":
+        assert loss is not None and total is not None  # only a GPU is asked for gradients alone
         scale = loss.new_full(loss.shape, base) if weights is None else weights * base
         native.span_loss(
             student, teacher, spans, scale, student_coef, teacher_coef, divergence, mean, temperature, beta, loss,
@@ -232,6 +233,8 @@ def span_loss(
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text.
     """
     weight, bias = as_projection(weight, bias)
+    students: Sequence[Tensor]
+    teachers: Sequence[Tensor]
     students, teachers = check_span_loss(
         student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
         pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
@@ -268,11 +271,12 @@ def span_loss(
         spans[2:] = _row_spans(spans[2], spans[3])
     weights = None if pair_weights is None else pair_weights.to(dtype).contiguous()
     base, count = 1.0, at_least_one(pairs.num_nonempty)
-    if reduction == "batchmean" and (isinstance(count, Tensor) or torch.compiler.is_compiling()):
-        # A part of the weights: it stays on the device, and compiled code is not made anew for each number.
-        weights = (torch.ones(len(pairs), dtype=dtype, device=device) if weights is None else weights) / count
-    elif reduction == "batchmean":
-        base = 1.0 / count
+    if reduction == "batchmean":
+        if isinstance(count, Tensor) or torch.compiler.is_compiling():
+            # A part of the weights: it stays on the device, and compiled code is not made anew for each number.
+            weights = (torch.ones(len(pairs), dtype=dtype, device=device) if weights is None else weights) / count
+        else:
+            base = 1.0 / count
     options = (_CODES[divergence], mean, float(temperature), float(beta), choice)
     return _SpanLoss.apply(
         weights, student_coef, teacher_coef, base, options, reduction != "none",

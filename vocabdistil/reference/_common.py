@@ -63,14 +63,12 @@ def weighted_mean(layers: Sequence[Tensor], weights: LayerWeights | None) -> Ten
         for layer in layers[1:]:
             total = total + upcast(layer)
         return total / len(layers)
-    if isinstance(weights, Tensor):
-        weights = upcast(weights)
-        norm = weights.sum()
-    else:
-        norm = sum(weights)
-    total = upcast(layers[0]) * weights[0]
-    for layer, weight in zip(layers[1:], list(weights)[1:], strict=True):
+    own: Sequence[Tensor | float] = list(upcast(weights)) if isinstance(weights, Tensor) else weights
+    total = upcast(layers[0]) * own[0]
+    norm = own[0]
+    for layer, weight in zip(layers[1:], own[1:], strict=True):
         total = total + upcast(layer) * weight
+        norm = norm + weight
     return total / norm
 
 

@@ -95,7 +95,7 @@ def attention_mse(
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask: expected shape ({batch}, {length}), got {tuple(attention_mask.shape)}")
         end = start + (attention_mask != 0).flatten()
-    pairs = SpanPairs._trusted(start, end, start, end, (end > start).sum(), len(start), len(start))
+    pairs = SpanPairs._trusted((start, end, start, end), (end > start).sum(), len(start), len(start))
     return attention_loss(students, teachers, pairs, average_heads=average_heads, backend=backend)
 
 
@@ -187,7 +187,7 @@ def _span_maps(layers: Sequence[Tensor], start: Tensor, end: Tensor, average_hea
     batch, heads, length, _ = layers[0].shape
     slots = start.shape[1]
     maps = length * torch.arange(batch * heads, device=start.device).view(batch, heads, 1)
-    spans = [(maps + at[:, None]).flatten().to(torch.int32) for at in (start, end)]
-    rows = pool([layer.flatten(0, 2) for layer in layers], *spans, "mean").view(batch * heads, slots, length)
-    out = pool([rows.transpose(1, 2).flatten(0, 1)], *spans, "sum").view(batch, heads, slots, slots)
+    first, last = ((maps + at[:, None]).flatten().to(torch.int32) for at in (start, end))
+    rows = pool([layer.flatten(0, 2) for layer in layers], first, last, "mean").view(batch * heads, slots, length)
+    out = pool([rows.transpose(1, 2).flatten(0, 1)], first, last, "sum").view(batch, heads, slots, slots)
     return out.mean(1, keepdim=True) if average_heads else out

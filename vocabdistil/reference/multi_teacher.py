@@ -27,7 +27,7 @@ def average_losses(losses: Sequence[Tensor], weights: Sequence[float] | None = N
         TypeError, ValueError: no losses, losses of different shapes, weights that do not fit.
     """
     shares = _shares(losses, weights, "losses")
-    return sum(share * loss for share, loss in zip(shares, losses, strict=True))
+    return _mixed(shares, losses)
 
 
 def ensemble_distribution(
@@ -52,10 +52,14 @@ def ensemble_distribution(
     shares = _shares(logits, weights, "logits")
     for i, z in enumerate(logits):
         checks.check_float(z, f"logits[{i}]")
-    return sum(
-        share * torch.softmax(upcast(z.detach()) / temperature, -1)
-        for share, z in zip(shares, logits, strict=True)
-    )
+    return _mixed(shares, [torch.softmax(upcast(z.detach()) / temperature, -1) for z in logits])
+
+
+def _mixed(shares: list[float], parts: Sequence[Tensor]) -> Tensor:
+    total = shares[0] * parts[0]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        total = total + share * part
+    return total
 
 
 def _shares(values: Sequence[Tensor], weights: Sequence[float] | None, name: str) -> list[float]:

@@ -75,12 +75,12 @@ def relation_loss(
             scores = grid @ grid.transpose(2, 3) / (width // heads) ** 0.5
         return log_softmax(scores.masked_fill(~there, float("-inf")), 1.0)
 
-    total = None
+    total = torch.zeros((), device=place.device)
     for s, t in zip(students, teachers, strict=True):
         s, t, _ = pool_pairs(upcast(s.flatten(0, 1)), upcast(t.flatten(0, 1)), pairs, "mean")
         losses = kl_rows(log_relations(t), log_relations(s)).mean(1).flatten()
         loss = torch.cat([losses, losses.new_zeros(1)])[place]
-        total = loss if total is None else total + loss
+        total = total + loss
     return reduce_pairs(total / len(students), valid, pairs.num_nonempty, reduction)
 
 

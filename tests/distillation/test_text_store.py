@@ -43,7 +43,8 @@ def test_a_store_holds_what_was_read(tmp_path_factory, texts):
     read = Digested(texts)
     assert list(read) == texts
     assert read.digest == store.digest == again.digest and read.seen == len(store)
-    for i in (-1, len(texts)):
+    assert store[-1] == texts[-1] and store[1:-1:2] == texts[1:-1:2]
+    for i in (-len(texts) - 1, len(texts)):
         with pytest.raises(IndexError):
             store[i]
 
@@ -64,7 +65,8 @@ def test_all_but_some(case):
     kept = AllBut(texts, sorted(out))
     expected = [text for i, text in enumerate(texts) if i not in out]
     assert list(kept) == [kept[i] for i in range(len(kept))] == expected
-    for i in (-1, len(expected)):
+    assert kept[-3:] == expected[-3:]
+    for i in (-len(expected) - 1, len(expected)):
         with pytest.raises(IndexError):
             kept[i]
 

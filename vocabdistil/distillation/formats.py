@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..core.errors import VocabdistilError, utf8
 
@@ -105,7 +105,7 @@ def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
 
 
 _PACKED: dict[bytes, Callable[[Path], BinaryIO]] = {
-    b"\x1f\x8b": lambda path: gzip.open(path, "rb"),
+    b"\x1f\x8b": lambda path: cast(BinaryIO, gzip.open(path, "rb")),
     b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path)),
 }
 
@@ -139,7 +139,7 @@ def read_examples(path: Path, unit: str) -> Iterator[str]:
         with _unpacked(path) as file:
             encoding = _encoding(file.read(_HEAD), path)
         with _unpacked(path) as file:
-            lines = enumerate(_lines(file, encoding, path), 1)
+            lines: Iterator[tuple[int, str]] = enumerate(_lines(file, encoding, path), 1)
             first = next(((number, line) for number, line in lines if line.strip()), None)
             if first is None:
                 return

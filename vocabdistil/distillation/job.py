@@ -352,6 +352,7 @@ class _Run:
         vocabulary = self.vocabulary()
         for note in vocabulary.notes:
             self.say.print(note)
+        self.say.status("Making the student's body")
         texts = self.sample(_FITTED_TEXTS)
         student = make_student(
             config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape, _FITTED_TOKENS

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -28,7 +28,26 @@ _OFFSET = np.dtype("<i8")
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 20
 
 
-class TextStore(Sequence[str]):
+class _Texts(Sequence[str]):
+    """Texts by their places, each read when it is asked for."""
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self._at(place) for place in range(*i.indices(len(self)))]
+        place = i + len(self) if i < 0 else i
+        if not 0 <= place < len(self):
+            raise IndexError(f"expected a text from 0 to {len(self) - 1}, got {i}")
+        return self._at(place)
+
+    def _at(self, place: int) -> str:
+        raise NotImplementedError
+
+
+class TextStore(_Texts):
     """Texts in a folder, mapped into memory: a file of UTF-8, and one of int64 that say where each text ends.
 
     It can be sent to other processes, which map it for themselves.
@@ -91,10 +110,8 @@ class TextStore(Sequence[str]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected a text from 0 to {len(self) - 1}, got {i}")
-        start, end = self._offsets[i : i + 2].tolist()
+    def _at(self, place: int) -> str:
+        start, end = self._offsets[place : place + 2].tolist()
         return self.prompt + self._data[start:end].decode()
 
     def __iter__(self) -> Iterator[str]:
@@ -149,7 +166,7 @@ def watched(texts: Iterable[str], quiet: bool) -> Iterator[str]:
 
 
 @dataclass
-class AllBut(Sequence[str]):
+class AllBut(_Texts):
     """Texts without some of them.
 
     Attributes:
@@ -166,10 +183,8 @@ class AllBut(Sequence[str]):
     def __len__(self) -> int:
         return len(self.texts) - len(self.left_out)
 
-    def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected a text from 0 to {len(self) - 1}, got {i}")
-        return self.texts[i + bisect_right(self._before, i)]
+    def _at(self, place: int) -> str:
+        return self.texts[place + bisect_right(self._before, place)]
 
     def __iter__(self) -> Iterator[str]:
         left_out = set(self.left_out)

@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.run(options)
         return 0
     except VocabdistilError as error:
-        if not isinstance(error, FirstFailed) and (have_met() or not follows()):
+        if not isinstance(error, FirstFailed) and (not follows() or have_met()):
             _print_line(f"vocabdistil: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -20,7 +20,7 @@ from . import report
 
 OPERATIONS = (
     "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive",
-    "pooled_loss", "similarity_loss", "relation_loss", "attention_loss", "remap", "align",
+    "pooled_loss", "similarity_loss", "relation_loss", "attention_loss", "remap", "align", "collate",
 )  # fmt: skip
 ALIASES = {"span_kl": "span_loss"}
 

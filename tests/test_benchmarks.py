@@ -13,6 +13,7 @@ import vocabdistil as vd
 from benchmarks import (
     _losses,
     align,
+    collate,
     harness,
     linear_matched_kl,
     matched_kl,
@@ -255,6 +256,18 @@ def test_align_of_texts_is_timed_against_two_calls_of_the_tokenizer(method):
     case = Case("tiny", lambda device: problem, torch.int64, ("run",))
     rows = harness.run_case("align", case, CPU, ["reference", "ours"], quick=True)
     assert not any(row["error"] for row in rows) and float(rows[1]["speedup_vs_reference"]) > 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_making_batches_is_timed_against_reading_them(whole, teacher_folder, demo_lines):
+    from transformers import AutoTokenizer
+
+    teacher = AutoTokenizer.from_pretrained(teacher_folder)
+    problem = collate.problem(teacher, teacher, demo_lines[:5], whole)
+    rows = harness.run_case(
+        "collate", Case("tiny", lambda device: problem, torch.int64, ("run",)), CPU, ["reference", "ours"], quick=True
+    )
+    assert not any(row["error"] for row in rows) and all(float(row["tokens_per_s"]) > 0 for row in rows)
 
 
 def test_remap_of_a_fixed_width_is_that_of_the_cpu(monkeypatch):

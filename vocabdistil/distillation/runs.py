@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _WEIGHTS, _OTHERS = "model.safetensors", "training_arguments"
-# Processes that make batches for a GPU: one makes more of them in a second than it reads (benchmarks/collator.py).
+# Processes that make batches for a GPU: see benchmarks/collate.py.
 _WORKERS = 2
 # What transformers calls them.
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

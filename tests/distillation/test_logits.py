@@ -237,3 +237,27 @@ def test_bfloat16(mode, teacher_folder, text_file, tmp_path):
 def test_unknown_mode(teacher_folder, text_file, tmp_path):
     with pytest.raises(VocabdistilError, match="logits: expected match, reduce, reduce-map or none, got 'all'"):
         vd.distill(**options(teacher_folder, text_file, tmp_path / "student", logits="all"))
+
+
+def test_a_trainer_of_ones_own(setting, demo_lines, tmp_path):
+    """A plain collator and data set: what is hidden is drawn in the step, and an evaluation has a loss too."""
+    make, model, _ = setting
+    objective = make("match")
+    tokenizers = [teacher.tokenizer for teacher in objective.teachers]
+    tokenizer = train_vocabulary(tokenizers[0], demo_lines, PRESET.vocab_size).tokenizer
+    collator = DistillCollator(tokenizers, tokenizer, objective.tables, objective.matched, 32, 64)
+    rows = [{"text": line} for line in demo_lines[:32]]
+    arguments = vd.DistillTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-3, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = DistillTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8], data_collator=collator,
+        objective=objective,
+    )  # fmt: skip
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 2 and all(row["mlm"] > 0 and row["logits_kl"] > 0 for row in logged)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert trainer.evaluate()["eval_loss"] > 0

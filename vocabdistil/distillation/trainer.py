@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -62,14 +63,22 @@ class DistillTrainer(SeededTrainer):
         Args:
             num_items_in_batch: totals of the step, see :meth:`vocabdistil.Objective.loss`; None: of this batch alone.
         """
-        step = partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=num_items_in_batch)
+        # In an evaluation it is what transformers counts, if anything.
+        totals = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
+        step = partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=totals)
         try:
             loss, terms = model(step=step)
         except VocabdistilError as error:
             raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
-        if num_items_in_batch is not None:
+        if totals is not None:
             # Gradients of several processes are averaged.
             size = self.args.world_size
             loss, terms = loss * size, {name: value * size for name, value in terms.items()}
-        self.note(terms)
+        if model.training:
+            self.note(terms)
         return (loss, {"terms": terms}) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch on which nothing is learned; there are no predictions to be returned."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None

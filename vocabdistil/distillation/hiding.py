@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..alignment.masking import IGNORE, mask_tokens
 from ..alignment.spans import SpanPairs
+from ..core.errors import need
 from ..core.seeds import mix_seed
 
 __all__ = ["Hiding", "counts_of", "positions_of"]
@@ -46,13 +47,15 @@ class Hiding:
         if self.probabilities is None:
             nothing = [None] * len(self.teacher_masks)
             return {**batch, "labels": None, "hidden_pairs": nothing, "hidden_positions": nothing}
+        need(self.mask_id is not None, "mask_id", "the student's MASK beside mask_probabilities", self.mask_id)
+        assert self.mask_id is not None
         ids, size = batch["student_ids"].clone(), batch["teacher_ids"][0].shape[0]
         numbers = batch.get("numbers", range(size))
         draws = [torch.Generator(ids.device).manual_seed(mix_seed(seed, number)) for number in numbers]
         own, attended = ids[-size:], batch["student_mask"][-size:] != 0
         labels = torch.full_like(ids, IGNORE)
         for text, label, mask, draw in zip(own, labels[-size:], attended, draws, strict=True):
-            text[mask], label[mask] = self._mask(text[mask], draw)
+            text[mask], label[mask] = self._mask(text[mask], self.probabilities, self.mask_id, draw)
         became_mask = ((labels[-size:] != IGNORE) & (own == self.mask_id)).flatten()
         teacher_ids, hidden_pairs = [], []
         for t, seen in enumerate(batch["teacher_ids"]):
@@ -73,14 +76,13 @@ class Hiding:
             "hidden_positions": [None if pairs is None else positions_of(pairs) for pairs in hidden_pairs],
         }
 
-    def _mask(self, ids: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _mask(ids: Tensor, probabilities: Tensor, mask_id: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """``[L]`` of a text without padding, which would change the draw -> what the student reads, and its labels."""
         # Of few tokens, rounded up, too many would be hidden, and rounded down none.
         count = math.floor(_HIDDEN * len(ids) + float(torch.rand((), generator=draw, device=ids.device)))
         share = max(count - 0.5, 0.0) / max(len(ids), 1)
-        masked = mask_tokens(
-            ids[None], self.probabilities, self.mask_id, mlm_probability=share, generator=draw
-        )
+        masked = mask_tokens(ids[None], probabilities, mask_id, mlm_probability=share, generator=draw)
         return masked.input_ids[0], masked.labels[0]
 
     def _hide(
@@ -93,6 +95,8 @@ class Hiding:
         draws: Sequence[torch.Generator],
     ) -> SpanPairs:
         """Hides tokens of teacher ``t`` in both ids, in place; returns the pairs to compare."""
+        mask_id, teacher_mask = self.mask_id, self.teacher_masks[t]
+        assert mask_id is not None and teacher_mask is not None
         own = self._equal(t, batch).to(teacher_ids.device)
         own_hidden = became_mask[own.student_start.long()]
         hidden = torch.zeros(teacher_ids.numel(), dtype=torch.bool, device=teacher_ids.device)
@@ -107,10 +111,10 @@ class Hiding:
                 for count, draw in zip(each, draws, strict=True)
             ]
             hidden[reduce.teacher_start[several & torch.cat(drawn)].long()] = True
-        teacher_ids.masked_fill_(hidden.view_as(teacher_ids), self.teacher_masks[t])
+        teacher_ids.masked_fill_(hidden.view_as(teacher_ids), teacher_mask)
         if batch["reduce_pairs"]:
             reduced = _choose(reduce, hidden[reduce.teacher_start.long()])
-            reduce_ids.view(-1)[positions_of(reduced)[0]] = self.mask_id
+            reduce_ids.view(-1)[positions_of(reduced)[0]] = mask_id
         return _choose(own, own_hidden) if self.mode == "match" else reduced
 
     def _equal(self, t: int, batch: dict[str, Any]) -> SpanPairs:
@@ -119,7 +123,9 @@ class Hiding:
         pairs, size = batch["own_pairs"][t], len(batch["teacher_ids"][t])
         single = (pairs.student_end - pairs.student_start == 1) & (pairs.teacher_end - pairs.teacher_start == 1)
         pairs = _choose(pairs, single)
-        teacher_slots, student_slots = self.slots[t]
+        slots = self.slots[t]
+        assert slots is not None
+        teacher_slots, student_slots = slots
         theirs = _look_up(teacher_slots, batch["teacher_ids"][t], pairs.teacher_start)
         ours = _look_up(student_slots, batch["student_ids"][-size:], pairs.student_start)
         return _choose(pairs, (theirs == ours) & (ours >= 0))

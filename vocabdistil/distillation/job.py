@@ -6,13 +6,14 @@ import contextlib
 import copy
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from ..evaluation.predictions import choose_excerpts, pseudo_perplexity
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.tasks import Pairs, pairs_score, read_pairs
 from ..evaluation.timing import compare_models
+from ..models.architectures import body_of, move
 from ..models.shapes import keep_layers
 from ..models.start import plan_start
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
@@ -59,6 +61,7 @@ from .text import GivenTexts, TextFiles, open_text, sample_text
 from .text_store import TextSplit, TextStore, split_text, stored
 
 if TYPE_CHECKING:
+    from .options import ResolvedConfig
     from .runs import DistillTrainingArguments
 
 __all__ = ["MOST_HELD_OUT", "Interrupted", "distill"]
@@ -104,7 +107,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         return run.finish()
 
 
-def _cache_folders(config: DistillConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[Path, Teacher]]:
+def _cache_folders(config: ResolvedConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[Path, Teacher]]:
     """A folder for each teacher, if there are to be any.
 
     Args:
@@ -150,7 +153,7 @@ def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence
 
 def _resolve(
     config: DistillConfig, teachers: Sequence[Teacher], checkpoint: Student | None
-) -> tuple[DistillConfig, bool]:
+) -> tuple[ResolvedConfig, bool]:
     """The options with everything said that a recipe says, and whether the student has an MLM head to train."""
     first = teachers[0]
     tokenizer = first.tokenizer
@@ -164,8 +167,8 @@ def _resolve(
             return checkpoint.learns_words
         return (config.shape is not None or first.masked_lm is not None) and tokenizer.mask_token_id is not None
 
-    config = config.resolved(has_head(config) and any(teacher.masked_lm is not None for teacher in teachers))
-    return config, has_head(config)
+    resolved = config.resolved(has_head(config) and any(teacher.masked_lm is not None for teacher in teachers))
+    return resolved, has_head(resolved)
 
 
 @dataclass
@@ -206,7 +209,7 @@ class _Run:
     """
 
     asked: DistillConfig
-    config: DistillConfig
+    config: ResolvedConfig
     given: TextFiles | GivenTexts
     sources: list[Source]
     whitened: list[Source]
@@ -224,16 +227,16 @@ class _Run:
     caches: list[TeacherCache] = field(init=False)
 
     @classmethod
-    def begin(cls, config: DistillConfig, processes: Processes) -> _Run:
+    def begin(cls, asked: DistillConfig, processes: Processes) -> _Run:
         """Loads the teachers, and opens the folder of the run once all that can be checked has been, but for the text,
         which is read into that folder."""
         started = time.monotonic()
-        looked = processes.lead(config.look, send=False)
-        given = looked if processes.main else open_text(config.text, config.unit)
-        sources = load_sources(config)
+        looked = processes.lead(asked.look, send=False)
+        given = looked if processes.main else open_text(asked.text, asked.unit)
+        sources = load_sources(asked)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
-        checkpoint = load_student(config.student, config) if config.student is not None else None
-        asked, (config, head) = config, _resolve(config, teachers, checkpoint)
+        checkpoint = load_student(asked.student, asked) if asked.student is not None else None
+        config, head = _resolve(asked, teachers, checkpoint)
         kept: list[int] = []
         if config.shape is None and config.student is None:
             kept = config.kept_layers(first.model.config, max(1, first.num_layers // 2))
@@ -299,7 +302,7 @@ class _Run:
             return mine[0] if send else None, self.folder.record
 
         value, self.folder.record = self.processes.lead(told)
-        return mine[0] if mine else value
+        return mine[0] if mine else cast("_T", value)
 
     def finish(self) -> DistillResult:
         self.whiten()
@@ -359,7 +362,7 @@ class _Run:
         )
         if config.shape is not None and not config.weights.needs_head:
             # Nobody would have trained it.
-            student.model = student.model.base_model
+            student.model = body_of(student.model)
         self.say.print(report.start_line(student.report["tokens"]))
         return student
 
@@ -369,9 +372,10 @@ class _Run:
         if "vocabulary" not in self.record:
             self.say.status("Making the student's vocabulary")
             config, source = self.config, self.sources[0]
+            assert config.vocabulary is not None  # without a checkpoint the recipe says it
             made = make_vocabulary(
                 config.vocabulary, source.teacher.tokenizer, self.texts, config.size, config.family, source.prompts,
-                source.teacher.model.get_input_embeddings().weight, config.seed,
+                source.teacher.embedding, config.seed,
             )  # fmt: skip
             save_tokenizer(made.tokenizer, folder)
             if made.kept is not None:
@@ -411,7 +415,7 @@ class _Run:
         for teacher, table, matched in zip(self.teachers, vocabularies.tables, vocabularies.matched, strict=True):
             tokenizers = (teacher.tokenizer, student.tokenizer)
             found = coverage(self.held_out, *tokenizers, methods, table=table, matched=matched)
-            self.say.print(*report.coverage_tables((teacher.name, self.config.out), tokenizers, found))
+            self.say.print(*report.coverage_tables((teacher.name, os.fspath(self.config.out)), tokenizers, found))
             reports.append(found.as_dict())
         return reports
 
@@ -431,7 +435,7 @@ class _Run:
             student.model, widths, assignments, config.seed, config.train_projection, student.projection
         ).to(device)
         for teacher in teachers:
-            teacher.whole.to(device)
+            move(teacher.whole, device)
         shares = config.teacher_weights or [1.0] * len(teachers)
         objective = Objective(
             teachers,
@@ -446,7 +450,7 @@ class _Run:
             caches=self.caches,
         )
         if objective.weights.attention:
-            for body in (student.model.base_model, *(teacher.model for teacher in teachers)):
+            for body in (body_of(student.model), *(teacher.model for teacher in teachers)):
                 give_attention_maps(body)
         if masked:
             counts = self.lead(lambda: count_tokens(tokenizer, sample_text(self.split.train, config.seed)))
@@ -492,7 +496,7 @@ class _Run:
         training.objective.scales = self.record["scales"]
         with torch.no_grad():
             for key, weight in (load_file(fitted) if fitted.exists() else {}).items():
-                training.model.projections[key].weight.copy_(weight)
+                training.model.linears[key].weight.copy_(weight)
 
     def _calibrate(self, student: Student, training: _Training, fitted: Path) -> None:
         model, objective = training.model, training.objective
@@ -549,7 +553,7 @@ class _Run:
                 small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
             found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.model.parameters()))
         static = mean_of_embeddings(source.teacher, start.rows, student.tokenizer)
-        width = source.teacher.model.get_input_embeddings().weight.shape[1]
+        width = source.teacher.embedding.shape[1]
         found["mean of input embeddings"] = measure(static, len(student.tokenizer) * width)
         return found
 
@@ -696,6 +700,7 @@ class _Run:
         Args:
             model: whose projection stands behind the pooling, where the teacher's folder says how vectors are made.
         """
+        assert self.dev is not None
         reader.prompt, settings = self.teachers[0].prompt, self.sources[0].sentence
         projection = (model.projection(0), model.projection_bias(0)) if model is not None and settings else (None, None)
         return pairs_score(reader, self.dev, self.config.max_length, settings, *projection)["spearman"]
@@ -715,8 +720,8 @@ class _Run:
 
         def similarities(reader: Teacher) -> Tensor:
             reader.prompt = prompt
-            vectors = (pooled(reader, [prompt + text for text in side], most, source.sentence) for side in pairs)
-            return cosine_similarity(*vectors)
+            whole, less = (pooled(reader, [prompt + text for text in side], most, source.sentence) for side in pairs)
+            return cosine_similarity(whole, less)
 
         theirs = similarities(source.teacher)
 
@@ -881,4 +886,4 @@ class _Training:
         return self.model.as_teacher(self.collator.student)
 
     def projections(self) -> dict[str, Tensor]:
-        return {key: linear.weight.detach().cpu().contiguous() for key, linear in self.model.projections.items()}
+        return {key: linear.weight.detach().cpu().contiguous() for key, linear in self.model.linears.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.architectures import body_of
 from ..models.teachers import Reading, Teacher, head_input, read_body
 from ..reference.layers import LayerAssignment
 from ..reference.mlm import mlm_loss
@@ -29,6 +30,8 @@ class DistillModel(nn.Module):
         known: weight ``[D_t, D_s]`` and bias ``[D_t]`` or None of the first teacher's last assignment, where the start
             came with them.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class DistillModel(nn.Module):
         self.register_buffer("bias", None, persistent=False)
         if known is not None:
             with torch.no_grad():
-                self.projections[self._known].weight.copy_(known[0])
+                self.linears[self._key(0, -1)].weight.copy_(known[0])
             self.bias = known[1]
 
     def _key(self, teacher: int, assignment: int) -> str:
@@ -73,7 +76,12 @@ class DistillModel(nn.Module):
     def projection(self, teacher: int, assignment: int = -1) -> Tensor | None:
         """``[D_t, D_s]``, or None where the widths are equal."""
         key = self._key(teacher, assignment)
-        return self.projections[key].weight if key in self.projections else None
+        return self.linears[key].weight if key in self.linears else None
+
+    @property
+    def linears(self) -> Mapping[str, nn.Linear]:
+        """``projections``, which are linear layers."""
+        return cast("Mapping[str, nn.Linear]", self.projections)
 
     @property
     def num_layers(self) -> int:
@@ -126,7 +134,7 @@ class DistillModel(nn.Module):
 
     def as_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher:
         """The student as whatever looks at finished models sees it."""
-        return Teacher("student", self.student.base_model, tokenizer, self.student if self.has_head else None)
+        return Teacher("student", body_of(self.student), tokenizer, self.student if self.has_head else None)
 
     def forward(self, *args: Any, step: Callable[[DistillModel], Any] | None = None, **kwargs: Any) -> Any:
         """:meth:`read`, or a whole step.
@@ -157,6 +165,6 @@ class DistillModel(nn.Module):
             What was read, and the loss on the labels or None.
         """
         reading = read_body(
-            self.student.base_model, input_ids, attention_mask, self.all_layers, projections, attentions
+            body_of(self.student), input_ids, attention_mask, self.all_layers, projections, attentions
         )
         return reading, None if labels is None else mlm_loss(reading.last, labels, self.logits, positions=masked)

@@ -239,6 +239,7 @@ class Objective:
             ours = model.before_output(student.last[rows].flatten(0, 1)[positions])
             if self.mode != "match":
                 ours = span_mean(ours, start, end)
+            assert reading.head is not None
             theirs = reading.head.flatten(0, 1)[pairs.teacher_start.long()]
             match = self.mode == "match"
             count = len(batch["masked"]) if match else len(pairs)
@@ -271,7 +272,8 @@ class Objective:
         if len(ours) > step:
             # Computed anew in backward: kept until then, the chunks would take what all rows at once do.
             chunk_kl = partial(checkpoint, chunk_kl, use_reentrant=False, preserve_rng_state=False)
-        return sum(chunk_kl(a, b) for a, b in zip(ours.split(step), theirs.split(step), strict=True))
+        chunks = zip(ours.split(step), theirs.split(step), strict=True)
+        return sum((chunk_kl(a, b) for a, b in chunks), ours.new_zeros(()))
 
     def compare(
         self,
@@ -362,6 +364,7 @@ class Objective:
         for t, reading in enumerate(taught):
             group = model.assignments[t]
             pairs = batch["own_pairs"][t].to(student.last.device)
+            assert student.attentions is not None and reading.attentions is not None
             for assignment in group:
                 # Maps have no embedding layer.
                 ours = [student.attentions[k - 1][-size:] for k in assignment.student if k]

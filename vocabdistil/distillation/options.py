@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from ..alignment.loading import look_at_tokenizer
 from ..core import options as kinds
@@ -491,7 +491,7 @@ class DistillConfig(StudentOptions):
         need(fine, "weights", "numbers of at least 0, one above", weights)
         return weights
 
-    def resolved(self, head: bool) -> DistillConfig:
+    def resolved(self, head: bool) -> ResolvedConfig:
         """The same with everything said that was left to the recipe, but for the rate, which depends on the body.
 
         Args:
@@ -508,7 +508,7 @@ class DistillConfig(StudentOptions):
                 changes["preset"] = recipe.preset
             if self.vocabulary is None:
                 changes["vocabulary"] = recipe.vocabulary
-        return replace(self, weights=self.recipe_weights(recipe), **changes)
+        return cast("ResolvedConfig", replace(self, weights=self.recipe_weights(recipe), **changes))
 
     @property
     def shape(self) -> Preset | None:
@@ -546,6 +546,20 @@ class DistillConfig(StudentOptions):
         free |= {"time_batch", "time_length", "language", "license"}
         free |= {"logits", "prompt"}  # what these mean depends on the teachers
         return {name: value for name, value in self.settings().items() if name not in free}
+
+
+if TYPE_CHECKING:
+
+    class ResolvedConfig(DistillConfig):
+        """What is known of the options once the recipe has said its part: see :meth:`DistillConfig.resolved`."""
+
+        whiten: float
+        batch_size: int
+        warmup: float
+        schedule: str
+        temperature: float
+        weights: LossWeights
+        layer_map: str
 
 
 @dataclass

@@ -183,14 +183,15 @@ class RunFolder:
         check_out(out, overwrite, resume=resume)
         path = _partial(out)
         fresh = not os.path.lexists(path)
-        self = cls(out, path, {}, False, FileLock(str(path / _LOCK)))
+        lock = FileLock(str(path / _LOCK))
+        self = cls(out, path, {}, False, lock)
         identity = json.loads(json.dumps(identity))
         if not fresh and not (path / _LOCK).exists():
             # Nobody writes there, and what is refused stays as it is, without a lock.
             self._record(identity, resume, overwrite)
         try:
             self._made = make_folder(path)
-            self._lock.acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout:
             raise VocabdistilError.of("out", f"{out} is being written by {_holder(path)}") from None
         except OSError as error:
@@ -203,7 +204,7 @@ class RunFolder:
         except BaseException:
             if fresh:
                 self._remove()
-            self._lock.release()
+            lock.release()
             raise
         return self
 

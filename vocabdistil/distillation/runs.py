@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -67,7 +67,7 @@ class SeededTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any):
         if getattr(self.args, "in_order", False):
-            return SequentialSampler(self.train_dataset)
+            return SequentialSampler(cast("Sized", self.train_dataset))
         return super()._get_train_sampler(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,9 +92,14 @@ class SeededTrainer(Trainer):
             self._sums, self._steps_noted = {}, 0
         super().log(logs, *args, **kwargs)
 
+    @property
+    def _run_folder(self) -> Path:
+        # Never None: TrainingArguments name a folder where nobody else does.
+        return Path(cast("str", self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The base class cannot save tied weights of a module that is no PreTrainedModel.
-        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        folder, model = Path(output_dir or self._run_folder), self.accelerator.unwrap_model(self.model)
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +114,7 @@ class SeededTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # each writes a part
         if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            seal(self._run_folder / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

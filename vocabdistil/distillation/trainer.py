@@ -27,6 +27,8 @@ class DistillTrainer(SeededTrainer):
     process, unless the collator has hidden it.
     """
 
+    objective: Objective
+
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
@@ -56,7 +58,7 @@ class DistillTrainer(SeededTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: dict[str, Any] | None = None,
+        num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """

@@ -12,6 +12,7 @@ import vocabdistil as vd
 from tests.runs import at_step, interrupt, options
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation import job, runs, trainer
+from vocabdistil.distillation.command import command_of
 from vocabdistil.distillation.mixing import SHARES
 from vocabdistil.distillation.runs import Interrupted
 from vocabdistil.distillation.teacher_cache import TeacherCache
@@ -247,10 +248,25 @@ def test_any_training_argument_can_be_given(headless_folder, text_file, tmp_path
     assert "--training-arguments" in card and "gradient_checkpointing=true" in card
 
 
+def test_lists_among_training_arguments_are_told_in_python():
+    options = vd.DistillConfig(teacher="t", text=["t.txt"], out="o", training_arguments={"report_to": ["a", "b"]})
+    language, text = command_of("distill", options, ["t.txt"])
+    assert language == "python" and "training_arguments={'report_to': ['a', 'b']}" in text
+
+
+def test_how_a_run_is_carried_out_may_change_between_its_parts():
+    def identity(given):
+        return vd.DistillConfig(teacher="t", text=["t.txt"], out="o", training_arguments=given).identity()
+
+    assert identity("report_to=none,fsdp=true") == identity("") == identity({})
+    assert identity("optim=sgd") == identity({"optim": "sgd"}) != identity("")
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [("dataloader_workers=1", "dataloader_workers"), ("learning_rate=1", "learning_rate"), ("optim=adamx", "adamx"),
-     ("optim", "NAME=VALUE"), (7, "int")],
+     ("optim", "NAME=VALUE"), (7, "int"), ("report_to=bogus", "bogus"), ("save_only_model=true", "save_only_model"),
+     ("fsdp=true", "training_arguments"), ({"logging_dir": object()}, "JSON")],
 )  # fmt: skip
 def test_training_arguments_that_cannot_be(given, named, headless_folder, text_file, tmp_path):
     with pytest.raises(VocabdistilError, match=named):

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import vocabdistil as vd
-from tests.runs import options
+from tests.runs import at_step, interrupt, options
 from vocabdistil.core.processes import Processes
-from vocabdistil.distillation.run_folder import last_checkpoint
+from vocabdistil.distillation.run_folder import Interrupted, last_checkpoint
 
 BODY = {"preset": None, "layers": 1, "vocabulary": "train", "vocab_size": 150}
 BODY |= {"whiten": 0.0, "lr": 1e-4, "log_every": 1}
@@ -106,6 +106,20 @@ def test_a_process_that_is_killed_ends_the_run_and_another_number_continues_it(s
     assert result.metrics["steps"] == step + 3
     rows = losses(result.path)
     assert len(rows) >= 3 and all(row["loss"] > 0 for row in rows)
+
+
+def test_one_process_begins_and_two_continue(still_teacher, text_file, tmp_path, monkeypatch):
+    base = options(still_teacher, text_file, tmp_path / "whole", **BODY)
+    base |= {"recipe": "embedding", "steps": 6, "save_every": 2, "batch_size": 8}
+    whole = vd.distill(**base)
+    at_step(monkeypatch, 2, interrupt)
+    with pytest.raises(Interrupted):
+        vd.distill(**base | {"out": tmp_path / "parts"})
+    monkeypatch.undo()
+    process = launch(base | {"out": tmp_path / "parts", "resume": True})
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert_same_run(whole.path, tmp_path / "parts")
 
 
 def test_a_failed_start_is_said_once_and_leaves_nothing(still_teacher, text_file, tmp_path):

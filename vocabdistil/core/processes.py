@@ -79,8 +79,8 @@ class Processes:
             on_gpu = device != "cpu" and torch.cuda.is_available()
             if on_gpu:
                 torch.cuda.set_device(local)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
-        # What is agreed on beside the training must not wait for a device.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        # What is agreed on beside the training must not wait for a device, and may wait for long.
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size(), local, group)
 

@@ -35,7 +35,8 @@ def _plain(value: Any) -> Any:
 def command_of(command: str, options: StudentOptions, files: Sequence[str] | None) -> tuple[str, str]:
     """The language (``"bash"`` or ``"python"``) and the text of what makes the same student again.
 
-    A call in Python where the command line cannot say it: texts that were in no file, a preset of one's own.
+    A call in Python where the command line cannot say it: texts that were in no file, a preset of one's own, lists
+    among training arguments.
 
     Args:
         command: ``"trim"`` or ``"distill"``.
@@ -48,7 +49,11 @@ def command_of(command: str, options: StudentOptions, files: Sequence[str] | Non
         if field.name not in _FREE and value != default:
             given[field.name] = _plain(value)
     presets = any(isinstance(value, Preset) for value in given.values())
-    if files is None or presets:
+    mappings = {name: value for name, value in vars(options).items() if name in given and isinstance(value, Mapping)}
+    nested = any(isinstance(item, (list, tuple, Mapping)) for value in mappings.values() for item in value.values())
+    if nested:  # for which there is no NAME=VALUE
+        given |= {name: dict(value) for name, value in mappings.items()}
+    if files is None or presets or nested:
         return "python", _call(command, options, files, given, presets)
     parts = [f"vocabdistil {command}"]
     parts += [_option("teacher", teacher) for teacher in names_of(options.teacher)]

@@ -58,8 +58,8 @@ class _Zstd(io.RawIOBase):
     The readers that packages bring take a file that ends too early for a shorter one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._make, self._error = _zstd(path)
+    def __init__(self, path: Path, make: Callable[[], Any], error: type[Exception]) -> None:
+        self._make, self._error = make, error
         self._file, self._engine, self._left, self._ready = open(path, "rb"), self._make(), b"", b""
 
     def readable(self) -> bool:
@@ -106,7 +106,7 @@ def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
 
 _PACKED: dict[bytes, Callable[[Path], BinaryIO]] = {
     b"\x1f\x8b": lambda path: cast(BinaryIO, gzip.open(path, "rb")),
-    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path)),
+    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path, *_zstd(path))),
 }
 
 

@@ -54,7 +54,7 @@ from .objective import Objective
 from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
 from .recipes import RECIPES, LossWeights
-from .run_folder import Diverged, Interrupted, RunFolder, checkpoint_step, last_checkpoint
+from .run_folder import Diverged, Interrupted, OtherRun, RunFolder, checkpoint_step, last_checkpoint
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
 from .teacher_cache import TeacherCache
 from .text import GivenTexts, TextFiles, open_text, sample_text
@@ -124,6 +124,12 @@ def _cache_folders(config: ResolvedConfig, teachers: Sequence[Teacher], mode: st
     given = (spell("recipe", config.recipe), spell("layer_map", config.layer_map), spell("logits", mode))
     need(last and not hides, "cache_teacher", needed, ", ".join(given))
     return list(zip(cache_folders(config.cache_teacher, len(teachers)), teachers, strict=True))
+
+
+def _device(config: DistillConfig, processes: Processes) -> torch.device:
+    """What a process trains on."""
+    on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda", processes.local_rank) if on_gpu else torch.device("cpu")
 
 
 def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence[Teacher], head: bool) -> str:
@@ -246,9 +252,9 @@ class _Run:
         dev = read_pairs(config.dev, "dev") if config.dev is not None else None
         cached = _cache_folders(config, teachers, mode)
         if config.other_arguments:
-            from .runs import training_arguments  # brings transformers' trainer, which takes a while to import
+            from .runs import try_arguments  # brings transformers' trainer, which takes a while to import
 
-            training_arguments(Path(config.out), steps=1, batch_size=1, lr=1.0, seed=0, others=config.other_arguments)
+            try_arguments(config.other_arguments, _device(config, processes))
         whitened = sources_to_whiten(config, sources, asked.whiten is not None)
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt}
         opened: list[RunFolder] = []
@@ -426,8 +432,7 @@ class _Run:
         expected = f"a tokenizer with a mask_token for {spell('logits', self.mode)}"
         need(possible, "vocabulary", expected, config.vocabulary)
         masked = student.learns_words and config.weights.needs_head
-        on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-        device = torch.device("cuda", self.processes.local_rank) if on_gpu else torch.device("cpu")
+        device = _device(config, self.processes)
         reader = student.as_teacher()
         assignments = [self.assignments(student, teacher) for teacher in teachers]
         widths = [teacher.width for teacher in teachers]
@@ -667,10 +672,12 @@ class _Run:
         another number of processes; then a step keeps its texts.
 
         Raises:
-            VocabdistilError: they cannot be shared out evenly.
+            OtherRun: they cannot be shared out evenly.
         """
         texts, size, most = self.record["texts_per_step"], self.processes.size, self.config.batch_size
-        need(texts % size == 0, "resume", f"a number of processes that divides the {texts} texts of a step", size)
+        if texts % size:
+            problem = f"expected a number of processes that divides the {texts} texts of a step, got {size}"
+            raise OtherRun.of("resume", problem)  # goes on in another
         batch = max(part for part in range(1, min(most, texts // size) + 1) if texts // size % part == 0)
         return batch, texts // size // batch
 

@@ -113,7 +113,9 @@ class DistillModel(nn.Module):
         return list(dict.fromkeys(type(layer).__name__ for layer in max(stacks, key=len, default=())))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As of the student's class in ``transformers``."""
+        """As of the student's class in ``transformers``, but that layers are not run again as a part of the graph of
+        their own, which DDP would take for a second use of their weights."""
+        kwargs = {name: {"use_reentrant": False} if value is None else value for name, value in kwargs.items()}
         self._student("activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

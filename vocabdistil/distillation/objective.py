@@ -168,7 +168,7 @@ class Objective:
         if "labels" not in batch:
             batch = self.mask(batch, seed)
         if totals is not None:
-            counts = counts_of(batch)
+            counts = batch["counts"] if "counts" in batch else counts_of(batch)
             shares = {name: count / at_least_one(totals[name]) for name, count in counts.items()}
             batch = {**batch, "shares": shares}
         taught = self.teach(model, batch, head=True)

@@ -91,6 +91,12 @@ _WEIGHTS_HELP = (
 _ARGUMENTS_HELP = (
     "more of transformers.TrainingArguments: report_to=tensorboard,gradient_checkpointing=true,fsdp=true ..."
 )
+# Training arguments with which a run computes the same: it may go on with others.
+_HOW = {
+    "activation_checkpointing", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "ddp_timeout", "deepspeed", "fsdp", "fsdp_config", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "logging_dir", "report_to", "run_name",
+}  # fmt: skip
 _LOGITS_HELP = f"where output distributions are learned: {kinds.listed(LOGITS)} (default: match if possible)"
 
 
@@ -137,6 +143,8 @@ def plain(value: Any) -> Any:
         return int(value) if isinstance(value, Integral) else float(value)  # numpy has numbers of its own
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -472,6 +480,10 @@ class DistillConfig(StudentOptions):
         """
         given, name = self.training_arguments, "training_arguments"
         if isinstance(given, Mapping):
+            try:
+                json.dumps(plain(given))
+            except (TypeError, ValueError) as error:
+                raise VocabdistilError.of(name, f"expected values that JSON has: {error}") from None
             return dict(given)
         need(isinstance(given, str), name, "a mapping, or NAME=VALUE with commas between them", type(given).__name__)
         parts = [part.partition("=") for part in given.split(",") if part.strip()]
@@ -545,7 +557,10 @@ class DistillConfig(StudentOptions):
         free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
         free |= {"time_batch", "time_length", "language", "license"}
         free |= {"logits", "prompt"}  # what these mean depends on the teachers
-        return {name: value for name, value in self.settings().items() if name not in free}
+        others = {name: plain(value) for name, value in self.other_arguments.items() if name not in _HOW}
+        return {
+            name: value for name, value in {**self.settings(), "training_arguments": others}.items() if name not in free
+        }
 
 
 if TYPE_CHECKING:

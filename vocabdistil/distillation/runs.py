@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -32,8 +33,17 @@ __all__ = [
     "fit",
     "seconds_per_step",
     "training_arguments",
+    "try_arguments",
 ]
 
+# Seconds after which a signal is another one, where there are several processes.
+_SECOND_SIGNAL = 5.0
+# Fields of TrainingArguments that would undo what a run promises: to be resumed exactly, with so many texts in a step.
+_REFUSED = {
+    "accelerator_config", "auto_find_batch_size", "do_eval", "do_predict", "do_train", "eval_strategy",
+    "ignore_data_skip", "load_best_model_at_end", "num_train_epochs", "push_to_hub", "resume_from_checkpoint",
+    "save_only_model", "save_strategy",
+}  # fmt: skip
 _WEIGHTS, _OTHERS = "model.safetensors", "training_arguments"
 # Processes that make batches for a GPU: see benchmarks/collate.py.
 _WORKERS = 2
@@ -59,6 +69,11 @@ class SeededTrainer(Trainer):
         self._steps_noted = 0
         self._micro = (-1, 0)
         self.step_seed = self.seed_of(0)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any):
+        # transformers 4 would take that of the checkpoint, which another number of processes may have written.
+        size = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
+        return super()._inner_training_loop(size, *args, **kwargs)
 
     def seed_of(self, micro: int) -> int:
         """Of a batch of the next step in this process."""
@@ -133,12 +148,14 @@ class _StopOnSignal(TrainerCallback):
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.received: int | None = None
-        self.stops = False
+        self.stops, self._since = False, 0.0
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        # A launcher that is told to stop tells its processes, which may have been told themselves.
+        elif self.processes.size == 1 or time.monotonic() - self._since > _SECOND_SIGNAL:
             raise KeyboardInterrupt
-        self.received = number
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -233,13 +250,25 @@ def training_arguments(
     }
     # A GPU should not wait for its batches to be made.
     defaults = {"dataloader_pin_memory": on_gpu, "dataloader_num_workers": _WORKERS if on_gpu else 0}
-    known = {f.name for f in fields(DistillTrainingArguments) if f.init} - ours.keys()
+    known = {f.name for f in fields(DistillTrainingArguments) if f.init} - ours.keys() - _REFUSED
     for name in others or {}:
-        need(name in known, _OTHERS, "fields of transformers.TrainingArguments that have no option here", name)
+        need(name in known, _OTHERS, "fields of transformers.TrainingArguments that can be given here", name)
     try:
         return DistillTrainingArguments(**defaults | dict(others or {}) | ours)
     except (TypeError, ValueError, ImportError) as error:
         raise VocabdistilError.of(_OTHERS, f"{error}") from None
+
+
+def try_arguments(others: Mapping[str, Any], device: torch.device) -> None:
+    """Raises VocabdistilError where a trainer would not begin with such fields of ``TrainingArguments``."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            Path(folder), steps=1, batch_size=1, lr=1.0, seed=0, device=device, others=others
+        )
+        try:
+            SeededTrainer(model=nn.Linear(1, 1), args=arguments).create_optimizer()
+        except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+            raise VocabdistilError.of(_OTHERS, f"{error}") from None
 
 
 def seconds_per_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError
+from ..core.seeds import mix_seed
 from .hiding import counts_of
 from .objective import Objective
 from .runs import SeededTrainer
@@ -32,6 +32,8 @@ class DistillTrainer(SeededTrainer):
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self._totals: dict[str, Any] | None = None
+        self._evaluated = 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """The batches of a step, and of what they have to learn from the totals over all processes."""
@@ -40,10 +42,11 @@ class DistillTrainer(SeededTrainer):
         for micro, batch in enumerate(batches):
             if "labels" not in batch:
                 batch = self.objective.mask(batch, self.seed_of(micro))
-            ready.append({"counts": counts_of(batch), **batch})
-        counts = [batch.pop("counts") for batch in ready]
+            ready.append(batch if "counts" in batch else batch | {"counts": counts_of(batch)})
+        counts = [batch["counts"] for batch in ready]
         totals = {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
-        return ready, self._over_processes(totals)
+        self._totals = self._over_processes(totals)
+        return ready, self._totals
 
     def _over_processes(self, totals: dict[str, Any]) -> dict[str, Any]:
         """Their sums; on the device, where nothing waits for them, if there are several."""
@@ -61,12 +64,9 @@ class DistillTrainer(SeededTrainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """
-        Args:
-            num_items_in_batch: totals of the step, see :meth:`vocabdistil.Objective.loss`; None: of this batch alone.
-        """
-        # In an evaluation it is what transformers counts, if anything.
-        totals = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
+        """In training the batch's part of the loss of its step, else its own loss."""
+        # Not every version of transformers hands on what get_batch_samples gave.
+        totals = self._totals if model.training else None
         step = partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=totals)
         try:
             loss, terms = model(step=step)
@@ -80,7 +80,15 @@ class DistillTrainer(SeededTrainer):
             self.note(terms)
         return (loss, {"terms": terms}) if return_outputs else loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._evaluated = 0  # so that the same is hidden every time
+        return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch on which nothing is learned; there are no predictions to be returned."""
+        batch = self._prepare_inputs(inputs)
+        if "labels" not in batch:
+            batch = self.objective.mask(batch, mix_seed(self.args.seed, self._evaluated))
+        self._evaluated += 1
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, batch).detach(), None, None

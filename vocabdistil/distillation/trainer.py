@@ -91,4 +91,6 @@ class DistillTrainer(SeededTrainer):
             batch = self.objective.mask(batch, mix_seed(self.args.seed, self._evaluated))
         self._evaluated += 1
         with torch.no_grad():
-            return self.compute_loss(model, batch).detach(), None, None
+            loss = self.compute_loss(model, batch)
+        assert isinstance(loss, Tensor)
+        return loss.detach(), None, None

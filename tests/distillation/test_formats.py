@@ -39,6 +39,12 @@ def zst(data):
     return zstandard.compress(data[:half]) + zstandard.compress(data[half:])  # two frames are one file too
 
 
+def pzst(data):
+    """As pzstd writes: before each frame one to be skipped, with its size."""
+    frames = [pytest.importorskip("zstandard").compress(part) for part in (data[:9], data[9:])]
+    return b"".join(b"\x50\x2a\x4d\x18\x04\0\0\0" + len(frame).to_bytes(4, "little") + frame for frame in frames)
+
+
 def written(folder, data, name="text.txt"):
     path = folder / name
     path.write_bytes(data)
@@ -61,7 +67,7 @@ def same(data):
     return data
 
 
-@pytest.mark.parametrize("pack", [same, gz, zst])
+@pytest.mark.parametrize("pack", [same, gz, zst, pzst])
 @pytest.mark.parametrize("make", [rows, lambda texts: b"\xef\xbb\xbf\n\n" + rows(texts).replace(b"\n", b"\r\n\n")])
 def test_rows_are_told_by_the_first(tmp_path, pack, make):
     assert read_text([written(tmp_path, pack(make(TEXTS)))]) == TEXTS

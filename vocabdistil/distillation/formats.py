@@ -104,9 +104,11 @@ def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
 
 
+# A frame that holds text, and those to be skipped, with which pzstd begins.
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60)))
 _PACKED: dict[bytes, Callable[[Path], BinaryIO]] = {
     b"\x1f\x8b": lambda path: cast(BinaryIO, gzip.open(path, "rb")),
-    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path, *_zstd(path))),
+    **dict.fromkeys(_ZSTD, lambda path: io.BufferedReader(_Zstd(path, *_zstd(path)))),
 }
 
 

@@ -73,8 +73,8 @@ MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
 # Pairs of a dev set that are enough to choose by: the standard error of their score is then below 0.1.
 _DEV_PAIRS = 100
 _CALIBRATION_TEXTS = 128
-# What layers are fitted to: four times what trim takes, which has no minutes to spend.
-_FITTED_TEXTS, _FITTED_TOKENS = 8192, 2**16
+# What layers are fitted to and vectors whitened by, as far as they are needed.
+_FITTED_TEXTS = 8192
 _DIVERGED = "the training diverged, the student's losses are not finite; try a smaller one"
 
 
@@ -363,9 +363,7 @@ class _Run:
             self.say.print(note)
         self.say.status("Making the student's body")
         texts = self.sample(_FITTED_TEXTS)
-        student = make_student(
-            config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape, _FITTED_TOKENS
-        )
+        student = make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
         if config.shape is not None and not config.weights.needs_head:
             # Nobody would have trained it.
             student.model = body_of(student.model)

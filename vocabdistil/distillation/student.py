@@ -19,7 +19,7 @@ from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
 from ..models.shapes import keep_layers, shape_of
-from ..models.shrinking import TOKENS, shrink
+from ..models.shrinking import shrink
 from ..models.start import plan_start
 from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
@@ -193,7 +193,6 @@ def make_student(
     texts: Sequence[str],
     kept_layers: list[int],
     preset: Preset | None = None,
-    fitted_tokens: int = TOKENS,
 ) -> Student:
     """The stage of the student's body and its start.
 
@@ -203,7 +202,6 @@ def make_student(
         kept_layers: of the teacher, for a body of its own class.
         preset: a DistilBERT of this shape instead: the teacher's layers fitted to it, if there are enough of its kind
             and they are as wide at least; else what can be copied, and the rest fresh.
-        fitted_tokens: how much of the texts layers are fitted to.
     """
     teacher, tokenizer = source.teacher, vocabulary.tokenizer
     start = plan_start(teacher.tokenizer, tokenizer, vocabulary.kept, options.seed)
@@ -215,7 +213,7 @@ def make_student(
         kept_layers = _layers_for(preset, teacher) if options.fit else []
         shape = preset.dim, preset.heads, preset.ffn
     if options.fit and kept_layers:
-        small = shrink(teacher, kept_layers, texts, *shape, options.max_length, fitted_tokens)
+        small = shrink(teacher, kept_layers, texts, *shape, options.max_length)
         teacher, keep = small.teacher, range(len(kept_layers))
         report["explained"] = [round(share, 4) for share in small.explained]
         if small.teacher.width != source.teacher.width:

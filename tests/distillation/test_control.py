@@ -191,12 +191,45 @@ def test_training_that_did_not_help_is_told(headless_folder, text_file, tmp_path
     assert "Warning: training did not help" in said and "To beat: trimmed teacher" in said and "about" in said
 
 
-def test_what_got_worse_is_told(teacher_folder, text_file, tmp_path):
+def test_what_got_worse_is_told(teacher_folder, text_file, tmp_path, monkeypatch):
+    """Weights that a rate has ruined, and that are chosen all the same."""
+    losses = iter([2.0, 1.0])
+    monkeypatch.setattr(job._Run, "examine", lambda self, training: {"loss": next(losses)})
     result = vd.distill(**options(teacher_folder, text_file, tmp_path / "student", lr=0.3, steps=6))
     before, after = result.metrics["before"], result.metrics["after"]
     worse = after["kl_own"] > before["kl_own"]
     assert any("span KL, own tokenization got worse" in line for line in result.metrics["warnings"]) == worse
     assert worse
+
+
+def test_the_start_is_kept_where_nothing_is_better(teacher_folder, text_file, tmp_path, capsys):
+    """A recipe that does not mix start and trained weights, and a rate that ruins these."""
+    changes = {"lr": 0.3, "steps": 12, "save_every": 6, "quiet": False}
+    result = vd.distill(**options(teacher_folder, text_file, tmp_path / "student", **changes))
+    assert result.metrics["best_step"] == 0 and result.metrics["share"] == 0
+    assert result.metrics["after"]["kl_own"] == pytest.approx(result.metrics["before"]["kl_own"])
+    said = capsys.readouterr().out
+    assert "step 0: held-out loss" in said and "the best was step 0" in said
+    assert "Warning: training did not help: the student is what it started from; try more text or a lower" in said
+
+
+def test_a_budget_without_room_for_steps_is_told(headless_folder, text_file, tmp_path, capsys):
+    changes = {**EMBEDDING, "steps": None, "minutes": 0.001, "quiet": False}
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
+    assert result.metrics["steps"] == 1
+    assert "leaves room for 1 of its steps in 0.001 minutes" in capsys.readouterr().out
+
+
+def test_what_is_not_whitened_is_told(teacher_folder, text_file, tmp_path, capsys):
+    changes = {**EMBEDDING, "recipe": "embedding", "whiten": None, "quiet": False, "steps": 1}
+    vd.distill(**options(teacher_folder, text_file, tmp_path / "student", **changes))
+    assert f"{teacher_folder} is not whitened: its MLM head reads its hidden states" in capsys.readouterr().out
+
+
+def test_the_trimmed_teacher_is_fitted_even_if_the_student_is_not(headless_folder, text_file, tmp_path):
+    changes = {**EMBEDDING, "layers": 1, "preset": None, "fit": False, "steps": 1}
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
+    assert result.metrics["baselines"]["trimmed teacher"]["spearman"] != result.metrics["before"]["spearman"]
 
 
 def test_training_that_only_hurts_still_ends(headless_folder, text_file, tmp_path, monkeypatch):

@@ -187,6 +187,25 @@ def test_a_recipe_learns_its_terms(recipe, terms, teacher_folder, text_file, tmp
         assert model.get_output_embeddings().weight.shape[0] == PRESET.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("recipe", "weights", "layers", "reads_the_teachers_ids"),
+    [
+        ("embedding", {"kl": 1}, "last", False),
+        ("masked", {"kl": 2, "logits": 0.5, "mlm": 0.5}, "last", False),
+        ("paper", {"kl": 2, "logits": 0.5, "mlm": 0.5}, "last", True),
+        ("tiny-5k", {"kl": 2, "mlm": 0.5}, "last", True),
+        ("distilbert", {"logits": 5, "mlm": 2, "cosine": 1}, "last", False),
+        ("base", {"logits": 2, "mlm": 0.5, "cosine": 1}, "average", False),
+        ("small", {"logits": 2, "mlm": 0.5, "cosine": 1, "attention": 1}, "average", False),
+    ],
+)
+def test_a_recipe_weighs_its_formulas(recipe, weights, layers, reads_the_teachers_ids):
+    """The weights of the sums that papers and model cards print; each term is held to its formula above."""
+    found = RECIPES[recipe]
+    assert {name: value for name, value in asdict(found.weights).items() if value} == weights
+    assert (found.layer_map, found.reduce) == (layers, reads_the_teachers_ids)
+
+
 @pytest.mark.parametrize("recipe", ["tiny-5k", "base", "small"])
 def test_a_recipe_brings_its_body(recipe):
     config = vd.DistillConfig(teacher="t", text=["x.txt"], out="o", recipe=recipe).resolved(head=True)

@@ -33,6 +33,7 @@ class Checkups(TrainerCallback):
         tell: says the figures of a step.
         processes: the first of which looks, for all.
         gather: called in all of them before a look, to bring the model's weights together where they are spread.
+        start_counts: whether the student before any step may be the best.
     """
 
     def __init__(
@@ -47,15 +48,22 @@ class Checkups(TrainerCallback):
         tell: Callable[[int, dict[str, float]], None],
         processes: Processes | None = None,
         gather: Callable[[], None] = lambda: None,
+        start_counts: bool = True,
     ) -> None:
         self.folder, self.model, self.examine = folder, model, examine
         self.every, self.patience, self.tell = every, patience, tell
-        self.processes, self.gather = processes or Processes(), gather
+        self.processes, self.gather, self._start_counts = processes or Processes(), gather, start_counts
         self.rows = [{"step": 0, **first}]
         if (folder / _FILE).exists():
             rows = map(json.loads, (folder / _FILE).read_text(encoding="utf-8").splitlines())
             self.rows += [row for row in rows if 0 < row["step"] <= start]
-        self.processes.lead(self._write)
+        self.processes.lead(self._begin)
+
+    def _begin(self) -> None:
+        if self._start_counts and not self._student(0).exists() and len(self.rows) == 1:
+            with whole_path(self._student(0)) as path:
+                save_model(self.model, str(path))
+        self._write()
 
     def look(self, step: int) -> None:
         """Examines the student once, after some step."""
@@ -83,8 +91,8 @@ class Checkups(TrainerCallback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the lowest loss, the first of them, the start only where there is no other."""
-        return min(self.rows[1:] or self.rows, key=lambda row: row["loss"])
+        """The row with the lowest loss, the first of them; the start if it counts, or there is no other."""
+        return min(self.rows[not self._start_counts :] or self.rows, key=lambda row: row["loss"])
 
     @property
     def stale(self) -> int:

@@ -39,7 +39,7 @@ from ..models.shapes import keep_layers
 from ..models.start import plan_start
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
-from ..models.whitening import set_last_layer, whiten
+from ..models.whitening import cannot_whiten, set_last_layer, whiten
 from ..reference.layers import LayerAssignment, layer_map
 from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, TrainingCollator, to_device
@@ -337,6 +337,9 @@ class _Run:
             set_last_layer(source.teacher, load_file(file))
         if self.whitened:
             self.say.print(report.whitened_line(self.record["whitened"]))
+        for source in self.sources if self.config.whiten else ():
+            if problem := cannot_whiten(source.teacher, source.sentence):
+                self.say.print(f"{source.teacher.name} is not whitened: {problem}")
 
     def _whiten(self, files: Sequence[Path]) -> None:
         self.say.status("Whitening the teacher's vectors")
@@ -550,11 +553,11 @@ class _Run:
         # A teacher with code of its own cannot be trimmed.
         if source.teacher.architecture is not None:
             small = student.as_teacher()
-            if not student.kept_layers or student.projection is not None:
+            if not (student.kept_layers and config.fit) or student.projection is not None:
                 kept = keep_layers(source.teacher.model.config, layers)
                 texts = self.sample(_FITTED_TEXTS)
                 small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
-            found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.model.parameters()))
+            found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.whole.parameters()))
         static = mean_of_embeddings(source.teacher, start.rows, student.tokenizer)
         width = source.teacher.embedding.shape[1]
         found["mean of input embeddings"] = measure(static, len(student.tokenizer) * width)
@@ -574,9 +577,12 @@ class _Run:
                 left = config.minutes * 60 - (time.monotonic() - self.started) - after
                 steps = max(1, int(left / (seconds + self.record["checkup_seconds"] / config.save_every)))
                 need(steps <= MOST_READ // texts, "minutes", "fewer", config.minutes)
+                if steps < report.FEW_STEPS:
+                    self.say.print(report.few_steps_line(steps, config.minutes, seconds))
             self.folder.store(steps=steps, seconds_per_step=seconds, texts_per_step=texts)
         steps, seconds, texts = (self.record[name] for name in ("steps", "seconds_per_step", "texts_per_step"))
         self.say.print(report.plan_line(steps, texts, len(self.split.train), seconds))
+        self.say.print(report.checkup_line(0, self.record["start"]))
         return steps
 
     def seconds_per_step(self, training: _Training) -> float:
@@ -628,6 +634,8 @@ class _Run:
             lambda step, row: self.say.print(report.checkup_line(step, row)),
             self.processes,
             gather,
+            # Where it can be mixed with what was learned, no loss chooses between the two.
+            start_counts="start_score" not in self.record,
         )
         if checkups.ended_early:  # and was stopped before it was written
             steps = arguments.max_steps = checkpoint_step(checkpoint)
@@ -790,7 +798,8 @@ class _Run:
         """Figures, folder, and what is said at the end."""
         config, first = self.config, self.teachers[0]
         reader = student.as_teacher()
-        best, share = fitted.checkups.best, self.share(mixed) if mixed else 1.0
+        best = fitted.checkups.best
+        share = self.share(mixed) if mixed else float(best["step"] > 0)
         if self.dev is not None:
             # A mixture has been scored already at its ends, and everywhere if it was chosen so.
             known = {0.0: before.get("dev"), 1.0: best.get("dev")} | (mixed if self.chooses_by_dev else {})

@@ -213,7 +213,7 @@ def make_student(
         kept_layers = _layers_for(preset, teacher) if options.fit else []
         shape = preset.dim, preset.heads, preset.ffn
     if options.fit and kept_layers:
-        small = shrink(teacher, kept_layers, texts, *shape, options.max_length)
+        small = shrink(teacher, kept_layers, texts, *shape, options.max_length, quiet=options.quiet)
         teacher, keep = small.teacher, range(len(kept_layers))
         report["explained"] = [round(share, 4) for share in small.explained]
         if small.teacher.width != source.teacher.width:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
 
 __all__ = [
+    "FEW_STEPS",
     "baseline_lines",
     "bench_table",
     "checkup_line",
     "coverage_tables",
+    "few_steps_line",
     "held_out_rows",
     "loyalty_table",
     "plan_line",
@@ -55,6 +57,8 @@ _TASKS = {
     "labels": ({"accuracy": "accuracy", "macro_f1": "macro\nF1"}, {"label": "label", "probability": "probability"}),
 }
 _LONGEST_NAME = 28
+# Steps that teach nothing.
+FEW_STEPS = 10
 
 
 def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -232,7 +236,15 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
     rounds = steps * texts / available
     minutes = steps * seconds / 60
     about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{steps * seconds:.0f} s"
-    return f"Training: {steps:,} steps of {texts} texts ({rounds:.2g} times {available:,} texts), about {about}"
+    return f"Training: {steps:,} step{'s' * (steps != 1)} of {texts} texts ({rounds:.2g} times {available:,} texts), about {about}"
+
+
+def few_steps_line(steps: int, minutes: float, seconds: float) -> str:
+    """That a budget is too short to learn anything in."""
+    return (
+        f"Warning: what comes before and after training leaves room for {steps} of its steps in {minutes:g} minutes; a "
+        f"hundred take {100 * seconds / 60:.1f} more"
+    )
 
 
 def checkup_line(step: int, row: dict[str, float]) -> str:
@@ -270,7 +282,8 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             if after < before if better == "higher" else after > before:
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
     if metrics["share"] == 0:
-        found.append("training did not help: the student is what it started from; try more text or a lower rate")
+        what = "more steps" if metrics["steps"] < FEW_STEPS else "more text or a lower rate"
+        found.append(f"training did not help: the student is what it started from; try {what}")
     for name, row in metrics["baselines"].items():
         if row["spearman"] > metrics["after"]["spearman"] + 1e-4:  # not by rounding alone
             theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])
@@ -306,7 +319,8 @@ def result_tables(metrics: dict[str, Any]) -> list[Table]:
     """Sizes of teacher and student, and the student on held-out text before and after training, beside what it must
     beat."""
     baselines = metrics["baselines"]
-    changes = Table(title=f"Held-out text ({metrics['held_out_texts']} texts)", title_justify="left")
+    title = f"Held-out text ({metrics['held_out_texts']} texts, by which no checkpoint was chosen)"
+    changes = Table(title=title, title_justify="left")
     for column in ("", "untrained", "trained", *baselines, "better is"):
         changes.add_column(column, justify="left" if column in ("", "better is") else "right")
     for row in held_out_rows(metrics):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..core.errors import need
+from ..core.progress import counted
 from .architectures import Architecture, LayerParts, body_of, layers_of
 from .bodies import build_body, check_body
 from .fitting import Batch, Seen, Tap, fit_linear, least_squares, tapped, token_batches
@@ -288,7 +289,12 @@ def _fit_head(student: PreTrainedModel, teacher: Teacher, cut: _Cut, x: Tensor, 
 
 
 def _fitted(
-    teacher: Teacher, copied: PreTrainedModel, keep: Sequence[int], shape: Shape, batches: Sequence[Batch]
+    teacher: Teacher,
+    copied: PreTrainedModel,
+    keep: Sequence[int],
+    shape: Shape,
+    batches: Sequence[Batch],
+    quiet: bool,
 ) -> Shrunk:
     """The smaller teacher out of one with its layers copied."""
     row, body, whole = known_architecture(teacher.model.config), teacher.model, shape_of(teacher.model.config)
@@ -309,7 +315,7 @@ def _fitted(
     # Up to the first gap the copied layers are exact.
     exact = next((j for j, k in enumerate(keep) if j != k), len(keep)) if shape == whole else 0
     explained = []
-    for k, layer in enumerate(layers):
+    for k, layer in enumerate(counted(layers, "Fitting layers", quiet)):
         if k not in keep:
             theirs.through(layer)
             continue
@@ -344,6 +350,7 @@ def shrink(
     ffn: int | None = None,
     max_length: int = 128,
     tokens: int = TOKENS,
+    quiet: bool = True,
 ) -> Shrunk:
     """A teacher with some of its layers, and those narrower if asked for, that computes nearly what the whole one does.
 
@@ -361,6 +368,7 @@ def shrink(
         dim, heads, ffn: see :func:`vocabdistil.models.shapes.narrow_shape`.
         max_length: tokens of a text that are read.
         tokens: how many are read in all, from the first text on: the more, the better the layers fit other text.
+        quiet: show no progress.
 
     Returns:
         The smaller teacher, with the tokenizer and vocabulary of the whole one, for :func:`build_body`; without a
@@ -380,4 +388,4 @@ def shrink(
         return Shrunk(copied, torch.arange(whole.dim), torch.eye(whole.dim), torch.zeros(whole.dim), [])
     batches = token_batches(teacher, texts, min(max_length, teacher.max_positions), tokens)
     need(bool(batches), "text", "some text to fit the student to", "none")
-    return _fitted(teacher, copied.whole, keep, shape, batches)
+    return _fitted(teacher, copied.whole, keep, shape, batches, quiet)

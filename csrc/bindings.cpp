@@ -1,33 +1,17 @@
-// With remap/bindings.cpp and cuda/bindings.cpp the only file that knows pybind11. Everything crosses as addresses,
-// sizes and codes: vocabdistil/core/native.py has already checked shapes, dtypes and devices and keeps the tensors alive.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
-#include <vector>
-
+// The operations for Python. Everything crosses as addresses, sizes and codes: vocabdistil/core/native.py has already
+// checked shapes, dtypes and devices and keeps the tensors alive.
+#include "bindings.h"
+#include "functions.h"
 #include "ops.h"
-#include "remap/remap.h"
 
-namespace py = pybind11;
 namespace vd = vocabdistil;
 
-#ifdef VD_CUDA
-namespace vocabdistil {
-namespace cuda {
-void bind(py::module_& m);
-}  // namespace cuda
-}  // namespace vocabdistil
-#endif
+using vd::functions::Address;
+using vd::functions::at;
+using vd::functions::function;
+using vd::functions::Released;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 vd::Spans spans(Address start, Address end) { return {at<const int32_t>(start), at<const int32_t>(end)}; }
 
@@ -51,7 +35,7 @@ struct Side {
 void span_mean_fwd(int dtype, std::vector<Address> data, std::vector<int64_t> stride, std::vector<double> coef,
                    int64_t rows, Address start, Address end, int64_t pairs, int64_t dim, bool mean, int out_dtype,
                    Address out, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   const Side x{dtype, std::move(data), std::move(stride), std::move(coef)};
   vd::span_mean_fwd({x.layers(rows), spans(start, end), pairs, dim, mean, static_cast<vd::DType>(out_dtype),
                      at<void>(out), threads});
@@ -60,7 +44,7 @@ void span_mean_fwd(int dtype, std::vector<Address> data, std::vector<int64_t> st
 void span_mean_bwd(int grad_dtype, Address grad, int64_t grad_stride, Address start, Address end, int64_t pairs,
                    int64_t dim, bool mean, int dtype, std::vector<Address> out, std::vector<double> coef,
                    int64_t rows, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   const Side x{dtype, {}, {}, std::move(coef)};
   vd::span_mean_bwd({static_cast<vd::DType>(grad_dtype), at<const void>(grad), grad_stride, spans(start, end), pairs,
                      dim, mean, x.grads(out, rows), threads});
@@ -72,7 +56,7 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
                Address s_start, Address s_end, Address t_start, Address t_end, int64_t pairs, int64_t dim,
                int divergence, bool mean, double temperature, double beta, Address scale, Address loss, Address total,
                int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   const Side s{s_dtype, std::move(s_data), std::move(s_stride), std::move(s_coef)};
   const Side t{t_dtype, std::move(t_data), std::move(t_stride), std::move(t_coef)};
   vd::span_loss({s.layers(s_rows), t.layers(t_rows), spans(s_start, s_end), spans(t_start, t_end), pairs, dim,
@@ -91,7 +75,7 @@ vd::Rows matrix(const PyRows& x) {
 void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
                 Address t_end, Address s_ids, Address t_ids, int64_t matched, int64_t pairs, int unmatched, bool mean,
                 double temperature, Address scale, Address loss, Address total, Address grad, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   vd::matched_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
                   at<const int32_t>(s_ids), at<const int32_t>(t_ids), matched, pairs,
                   static_cast<vd::Unmatched>(unmatched), mean, temperature, at<const void>(scale), at<void>(loss),
@@ -109,7 +93,7 @@ vd::LinearSide linear_side(const PyLinearSide& x) {
 void linear_matched_kl(const PyLinearSide& student, const PyLinearSide& teacher, int64_t matched, int unmatched,
                        double temperature, int64_t budget, Address scale, Address loss, Address total,
                        Address grad_hidden, Address grad_weight, Address grad_bias, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   vd::linear_matched_kl({linear_side(student), linear_side(teacher), matched, static_cast<vd::Unmatched>(unmatched),
                          temperature, budget, at<const void>(scale), at<void>(loss), at<void>(total),
                          at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), threads});
@@ -119,7 +103,7 @@ void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, 
                  Address t_end, Address rows, int64_t mapped, Address shapes, int64_t buckets, Address ids,
                  Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
                  Address loss, Address total, Address grad, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   vd::remapped_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
                    {at<const int32_t>(rows), mapped, at<const int32_t>(shapes), buckets, at<const int32_t>(ids),
                     at<const int32_t>(indptr), at<const int32_t>(pieces_of)},
@@ -130,33 +114,24 @@ void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, 
 void relation_loss(int dtype, Address student, Address teacher, int64_t pairs, int64_t student_dim, int64_t teacher_dim,
                    int64_t heads, Address first, Address last, Address scale, Address loss, Address total,
                    Address grad, int threads) {
-  py::gil_scoped_release release;
+  const Released released;
   vd::relation_loss({static_cast<vd::DType>(dtype), at<const void>(student), at<const void>(teacher), pairs,
                      student_dim, teacher_dim, heads, at<const int32_t>(first), at<const int32_t>(last),
                      at<const void>(scale), at<void>(loss), at<void>(total), at<void>(grad), threads});
 }
 
+PyMethodDef operations[] = {
+    function<&vd::active_isa>("active_isa"),
+    function<&span_mean_fwd>("span_mean_fwd"),
+    function<&span_mean_bwd>("span_mean_bwd"),
+    function<&span_loss>("span_loss"),
+    function<&matched_kl>("matched_kl"),
+    function<&linear_matched_kl>("linear_matched_kl"),
+    function<&remapped_kl>("remapped_kl"),
+    function<&relation_loss>("relation_loss"),
+    {},
+};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of vocabdistil. Private: call the functions of the package instead.";
-  m.attr("cxx_compiler") = VD_CXX_COMPILER;
-  m.attr("isas") = VD_ISA_LIST;
-  m.def("active_isa", &vd::active_isa);
-  m.def("span_mean_fwd", &span_mean_fwd);
-  m.def("span_mean_bwd", &span_mean_bwd);
-  m.def("span_loss", &span_loss);
-  m.def("matched_kl", &matched_kl);
-  m.def("linear_matched_kl", &linear_matched_kl);
-  m.def("remapped_kl", &remapped_kl);
-  m.def("relation_loss", &relation_loss);
-  vd::bind_remap(m);
-#ifdef VD_CUDA
-  m.attr("cuda_compiler") = VD_CUDA_COMPILER;
-  m.attr("cuda_architectures") = VD_CUDA_ARCHITECTURES;
-  vd::cuda::bind(m);
-#else
-  m.attr("cuda_compiler") = py::none();
-  m.attr("cuda_architectures") = "";
-#endif
-}
+int vd::bind_operations(PyObject* module) { return PyModule_AddFunctions(module, operations); }

@@ -68,13 +68,13 @@ def test_alignments(tmp_path: Path) -> None:
 
 def test_linear_matched_kl(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp"]
+    sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp", "csrc/cpu/tiles.cpp"]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 
 def test_relation_loss(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    sources = ["tests/native/fuzz_relation.cpp", "csrc/cpu/relation_loss.cpp"]
+    sources = ["tests/native/fuzz_relation.cpp", "csrc/cpu/relation_loss.cpp", "csrc/cpu/tiles.cpp"]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken together, while they lie in the cache
 constexpr int64_t kGroup = 8;                      // panels of a task
-constexpr int64_t kTerms = 128;                    // products summed up before they are added: a long sum rounds more
 constexpr int64_t kDepth = 256;                    // columns of a panel's gradient that stay in the cache for all dims
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -262,7 +261,7 @@ class Sweep {
   }
 
   int64_t in_panel(int64_t panel) const { return std::max<int64_t>(0, std::min(kW, count_ - panel * kW)); }
-  int64_t vectors(int64_t panel) const { return ceil_div(in_panel(panel), kLanes<Acc>); }
+  int vectors(int64_t panel) const { return vectors_of<Acc>(in_panel(panel)); }
   Acc* student(int64_t panel, int64_t column) const { return s_ + (panel * width_ + column) * kW; }
   Acc* teacher(int64_t panel, int64_t column) const { return t_ + (panel * a_.matched + column) * kW; }
   Partial<Acc>& partial(int64_t block, int64_t panel) const {
@@ -299,27 +298,16 @@ class Sweep {
   template <class To>
   void product(const LinearSide& side, const int32_t* ids, int64_t count, const Acc* packed, int64_t first,
                int64_t last, To&& to) const {
-    const int64_t dim = side.hidden.columns, parts = std::max<int64_t>(1, ceil_div(dim, kTerms));
+    const int64_t dim = side.hidden.columns;
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
     find_rows(side.weight, ids, count, 0, dim, rows, scratch);
-    for_row_tiles(0, count, [&](auto m, int64_t i) {
+    for_row_tiles(0, count, [&](int m, int64_t i) {
       for (int64_t panel = first; panel < last; ++panel) {
         Acc* out = to(panel) + i * kW;
-        const Acc* row[m];
-        std::copy_n(rows + i, int{m}, row);
-        with_vectors(vectors(panel), [&](auto n) {
-          for (int64_t part = 0; part < parts; ++part) {
-            const int64_t begin = dim * part / parts, end = dim * (part + 1) / parts;
-            tile<Acc, m, n>(
-                1, end - begin, [&](int r, int64_t, int64_t k) { return row[r][begin + k]; },
-                packed + (panel * dim + begin) * kW, kW, [&](int r, int v, Vector<Acc> z) {
-                  Acc* lanes = out + r * kW + v * kLanes<Acc>;
-                  store_vector(lanes, part ? load_vector(lanes) + z : z);
-                });
-          }
-          for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
-        });
+        const int n = vectors(panel);
+        tile_in_parts<Acc>(m, n, rows + i, dim, packed + panel * dim * kW, kW, {out, kW});
+        for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
       }
     });
   }
@@ -492,21 +480,21 @@ class Sweep {
     const bool add = begin_ > 0;
     if (Acc* grad = static_cast<Acc*>(a_.grad_weight)) {
       for (int64_t j = 0; j < dim; j += kW) {
-        with_vectors(ceil_div(std::min(kW, dim - j), kLanes<Acc>), [&](auto vectors) {
-          for_row_tiles(first, last, [&](auto m, int64_t i) {
-            const Acc* d = student(0, i);
-            for (int r = 0; r < m; ++r)
-              for (int v = 0; v < vectors; ++v)
-                __builtin_prefetch(grad + s_ids_[i + r] * dim + j + v * kLanes<Acc>, 1);
-            tile<Acc, m, vectors>(
-                panels_, kW, [&](int r, int64_t p, int64_t k) { return d[p * panel_size + r * kW + k]; }, x_ + j,
-                x_stride_, [&](int r, int n, Vector<Acc> g) {
-                  const int64_t at = j + n * kLanes<Acc>, left = std::min<int64_t>(kLanes<Acc>, dim - at);
-                  Acc* out = grad + s_ids_[i + r] * dim + at;
-                  if (left == kLanes<Acc>) return store_vector(out, add ? load_vector(out) + g : g);
-                  for (int64_t k = 0; k < left; ++k) out[k] = add ? out[k] + g[k] : g[k];
-                });
-          });
+        const int n = vectors_of<Acc>(dim - j);
+        const int64_t columns = std::min(kW, dim - j);
+        for_row_tiles(first, last, [&](int m, int64_t i) {
+          const Acc* rows[kTileRows];
+          for (int r = 0; r < m; ++r) {
+            rows[r] = student(0, i + r);
+            for (int v = 0; v < n; ++v) __builtin_prefetch(grad + s_ids_[i + r] * dim + j + v * kLanes<Acc>, 1);
+          }
+          alignas(64) Acc sum[kTileRows * kW];
+          tile_of_rows<Acc>(m, n, rows, 0, panels_, panel_size, kW, x_ + j, x_stride_, {sum, kW});
+          for (int r = 0; r < m; ++r) {
+            const Acc* __restrict from = sum + r * kW;
+            Acc* __restrict out = grad + s_ids_[i + r] * dim + j;
+            for (int64_t k = 0; k < columns; ++k) out[k] = add ? out[k] + from[k] : from[k];
+          }
         });
       }
     }
@@ -534,15 +522,8 @@ class Sweep {
     for (int64_t begin = 0; begin < width_; begin += kDepth) {
       const int64_t count = std::min(kDepth, width_ - begin);
       find_rows(a_.student.weight, s_ids_.data() + begin, count, from, width, rows, scratch);
-      for_row_tiles(0, width, [&](auto m, int64_t j) {
-        with_vectors(vectors(panel), [&](auto n) {
-          tile<Acc, m, n>(
-              1, count, [&](int r, int64_t, int64_t k) { return rows[k][j + r]; }, student(panel, begin), kW,
-              [&](int r, int v, Vector<Acc> g) {
-                Acc* out = sum + (j + r) * kW + v * kLanes<Acc>;
-                store_vector(out, load_vector(out) + g);
-              });
-        });
+      for_row_tiles(0, width, [&](int m, int64_t j) {
+        tile_of_columns<Acc>(m, vectors(panel), rows, j, count, student(panel, begin), kW, {sum + j * kW, kW, true});
       });
     }
     Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + panel * kW) * dim + from;

@@ -7,10 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "../ops.h"
 
 #define VD_SIMD _Pragma("omp simd")

@@ -10,7 +10,6 @@ namespace VD_ISA {
 namespace {
 
 constexpr int64_t kScoreBytes = int64_t{1} << 21;  // of a block of rows, both sides
-constexpr int64_t kTerms = 128;  // products summed up before they are added: a long sum rounds more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,24 +52,12 @@ struct HeadRows {
 
   // out[i - begin, j] = <row i, row j> / sqrt(dim), for rows [begin, end): the same bits for (i, j) and (j, i).
   void scores(int64_t begin, int64_t end, Acc* out, int64_t stride) const {
-    const int64_t count = static_cast<int64_t>(rows.size()), parts = ceil_div(dim, kTerms);
+    const int64_t count = static_cast<int64_t>(rows.size());
     const Acc inv_root = static_cast<Acc>(1 / std::sqrt(static_cast<double>(dim)));
-    for_row_tiles(begin, end, [&](auto m, int64_t i) {
-      const Acc* row[m];
-      std::copy_n(rows.data() + i, int{m}, row);
+    for_row_tiles(begin, end, [&](int m, int64_t i) {
       for (int64_t j = 0; j < count; j += kW) {
-        with_vectors(ceil_div(std::min(kW, count - j), kLanes<Acc>), [&](auto vectors) {
-          for (int64_t part = 0; part < parts; ++part) {
-            const int64_t from = dim * part / parts, to = dim * (part + 1) / parts;
-            tile<Acc, m, vectors>(
-                1, to - from, [&](int r, int64_t, int64_t k) { return row[r][from + k]; }, packed + j * dim + from * kW,
-                kW, [&](int r, int v, Vector<Acc> z) {
-                  Acc* at = out + (i - begin + r) * stride + j + v * kLanes<Acc>;
-                  if (part) z += load_vector(at);
-                  store_vector(at, part + 1 == parts ? z * inv_root : z);
-                });
-          }
-        });
+        tile_in_parts<Acc>(m, vectors_of<Acc>(count - j), rows.data() + i, dim, packed + j * dim, kW,
+                           {out + (i - begin) * stride + j, stride, false, inv_root});
       }
     });
   }
@@ -100,27 +87,20 @@ template <class Acc>
 void write_rows(const Acc* slopes, int64_t stride, int64_t begin, int64_t end, const Acc* x, int64_t x_stride,
                 int64_t count, int64_t dim, int64_t width, const int64_t* pairs, Acc* grad) {
   const Acc inv_root = static_cast<Acc>(1 / std::sqrt(static_cast<double>(dim)));
-  const int64_t parts = ceil_div(count, kTerms), vectors = x_stride / kLanes<Acc>;
+  const int64_t vectors = x_stride / kLanes<Acc>;
   const int64_t step = ceil_div(vectors, ceil_div(vectors, kTileVectors));  // panels of one size
-  for_row_tiles(begin, end, [&](auto m, int64_t i) {
+  for_row_tiles(begin, end, [&](int m, int64_t i) {
+    const Acc* rows[kTileRows];
+    for (int r = 0; r < m; ++r) rows[r] = slopes + (i - begin + r) * stride;
     for (int64_t first = 0; first < vectors; first += step) {
-      with_vectors(std::min(step, vectors - first), [&](auto n) {
-        alignas(64) Acc sum[m * n * kLanes<Acc>];
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t from = count * part / parts, to = count * (part + 1) / parts;
-          tile<Acc, m, n>(
-              1, to - from, [&](int r, int64_t, int64_t k) { return slopes[(i - begin + r) * stride + from + k]; },
-              x + from * x_stride + first * kLanes<Acc>, x_stride, [&](int r, int v, Vector<Acc> g) {
-                Acc* at = sum + (r * n + v) * kLanes<Acc>;
-                store_vector(at, part ? load_vector(at) + g : g);
-              });
-        }
-        const int64_t at = first * kLanes<Acc>, columns = std::min<int64_t>(n * kLanes<Acc>, dim - at);
-        for (int r = 0; r < m; ++r) {
-          Acc* out = grad + pairs[i + r] * width + at;
-          for (int64_t k = 0; k < columns; ++k) out[k] = sum[r * n * kLanes<Acc> + k] * inv_root;
-        }
-      });
+      const int64_t at = first * kLanes<Acc>, columns = std::min(step * kLanes<Acc>, dim - at);
+      alignas(64) Acc sum[kTileRows * kTileColumns<Acc>];
+      tile_in_parts<Acc>(m, vectors_of<Acc>(columns), rows, count, x + at, x_stride, {sum, kTileColumns<Acc>});
+      for (int r = 0; r < m; ++r) {
+        const Acc* __restrict from = sum + r * kTileColumns<Acc>;
+        Acc* __restrict out = grad + pairs[i + r] * width + at;
+        for (int64_t k = 0; k < columns; ++k) out[k] = from[k] * inv_root;
+      }
     }
   });
 }

@@ -3,13 +3,9 @@
 // other a vector at a time. Larger products are loops over tiles that keep their operands in the cache.
 #pragma once
 
-#include "numeric.h"
+#include <algorithm>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "numeric.h"
 
 namespace vocabdistil {
 namespace VD_ISA {
@@ -27,99 +23,59 @@ constexpr int kVectorBytes = 16, kTileRows = 6, kTileVectors = 2;
 #endif
 
 template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
+// Where a tile goes: vector n of row m to to[m * stride + n * kLanes], added to what is there with `add`, and then times
+// `factor`.
 template <class T>
-inline Vector<T> load_vector(const T* from) {
-  Vector<T> x;
-  std::memcpy(&x, from, sizeof(x));
-  return x;
-}
+struct TileOut {
+  T* to;
+  int64_t stride;
+  bool add = false;
+  T factor = 1;
+};
+
+// Both are compiled once, in tiles.cpp. rows: a number that for_row_tiles gives; vectors: from 1 to kTileVectors.
+
+// Row m: the sum over parts p < parts and k < count of a[m][from + p * apart + k] * row p * count + k of b.
 template <class T>
-inline void store_vector(T* to, Vector<T> x) {
-  std::memcpy(to, &x, sizeof(x));
-}
+void tile_of_rows(int rows, int vectors, const T* const* a, int64_t from, int64_t parts, int64_t apart, int64_t count,
+                  const T* b, int64_t b_stride, const TileOut<T>& out);
 
-#if defined(__AVX512F__)
-inline Vector<float> madd(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-inline Vector<double> madd(Vector<double> a, Vector<double> b, Vector<double> c) {
-  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-#elif defined(__AVX2__)
-inline Vector<float> madd(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-inline Vector<double> madd(Vector<double> a, Vector<double> b, Vector<double> c) {
-  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-}
-#elif defined(__aarch64__)
-inline Vector<float> madd(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-inline Vector<double> madd(Vector<double> a, Vector<double> b, Vector<double> c) {
-  return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
-}
-#else
-template <class V>
-inline V madd(V a, V b, V c) {
-  return a * b + c;
-}
-#endif
+// Row m: the sum over k < count of a[k][from + m] * row k of b.
+template <class T>
+void tile_of_columns(int rows, int vectors, const T* const* a, int64_t from, int64_t count, const T* b,
+                     int64_t b_stride, const TileOut<T>& out);
 
-// out(m, n, sum over parts p and k < count of a(m, p, k) * vector n of row p * count + k of b), for m < M, n < N.
-template <class T, int M, int N, class A, class Out>
-inline __attribute__((always_inline)) void tile(int64_t parts, int64_t count, A&& a, const T* b, int64_t stride,
-                                                Out&& out) {
-  Vector<T> sum[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n] = Vector<T>{};
-  for (int64_t p = 0; p < parts; ++p) {
-    for (int64_t k = 0; k < count; ++k, b += stride) {
-      Vector<T> row[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load_vector(b + n * kLanes<T>);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector<T> x = a(m, p, k) - Vector<T>{};  // in all lanes; + 0 would not be the same for -0
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = madd(x, row[n], sum[m][n]);
-      }
-    }
+constexpr int64_t kTerms = 128;  // products summed up before they are added: a long sum rounds more
+
+// tile_of_rows over `count` terms, kTerms at a time at most.
+template <class T>
+inline void tile_in_parts(int rows, int vectors, const T* const* a, int64_t count, const T* b, int64_t b_stride,
+                          TileOut<T> out) {
+  const int64_t parts = std::max<int64_t>(1, (count + kTerms - 1) / kTerms);
+  const T factor = out.factor;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t from = count * part / parts, to = count * (part + 1) / parts;
+    out.add = part > 0;
+    out.factor = part + 1 == parts ? factor : T{1};
+    tile_of_rows(rows, vectors, a, from, 1, 0, to - from, b + from * b_stride, b_stride, out);
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) out(m, n, sum[m][n]);
 }
 
-// Calls f(std::integral_constant<int, N>{}) for the number of vectors, from 1 to kTileVectors.
-template <int N = kTileVectors, class F>
-inline void with_vectors(int64_t vectors, F&& f) {
-  if constexpr (N > 1) {
-    if (vectors < N) return with_vectors<N - 1>(vectors, f);
-  }
-  f(std::integral_constant<int, N>{});
+// The vectors that `columns` columns fill, at most those of a tile.
+template <class T>
+inline int vectors_of(int64_t columns) {
+  return static_cast<int>((std::min<int64_t>(kTileColumns<T>, columns) + kLanes<T> - 1) / kLanes<T>);
 }
 
-// Calls f(std::integral_constant<int, M>{}, first row) for tiles of kTileRows rows, and of fewer for what is left.
-template <int M = kTileRows, class F>
+// Calls f(rows, first row) for tiles of kTileRows rows, and of fewer for what is left.
+template <class F>
 inline void for_row_tiles(int64_t begin, int64_t end, F&& f) {
-  for (; begin + M <= end; begin += M) f(std::integral_constant<int, M>{}, begin);
-  if constexpr (M > 1) {
-    if (begin < end) for_row_tiles<(M + 1) / 2>(begin, end, f);
-  }
+  for (int rows = kTileRows; begin < end; rows = (rows + 1) / 2)
+    for (; begin + rows <= end; begin += rows) f(rows, begin);
 }
 
 }  // namespace VD_ISA

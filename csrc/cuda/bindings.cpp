@@ -1,27 +1,19 @@
 // The GPU kernels for Python: addresses, sizes and codes, as in ../bindings.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "../bindings.h"
+#include "../functions.h"
 #include "../ops.h"
-
-namespace py = pybind11;
 
 namespace vocabdistil {
 namespace cuda {
 namespace {
 
-using Address = uintptr_t;
+using functions::Address;
+using functions::at;
+using functions::function;
+using functions::Released;
 using Addresses = std::vector<Address>;
 using Strides = std::vector<int64_t>;
 
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 void* const* array(const Addresses& addresses) { return reinterpret_cast<void* const*>(addresses.data()); }
 
 Spans spans(Address start, Address end) { return {at<const int32_t>(start), at<const int32_t>(end)}; }
@@ -40,7 +32,7 @@ void check(const char* error) {
 
 void mean_fwd(int dtype, const Addresses& data, const Strides& stride, int64_t rows, Address coef, Address start,
               Address end, int64_t pairs, int64_t dim, bool mean, int out_dtype, Address out, Address stream) {
-  py::gil_scoped_release release;
+  const Released released;
   check(span_mean_fwd(layers(dtype, data, stride, rows, coef), spans(start, end), pairs, dim, mean,
                       static_cast<DType>(out_dtype), at<void>(out), at<void>(stream)));
 }
@@ -48,7 +40,7 @@ void mean_fwd(int dtype, const Addresses& data, const Strides& stride, int64_t r
 void mean_bwd(int grad_dtype, Address grad, int64_t grad_stride, Address start, Address end, int64_t pairs,
               int64_t dim, bool mean, int dtype, const Addresses& out, const Strides& stride, int64_t rows,
               Address coef, Address stream) {
-  py::gil_scoped_release release;
+  const Released released;
   check(span_mean_bwd(static_cast<DType>(grad_dtype), at<const void>(grad), grad_stride, spans(start, end), pairs, dim,
                       mean, layers(dtype, out, stride, rows, coef), at<void>(stream)));
 }
@@ -58,7 +50,7 @@ void loss(int s_dtype, const Addresses& s_data, const Strides& s_stride, int64_t
           Address t_coef, Address s_start, Address s_end, Address t_start, Address t_end, int64_t pairs, int64_t dim,
           int divergence, bool mean, double temperature, double beta, double base, Address weights, Address upstream,
           Address loss, Address total, Address stream) {
-  py::gil_scoped_release release;
+  const Released released;
   if (!grad.empty() && grad.size() != s_data.size()) throw std::invalid_argument("expected one gradient per layer");
   check(span_loss({layers(s_dtype, s_data, s_stride, s_rows, s_coef), layers(t_dtype, t_data, t_stride, t_rows, t_coef),
                    static_cast<int64_t>(grad.size()), array(grad), spans(s_start, s_end), spans(t_start, t_end), pairs,
@@ -66,17 +58,22 @@ void loss(int s_dtype, const Addresses& s_data, const Strides& s_stride, int64_t
                    at<const float>(upstream), at<float>(loss), at<float>(total), at<void>(stream)}));
 }
 
+const char* problem_or_none() {
+  const char* error = problem();
+  return error ? error : "";
+}
+
+PyMethodDef operations[] = {
+    function<&problem_or_none>("cuda_problem"),
+    function<&mean_fwd>("cuda_span_mean_fwd"),
+    function<&mean_bwd>("cuda_span_mean_bwd"),
+    function<&loss>("cuda_span_loss"),
+    {},
+};
+
 }  // namespace
 
-void bind(py::module_& m) {
-  m.def("cuda_problem", [] {
-    const char* error = problem();
-    return std::string(error ? error : "");
-  });
-  m.def("cuda_span_mean_fwd", &mean_fwd);
-  m.def("cuda_span_mean_bwd", &mean_bwd);
-  m.def("cuda_span_loss", &loss);
-}
+int bind_operations(PyObject* module) { return PyModule_AddFunctions(module, operations); }
 
 }  // namespace cuda
 }  // namespace vocabdistil

@@ -1,4 +1,5 @@
-// Python face of the remap table and the match alignment. Addresses and sizes are checked by the Python callers.
+// The module, and the Python face of the remap table and the match alignment: the only file that knows pybind11.
+// Addresses and sizes are checked by the Python callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,8 +11,9 @@
 #include <memory>
 #include <set>
 
-#include "../parallel.h"
+#include "../bindings.h"
 #include "../block.h"
+#include "../parallel.h"
 #include "boundary.h"
 #include "remap.h"
 #include "words.h"
@@ -415,8 +417,6 @@ py::object align_offsets(const Offsets& teacher, const Offsets& student, int64_t
   return as_bytes(pairs);
 }
 
-}  // namespace
-
 void bind_remap(py::module_& module) {
   py::class_<Block>(module, "Block", py::buffer_protocol())
       .def(py::init<size_t>())
@@ -490,4 +490,21 @@ void bind_remap(py::module_& module) {
   });
 }
 
+}  // namespace
 }  // namespace vocabdistil
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of vocabdistil. Private: call the functions of the package instead.";
+  m.attr("cxx_compiler") = VD_CXX_COMPILER;
+  m.attr("isas") = VD_ISA_LIST;
+  vocabdistil::bind_remap(m);
+  if (vocabdistil::bind_operations(m.ptr())) throw py::error_already_set();
+#ifdef VD_CUDA
+  m.attr("cuda_compiler") = VD_CUDA_COMPILER;
+  m.attr("cuda_architectures") = VD_CUDA_ARCHITECTURES;
+  if (vocabdistil::cuda::bind_operations(m.ptr())) throw py::error_already_set();
+#else
+  m.attr("cuda_compiler") = py::none();
+  m.attr("cuda_architectures") = "";
+#endif
+}

@@ -6,10 +6,6 @@
 #include <utility>
 #include <vector>
 
-namespace pybind11 {
-class module_;
-}
-
 namespace vocabdistil {
 
 struct WordPieceRules {
@@ -101,7 +97,5 @@ struct MatchArgs {
 int64_t match_plan(const MatchArgs& args);
 // pairs: [4, total of counts].
 void match_write(const MatchArgs& args, int32_t* pairs);
-
-void bind_remap(pybind11::module_& module);
 
 }  // namespace vocabdistil

@@ -2,4 +2,10 @@
 #include "../../csrc/cuda/kernels.cu"
 #include "../../csrc/cuda/bindings.cpp"
 
-PYBIND11_MODULE(_cuda_on_host, m) { vocabdistil::cuda::bind(m); }
+PyMODINIT_FUNC PyInit__cuda_on_host() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module && vocabdistil::cuda::bind_operations(module)) Py_CLEAR(module);
+  return module;
+}

@@ -26,7 +26,7 @@ class Example:
     share: Annotated[float, Option(Real("a share", high=1), "how much, 50% say")] = 0.5
     kind: Annotated[str, Option(Choice(names=("one", "other")), "which")] = "one"
     fit: Annotated[bool, Option(Flag(), "leave it")] = True
-    own: Annotated[list[int] | None, Option(Whole(), "some", "--mine", several="extend")] = None
+    own: Annotated[list[int] | None, Option(Whole(), "some", "--mine", several=True)] = None
     kept: int = 5
 
 

@@ -188,14 +188,13 @@ class Option:
         kind: what the value may be; where there may be several, each of them. None is fine where it is the default.
         help: what it means. A default that is told here is not told again.
         flag: what it is called on the command line; empty: as in Python, with dashes.
-        several: there may be several values: ``"+"`` after one flag, ``"append"`` after a flag for each, ``"extend"``
-            both.
+        several: there may be several values, after one flag or after a flag for each.
     """
 
     kind: Kind
     help: str
     flag: str = ""
-    several: str = ""
+    several: bool = False
 
     def check(self, value: Any, name: str) -> None:
         for item in value if self.several and isinstance(value, (list, tuple)) else (value,):
@@ -206,7 +205,7 @@ class Option:
 SEED = Whole(-1, 2**32 - 1)
 # What the files of a text may be.
 TEXT_FORMATS = "text: plain, JSON lines or Parquet (column text), also as .gz or .zst"
-TEXT_FILES = Option(Files(), TEXT_FORMATS, several="+")
+TEXT_FILES = Option(Files(), TEXT_FORMATS, several=True)
 Seed = Annotated[int, Option(SEED, "of everything random")]
 Threads = Annotated[int | None, Option(Whole(0, MOST_THREADS), "CPU threads of torch")]
 Unit = Annotated[str, Option(Choice(names=("line", "paragraph")), "what one text is: line or paragraph")]
@@ -264,10 +263,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
             how["action"] = "store_false" if default is True else "store_true"
         else:
             how |= {"type": option.kind.read, "metavar": option.kind.metavar}
-        if option.several in ("append", "extend"):
-            how["action"] = option.several
-        if option.several in ("+", "extend"):
-            how["nargs"] = "+"
+        if option.several:
+            how |= {"action": "extend", "nargs": "+"}
         parser.add_argument(flag, **how)
 
 

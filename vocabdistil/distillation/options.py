@@ -186,7 +186,7 @@ class StudentOptions:
 
     teacher: Annotated[
         str | os.PathLike | Sequence[str | os.PathLike],
-        Option(_MODEL, "the model to learn from; distill takes several", several="append"),
+        Option(_MODEL, "the model to learn from; distill takes several", several=True),
     ]
     text: Annotated[TextSource, kinds.TEXT_FILES]
     out: _Out
@@ -669,15 +669,15 @@ class CoverageOptions:
     family: Annotated[str | None, Option(Choice(names=kinds.FAMILIES), _FAMILY_HELP)] = None
     prompt: kinds.Prompt = None
     text: Annotated[
-        Sequence[os.PathLike] | None, Option(Files(), f"to count on, {kinds.TEXT_FORMATS}", several="+")
+        Sequence[os.PathLike] | None, Option(Files(), f"to count on, {kinds.TEXT_FORMATS}", several=True)
     ] = None
     unit: kinds.Unit = "line"
     method: Annotated[
         list[str] | None,
-        Option(Choice(names=METHODS), f"{kinds.listed(METHODS)}; repeat for several (default: all)", several="append"),
+        Option(Choice(names=METHODS), f"{kinds.listed(METHODS)} (default: all)", several=True),
     ] = None
     show: Annotated[
-        list[str] | None, Option(Text(), "draw how this text is aligned; repeat for several", several="append")
+        list[str] | None, Option(Text(), "draw how these texts are aligned", several=True)
     ] = None
     worst: Annotated[int | None, Option(Whole(), _WORST_HELP)] = None
     html: Annotated[

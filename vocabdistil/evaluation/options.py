@@ -36,14 +36,14 @@ def check_timing(batch: int, length: int, name: str = "time_batch") -> None:
 class EvaluateOptions:
     """What :func:`vocabdistil.evaluate` is told, by the same names."""
 
-    models: Annotated[Any, Option(_MODEL, _COMPARED, "--model", several="extend")]
+    models: Annotated[Any, Option(_MODEL, _COMPARED, "--model", several=True)]
     pairs: Annotated[
         Any,
-        Option(Files(), "CSV with sentence, sentence, score: cosines are compared with the scores", several="extend"),
+        Option(Files(), "CSV with sentence, sentence, score: cosines are compared with the scores", several=True),
     ] = field(default_factory=list)
     labels: Annotated[
         Any,
-        Option(Files(), "CSV with text, label: linear probes on the vectors, tested on a fifth", several="extend"),
+        Option(Files(), "CSV with text, label: linear probes on the vectors, tested on a fifth", several=True),
     ] = field(default_factory=list)
     prompt: kinds.Prompt = None
     max_length: Annotated[int, Option(_LENGTH, "tokens of a text, fewer where a folder says so")] = 512
@@ -78,9 +78,9 @@ class LoyaltyOptions:
     """What the command ``loyalty`` is told."""
 
     teacher: Annotated[str, Option(_MODEL, "the teacher")]
-    student: Annotated[list[str], Option(_MODEL, "the students", several="+")]
+    student: Annotated[list[str], Option(_MODEL, "the students", several=True)]
     text: Annotated[
-        Sequence[os.PathLike], Option(Files(), f"that none was trained on, {kinds.TEXT_FORMATS}", several="+")
+        Sequence[os.PathLike], Option(Files(), f"that none was trained on, {kinds.TEXT_FORMATS}", several=True)
     ]
     unit: kinds.Unit = "line"
     prompt: kinds.Prompt = None
@@ -103,8 +103,8 @@ class LoyaltyOptions:
 class BenchOptions:
     """What the command ``bench`` is told."""
 
-    models: Annotated[list[str], Option(_MODEL, _COMPARED, "models", several="+")]
-    text: Annotated[Sequence[os.PathLike], Option(Files(), f"to read, {kinds.TEXT_FORMATS}", several="+")]
+    models: Annotated[list[str], Option(_MODEL, _COMPARED, "models", several=True)]
+    text: Annotated[Sequence[os.PathLike], Option(Files(), f"to read, {kinds.TEXT_FORMATS}", several=True)]
     batch: Annotated[int, Option(Whole(), "texts at once")] = 16
     length: Annotated[int, Option(Whole(2, _MOST_TIMED), "tokens of each")] = 512
     threads: kinds.Threads = None

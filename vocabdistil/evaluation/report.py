@@ -78,6 +78,10 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def _share(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}%}"
 
@@ -166,7 +170,7 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
 
 def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
     """A row for every model; the first is the yardstick."""
-    title = f"CPU, batch {batch}, <= {length} tokens, {torch.get_num_threads()} threads"
+    title = f"CPU, batch {batch}, <= {length} tokens, {_many(torch.get_num_threads(), 'thread')}"
     table = Table(title=title, title_justify="left")
     for column in ("model", "parameters, M", "vocabulary", "MB", "tokens", "s", "faster"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -236,7 +240,8 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
     rounds = steps * texts / available
     minutes = steps * seconds / 60
     about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{steps * seconds:.0f} s"
-    return f"Training: {steps:,} step{'s' * (steps != 1)} of {texts} texts ({rounds:.2g} times {available:,} texts), about {about}"
+    batches = f"{_many(steps, 'step')} of {_many(texts, 'text')}"
+    return f"Training: {batches} ({rounds:.2g} times {available:,} texts), about {about}"
 
 
 def few_steps_line(steps: int, minutes: float, seconds: float) -> str:
@@ -306,7 +311,8 @@ def size_table(models: dict[str, Any]) -> Table:
         ("vocabulary, tokens", "vocab", lambda v: f"{v:,}"),
         ("size, MB", "mb", lambda v: f"{v:.1f}"),
         (
-            f"CPU s, batch {models['time_batch']}, <= {models['time_length']} tokens, {models['threads']} threads",
+            f"CPU s, batch {models['time_batch']}, <= {models['time_length']} tokens, "
+            + _many(models["threads"], "thread"),
             "seconds",
             lambda v: f"{v:.3f}",
         ),

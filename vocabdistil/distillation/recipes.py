@@ -113,7 +113,7 @@ _PAPER = LossWeights(kl=2.0, logits=0.5, mlm=0.5)
 
 RECIPES: dict[str, Recipe] = {
     "embedding": Recipe(
-        "measured in benchmarks/students: with vectors of texts or similarities beside the spans, students agree less",
+        "measured in benchmarks/students: vectors of texts or their similarities beside the spans add nothing",
         LossWeights(kl=1.0),
         lr_whole=2e-4,
         lr_fewer=5e-4,

@@ -32,3 +32,31 @@ def test_an_earlier_demo_is_not_overwritten(tmp_path):
     (tmp_path / "teacher").mkdir()
     with pytest.raises(VocabdistilError, match="out: .*teacher exists"):
         demo.demo(tmp_path, quiet=True)
+
+
+def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch):
+    """In the middle of the teacher, then of the student; what is made is not made again."""
+    with pytest.raises(VocabdistilError, match="resume: no interrupted run at .*teacher"):
+        demo.demo(tmp_path, resume=True, quiet=True)
+    made = []
+
+    def train_teacher(out, resume, **options):
+        made.append(("teacher", resume))
+        if not resume:
+            (tmp_path / "teacher.partial").mkdir()
+            raise KeyboardInterrupt
+        (tmp_path / "teacher.partial").rename(out)
+
+    def distill(config):
+        made.append(("student", config.resume))
+        if not config.resume:
+            (tmp_path / "student.partial").mkdir()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train_teacher", train_teacher)
+    monkeypatch.setattr(demo, "distill", distill)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            demo.demo(tmp_path, resume=resume, quiet=True)
+    demo.demo(tmp_path, resume=True, quiet=True)
+    assert made == [("teacher", False), ("teacher", True), ("student", False), ("student", True)]

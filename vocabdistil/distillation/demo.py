@@ -95,14 +95,20 @@ def demo_text(lines: int = 8000, seed: int = 0) -> list[str]:
     return text
 
 
-def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = False) -> DistillResult:
+def demo(
+    out: str | Path, seed: int = 0, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> DistillResult:
     """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; about a minute on two cores, nothing downloaded.
 
+    Args:
+        resume: go on with a demo that was interrupted.
+
     Raises:
-        VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced, or ``out/text.txt`` is
-            another text.
+        VocabdistilError: ``out/teacher`` or ``out/student`` exists and is not to be replaced, there is nothing to
+            resume, or ``out/text.txt`` is another text.
     """
-    DemoOptions(out, seed, overwrite, quiet).look()
+    options = DemoOptions(out, seed, resume, overwrite, quiet)
+    options.look()
     out = Path(out)
     say, text = Reporter(quiet), out / "text.txt"
     data = ("\n".join(demo_text(seed=seed)) + "\n").encode()
@@ -115,7 +121,9 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
         raise VocabdistilError.of("out", f"{text} is not the text of this demo; name another folder")
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
     common: dict[str, Any] = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
-    train_teacher(out=out / "teacher", vocab_size=1200, layers=4, dim=192, heads=6, steps=400, lr=1e-3, **common)
+    if not options.has_teacher:
+        size = {"vocab_size": 1200, "layers": 4, "dim": 192, "heads": 6}
+        train_teacher(out=out / "teacher", **size, steps=400, lr=1e-3, resume=resume, **common)
     say.status("A student: DistilBERT, 2 layers, width 96, with its own vocabulary of 200 tokens")
     return distill(
         DistillConfig(
@@ -126,6 +134,7 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False, quiet: bool = 
             steps=400,
             lr=1e-3,
             time_length=48,
+            resume=options.resumes("student"),
             **common,
         )
     )

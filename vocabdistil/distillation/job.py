@@ -323,6 +323,8 @@ class _Run:
 
         def result() -> DistillResult:
             mixed = self.mix(training, begun)
+            if mixed:
+                self.say.print(report.mixed_line(self.share(mixed)))
             after = self.evaluation(training)
             return self.write(student, vocabularies, covered, training, fitted, mixed, self.record["before"], after)
 

@@ -640,6 +640,7 @@ class DemoOptions:
 
     out: _Out = "vocabdistil-demo"
     seed: kinds.Seed = 0
+    resume: _Resume = False
     overwrite: _Overwrite = False
     quiet: _Quiet = False
 
@@ -647,12 +648,22 @@ class DemoOptions:
         check_options(self)
         (self.out,) = names_of([self.out])
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the demo to resume has its teacher already."""
+        return self.resume and Path(self.out, "teacher").exists()
+
+    def resumes(self, part: str) -> bool:
+        """Whether the teacher or the student of the demo to resume was begun."""
+        return self.resume and Path(self.out, f"{part}.partial").exists()
+
     def look(self) -> None:
         """As :meth:`StudentOptions.look`."""
         out = Path(self.out)
         need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
-        for part in ("teacher", "student"):
-            check_out(out / part, self.overwrite)
+        if not self.has_teacher:
+            check_out(out / "teacher", self.overwrite, resume=self.resume)
+        check_out(out / "student", self.overwrite, resume=self.resumes("student"))
         need_makeable(out)
 
 

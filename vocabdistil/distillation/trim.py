@@ -119,6 +119,7 @@ def _run(
     projections = {name: part for name, part in parts if part is not None}
     out = write_student(folder, config, source, student, [table], metrics, projections)
     about = f"{len(held)} texts of those that the vocabulary was made for"
+    about += ", to the whitened teacher" if whitened else ""
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
     say.print(f"The student is {folder.place}")
     return DistillResult(out, metrics)

@@ -26,6 +26,7 @@ __all__ = [
     "few_steps_line",
     "held_out_rows",
     "loyalty_table",
+    "mixed_line",
     "plan_line",
     "result_tables",
     "size_table",
@@ -160,6 +161,9 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
     table.add_column("student")
     for title in columns.values():
         table.add_column(title, justify="right")
+    if "spearman" in columns:
+        table.caption = "embeddings: cosines of all texts with each other, most of them unrelated; see also evaluate"
+        table.caption_justify = "left"
     for name, row in zip(display_names(list(found)), found.values(), strict=True):
         cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
         if "teacher_pseudo_perplexity" in row:
@@ -244,6 +248,11 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
     return f"Training: {batches} ({rounds:.2g} times {available:,} texts), about {about}"
 
 
+def mixed_line(share: float) -> str:
+    """How far the weights went back towards the start."""
+    return f"The student keeps {share:.0%} of the way from its start to the trained weights"
+
+
 def few_steps_line(steps: int, minutes: float, seconds: float) -> str:
     """That a budget is too short to learn anything in."""
     return (
@@ -284,7 +293,8 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
     for key, label, better in _HELD_OUT:
         if key in metrics["before"] and key in metrics["after"]:
             before, after = metrics["before"][key], metrics["after"][key]
-            if after < before if better == "higher" else after > before:
+            worse = after < before if better == "higher" else after > before
+            if worse and _number(after) != _number(before):
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
     if metrics["share"] == 0:
         what = "more steps" if metrics["steps"] < FEW_STEPS else "more text or a lower rate"

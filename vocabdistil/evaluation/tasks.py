@@ -178,7 +178,7 @@ def pairs_scores(models: Sequence[Embedder], pairs: Pairs, max_length: int, quie
     """
     rows: list[dict[str, Any]] = []
     first: Tensor | None = None
-    with counting(f"Pairs of {Path(pairs.name).name}", 2 * len(pairs.left) * len(models), quiet) as advance:
+    with counting(f"Texts of {Path(pairs.name).name}", 2 * len(pairs.left) * len(models), quiet) as advance:
         for model in models:
             score = partial(_cosines, model.model, pairs, max_length, model.settings, advance=advance)
             cosines, seconds = _timed(model, pairs.left, score)

@@ -96,8 +96,9 @@ class Checkups(TrainerCallback):
 
     @property
     def stale(self) -> int:
-        """Looks since the best one."""
-        return len(self.rows) - 1 - self.rows.index(self.best)
+        """Looks since the best one, of those after a step: a loss that rises at first may yet fall below the start's."""
+        losses = [row["loss"] for row in self.rows[1:]]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     @property
     def ended_early(self) -> bool:

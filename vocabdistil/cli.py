@@ -247,7 +247,7 @@ _COMMANDS = {
     ),
     "distill": _Command(DistillConfig, _distill, "distil a teacher into a student with a smaller vocabulary"),
     "demo": _Command(
-        DemoOptions, _demo, "see it work: teacher, student and table in about a minute, nothing downloaded"
+        DemoOptions, _demo, "see it work: teacher, student and table in two minutes, nothing downloaded"
     ),
     "teacher": _Command(TeacherConfig, _teacher, "train a small BERT on a text, to have a teacher"),
     "coverage": _Command(CoverageOptions, _coverage, "how two tokenizers align on a text, before any training"),

@@ -96,7 +96,7 @@ class Checkups(TrainerCallback):
 
     @property
     def stale(self) -> int:
-        """Looks since the best one, of those after a step: a loss that rises at first may yet fall below the start's."""
+        """Looks since the best one after a step: a loss that rises at first may yet fall below that of the start."""
         losses = [row["loss"] for row in self.rows[1:]]
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 

@@ -98,7 +98,7 @@ def demo_text(lines: int = 8000, seed: int = 0) -> list[str]:
 def demo(
     out: str | Path, seed: int = 0, resume: bool = False, overwrite: bool = False, quiet: bool = False
 ) -> DistillResult:
-    """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; about a minute on two cores, nothing downloaded.
+    """Writes ``out/text.txt``, ``out/teacher`` and ``out/student``; two minutes on two cores, nothing downloaded.
 
     Args:
         resume: go on with a demo that was interrupted.

@@ -122,7 +122,7 @@ def demo(
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
     common: dict[str, Any] = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
     if not options.has_teacher:
-        size = {"vocab_size": 1200, "layers": 4, "dim": 192, "heads": 6}
+        size: dict[str, Any] = {"vocab_size": 1200, "layers": 4, "dim": 192, "heads": 6}
         train_teacher(out=out / "teacher", **size, steps=400, lr=1e-3, resume=resume, **common)
     say.status("A student: DistilBERT, 2 layers, width 96, with its own vocabulary of 200 tokens")
     return distill(

@@ -315,7 +315,7 @@ def _fitted(
     # Up to the first gap the copied layers are exact.
     exact = next((j for j, k in enumerate(keep) if j != k), len(keep)) if shape == whole else 0
     explained = []
-    for k, layer in enumerate(counted(layers, "Fitting layers", quiet)):
+    for k, layer in enumerate(counted(list(layers), "Fitting layers", quiet)):
         if k not in keep:
             theirs.through(layer)
             continue

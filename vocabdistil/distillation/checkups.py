@@ -61,8 +61,7 @@ class Checkups(TrainerCallback):
 
     def _begin(self) -> None:
         if self._start_counts and not self._student(0).exists() and len(self.rows) == 1:
-            with whole_path(self._student(0)) as path:
-                save_model(self.model, str(path))
+            self._save(0)
         self._write()
 
     def look(self, step: int) -> None:
@@ -80,8 +79,7 @@ class Checkups(TrainerCallback):
         before = self.best["step"]
         self.rows.append(row)
         if self.best is row:
-            with whole_path(self._student(step)) as path:
-                save_model(self.model, str(path))
+            self._save(step)
             for path in self.folder.glob("best-*.safetensors"):
                 if path not in (self._student(step), self._student(before)):
                     path.unlink()
@@ -111,6 +109,10 @@ class Checkups(TrainerCallback):
 
     def _student(self, step: float) -> Path:
         return self.folder / f"best-{step}.safetensors"
+
+    def _save(self, step: int) -> None:
+        with whole_path(self._student(step)) as path:
+            save_model(self.model, str(path))
 
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)

@@ -134,7 +134,7 @@ def demo(
             steps=400,
             lr=1e-3,
             time_length=48,
-            resume=options.resumes("student"),
+            resume=options.began_student,
             **common,
         )
     )

@@ -653,9 +653,10 @@ class DemoOptions:
         """Whether the demo to resume has its teacher already."""
         return self.resume and Path(self.out, "teacher").exists()
 
-    def resumes(self, part: str) -> bool:
-        """Whether the teacher or the student of the demo to resume was begun."""
-        return self.resume and Path(self.out, f"{part}.partial").exists()
+    @property
+    def began_student(self) -> bool:
+        """Whether the demo to resume was in the middle of its student."""
+        return self.resume and Path(self.out, "student.partial").exists()
 
     def look(self) -> None:
         """As :meth:`StudentOptions.look`."""
@@ -663,7 +664,7 @@ class DemoOptions:
         need(out.is_dir() or not out.exists(), "out", "the name of a folder", f"{out}, which is a file")
         if not self.has_teacher:
             check_out(out / "teacher", self.overwrite, resume=self.resume)
-        check_out(out / "student", self.overwrite, resume=self.resumes("student"))
+        check_out(out / "student", self.overwrite, resume=self.began_student)
         need_makeable(out)
 
 

@@ -23,7 +23,7 @@ from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
 from .cache_manifest import cache_folders, look_at_cache
 from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
-from .run_folder import check_out, look_at_run, need_makeable
+from .run_folder import check_out, look_at_run, need_makeable, partial_of
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
 __all__ = [
@@ -656,7 +656,7 @@ class DemoOptions:
     @property
     def began_student(self) -> bool:
         """Whether the demo to resume was in the middle of its student."""
-        return self.resume and Path(self.out, "student.partial").exists()
+        return self.resume and partial_of(Path(self.out, "student")).exists()
 
     def look(self) -> None:
         """As :meth:`StudentOptions.look`."""

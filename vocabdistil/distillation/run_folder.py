@@ -30,6 +30,7 @@ __all__ = [
     "last_checkpoint",
     "look_at_run",
     "need_makeable",
+    "partial_of",
     "seal",
 ]
 
@@ -87,7 +88,7 @@ def _foreign(folder: Path) -> str | None:
     return next((name for name in files_in(folder) if name not in ours), None)
 
 
-def _partial(out: Path) -> Path:
+def partial_of(out: Path) -> Path:
     """Where a run is while it lasts."""
     return Path(f"{out}.partial")
 
@@ -102,14 +103,14 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: bo
     """
     for name in inputs:
         path = Path(os.path.realpath(name))
-        for place in (out, _partial(out)):
+        for place in (out, partial_of(out)):
             if Path(os.path.realpath(place)) in (path, *path.parents):
                 raise VocabdistilError.of("out", f"{place} holds {name}, which the run reads")
     need(out.name not in ("", ".."), "out", "the name of a folder", out)
     # These cannot be renamed, and a link would be replaced instead of what it leads to.
     need(not out.is_symlink(), "out", "a folder by its own name", f"{out}, a symbolic link to {os.path.realpath(out)}")
     need(not os.path.ismount(out), "out", "a folder that can be replaced", f"{out}, where something is mounted")
-    path = _partial(out)
+    path = partial_of(out)
     if os.path.lexists(path):
         if not _is_run(path):
             raise VocabdistilError.of("out", f"{path}, where the run would be while it lasts, holds something else")
@@ -141,7 +142,7 @@ def look_at_run(out: Path, overwrite: bool, inputs: Sequence[str] = (), resume: 
     """:func:`check_out`, and of a run that was interrupted there whether it may be continued or replaced, as far as
     its folder tells; what another process holds, or held when it was killed, is for :meth:`RunFolder.open`."""
     check_out(out, overwrite, inputs, resume)
-    path = _partial(out)
+    path = partial_of(out)
     if os.path.lexists(path) and not (path / _LOCK).exists():
         _earlier(path, resume, overwrite)
 
@@ -181,7 +182,7 @@ class RunFolder:
         """
         out = Path(out)
         check_out(out, overwrite, resume=resume)
-        path = _partial(out)
+        path = partial_of(out)
         fresh = not os.path.lexists(path)
         lock = FileLock(str(path / _LOCK))
         self = cls(out, path, {}, False, lock)
@@ -211,7 +212,7 @@ class RunFolder:
     @classmethod
     def follow(cls, out: str | os.PathLike[str], record: dict[str, Any]) -> RunFolder:
         """The folder of a run that another process has opened, which stored ``record``; only read."""
-        return cls(Path(out), _partial(Path(out)), record, False, None)
+        return cls(Path(out), partial_of(Path(out)), record, False, None)
 
     def _remove(self) -> None:
         """The folder, and those made for it."""

@@ -30,7 +30,7 @@ from vocabdistil.evaluation.tasks import read_pairs
 
 from . import rows
 from .methods import make, measure, missing
-from .table import E5, MINILM, PROMPTS, Run, ablation, comparison, matches
+from .table import ABLATION_STEPS, E5, MINILM, PROMPTS, Run, ablation, comparison, matches
 
 
 def _above_0(kind: type) -> Any:
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=_above_0(float), metavar="X", help="of every row that trains")
     budget.add_argument("--steps", type=_above_0(int), metavar="N", help="the same in steps")
-    p.add_argument("--ablation", action="store_true", help="the table of losses instead, by default 300 steps each")
+    p.add_argument("--ablation", action="store_true", help=f"the tables of losses and learning rates instead, by default {ABLATION_STEPS} steps each")
     p.add_argument("--missing", action="store_true", help="leave out what the file has of this commit")
     p.add_argument("--list", action="store_true", help="print the names of the rows, and make none")
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and make nothing")

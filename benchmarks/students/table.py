@@ -75,9 +75,8 @@ TRIMMED |= {
     f"{name}/trim-whitened": (student.teacher, student.language, student.size | {"whiten": 0.3})
     for name, student in STUDENTS.items()
 }
-# What one loss is worth, and some together; of these students, with the rest of the recipe.
-ABLATED = ("minilm-3", "e5-6")
-ABLATION_STEPS = 300
+# What one loss is worth, and some together, with the rest of the recipe.
+ABLATION_STEPS = 100
 ABLATION: dict[str, dict[str, Any]] = {
     "recipe": {},
     "kl": {"weights": {"kl": 1}},
@@ -92,6 +91,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "kept": {"layer_map": "kept"},
     "vocabulary-train": {"vocabulary": "train"},
 }
+RATES: dict[str, dict[str, Any]] = {f"lr-{lr:g}": {"lr": lr} for lr in (1e-4, 2e-4, 5e-4, 1e-3)}
+# Student -> what is tried on it: rates also where the body keeps all layers, as it takes another one.
+ABLATED = {"minilm-3": ABLATION | RATES, "e5-6": ABLATION | RATES, "minilm-6": RATES}
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,11 @@ def comparison(minutes: float | None = None, steps: int | None = None) -> Iterat
 
 
 def ablation(minutes: float | None = None, steps: int | None = None) -> Iterator[Run]:
-    """The table of losses, each with the same budget: ``ABLATION_STEPS`` if nothing else is said."""
+    """The tables of losses and of learning rates, each row with the same budget: ``ABLATION_STEPS`` if nothing else is said."""
     budget = _budget(minutes, steps or (None if minutes else ABLATION_STEPS))
-    for name in ABLATED:
+    for name, tried in ABLATED.items():
         student = STUDENTS[name]
-        for kind, options in ABLATION.items():
+        for kind, options in tried.items():
             told = student.size | options | budget
             yield Run(f"{name}-losses/{kind}", "distill", (student.teacher,), student.language, told)
 

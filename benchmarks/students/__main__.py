@@ -62,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=_above_0(float), metavar="X", help="of every row that trains")
     budget.add_argument("--steps", type=_above_0(int), metavar="N", help="the same in steps")
-    p.add_argument("--ablation", action="store_true", help=f"the tables of losses and learning rates instead, by default {ABLATION_STEPS} steps each")
+    instead = f"the tables of losses and learning rates instead, by default {ABLATION_STEPS} steps each"
+    p.add_argument("--ablation", action="store_true", help=instead)
     p.add_argument("--missing", action="store_true", help="leave out what the file has of this commit")
     p.add_argument("--list", action="store_true", help="print the names of the rows, and make none")
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and make nothing")

@@ -144,7 +144,7 @@ def comparison(minutes: float | None = None, steps: int | None = None) -> Iterat
 
 
 def ablation(minutes: float | None = None, steps: int | None = None) -> Iterator[Run]:
-    """The tables of losses and of learning rates, each row with the same budget: ``ABLATION_STEPS`` if nothing else is said."""
+    """The tables of losses and of learning rates, all with one budget: ``ABLATION_STEPS`` if nothing else is said."""
     budget = _budget(minutes, steps or (None if minutes else ABLATION_STEPS))
     for name, tried in ABLATED.items():
         student = STUDENTS[name]

@@ -1,4 +1,5 @@
-"""``python -m benchmarks NAME...`` measures, ``picture CSV --out FILE.png`` and ``figures [CSV...]`` show.
+"""``python -m benchmarks NAME...`` measures; ``picture CSV --out FILE.png``, ``figures [CSV...]`` and ``goals CSV``
+show; ``smoke`` says in a minute whether every operation is right on every backend.
 
 The cases of remap and align on real text read war_and_peace_ru.txt and shakespeare_en.txt in the folder
 VOCABDISTIL_DATA.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import goals, report, smoke
 
 OPERATIONS = (
     "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive",
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _report(argv: Sequence[str]) -> int:
+def _other(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser(prog=f"python -m benchmarks {argv[0]}")
     if argv[0] == "picture":
         p.description = "Draw time against pairs and against hidden size from the sweep in a results file."
@@ -53,6 +54,16 @@ def _report(argv: Sequence[str]) -> int:
         args = p.parse_args(argv[1:])
         report.picture(args.csv, args.out)
         return 0
+    if argv[0] == "smoke":
+        p.description = "Every operation once on every backend, against the float64 reference; exit status 1 if wrong."
+        p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
+        return int(smoke.smoke(torch.device(p.parse_args(argv[1:]).device)) > 0)
+    if argv[0] == "goals":
+        p.description = "Say which goals of the kernels on an H200 a results file reaches; exit status 1 if not all."
+        p.add_argument("csv", type=Path)
+        text, reached = goals.table(report.read_rows(p.parse_args(argv[1:]).csv))
+        print(text)
+        return int(not reached)
     p.description = "Print the headline rows of results files as Markdown."
     p.add_argument("csv", type=Path, nargs="*", help="default: all files in benchmarks/results")
     paths = p.parse_args(argv[1:]).csv or sorted(report.RESULTS.glob("*.csv"))
@@ -63,8 +74,8 @@ def _report(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 when one of our implementations is wrong or raises."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("picture", "figures"):
-        return _report(argv)
+    if argv and argv[0] in ("picture", "figures", "goals", "smoke"):
+        return _other(argv)
     from . import harness
 
     parser = _parser()

@@ -61,7 +61,7 @@ class Problem:
         truth: the expected outputs, then the gradients of ``leaves``, in float64 (integers as they are).
         nbytes: mode -> the bytes that have to be read and written whatever the method.
         leaves: tensors that get a gradient.
-        upstream: gradient of the output, for an output that is no scalar.
+        upstream: gradient of the output, where it is not 1.
         missing: provider -> why it cannot run here.
         tokens: tokens of one call, for tokens per second.
     """
@@ -88,9 +88,12 @@ class Case:
 
 
 def random_pairs(
-    batch: int, length: int, device: torch.device, seed: int = 0
+    batch: int, length: int, device: torch.device, seed: int = 0, filled: float = 1.0
 ) -> tuple[vd.SpanPairs, tuple[int, int]]:
     """Spans of 1 to 3 student tokens (1.31 on average, as in Russian text), one per teacher token.
+
+    Args:
+        filled: share of the teacher's tokens that are no padding: texts of ``2 filled - 1`` to 1 of the length.
 
     Returns:
         The pairs of ``batch`` x ``length`` teacher tokens, and the shape [B, L_s] of the student's batch.
@@ -98,10 +101,13 @@ def random_pairs(
     weights = torch.tensor([0.75, 0.19, 0.06])
     g = torch.Generator().manual_seed(seed)
     sizes = 1 + torch.multinomial(weights, batch * length, True, generator=g).view(batch, length)
+    shares = 1 - 2 * (1 - filled) * torch.rand(batch, 1, generator=g)
     width = int(sizes.sum(1).max())
-    end = (sizes.cumsum(1) + width * torch.arange(batch)[:, None]).flatten()
-    teacher = torch.arange(batch * length)
-    return vd.SpanPairs(end - sizes.flatten(), end, teacher, teacher + 1).to(device), (batch, width)
+    end = sizes.cumsum(1) + width * torch.arange(batch)[:, None]
+    teacher = torch.arange(batch * length).view(batch, length)
+    inside = torch.arange(length) < length * shares
+    end, sizes, teacher = end[inside], sizes[inside], teacher[inside]
+    return vd.SpanPairs(end - sizes, end, teacher, teacher + 1).to(device), (batch, width)
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,12 +233,15 @@ def _prepare(
 
 
 class Clock:
-    """Milliseconds of one call: the wall clock on a CPU, events on CUDA with the L2 cache emptied before."""
+    """Milliseconds of one call: the wall clock on a CPU, events on CUDA with the L2 cache emptied before.
+
+    It is emptied by reading something large: what was written instead would have to be written back meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         if self.cuda:
-            self.flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            self.flush = torch.zeros(1 << 26, dtype=torch.int32, device=device)
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, run: Callable[[], Any]) -> float:
@@ -242,7 +251,7 @@ class Clock:
             elapsed = time.perf_counter_ns() - start
             del value
             return elapsed / 1e6
-        self.flush.zero_()
+        self.flush.amax()
         self.start.record()
         run()
         self.end.record()

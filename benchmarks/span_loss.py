@@ -93,9 +93,12 @@ def build(
     dtype: torch.dtype,
     n_s: int = 1,
     n_t: int = 1,
+    filled: float = 1.0,
+    upstream: float = 1.0,
 ) -> Problem:
-    """``shape``: batch and length of the teacher; ``n_s``, ``n_t``: layers of each side."""
-    pairs, student_shape = random_pairs(*shape, device)
+    """``shape``: batch and length of the teacher; ``n_s``, ``n_t``: layers of each side; ``filled``: share of the
+    tokens that are no padding; ``upstream``: gradient of the loss, as a trainer that scales losses has it."""
+    pairs, student_shape = random_pairs(*shape, device, filled=filled)
     g = torch.Generator(device).manual_seed(1)
 
     def hidden(shape: tuple[int, int], width: int) -> Tensor:
@@ -114,7 +117,7 @@ def build(
         loss = vd.reference.span_loss(
             wide[:n_s], [x.double() for x in teacher], pairs, weight=None if weight is None else wide[-1]
         )
-        loss.backward()
+        (upstream * loss).backward()
         return [loss.detach(), *(leaf.grad for leaf in wide)]
 
     here, missing = own_providers(OPERATION, device)
@@ -136,7 +139,9 @@ def build(
     tokens = int((pairs.student_end - pairs.student_start).sum())
     read = (n_s * tokens * d_s + n_t * len(pairs) * d_t) * dtype.itemsize
     write = sum(x.numel() for x in student) * dtype.itemsize
-    return Problem(providers, truth, {"fwd": read, "fwd+bwd": read + write}, leaves, missing=missing)
+    nbytes = {"fwd": read, "fwd+bwd": read + write}
+    scale = None if upstream == 1 else torch.tensor(upstream, device=device)
+    return Problem(providers, truth, nbytes, leaves, scale, missing)
 
 
 def _case(
@@ -147,11 +152,16 @@ def _case(
     d_s: int = 0,
     layers: tuple[int, int] = (1, 1),
     suffix: bool = True,
+    filled: float = 1.0,
+    upstream: float = 1.0,
 ) -> Case:
     name = f"b{batch}-l{length}-d{d_t}" + (f"-from{d_s}" if d_s else "")
     name += f"-layers{layers[1]}to{layers[0]}" if layers != (1, 1) else ""
+    name += f"-{filled:.0%}" if filled != 1 else ""
+    name += f"-upstream{upstream:g}" if upstream != 1 else ""
     name += f"-{_SHORT[dtype]}" if suffix else ""
-    return Case(name, lambda device: build(device, (batch, length), d_t, d_s or d_t, dtype, *layers), dtype)
+    shape, given = (batch, length), {"filled": filled, "upstream": upstream}
+    return Case(name, lambda device: build(device, shape, d_t, d_s or d_t, dtype, *layers, **given), dtype)
 
 
 def _sweep(pairs: int, hidden: int) -> Case:
@@ -171,10 +181,20 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _case(32, 256, 768, half, 264)
         yield _case(32, 256, 768, single, 264)
         yield _case(32, 256, 768, half, layers=(3, 12))
+        yield _case(64, 512, 768, half)
+        yield _case(64, 512, 768, half, filled=0.6)
+        yield _case(64, 512, 768, half, upstream=2.0)
+        yield _case(64, 512, 264, half)
+        yield _case(64, 512, 264, single)
+        # All that is to be seen of these is the host.
+        yield _case(1, 8, 64, single)
+        yield _case(1, 8, 64, single, 32)
         yield from (_sweep(pairs, hidden) for pairs, hidden in GPU_SWEEP)
         return
     yield _case(8, 256, 768, suffix=False)
     yield _case(8, 256, 768, d_s=264, suffix=False)
     yield _case(8, 256, 768, half)
+    yield _case(8, 256, 768, suffix=False, filled=0.6)
+    yield _case(8, 256, 768, suffix=False, upstream=2.0)
     yield _case(4, 1024, 1024, suffix=False)
     yield from (_sweep(pairs, hidden) for pairs in PAIRS for hidden in HIDDEN)

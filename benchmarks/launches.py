@@ -1,0 +1,58 @@
+"""Launches of every GPU kernel, small, for a sanitizer, or large, for a profiler: ``python -m benchmarks.launches``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import vocabdistil as vd
+from vocabdistil.core import dispatch
+
+from .harness import random_pairs
+from .smoke import calls
+
+# Batch, length, width, dtype, divergence: sizes that fill a GPU.
+LARGE = (
+    (64, 512, 1024, torch.bfloat16, "kl"),
+    (64, 512, 768, torch.float32, "kl"),
+    (64, 512, 264, torch.bfloat16, "kl"),
+    (16, 2048, 4096, torch.bfloat16, "kl"),
+    (64, 512, 768, torch.bfloat16, "jsd"),
+)
+
+
+def small(device: torch.device) -> None:
+    """Every call of the smoke test; the upstream gradient is not 1, so that the backward kernels run too."""
+    for call in calls(device):
+        for backend in dispatch.TABLE[call.operation][device.type]:
+            if dispatch.unavailable(backend) is None:
+                leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+                (3 * call.run(vd, leaves, call.rest, backend).sum()).backward()
+
+
+def large(device: torch.device) -> None:
+    for batch, length, width, dtype, divergence in LARGE:
+        pairs, shape = random_pairs(batch, length, device)
+        student = torch.randn(*shape, width, device=device).to(dtype).requires_grad_()
+        teacher = torch.randn(batch, length, width, device=device).to(dtype)
+        for backend in dispatch.TABLE["span_loss"][device.type]:
+            if dispatch.unavailable(backend) is None:
+                vd.span_loss(student, teacher, pairs, divergence=divergence, backend=backend).backward()
+
+
+def main(argv: Sequence[str]) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = {"small": small, "large": large}
+    if len(argv) != 1 or argv[0] not in kinds:
+        print("usage: python -m benchmarks.launches {small,large}", file=sys.stderr)
+        return 2
+    kinds[argv[0]](device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

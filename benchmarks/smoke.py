@@ -1,0 +1,112 @@
+"""Every operation once on every backend, small, against the float64 reference: ``python -m benchmarks smoke``.
+
+A minute that says whether anything on a machine is badly wrong, before the tests say what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vocabdistil as vd
+from vocabdistil.core import dispatch
+
+from .harness import ALLOWED, OURS_FROM_HALF, judge, random_pairs, worst_error
+
+__all__ = ["Call", "calls", "smoke"]
+
+SPAN_SHAPES = (
+    (264, torch.bfloat16), (768, torch.float16), (1030, torch.float32), (4096, torch.bfloat16), (8192, torch.float32),
+    (768, torch.float64),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation.
+
+    Attributes:
+        run: of the module that has it (``vocabdistil`` or its reference), the leaves and ``backend=``.
+        leaves: tensors that get a gradient.
+        rest: other floating tensors, which the reference reads as float64.
+    """
+
+    operation: str
+    name: str
+    run: Callable[..., Tensor]
+    leaves: Sequence[Tensor]
+    rest: Sequence[Tensor] = field(default=())
+
+
+def _call(
+    operation: str, name: str, leaves: Sequence[Tensor], rest: Sequence[Tensor], *given: Any, **options: Any
+) -> Call:
+    def run(module: Any, tensors: Sequence[Tensor], others: Sequence[Tensor], backend: str | None) -> Tensor:
+        chosen = {} if backend is None else {"backend": backend}
+        return getattr(module, operation)(*tensors, *others, *given, **options, **chosen)
+
+    return Call(operation, name, run, leaves, rest)
+
+
+def calls(device: torch.device) -> Iterator[Call]:
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    pairs, (batch, width) = random_pairs(4, 16, device, filled=0.7)
+    matched = vd.MatchedVocab(torch.arange(40), torch.arange(40)).to(device)
+    table = vd.RemapTable(torch.arange(61), torch.arange(60) % 50, student_vocab_size=50, unk_id=1, pad_id=0)
+    for dim, dtype in SPAN_SHAPES:
+        for divergence in ("kl", "reverse_kl", "jsd", "mse", "cosine"):
+            sides = [made(4, n, dim, dtype=dtype) for n in (width, 16)]
+            name = f"{divergence} {dim} {str(dtype).removeprefix('torch.')}"
+            yield _call("span_loss", name, sides[:1], sides[1:], pairs, divergence=divergence, temperature=1.7)
+    rows = made(4 * width, 264)
+    yield _call("span_mean", "264", [rows], [], pairs.student_start, pairs.student_end)
+    for unmatched in ("renormalize", "rest", "drop"):
+        logits = [made(64, 50)], [made(64, 60)]
+        yield _call("matched_kl", unmatched, *logits, matched, unmatched=unmatched)
+        hidden, weight, teacher = made(64, 24), made(50, 24), [made(64, 48), made(60, 48)]
+        yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
+    for combine in ("sum", "logsumexp"):
+        yield _call("remapped_kl", combine, [made(64, 50)], [made(64, 60)], table, combine=combine)
+    yield _call("relation_loss", "4 heads", [made(4, width, 64)], [made(4, 16, 128)], pairs, heads=4)
+    yield _call("contrastive", "64", [made(4, width, 64)], [made(4, 16, 64)], pairs)
+
+
+def _outcome(call: Call, backend: str | None, want: Sequence[Tensor]) -> tuple[str, str]:
+    """What is wrong, and how far from float64 it is otherwise."""
+    try:
+        leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+        loss = call.run(vd, leaves, call.rest, backend)
+        loss.sum().backward()
+        got = [loss.detach(), *(leaf.grad for leaf in leaves)]
+        dtype = leaves[0].dtype
+        slack = OURS_FROM_HALF if dtype.itemsize == 2 else ALLOWED[dtype]
+        return judge(got, want, slack), worst_error(got, want)
+    except Exception as error:  # the others are to be seen too
+        return f"{type(error).__name__}: {error}".splitlines()[0][:160], ""
+
+
+def smoke(device: torch.device) -> int:
+    """Prints a line for each call on each backend; returns how many are wrong."""
+    wrong = 0
+    for call in calls(device):
+        wide = [leaf.to(torch.float64, copy=True).requires_grad_() for leaf in call.leaves]
+        truth = call.run(vd.reference, wide, [x.double() for x in call.rest], None)
+        truth.sum().backward()
+        want = [truth.detach(), *(leaf.grad for leaf in wide)]
+        choices = [name for name in dispatch.TABLE[call.operation][device.type] if name != "reference"]
+        for backend in choices:
+            problem = dispatch.unavailable(backend)
+            error, distance = (f"cannot run: {problem}", "") if problem else _outcome(call, backend, want)
+            # What is not built here is to be seen, too, where there is a GPU for it.
+            wrong += bool(error)
+            print(f"{call.operation:18s}{call.name:26s}{backend:8s}{error and '<<< ' + error or distance}", flush=True)
+    print(f"{wrong} wrong" if wrong else "all right")
+    return wrong

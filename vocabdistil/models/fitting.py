@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .teachers import Teacher
 
-__all__ = ["Batch", "Seen", "Tap", "fit_linear", "least_squares", "tapped", "token_batches"]
+__all__ = ["Batch", "Seen", "Tap", "fit_linear", "least_squares", "products", "tapped", "token_batches"]
 
 _BATCH = 64
 # Relative to the mean variance of what is read. Where a layer is as wide as the teacher's, what the text leaves open
@@ -86,7 +86,7 @@ def tapped(run: Callable[[], Any], taps: Sequence[Tap], stop: bool = False) -> l
     return [seen[i] for i in range(len(taps))]
 
 
-def _products(rows: Tensor) -> Tensor:
+def products(rows: Tensor) -> Tensor:
     """``rows^T rows``, float64, of which little more than the upper half is computed."""
     width = rows.shape[1]
     upper = rows.new_zeros(width, width)
@@ -100,14 +100,14 @@ def least_squares(x: Tensor, y: Tensor, known: Tensor | None = None) -> tuple[Te
     that is ``known`` changes no more than it must."""
     x_mean, y_mean = x.mean(0), y.mean(0)
     centred = x - x_mean
-    products = _products(centred)
+    read = products(centred)
     # As the rows of x are centred, those of y need not be.
     crossed = (centred.T @ y).double()
     if known is not None:
-        crossed -= products @ known.double().T
+        crossed -= read @ known.double().T
     ridge = _RIDGE if known is None else _HOLD
-    products += ridge * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
-    weight = torch.linalg.solve(products, crossed).T.float()
+    read += ridge * read.diagonal().mean() * torch.eye(len(read), dtype=torch.float64)
+    weight = torch.linalg.solve(read, crossed).T.float()
     weight = weight if known is None else known + weight
     return weight, y_mean - weight @ x_mean
 

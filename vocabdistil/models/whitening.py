@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError, need, spell
 from .architectures import architecture_of, layers_of
-from .fitting import Tap, tapped, token_batches
+from .fitting import Tap, products, tapped, token_batches
 from .sentence import SentenceSettings, lowered, pool, prompt_length
 from .shapes import known_architecture
 from .teachers import Teacher, model_inputs
@@ -84,7 +84,7 @@ class _Moments:
         rows = rows - self._shift
         self.count += len(rows)
         self._sum += rows.sum(0)
-        self._products += rows.T @ rows
+        self._products += products(rows)
 
     @property
     def mean(self) -> Tensor:
@@ -158,11 +158,11 @@ def whiten(
     width, covariance = len(mean), moments.covariance
     reads = len(covariance) - 2 * width
     read_mean, middle_mean, last_mean = moments.mean.split([reads, width, width])
-    products, crossed, others = covariance[:reads, :reads], covariance[:reads, reads:], covariance[reads:, reads:]
+    read, crossed, others = covariance[:reads, :reads], covariance[:reads, reads:], covariance[reads:, reads:]
     spread = others[width:, width:]
-    ridge = _RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
+    ridge = _RIDGE * read.diagonal().mean() * torch.eye(len(read), dtype=torch.float64)
     # What the feed-forward part can say of the middle and of the last hidden states, and what it cannot.
-    said = torch.linalg.solve(products + ridge, crossed)
+    said = torch.linalg.solve(read + ridge, crossed)
     unsaid = others - crossed.T @ said
     # The middle is added to whatever it writes: the scale of what is wanted at which this is least in the way.
     scale = float(unsaid[:width, :width].trace()) / max(1e-12, float((matrix @ unsaid[width:, :width]).trace()))

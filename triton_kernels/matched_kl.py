@@ -592,7 +592,8 @@ def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
     if loss.dtype == torch.float64:
         return (loss * scale).sum()
     total = loss.new_empty(())
-    total_kernel[(1,)](loss, scale, total, loss.shape[0], 1.0, BLOCK=2048, num_warps=8)
+    with on_device(loss):
+        total_kernel[(1,)](loss, scale, total, loss.shape[0], 1.0, BLOCK=2048, num_warps=8)
     return total
 
 

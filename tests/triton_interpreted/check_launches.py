@@ -1,0 +1,70 @@
+"""Every launch goes to the device of its tensors, whichever is the current one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections import Counter
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+import vocabdistil as vd
+from benchmarks.smoke import calls
+from vocabdistil import triton_kernels
+
+CPU = torch.device("cpu")
+MODULES = [
+    importlib.import_module(f"vocabdistil.triton_kernels.{found.name}")
+    for found in pkgutil.iter_modules(triton_kernels.__path__)
+]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often each kernel was launched where ``on_device`` held, and where it did not."""
+    held, found = [], {True: Counter(), False: Counter()}
+    run = InterpretedFunction.run
+
+    @contextlib.contextmanager
+    def on_device(x):
+        held.append(x)
+        yield
+        held.pop()
+
+    def counted(kernel, *args, **options):
+        found[bool(held)][kernel.fn.__qualname__, kernel.fn.__module__.rpartition(".")[2]] += 1
+        return run(kernel, *args, **options)
+
+    for module in MODULES:
+        if hasattr(module, "on_device"):
+            monkeypatch.setattr(module, "on_device", on_device)
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    return found
+
+
+def small(call):
+    return call.operation != "contrastive" and (call.operation != "span_loss" or call.name.startswith("kl 264"))
+
+
+def test_on_the_device_of_their_tensors(launches):
+    for call in filter(small, calls(CPU)):
+        leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+        (3 * call.run(vd, leaves, call.rest, "triton").sum()).backward()
+    pairs = next(calls(CPU)).leaves[0]
+    layers = [pairs.float().clone().requires_grad_() for _ in range(2)]
+    spans = torch.arange(4, dtype=torch.int32)
+    same = vd.SpanPairs(spans, spans + 1, spans, spans + 1)
+    vd.span_loss(layers, [x.detach() for x in layers], same, backend="triton").backward()
+    table = vd.RemapTable(torch.arange(61), torch.arange(60) % 50, student_vocab_size=50, unk_id=1, pad_id=0)
+    table.remap(torch.arange(60).view(2, 30), backend="triton")
+    assert not launches[False]
+    kernels = {
+        (name, module.__name__.rpartition(".")[2])
+        for module in MODULES
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, InterpretedFunction) and kernel.fn.__module__ == module.__name__ and "kernel" in name
+    }
+    assert launches[True].keys() == kernels

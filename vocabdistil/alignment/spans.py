@@ -297,19 +297,59 @@ def check_pair_weights(pair_weights: Tensor | None, count: int, student: Tensor)
         raise ValueError(f"pair_weights: expected shape ({count},), got {tuple(pair_weights.shape)}")
 
 
+def check_shift(shift: object, x: Tensor, side: str, name: str) -> None:
+    """0, or 1 for rows of known texts."""
+    if isinstance(shift, bool) or not isinstance(shift, int) or shift not in (0, 1):
+        raise ValueError(f"{side}_shift: expected 0 or 1, got {shift!r}")
+    if shift and x.dim() != 3:
+        raise ValueError(f"{side}_{name}: expected shape [B, L, .] beside {side}_shift=1, got {tuple(x.shape)}")
+
+
+def _before(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The spans one row earlier. Before the first row of a text there is none, so a span that begins there becomes
+    empty; all stay ascending."""
+    first = (start % length == 0) & (end > start)
+    return tuple(torch.where(first, start, (at - 1).clamp(min=0)) for at in (start, end))  # type: ignore[return-value]
+
+
+def shifted_pairs(pairs: SpanPairs, lengths: tuple[int, int], shifts: tuple[int, int]) -> SpanPairs:
+    """The pairs at the rows that predict their tokens.
+
+    Args:
+        lengths: of a text on the student's and on the teacher's side, with its padding, which stands behind it.
+        shifts: 0, or 1 for a side whose row i predicts token i + 1.
+    """
+    if not any(shifts):
+        return pairs
+    sides = [(pairs.student_start, pairs.student_end), (pairs.teacher_start, pairs.teacher_end)]
+    for i, (length, shift) in enumerate(zip(lengths, shifts, strict=True)):
+        if shift:
+            sides[i] = _before(*sides[i], max(length, 1))
+    (start_s, end_s), (start_t, end_t) = sides
+    count = ((end_s > start_s) & (end_t > start_t)).sum()
+    waits = pairs.device.type != "cpu" or torch.compiler.is_compiling()
+    return SpanPairs._trusted(
+        (start_s, end_s, start_t, end_t), count if waits else int(count), pairs.student_tokens, pairs.teacher_tokens,
+        pairs.padded,
+    )  # fmt: skip
+
+
 def chosen_pairs(
     pairs: SpanPairs | None, mask: Tensor | None, pair_weights: Tensor | None, student: Tensor, teacher: Tensor,
-    name: str,
+    name: str, shifts: tuple[int, int] = (0, 0),
 ) -> SpanPairs | None:  # fmt: skip
     """The pairs of a loss over rows of ``student [..., V_s]`` and ``teacher [..., V_t]``, all arguments checked.
 
     Args:
         mask: bool or integers ``[...]`` beside no pairs: each row that it has is a pair, and the others are empty ones.
         name: ``logits`` or ``hidden``, as in the names of the arguments.
+        shifts: ``student_shift`` and ``teacher_shift``: see :func:`shifted_pairs`.
 
     Returns:
         None for row i with row i.
     """
+    for side, x, shift in (("student", student, shifts[0]), ("teacher", teacher, shifts[1])):
+        check_shift(shift, x, side, name)
     rows_s, rows_t = student.flatten(0, -2), teacher.flatten(0, -2)
     check_row_pairs(pairs, rows_s, rows_t, f"student_{name}", f"teacher_{name}")
     if mask is not None:
@@ -327,8 +367,14 @@ def chosen_pairs(
         start = torch.arange(len(chosen), dtype=torch.int32, device=mask.device)
         spans = start, start + chosen
         pairs = SpanPairs._trusted((*spans, *spans), chosen.sum(), len(chosen), len(chosen))
+    elif pairs is None and any(shifts):
+        start = torch.arange(len(rows_s), dtype=torch.int32, device=student.device)
+        spans = start, start + 1
+        pairs = SpanPairs._trusted((*spans, *spans), len(start), len(start), len(start))
     check_pair_weights(pair_weights, rows_s.shape[0] if pairs is None else len(pairs), student)
-    return pairs
+    if pairs is None or not any(shifts):
+        return pairs
+    return shifted_pairs(pairs, (student.shape[-2], teacher.shape[-2]), shifts)
 
 
 def check_span_vectors(start: Tensor, end: Tensor, num_tokens: int, device: torch.device) -> None:

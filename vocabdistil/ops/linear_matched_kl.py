@@ -141,6 +141,8 @@ def linear_matched_kl(
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -163,7 +165,8 @@ def linear_matched_kl(
             :class:`torch.nn.Linear` as ``student_weight``.
         teacher_hidden: ``[..., D_t]``. Neither it nor the teacher's weights get a gradient.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
-        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, reduction: as in :func:`matched_kl`;
+        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, student_shift, teacher_shift,
+            reduction: as in :func:`matched_kl`;
             pooling is over hidden states, with which the output layer commutes (a sum of n rows adds the bias n times).
             Logits of float32 are rounded before the temperature divides them, here as wherever they are formed: under
             ``T = 0.01`` the relative error is about ``1e-6 / T``.
@@ -186,7 +189,8 @@ def linear_matched_kl(
     for name, x in (("hidden", teacher_hidden), ("weight", teacher_weight)):
         checks.check_keepable(x, f"teacher_{name}", student_hidden, student_weight, student_bias)
     student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )

@@ -78,6 +78,8 @@ def matched_kl(
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -98,6 +100,10 @@ def matched_kl(
         unmatched: ``"renormalize"`` (softmax over the matched columns), ``"rest"`` (one class more for all unmatched
             mass) or ``"drop"`` (softmax over all columns, terms of the matched ones).
         pooling: ``"mean"`` or ``"sum"`` over the rows of a span; used with ``pairs`` only.
+        student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
+            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
+            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
+            behind. Where both models are causal, their next tokens can be compared instead: see the README.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
@@ -113,7 +119,8 @@ def matched_kl(
     checks.check_columns(teacher_logits, "teacher_logits")
     checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )

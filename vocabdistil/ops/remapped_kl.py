@@ -170,6 +170,8 @@ def remapped_kl(
     pair_weights: Tensor | None = None,
     combine: str = "sum",
     temperature: float = 1.0,
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -190,6 +192,10 @@ def remapped_kl(
         pair_weights: ``[P]``, what each pair (or row) counts; may require gradients.
         combine: ``"sum"`` or ``"logsumexp"`` of the student's logits of a row's pieces.
         temperature: ``T > 0``; divides the combined logits.
+        student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
+            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
+            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
+            behind. Where both models are causal, their next tokens can be compared instead: see the README.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
@@ -205,7 +211,8 @@ def remapped_kl(
     checks.check_columns(teacher_logits, "teacher_logits")
     checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)

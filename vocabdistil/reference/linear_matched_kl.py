@@ -26,6 +26,8 @@ def linear_matched_kl(
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -44,7 +46,8 @@ def linear_matched_kl(
             float32 with half-precision hidden states.
         teacher_hidden: ``[..., D_t]``, on the student's device.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
-        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, reduction, backend: as in `matched_kl`.
+        matched, pairs, mask, pair_weights, temperature, unmatched, pooling, student_shift, teacher_shift,
+            reduction, backend: as in `matched_kl`.
 
     Returns:
         As `matched_kl`. Gradients reach ``student_hidden``, ``student_weight`` and ``student_bias``.
@@ -62,7 +65,8 @@ def linear_matched_kl(
     check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
     student = upcast(student_hidden.flatten(0, -2))
     teacher = upcast(teacher_hidden.detach().flatten(0, -2))
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     check_matched_arguments(
         matched, student_weight.shape[0], teacher_weight.shape[0], temperature, unmatched, pooling, reduction
     )

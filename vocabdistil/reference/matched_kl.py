@@ -30,6 +30,8 @@ def matched_kl(
     temperature: float = 1.0,
     unmatched: str = "renormalize",
     pooling: str = "mean",
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -66,6 +68,10 @@ def matched_kl(
         temperature: T > 0, finite.
         unmatched: ``"renormalize"``, ``"rest"`` or ``"drop"``.
         pooling: ``"mean"`` or ``"sum"``, used with ``pairs`` only.
+        student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
+            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
+            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
+            behind. Where both models are causal, their next tokens can be compared instead: see the README.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
         backend: None or ``"reference"``.
 
@@ -84,7 +90,8 @@ def matched_kl(
     checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     check_matched_arguments(
         matched, student.shape[1], teacher.shape[1], temperature, unmatched, pooling, reduction
     )

@@ -23,6 +23,8 @@ def remapped_kl(
     pair_weights: Tensor | None = None,
     combine: str = "sum",
     temperature: float = 1.0,
+    student_shift: int = 0,
+    teacher_shift: int = 0,
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> Tensor:
@@ -52,6 +54,10 @@ def remapped_kl(
         pair_weights: ``[P]`` or None for 1.
         combine: ``"sum"`` or ``"logsumexp"``.
         temperature: T > 0, finite; divides the combined logits.
+        student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
+            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
+            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
+            behind. Where both models are causal, their next tokens can be compared instead: see the README.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
         backend: None or ``"reference"``.
 
@@ -69,7 +75,8 @@ def remapped_kl(
     checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
     student = upcast(student_logits.flatten(0, -2))
     teacher = upcast(teacher_logits.detach().flatten(0, -2))
-    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits")
+    shifts = student_shift, teacher_shift
+    pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     checks.check_remap(table, student.shape[1], teacher.shape[1])
     checks.check_choice(combine, "combine", COMBINES)
     checks.check_temperature(temperature)

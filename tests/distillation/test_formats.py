@@ -159,6 +159,11 @@ def test_what_is_no_text_is_named(tmp_path, data, what):
     assert what in problem(written(tmp_path, data))
 
 
+@pytest.mark.parametrize("pack", [zst, pzst], ids=["zst", "pzst"])
+def test_what_is_packed_twice_is_named(tmp_path, pack):
+    assert "is compressed twice, no text" in problem(written(tmp_path, gz(pack(b"some text\n" * 9))))
+
+
 def test_text_that_begins_like_a_format_is_text(tmp_path):
     assert read_text([written(tmp_path, b"%PDF- is how a PDF begins,\nBZh what bzip2 wrote")])[0][:5] == "%PDF-"
 

@@ -37,8 +37,6 @@ _BINARY = {
     b"PK\x03\x04": "a zip archive",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
-    b"\x1f\x8b": "compressed twice",
-    b"\x28\xb5\x2f\xfd": "compressed twice",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
     b"%PDF-": "a PDF",
@@ -172,7 +170,8 @@ def _encoding(head: bytes, path: Path) -> str:
         legible = b"\0" not in head
     except UnicodeDecodeError:
         legible = False
-    kind = next((kind for mark, kind in _BINARY.items() if head.startswith(mark)), None)
+    kinds = _BINARY | dict.fromkeys(_PACKED, "compressed twice")
+    kind = next((kind for mark, kind in kinds.items() if head.startswith(mark)), None)
     if not legible and kind is not None:
         raise VocabdistilError.of("text", f"{path} is {kind}, no text")
     if b"\0" in head:

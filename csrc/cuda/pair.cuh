@@ -237,7 +237,7 @@ struct Pair {
         for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.at(l, i, 0) + d);
   }
 
-  // The largest values of both rows.
+  // The largest values of both rows, which every divergence of softmaxes asks for first.
   __device__ void tops(Group& group) {
     top_s_ = top_t_ = -INFINITY;
 #pragma unroll kUnroll
@@ -262,7 +262,6 @@ struct Pair {
   template <float Column::*kP, float Column::*kKept>
   __device__ void exponentials(Group& group, const Temperature& temperature) {
     float cross = 0;
-    tops(group);
     sum_s_ = sum_t_ = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
@@ -430,12 +429,21 @@ struct Pair {
   }
 
   __device__ float cosine(Group& group) {
-    float ss = 0, tt = 0, st = 0, size_s = 1, size_t_ = 1;
-    multiply(group, ss, tt, st);
+    float ss, tt, st, size_s = 1, size_t_ = 1;
     // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
     float floor_s = 1e-16f, floor_t = 1e-16f;
-    if (!(ss < INFINITY && tt < INFINITY)) {  // too large to be squared, if it is not infinite
-      constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);
+#pragma unroll 1
+    for (bool scaled = false;; scaled = true) {
+      ss = tt = st = 0;
+#pragma unroll kUnroll
+      for (int e = 0; e < kSize; ++e) {
+        ss += s[e] * s[e];
+        tt += t[e] * t[e];
+        st += s[e] * t[e];
+      }
+      group.sum(ss, tt, st);
+      if (scaled || (ss < INFINITY && tt < INFINITY)) break;
+      constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);  // too large to be squared, if not infinite
       if (!(ss < INFINITY)) size_s = kSmaller, floor_s = 0;
       if (!(tt < INFINITY)) size_t_ = kSmaller, floor_t = 0;
 #pragma unroll kUnroll
@@ -443,7 +451,6 @@ struct Pair {
         s[e] *= size_s;
         t[e] *= size_t_;
       }
-      multiply(group, ss, tt, st);
     }
     const bool same = ss == tt && ss > floor_s && size_s == size_t_;
     const float norms = same ? ss : sqrtf(fmaxf(ss, floor_s)) * sqrtf(fmaxf(tt, floor_t));
@@ -510,17 +517,6 @@ struct Pair {
     const float share = 1.0f / static_cast<float>(count);
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) x[e] *= share;
-  }
-
-  __device__ void multiply(Group& group, float& ss, float& tt, float& st) const {
-    ss = tt = st = 0;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      ss += s[e] * s[e];
-      tt += t[e] * t[e];
-      st += s[e] * t[e];
-    }
-    group.sum(ss, tt, st);
   }
 
   int width_, column_;          // of a pack; the first of this thread

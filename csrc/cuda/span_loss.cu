@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
       }
       if (!both) break;
       close = false;
+      if (softmax && !again) pair.tops(group);
       if (jsd) {
         if constexpr (kKind != Kind::packed)
           loss = again ? pair.close_jsd(group, a.temperature, a.beta) : pair.jsd(group, a.temperature, a.beta, close);

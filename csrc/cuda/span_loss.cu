@@ -64,9 +64,11 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
     const bool both = student.end > student.start && teacher.end > teacher.start;
     float loss = 0;
     // Of rows that are close the averages are formed again, from the cache: to keep them would cost every pair registers.
-    bool close = false, again = false;
+    bool close = false;
 #pragma unroll 1
     do {
+      const bool again = close;
+      close = false;
       if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
       if (!again) {
         next.clamp(a);
@@ -74,7 +76,6 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
         pair.ask_for(a.teacher, next.teacher, a.dim);
       }
       if (!both) break;
-      close = false;
       if (softmax && !again) pair.tops(group);
       if (jsd) {
         if constexpr (kKind != Kind::packed)
@@ -91,8 +92,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
           }
         }
       }
-      again = close;
-    } while (again);
+    } while (close);
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
     if (a.want_grad) {
       const Rows written = written_rows(here.before, student, p + 1 == a.pairs, a.student.rows);

@@ -39,25 +39,26 @@ class Released {
   PyThreadState* state_;
 };
 
-// The items of a list or tuple, `count` of them if that is not negative. They live as long as the sequence.
+// The items of a list or tuple, `count` of them if that is not negative: of a copy, as converting one may run Python code
+// that changes the list.
 class Items {
  public:
-  Items(PyObject* sequence, Py_ssize_t count) : fast_(PySequence_Fast(sequence, "expected a sequence")) {
-    if (!fast_) throw Raised();
+  Items(PyObject* sequence, Py_ssize_t count) : tuple_(PySequence_Tuple(sequence)) {
+    if (!tuple_) throw Raised();
     if (count < 0 || size() == count) return;
     PyErr_Format(PyExc_TypeError, "expected %zd items, got %zd", count, size());
-    Py_DECREF(fast_);
+    Py_DECREF(tuple_);
     throw Raised();
   }
-  ~Items() { Py_DECREF(fast_); }
+  ~Items() { Py_DECREF(tuple_); }
   Items(const Items&) = delete;
   Items& operator=(const Items&) = delete;
 
-  Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(fast_); }
-  PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_, i); }
+  Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
+  PyObject* operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
 
  private:
-  PyObject* fast_;
+  PyObject* tuple_;
 };
 
 // What an argument becomes: From<T>::read(object).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_the_architectures_of_the_gpus_or_of_every_family_are_built(tmp_path):
     assert vd.backends()["build"]["cuda_architectures"] == chosen(tmp_path, shutil.which("nvcc"))
 
 
-FAMILIES = ["75-real", "80-real", "90-real", "100-real", "120"]
+ARM = [] if platform.machine() == "x86_64" else ["110-real"]  # of boards that have no other processor
+FAMILIES = ["75-real", "80-real", "90-real", "100-real", *ARM, "120"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ FAMILIES = ["75-real", "80-real", "90-real", "100-real", "120"]
 )
 @needs_cmake
 def test_architectures_are_chosen_by_what_nvidia_smi_sees(seen, architectures, tmp_path):
-    listed = (50, 70, 75, 80, 86, 90, 100, 103, 120, 121)
+    listed = (50, 70, 75, 80, 86, 90, 100, 103, 110, 120, 121)
     nvcc = program(tmp_path / "nvcc", "".join(f"compute_{arch}\\n" for arch in listed))
     program(tmp_path / "nvidia-smi", seen or "", code=9 if seen is None else 0)
     assert chosen(tmp_path, nvcc, f"{tmp_path}{os.pathsep}{os.environ['PATH']}") == architectures
@@ -82,9 +84,10 @@ def test_architectures_are_chosen_by_what_nvidia_smi_sees(seen, architectures, t
 @pytest.mark.parametrize(
     ("architectures", "code"),
     [
-        ("75-real;90-real;80-real;120", ["75,code=[sm_75]", "120,code=[compute_120,sm_120]", "80,code=[sm_90,sm_80]"]),
-        ("90;100", ["90,code=[compute_90,sm_90]", "100,code=[compute_100,sm_100]"]),
-        ("86-real;90-virtual", ["90,code=[compute_90]", "86,code=[sm_86]"]),
+        ("75-real;90-real;80-real;120", ["75,code=[sm_75]", "80,code=[sm_90,sm_80,sm_120,compute_80]"]),
+        ("90;100", ["90,code=[sm_90,compute_90,sm_100]"]),
+        ("86-real;90-virtual", ["86,code=[sm_86,compute_86]"]),
+        ("75;80-virtual", ["75,code=[sm_75,compute_75]", "80,code=[compute_80]"]),
         ("80;90a-real", [""]),
         ("native", [""]),
     ],

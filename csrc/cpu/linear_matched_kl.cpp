@@ -16,8 +16,6 @@ constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken toget
 constexpr int64_t kGroup = 8;                      // panels of a task
 constexpr int64_t kDepth = 256;                    // columns of a panel's gradient that stay in the cache for all dims
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows `ids` of a weight at columns [from, from + width): where they lie, or converted into scratch [count, width].
 template <class Acc>
 void find_rows(const Rows& weight, const int32_t* ids, int64_t count, int64_t from, int64_t width, const Acc** rows,

@@ -139,6 +139,8 @@ inline float log_positive(float x) {
 }
 inline double log_positive(double x) { return std::log(x); }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline size_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Calls f(T{}) with the element type of a dtype code.

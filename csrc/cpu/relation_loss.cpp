@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kScoreBytes = int64_t{1} << 21;  // of a block of rows, both sides
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The pairs that count, text by text. Labels are only compared with each other: none can lead astray.
 struct Texts {
   std::vector<int64_t> pairs;   // [counted]

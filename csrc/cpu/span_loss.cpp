@@ -236,7 +236,7 @@ void run(const SpanLossArgs& args) {
     zero_grads(args.student_grad, args.dim);
     zero_grads(args.teacher_grad, args.dim);
   }
-  const int64_t width = (args.dim + 31) / 32 * 32;  // rows start on cache lines of their own
+  const int64_t width = ceil_div(args.dim, 32) * 32;  // rows start on cache lines of their own
   const int threads = useful_threads(args.threads, args.pairs * (args.dim + 64) * (args.student.count + args.teacher.count));
   parallel_for(args.pairs, threads, [&](int64_t begin, int64_t end) {
     std::vector<Acc> scratch(4 * width + 32);

@@ -55,7 +55,7 @@ constexpr int64_t kTerms = 128;  // products summed up before they are added: a 
 template <class T>
 inline void tile_in_parts(int rows, int vectors, const T* const* a, int64_t count, const T* b, int64_t b_stride,
                           TileOut<T> out) {
-  const int64_t parts = std::max<int64_t>(1, (count + kTerms - 1) / kTerms);
+  const int64_t parts = std::max<int64_t>(1, ceil_div(count, kTerms));
   const T factor = out.factor;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t from = count * part / parts, to = count * (part + 1) / parts;
@@ -68,7 +68,7 @@ inline void tile_in_parts(int rows, int vectors, const T* const* a, int64_t coun
 // The vectors that `columns` columns fill, at most those of a tile.
 template <class T>
 inline int vectors_of(int64_t columns) {
-  return static_cast<int>((std::min<int64_t>(kTileColumns<T>, columns) + kLanes<T> - 1) / kLanes<T>);
+  return static_cast<int>(ceil_div(std::min<int64_t>(kTileColumns<T>, columns), kLanes<T>));
 }
 
 // Calls f(rows, first row) for tiles of kTileRows rows, and of fewer for what is left.

@@ -237,7 +237,7 @@ struct Pair {
         for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.at(l, i, 0) + d);
   }
 
-  // The largest values of both rows.
+  // The largest values of both rows, which every divergence of softmaxes asks for first.
   __device__ void tops(Group& group) {
     top_s_ = top_t_ = -INFINITY;
 #pragma unroll kUnroll
@@ -257,21 +257,27 @@ struct Pair {
             ((t[e] - s[e]) - (top_t_ - top_s_)) * temperature.inverse};
   }
 
-  __device__ float kl(Group& group, const Temperature& temperature, bool& close) {
+  // The exponentials of both sides: their sums, the student's in s, kKept in t, and the mean of the exponents' differences
+  // by the shares of kP.
+  template <float Column::*kP, float Column::*kKept>
+  __device__ void exponentials(Group& group, const Temperature& temperature) {
     float cross = 0;
-    tops(group);
     sum_s_ = sum_t_ = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
       s[e] = x.s;
-      t[e] = x.t;
+      t[e] = x.*kKept;
       sum_s_ += x.s;
       sum_t_ += x.t;
-      if (x.t != 0) cross += x.t * x.above;  // no mass, no contribution, even where the difference is infinite
+      if (x.*kP != 0) cross += x.*kP * x.above;  // no mass, no contribution, even where the difference is infinite
     }
     group.sum(sum_s_, sum_t_, cross);
-    mean_ = cross / sum_t_;
+    mean_ = cross / (kP == &Column::t ? sum_t_ : sum_s_);
+  }
+
+  __device__ float kl(Group& group, const Temperature& temperature, bool& close) {
+    exponentials<&Column::t, &Column::t>(group, temperature);
     const float ratio = sum_s_ / sum_t_, loss = mean_ + logf(ratio);
     close = loss < kClose;
     scale = temperature.value / sum_s_;
@@ -281,48 +287,44 @@ struct Pair {
   }
 
   __device__ float reverse_kl(Group& group, const Temperature& temperature, bool& close) {
-    float cross = 0;
-    tops(group);
-    sum_s_ = sum_t_ = 0;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      const Column x = column_of(e, temperature);
-      s[e] = x.s;
-      t[e] = -x.above;
-      sum_s_ += x.s;
-      sum_t_ += x.t;
-      if (x.s != 0) cross += x.s * t[e];
-    }
-    group.sum(sum_s_, sum_t_, cross);
-    mean_ = cross / sum_s_;
-    const float loss = mean_ + logf(sum_t_ / sum_s_);
+    exponentials<&Column::s, &Column::above>(group, temperature);
+    const float loss = logf(sum_t_ / sum_s_) - mean_;
     close = loss < kClose;
     scale = temperature.value / sum_s_;
 #pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (t[e] - mean_);
+    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (mean_ - t[e]);
     return temperature.squared * loss;
   }
 
-  // KL(p || q) of rows that are close, p the teacher or (reverse) the student.
-  __device__ float close_kl(Group& group, const Temperature& temperature, bool reverse) {
+  // Of rows that are close: sum_i p_i exp d_i - 1, p the teacher's shares or (reverse) the student's, where log q_i is
+  // log p_i + d_i but for a constant and d has the mean 0. `keep` takes a column, its d and its p (exp d - 1).
+  template <class Keep>
+  __device__ float excess(Group& group, const Temperature& temperature, bool reverse, Keep&& keep) const {
     const float sum_p = reverse ? sum_s_ : sum_t_, ratio = sum_p / (reverse ? sum_t_ : sum_s_);
-    const float by_q = ratio * expf(mean_ - logf(ratio));
+    const float by_q = ratio * expf((reverse ? -mean_ : mean_) - logf(ratio));
     float sum = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
-      const float d = reverse ? mean_ + x.above : mean_ - x.above;
+      const float d = reverse ? x.above - mean_ : mean_ - x.above;
       const Step step = step_of(reverse ? x.s : x.t, reverse ? x.t : x.s, by_q, d);
       sum += step.rest;
-      s[e] = !reverse ? step.first : x.s == 0 ? 0 : -x.s * d;
-      t[e] = reverse ? 0 : x.t;
+      keep(e, x, d, step.first);
     }
     group.sum(sum);
-    const float excess = sum / sum_p;
-    scale = temperature.value / (reverse ? sum_p : sum_p * (1 + excess));
+    return sum / sum_p;
+  }
+
+  // KL(p || q) of rows that are close, p the teacher or (reverse) the student.
+  __device__ float close_kl(Group& group, const Temperature& temperature, bool reverse) {
+    const float more = excess(group, temperature, reverse, [&](int e, const Column& x, float d, float first) {
+      s[e] = !reverse ? first : x.s == 0 ? 0 : -x.s * d;
+      t[e] = reverse ? 0 : x.t;
+    });
+    scale = temperature.value / (reverse ? sum_s_ : sum_t_ * (1 + more));
 #pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * excess;
-    return temperature.squared * log1pf(excess);
+    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * more;
+    return temperature.squared * log1pf(more);
   }
   // Of one column p (exp d - 1) and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
   struct Step {
@@ -343,82 +345,75 @@ struct Pair {
 
   // close: in the student's KL from the teacher.
   __device__ float jsd(Group& group, const Temperature& temperature, float beta, bool& close) {
-    float cross = 0, kl_r = 0, kl_q = 0;
-    tops(group);
-    sum_s_ = sum_t_ = 0;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      const Column x = column_of(e, temperature);
-      s[e] = x.s;
-      t[e] = x.t;
-      sum_s_ += x.s;
-      sum_t_ += x.t;
-      if (x.s != 0) cross += x.s * x.above;
-    }
-    group.sum(sum_s_, sum_t_, cross);
-    mean_ = cross / sum_s_;
+    exponentials<&Column::s, &Column::t>(group, temperature);
     close = logf(sum_t_ / sum_s_) - mean_ < kClose;
-    const float inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      const float r = normal(s[e] * inverse_s), q = normal(t[e] * inverse_t);
-      // log(r / m) = -log(1 + beta (q - r) / r): exactly 0 where q = r, and accurate where they are close.
-      const float above_r = r == 0 ? 0 : beta * __fdividef(q - r, r);
-      const float above_q = q == 0 ? 0 : (1 - beta) * __fdividef(r - q, q);
-      // What m is above r adds up to nothing, so that no term need be negative: r (above_r - log(1 + above_r)).
-      kl_r += r == 0 ? beta * q : r * log_excess(above_r);
-      kl_q += q == 0 ? (1 - beta) * r : q * log_excess(above_q);
-      s[e] = r;
-      t[e] = r == 0 ? 0 : -log1pf(above_r);
-    }
-    group.sum(kl_r, kl_q);
-    scale = (1 - beta) * temperature.value;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
-    return temperature.squared * (beta * kl_q + (1 - beta) * kl_r);
+    return jsd_of(group, temperature, beta, [&](int e) { return shares_of(s[e], t[e]); });
   }
 
   // The same of rows that are close.
   __device__ float close_jsd(Group& group, const Temperature& temperature, float beta) {
-    const float by_t = expf(-mean_);
-    float sum = 0, kl_r = 0, kl_q = 0;
+    const float shift = mean_ + log1pf(excess(group, temperature, true, [](auto...) {}));
+    return jsd_of(group, temperature, beta, [&](int e) {
+      const Column x = column_of(e, temperature);
+      Shares shares = shares_of(x.s, x.t);
+      const float u = x.above - shift;  // log q - log r
+      if (fabsf(u) < 0.125f) {
+        const float more = u + u * u * exp_series(u) * 0.5f;
+        shares.more_r = more;
+        shares.more_q = __fdividef(-more, 1 + more);
+      }
+      return shares;
+    });
+  }
+
+  // A column's r of the student and q of the teacher, and (q - r) / r and (r - q) / q, 0 without a divisor.
+  struct Shares {
+    float r, q, more_r, more_q;
+  };
+  __device__ Shares shares_of(float exp_s, float exp_t) const {
+    const float r = normal(exp_s * (1 / sum_s_)), q = normal(exp_t * (1 / sum_t_));
+    return {r, q, r == 0 ? 0 : __fdividef(q - r, r), q == 0 ? 0 : __fdividef(r - q, q)};
+  }
+  // A share under what float divides by without overflow is none.
+  static __device__ float normal(float share) { return share < 1.17549435e-38f ? 0 : share; }
+
+  template <class F>
+  __device__ float jsd_of(Group& group, const Temperature& temperature, float beta, F&& shares) {
+    float kl_r = 0, kl_q = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
-      const Column x = column_of(e, temperature);
-      sum += step_of(x.s, x.t, by_t, x.above - mean_).rest;
-    }
-    group.sum(sum);
-    const float shift = mean_ + log1pf(sum / sum_s_), inverse_s = 1 / sum_s_, inverse_t = 1 / sum_t_;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      const Column x = column_of(e, temperature);
-      const float r = normal(x.s * inverse_s), q = normal(x.t * inverse_t), u = x.above - shift;  // log q - log r
-      const bool small = fabsf(u) < 0.125f;
-      const float more = u + u * u * exp_series(u) * 0.5f, m = r + beta * (q - r);
-      const float above_r = small ? beta * more : r == 0 ? 0 : beta * __fdividef(q - r, r);
-      const float less = small ? __fdividef(-more, 1 + more) : __fdividef(r - q, q);
-      const float above_q = !small && q == 0 ? 0 : (1 - beta) * less;
-      kl_r += r == 0 ? m : r * log_excess(above_r);
-      kl_q += q == 0 ? m : q * log_excess(above_q);
-      s[e] = r;
-      t[e] = small ? log_excess(above_r) - above_r : r == 0 ? 0 : -log1pf(above_r);
+      const Shares x = shares(e);
+      // log(m / r) = log(1 + beta (q - r) / r): exactly 0 where q = r, and accurate where they are close.
+      const Logs of_r = logs_of(beta * x.more_r), of_q = logs_of((1 - beta) * x.more_q);
+      // What m is above r adds up to nothing, so that no term need be negative: m - r - r log(m / r).
+      kl_r += x.r == 0 ? beta * x.q : x.r * of_r.excess;
+      kl_q += x.q == 0 ? (1 - beta) * x.r : x.q * of_q.excess;
+      s[e] = x.r;
+      t[e] = of_r.log;
     }
     group.sum(kl_r, kl_q);
-    scale = (1 - beta) * temperature.value;
+    scale = (beta - 1) * temperature.value;
 #pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] *= t[e] - kl_r;
+    for (int e = 0; e < kSize; ++e) s[e] *= t[e] + kl_r;
     return temperature.squared * (beta * kl_q + (1 - beta) * kl_r);
   }
 
-  // A share under what float divides by without overflow is none.
-  static __device__ float normal(float share) { return share < 1.17549435e-38f ? 0 : share; }
-  // y - log(1 + y)
-  static __device__ float log_excess(float y) {
-    if (!(fabsf(y) < 0.125f)) return y - log1pf(y);
-    float x = 1.0f / 9;
-#pragma unroll
-    for (int k = 8; k > 1; --k) x = 1.0f / k - y * x;
-    return y * y * x;
+  // log(1 + y) and y - log(1 + y) for y > -1. With 1 + y = 2^k (1 + m), m from -1/4 to 1/2, one polynomial serves both:
+  // m^2 times it is m - log(1 + m) to 6e-8 of its value, so that neither loses digits where y is small: there m = y.
+  // log1pf() alone has twice the instructions, and a branch.
+  struct Logs {
+    float log, excess;
+  };
+  static __device__ Logs logs_of(float y) {
+    constexpr int kMantissa = (1 << 23) - 1, kOne = 127 << 23, kThreeQuarters = kOne - (1 << 22);
+    const int power = (same_bits<int>(1 + y) - kThreeQuarters) & ~kMantissa;  // k 2^23
+    const float down = same_bits<float>(kOne - power);                        // 2^-k
+    const float m = fmaf(y, down, down - 1), log_power = static_cast<float>(power) * (kLn2 / (1 << 23));
+    float x = 0.0480125025f;
+    for (const float c : {-0.106912151f, 0.131350651f, -0.144323364f, 0.166459084f, -0.199937478f, 0.250002027f,
+                          -0.333333939f, 0.5f})
+      x = fmaf(x, m, c);
+    return {log_power + fmaf(-m * m, x, m), fmaf(m * m, x, (y - m) - log_power)};
   }
 
   __device__ float mse(Group& group) {
@@ -434,12 +429,21 @@ struct Pair {
   }
 
   __device__ float cosine(Group& group) {
-    float ss = 0, tt = 0, st = 0, size_s = 1, size_t_ = 1;
-    multiply(group, ss, tt, st);
+    float ss, tt, st, size_s = 1, size_t_ = 1;
     // Of a squared norm, as torch.nn.functional.cosine_similarity clamps it; a clamped norm is a constant.
     float floor_s = 1e-16f, floor_t = 1e-16f;
-    if (!(ss < INFINITY && tt < INFINITY)) {  // too large to be squared, if it is not infinite
-      constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);
+#pragma unroll 1
+    for (bool scaled = false;; scaled = true) {
+      ss = tt = st = 0;
+#pragma unroll kUnroll
+      for (int e = 0; e < kSize; ++e) {
+        ss += s[e] * s[e];
+        tt += t[e] * t[e];
+        st += s[e] * t[e];
+      }
+      group.sum(ss, tt, st);
+      if (scaled || (ss < INFINITY && tt < INFINITY)) break;
+      constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);  // too large to be squared, if not infinite
       if (!(ss < INFINITY)) size_s = kSmaller, floor_s = 0;
       if (!(tt < INFINITY)) size_t_ = kSmaller, floor_t = 0;
 #pragma unroll kUnroll
@@ -447,7 +451,6 @@ struct Pair {
         s[e] *= size_s;
         t[e] *= size_t_;
       }
-      multiply(group, ss, tt, st);
     }
     const bool same = ss == tt && ss > floor_s && size_s == size_t_;
     const float norms = same ? ss : sqrtf(fmaxf(ss, floor_s)) * sqrtf(fmaxf(tt, floor_t));
@@ -514,17 +517,6 @@ struct Pair {
     const float share = 1.0f / static_cast<float>(count);
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) x[e] *= share;
-  }
-
-  __device__ void multiply(Group& group, float& ss, float& tt, float& st) const {
-    ss = tt = st = 0;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) {
-      ss += s[e] * s[e];
-      tt += t[e] * t[e];
-      st += s[e] * t[e];
-    }
-    group.sum(ss, tt, st);
   }
 
   int width_, column_;          // of a pack; the first of this thread

@@ -133,6 +133,9 @@ inline bool aligned(const LayerTable& x) {
   return true;
 }
 
+inline int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
+inline int round_up(int64_t n, int step) { return static_cast<int>(ceil_div(n, step) * step); }
+
 inline const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 inline const char* clear(const LayerTable& x, size_t row_bytes, cudaStream_t stream) {
@@ -156,7 +159,7 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int th
   if (const char* error = text(occupied)) return error;
   const int64_t most = int64_t{times} * processors * std::max(resident, 1);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min((pairs + shared - 1) / shared, most)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(pairs, shared), most)));
   config.blockDim = dim3(threads, shared);
   config.stream = stream;
   return text(cudaLaunchKernelEx(&config, kernel, args));
@@ -164,7 +167,6 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int th
 inline __device__ int64_t first_pair() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 inline __device__ int64_t pair_step() { return int64_t{gridDim.x} * blockDim.y; }
 
-inline int round_up(int64_t n, int step) { return static_cast<int>((n + step - 1) / step * step); }
 
 }  // namespace
 }  // namespace cuda

@@ -37,9 +37,13 @@ __device__ Place place(const LossArgs& a, int64_t p) {
   return {span(a.student_spans, p), span(a.teacher_spans, p), end_before(a.student_spans, p)};
 }
 
-// JSD has kernels of its own: its logarithms would cost the others registers. Blocks of four warps share a multiprocessor
-// in threes where a thread holds many columns, else in fours: as many as fit its registers without spilling them.
-template <int kColumns, bool kPacked, bool kJsd, int kThreads>
+// Of packed columns JSD has a kernel of its own: its logarithms would cost the others registers. Columns that come one by
+// one are not kept in registers.
+enum class Kind { packed, packed_jsd, unpacked };
+
+// Blocks of four warps share a multiprocessor in threes where a thread holds many columns, else in fours: as many as fit
+// its registers without spilling them.
+template <Kind kKind, int kColumns, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3 : 1)
     loss_kernel(const __grid_constant__ LossArgs a) {
   __shared__ float4 parts[2][32];
@@ -48,9 +52,10 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
     if (*a.upstream == 1) return;  // the gradient is there already
     base *= *a.upstream;
   }
+  const bool jsd = kKind == Kind::packed_jsd || (kKind == Kind::unpacked && a.divergence == Divergence::jsd);
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
   Group group(parts);
-  Pair<kColumns, kPacked> pair(a.dim, a.width);
+  Pair<kColumns, kKind != Kind::unpacked> pair(a.dim, a.width);
   Place here = place(a, first_pair());
   here.clamp(a);
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
@@ -59,9 +64,11 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
     const bool both = student.end > student.start && teacher.end > teacher.start;
     float loss = 0;
     // Of rows that are close the averages are formed again, from the cache: to keep them would cost every pair registers.
-    bool close = false, again = false;
+    bool close = false;
 #pragma unroll 1
     do {
+      const bool again = close;
+      close = false;
       if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
       if (!again) {
         next.clamp(a);
@@ -69,24 +76,23 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
         pair.ask_for(a.teacher, next.teacher, a.dim);
       }
       if (!both) break;
-      if (again) {
-        close = false;
-        if constexpr (kJsd)
-          loss = pair.close_jsd(group, a.temperature, a.beta);
-        else
+      if (softmax && !again) pair.tops(group);
+      if (jsd) {
+        if constexpr (kKind != Kind::packed)
+          loss = again ? pair.close_jsd(group, a.temperature, a.beta) : pair.jsd(group, a.temperature, a.beta, close);
+      } else if constexpr (kKind != Kind::packed_jsd) {
+        if (again) {
           loss = pair.close_kl(group, a.temperature, a.divergence == Divergence::reverse_kl);
-      } else if constexpr (kJsd) {
-        loss = pair.jsd(group, a.temperature, a.beta, close);
-      } else {
-        switch (a.divergence) {
-          case Divergence::kl: loss = pair.kl(group, a.temperature, close); break;
-          case Divergence::reverse_kl: loss = pair.reverse_kl(group, a.temperature, close); break;
-          case Divergence::mse: loss = pair.mse(group); break;
-          default: loss = pair.cosine(group);
+        } else {
+          switch (a.divergence) {
+            case Divergence::kl: loss = pair.kl(group, a.temperature, close); break;
+            case Divergence::reverse_kl: loss = pair.reverse_kl(group, a.temperature, close); break;
+            case Divergence::mse: loss = pair.mse(group); break;
+            default: loss = pair.cosine(group);
+          }
         }
       }
-      again = close;
-    } while (again);
+    } while (close);
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
     if (a.want_grad) {
       const Rows written = written_rows(here.before, student, p + 1 == a.pairs, a.student.rows);
@@ -126,20 +132,18 @@ constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
 // flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute: so each asks for its
 // next pair's rows ahead. JSD, bound by its logarithms, and rows of more than 4096 columns, of which a multiprocessor
 // holds few, take 16. What is wider still or allows no 16-byte accesses is rare: little code, not speed.
-template <int kColumns, bool kPacked, bool kJsd, int kThreads>
+template <Kind kKind, int kColumns, int kThreads>
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
-  const int threads = round_up((a.dim + kColumns - 1) / kColumns, 32);
-  return launch(loss_kernel<kColumns, kPacked, kJsd, kThreads>, a, a.pairs, threads, 1, stream);
+  const int threads = round_up(ceil_div(a.dim, kColumns), 32);
+  return launch(loss_kernel<kKind, kColumns, kThreads>, a, a.pairs, threads, 1, stream);
 }
 
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
-  const bool jsd = a.divergence == Divergence::jsd;
-  if (a.width == 1)
-    return jsd ? launch_loss<16, false, true, 1024>(a, stream) : launch_loss<16, false, false, 1024>(a, stream);
-  if (jsd) return launch_loss<16, true, true, 512>(a, stream);
-  if (a.dim <= 512 || a.dim > 4096) return launch_loss<16, true, false, 512>(a, stream);
-  if (a.dim <= 768) return launch_loss<24, true, false, 128>(a, stream);
-  return launch_loss<32, true, false, 128>(a, stream);
+  if (a.width == 1) return launch_loss<Kind::unpacked, 16, 1024>(a, stream);
+  if (a.divergence == Divergence::jsd) return launch_loss<Kind::packed_jsd, 16, 512>(a, stream);
+  if (a.dim <= 512 || a.dim > 4096) return launch_loss<Kind::packed, 16, 512>(a, stream);
+  if (a.dim <= 768) return launch_loss<Kind::packed, 24, 128>(a, stream);
+  return launch_loss<Kind::packed, 32, 128>(a, stream);
 }
 
 }  // namespace

@@ -235,7 +235,8 @@ def _prepare(
 class Clock:
     """Milliseconds of one call: the wall clock on a CPU, events on CUDA with the L2 cache emptied before.
 
-    It is emptied by reading something large: what was written instead would have to be written back meanwhile.
+    It is emptied by reading something large: what was written instead would have to be written back meanwhile. With
+    ``host`` the device is idle when the call begins, so that what the host does before its launches counts.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -244,7 +245,7 @@ class Clock:
             self.flush = torch.zeros(1 << 26, dtype=torch.int32, device=device)
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, run: Callable[[], Any]) -> float:
+    def __call__(self, run: Callable[[], Any], host: bool = False) -> float:
         if not self.cuda:
             start = time.perf_counter_ns()
             value = run()  # held, so that freeing it is not timed
@@ -252,6 +253,8 @@ class Clock:
             del value
             return elapsed / 1e6
         self.flush.amax()
+        if host:
+            torch.cuda.synchronize()
         self.start.record()
         run()
         self.end.record()
@@ -263,7 +266,7 @@ BLOCK = 4
 
 
 def _times(
-    problem: Problem, runs: dict[str, Callable[[], Any]], clock: Clock, case: Case, quick: bool
+    problem: Problem, runs: dict[str, Callable[[], Any]], clock: Clock, case: Case, quick: bool, host: bool
 ) -> dict[str, tuple[float, float, float]]:
     """Provider -> (p20, p50, p80) in ms."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -280,7 +283,7 @@ def _times(
             for name in order:
                 for call in range(BLOCK):
                     _clear(problem)
-                    elapsed = clock(runs[name])
+                    elapsed = clock(runs[name], host)
                     if done >= 0 and call:
                         samples[name].append(elapsed)
             done += 1
@@ -360,7 +363,7 @@ def run_case(
         for _ in range(retries + 1):
             busy = cpu_seconds()
             bandwidth = copy_bandwidth(device)
-            times = _times(problem, runs, clock, case, quick)
+            times = _times(problem, runs, clock, case, quick, mode != "graph")
             others = share_of_others(busy, cpu_seconds())
             if float(others or 0) <= QUIET:
                 break

@@ -1,4 +1,4 @@
-"""Launches of every GPU kernel, small, for a sanitizer, or large, for a profiler: ``python -m benchmarks.launches``."""
+"""Launches of GPU kernels, small, for a sanitizer, or large, for a profiler: ``python -m benchmarks.launches``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LARGE = (
 )
 
 
-def small(device: torch.device) -> None:
-    """Every call of the smoke test; the upstream gradient is not 1, so that the backward kernels run too."""
-    for call in calls(device):
+def small(device: torch.device, operation: str) -> None:
+    """The calls of the smoke test; the upstream gradient is not 1, so that the backward kernels run too."""
+    for call in (call for call in calls(device) if call.operation == operation):
         for backend in dispatch.TABLE[call.operation][device.type]:
             if dispatch.unavailable(backend) is None:
                 leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
@@ -44,11 +44,13 @@ def large(device: torch.device) -> None:
 
 def main(argv: Sequence[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = {"small": small, "large": large}
-    if len(argv) != 1 or argv[0] not in kinds:
-        print("usage: python -m benchmarks.launches {small,large}", file=sys.stderr)
+    if list(argv) == ["large"]:
+        large(device)
+    elif len(argv) == 2 and argv[0] == "small" and argv[1] in dispatch.TABLE:
+        small(device, argv[1])
+    else:
+        print(f"usage: python -m benchmarks.launches large | small {{{','.join(dispatch.TABLE)}}}", file=sys.stderr)
         return 2
-    kinds[argv[0]](device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 0

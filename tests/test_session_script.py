@@ -12,46 +12,104 @@ import pytest
 import torch
 
 import vocabdistil as vd
-from benchmarks import goals, smoke
+from benchmarks import __main__ as benchmarks
+from benchmarks import goals, launches, smoke
 from benchmarks.report import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def session(out: Path, *steps: str) -> subprocess.CompletedProcess[str]:
-    told = {"DRY": "1", "OUT": str(out), "PYTHON": sys.executable}
+def session(out: Path, *steps: str, **told: str) -> subprocess.CompletedProcess[str]:
+    told = {"DRY": "1", "SESSION": str(out), "PYTHON": sys.executable} | told
     script = ROOT / "benchmarks" / "gpu_session.sh"
     return subprocess.run([script, *steps], env=os.environ | told, capture_output=True, text=True, timeout=500)
 
 
 def test_steps_leave_logs_and_are_not_done_twice(tmp_path):
-    first = session(tmp_path, "smoke", "claims")
+    first = session(tmp_path, "smoke", "claims", RESULTS=str(tmp_path / "kept"))
     assert first.returncode == 0, first.stdout + first.stderr
     about = json.loads((tmp_path / "environment.json").read_text())
     assert about["rows"]["device"] == "cpu" and about["versions"]["torch"] == torch.__version__
     assert "all right" in (tmp_path / "smoke.txt").read_text()
-    rows = (tmp_path / "results.csv").read_text()
+    rows = (tmp_path / "claims.csv").read_text()
     assert rows.startswith(",".join(COLUMNS)) and "b8-l256-d768-60%" in rows
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"environment.json", "claims.csv", "logs.tar.gz"}
     again = session(tmp_path, "smoke", "claims")
     assert again.returncode == 0 and again.stdout.count("done before") == 2
-    assert (tmp_path / "results.csv").read_text() == rows
+    assert (tmp_path / "claims.csv").read_text() == rows
 
 
-def test_a_step_that_fails_is_named_and_done_again(tmp_path):
-    (tmp_path / "results.csv").write_text("other,columns\n")
-    failed = session(tmp_path, "claims", "job")
-    assert failed.returncode == 1 and "failed or unfinished: claims" in failed.stdout
-    assert "expected the columns" in (tmp_path / "claims.txt").read_text()
-    (tmp_path / "results.csv").unlink()
-    mended = session(tmp_path, "claims", "job")
-    assert mended.returncode == 0 and mended.stdout.count("done before") == 1
+# Stands in for Python, a profiler and a sanitizer on a GPU machine: writes down what it is called with, and fails or is
+# stopped where it is told so.
+STUB = """#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0
+printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
+case "$*" in
+    *${STOPS:-nothing}*) exit 124 ;;
+    *${FAILS:-nothing}*) exit 1 ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """A session as on a GPU, of programs that only write down how they are called."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("python", "ncu", "compute-sanitizer"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(*steps: str, **told: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        calls.write_text("")
+        path = f"{programs}:{os.environ['PATH']}"
+        given = {"DRY": "0", "PYTHON": str(programs / "python"), "PATH": path, "CALLS": str(calls)}
+        done = session(tmp_path / "out", *steps, **(given | told))
+        return done, [line.split() for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_what_is_called_on_a_gpu(stubbed):
+    done, calls = stubbed()
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = [call[3:] for call in calls if call[1:3] == ["-m", "benchmarks"] and call[3] not in ("smoke", "goals")]
+    given = [benchmarks._parser().parse_args(arguments) for arguments in measured]
+    assert {name for args in given for name in args.names} == set(benchmarks.OPERATIONS) - {"align", "collate"}
+    assert all(args.device == "cuda" and args.missing for args in given)
+    assert {args.out.name for args in given} == {"claims.csv", "results.csv"}
+    tested = {word for call in calls if "pytest" in call for word in call if word.startswith("tests/")}
+    assert tested == {"tests/test_cuda_build.py", *(f"tests/{path.name}" for path in ROOT.glob("tests/test_gpu*.py"))}
+    small = {call[-1] for call in calls if call[0] == "compute-sanitizer"}
+    assert small == {call.operation for call in smoke.calls(CPU)} - {"contrastive"}
+    assert ["ncu"] == [call[0] for call in calls if call[-1] == "large"]
+    again, calls = stubbed()
+    assert again.returncode == 0 and all("goals" in call for call in calls)
+
+
+def test_what_failed_is_told_again_and_what_was_stopped_is_done_again(stubbed):
+    done, calls = stubbed("tests", STOPS="test_gpu_remap", FAILS="test_gpu_vocabulary")
+    assert done.returncode == 1 and "failed or unfinished: tests" in done.stdout
+    assert sum("pytest" in call for call in calls) == 5
+    again, calls = stubbed("tests")
+    assert again.returncode == 1 and "tests-vocabulary: done before, exit status 1" in again.stdout
+    assert [call for call in calls if "pytest" in call] == [call for call in calls if "tests/test_gpu_remap.py" in call]
+    without, nothing = stubbed("job", MINUTES="0")
+    assert without.returncode == 1 and "no time left" in without.stdout and not nothing
 
 
 def test_a_step_that_is_none_is_refused(tmp_path):
     refused = session(tmp_path, "smoke", "fry")
     assert refused.returncode == 2 and refused.stderr.strip().endswith("got fry")
     assert not (tmp_path / "smoke.txt").exists()
+
+
+def test_small_launches():
+    assert launches.main(["small", "span_mean"]) == 0
+    assert launches.main(["small"]) == launches.main(["small", "fry"]) == launches.main([]) == 2
 
 
 def test_the_smoke_test_sees_what_is_wrong(monkeypatch, capsys):
@@ -97,3 +155,4 @@ def test_a_goal_has_a_case():
         for case in module.cases(torch.device("cuda"))
     }
     assert {(goal.operation, goal.case) for goal in goals.GOALS} <= cases
+    assert {goal.column for goal in goals.GOALS} <= set(COLUMNS)

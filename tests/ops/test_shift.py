@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import vocabdistil as vd
-from tests.compiling import assert_compiles
 
 V = 11
 MATCHED = vd.MatchedVocab(torch.arange(V), torch.arange(V))
@@ -112,12 +111,19 @@ def test_weights_of_pairs_stay_those_of_their_tokens(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_cannot_be_shifted_is_refused(name, module):
     student, teacher = logits(5, False)
-    for bad in (2, -1, True, 1.0, "1", None):
-        with pytest.raises(ValueError, match=r"^teacher_shift: expected 0 or 1, got"):
-            call(name, module, student, teacher, pairs=pairs_by_hand(), teacher_shift=bad)
+    for kinds, error in (((2, -1), ValueError), ((True, 1.0, "1", None), TypeError)):
+        for bad in kinds:
+            with pytest.raises(error, match=r"^teacher_shift: expected 0 or 1, got"):
+                call(name, module, student, teacher, pairs=pairs_by_hand(), teacher_shift=bad)
     kind = "hidden" if name == "linear_matched_kl" else "logits"
     with pytest.raises(ValueError, match=rf"^student_{kind}: expected shape \[B, L, .\] beside student_shift=1"):
         call(name, module, student.flatten(0, 1), teacher, pairs=pairs_by_hand(), student_shift=1)
+
+
+    other = torch.zeros(3, 4, V), torch.zeros(2, 6, V)
+    for mask in ({}, {"mask": torch.ones(3, 4, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match=rf"^student_{kind}: expected texts of teacher_{kind}'s length"):
+            call(name, module, *other, teacher_shift=1, **mask)
 
 
 def test_empty_batches():
@@ -128,10 +134,22 @@ def test_empty_batches():
         assert float(vd.matched_kl(x, x, MATCHED, pairs=pairs, teacher_shift=1)) == 0
 
 
-def test_compiles():
-    pairs, (student, teacher) = pairs_by_hand(), logits(6, False)
+@pytest.mark.parametrize("given", ["pairs", "mask", "rows"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles(name, given):
+    student, teacher = logits(6, False)
+    if given != "pairs":
+        teacher = F.pad(teacher, (0, 0, 0, 1))
+    options = {"rows": {}, "pairs": {"pairs": pairs_by_hand()}, "mask": {"mask": torch.ones(2, 5).int()}}[given]
 
     def loss(student, teacher):
-        return vd.matched_kl(student, teacher, MATCHED, pairs=pairs, teacher_shift=1)
+        return call(name, vd, student, teacher.detach(), student_shift=1, teacher_shift=1, **options)
 
-    assert_compiles(loss, student, teacher)
+    torch._dynamo.reset()
+    eager, compiled = [], []
+    for found, f in ((eager, loss), (compiled, torch.compile(loss, fullgraph=True, backend="aot_eager"))):
+        leaf = student.clone().requires_grad_()
+        value = f(leaf, teacher)
+        value.backward()
+        found += [value.detach(), leaf.grad]
+    torch.testing.assert_close(compiled, eager)

@@ -53,8 +53,8 @@ def test_on_the_device_of_their_tensors(launches):
     for call in filter(small, calls(CPU)):
         leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
         (3 * call.run(vd, leaves, call.rest, "triton").sum()).backward()
-    pairs = next(calls(CPU)).leaves[0]
-    layers = [pairs.float().clone().requires_grad_() for _ in range(2)]
+    hidden = next(calls(CPU)).leaves[0]
+    layers = [hidden.float().clone().requires_grad_() for _ in range(2)]
     spans = torch.arange(4, dtype=torch.int32)
     same = vd.SpanPairs(spans, spans + 1, spans, spans + 1)
     vd.span_loss(layers, [x.detach() for x in layers], same, backend="triton").backward()

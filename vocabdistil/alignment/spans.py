@@ -299,8 +299,10 @@ def check_pair_weights(pair_weights: Tensor | None, count: int, student: Tensor)
 
 def check_shift(shift: object, x: Tensor, side: str, name: str) -> None:
     """0, or 1 for rows of known texts."""
-    if isinstance(shift, bool) or not isinstance(shift, int) or shift not in (0, 1):
-        raise ValueError(f"{side}_shift: expected 0 or 1, got {shift!r}")
+    if isinstance(shift, bool) or not isinstance(shift, int):
+        raise TypeError(f"{side}_shift: expected 0 or 1, got {kind_of(shift)}")
+    if shift not in (0, 1):
+        raise ValueError(f"{side}_shift: expected 0 or 1, got {shift}")
     if shift and x.dim() != 3:
         raise ValueError(f"{side}_{name}: expected shape [B, L, .] beside {side}_shift=1, got {tuple(x.shape)}")
 
@@ -313,14 +315,12 @@ def _before(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def shifted_pairs(pairs: SpanPairs, lengths: tuple[int, int], shifts: tuple[int, int]) -> SpanPairs:
-    """The pairs at the rows that predict their tokens.
+    """The pairs at the rows that predict their tokens; where they are counted on a device nothing waits for it.
 
     Args:
         lengths: of a text on the student's and on the teacher's side, with its padding, which stands behind it.
         shifts: 0, or 1 for a side whose row i predicts token i + 1.
     """
-    if not any(shifts):
-        return pairs
     sides = [(pairs.student_start, pairs.student_end), (pairs.teacher_start, pairs.teacher_end)]
     for i, (length, shift) in enumerate(zip(lengths, shifts, strict=True)):
         if shift:
@@ -347,11 +347,19 @@ def chosen_pairs(
 
     Returns:
         None for row i with row i.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device.
     """
     for side, x, shift in (("student", student, shifts[0]), ("teacher", teacher, shifts[1])):
         check_shift(shift, x, side, name)
     rows_s, rows_t = student.flatten(0, -2), teacher.flatten(0, -2)
     check_row_pairs(pairs, rows_s, rows_t, f"student_{name}", f"teacher_{name}")
+    if pairs is None and any(shifts) and student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student_{name}: expected texts of teacher_{name}'s length beside a shift, as there are no pairs: "
+            f"{tuple(teacher.shape[:-1])}, got {tuple(student.shape[:-1])}"
+        )
     if mask is not None:
         if pairs is not None:
             raise ValueError("mask: expected None beside pairs, got a tensor")

@@ -101,9 +101,9 @@ def matched_kl(
             mass) or ``"drop"`` (softmax over all columns, terms of the matched ones).
         pooling: ``"mean"`` or ``"sum"`` over the rows of a span; used with ``pairs`` only.
         student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
-            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
-            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
-            behind. Where both models are causal, their next tokens can be compared instead: see the README.
+            predicts token i + 1, as in a causal one: the pairs (or, without them, the tokens and their mask) then read
+            the row before. What begins a text counts for nothing, as nothing predicts it: texts have to be padded
+            behind, as in front of them a row of padding would be read.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.

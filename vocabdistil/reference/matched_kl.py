@@ -68,10 +68,7 @@ def matched_kl(
         temperature: T > 0, finite.
         unmatched: ``"renormalize"``, ``"rest"`` or ``"drop"``.
         pooling: ``"mean"`` or ``"sum"``, used with ``pairs`` only.
-        student_shift, teacher_shift: 0 where row i of ``[B, L, .]`` is about token i, as in a masked model; 1 where it
-            predicts token i + 1, as in a causal one: the pairs, which are of tokens, then read the row before. A pair
-            (or, without pairs, a row) that begins a text counts for nothing, as nothing predicts it. Texts are padded
-            behind. Where both models are causal, their next tokens can be compared instead: see the README.
+        student_shift, teacher_shift: as in :func:`vocabdistil.matched_kl`.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"``.
         backend: None or ``"reference"``.
 

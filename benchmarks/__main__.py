@@ -1,4 +1,5 @@
-"""``python -m benchmarks NAME...`` measures, ``picture CSV --out FILE.png`` and ``figures [CSV...]`` show.
+"""``python -m benchmarks NAME...`` measures, ``picture CSV --out FILE.png`` and ``figures [CSV...]`` show, ``static``
+tells what the compiler says of the CUDA kernels.
 
 The cases of remap and align on real text read war_and_peace_ru.txt and shakespeare_en.txt in the folder
 VOCABDISTIL_DATA.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import report, static
 
 OPERATIONS = (
     "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive",
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("picture", "figures"):
         return _report(argv)
+    if argv and argv[0] == "static":
+        return static.main(argv[1:])
     from . import harness
 
     parser = _parser()

@@ -45,6 +45,10 @@ def compile(x: Instruction) -> tuple[Step | None, Callable[[Machine], np.ndarray
         return (lambda machine, mask: None), None
     if x.opcode in ("shfl", "vote", "redux"):
         return WHOLE_WARPS[x.opcode](x), _members(x.operands[-1])
+    if x.opcode == "wgmma":
+        return (_product(x) if x.modifiers[0] == "mma_async" else lambda machine, mask: None), _all
+    if x.opcode in MATRICES:
+        return MATRICES[x.opcode](x), _all
     if x.opcode in MEMORY:
         return MEMORY[x.opcode](x), None
     return MOVES[x.opcode](x) if x.opcode in MOVES else _arithmetic(x), None
@@ -72,6 +76,8 @@ def _arithmetic(x: Instruction) -> Step:
             f = partial(f, PRODUCTS[mods[0]])
         elif x.opcode == "shf":
             f = partial(f, *mods[:2])
+        elif "relu" in mods:
+            f = partial(_positive, f)
         else:
             assert not mods[:-1], mods
         for i in COUNTS.get(x.opcode, ()):
@@ -133,6 +139,10 @@ FLOATS: dict[str, Values] = {
     "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a, "ex2": np.exp2, "lg2": np.log2,
     "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
+
+
+def _positive(f: Values, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.maximum(f(a, b), 0)
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -533,3 +543,118 @@ def _reduce(x: Instruction) -> Step:
 
 
 WHOLE_WARPS: dict[str, Callable[[Instruction], Step]] = {"shfl": _shuffle, "vote": _vote, "redux": _reduce}
+
+
+def _all(machine: Machine) -> np.ndarray:
+    return np.ones(machine.count, bool)
+
+
+def _matrices(x: Instruction) -> tuple[int, bool]:
+    """How many matrices of 8 rows of 16 bytes, and whether they are turned. The first 8 threads of a warp tell where
+    the rows of the first lie, the next those of the second; threads 4 r to 4 r + 3 hold row r of each, two words a
+    thread."""
+    count = next(int(m[1:]) for m in x.modifiers if m in ("x1", "x2", "x4"))
+    assert "m8n8" in x.modifiers and x.modifiers[-1] == "b16" and _space(x) == "shared", x.modifiers
+    return count, "trans" in x.modifiers
+
+
+def _store_matrices(x: Instruction) -> Step:
+    count, turned = _matrices(x)
+    address, reads = _address(x.operands[0]), [reader(item, "b32") for item in _items(x.operands[1])]
+
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        active = np.flatnonzero(mask & (machine.lanes % 32 < 8 * count))
+        held = np.stack([np.broadcast_to(r(machine.registers), mask.shape) for r in reads], 1).view(np.uint16)
+        rows = held.reshape(-1, 8, 4, count, 2).transpose(0, 3, 1, 2, 4).reshape(-1, count, 8, 8)
+        if turned:
+            rows = rows.swapaxes(2, 3)
+        values = np.zeros((machine.count // 32, 32, 8), np.uint16)
+        values[:, : 8 * count] = rows.reshape(-1, 8 * count, 8)
+        machine.store("shared", address(machine.registers, active), values.reshape(-1, 8)[active], active)
+
+    return step
+
+
+def _load_matrices(x: Instruction) -> Step:
+    count, turned = _matrices(x)
+    address, writes = _address(x.operands[1]), [writer(item, "b32") for item in _items(x.operands[0])]
+
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        active = np.flatnonzero(mask & (machine.lanes % 32 < 8 * count))
+        values = np.zeros((machine.count, 8), np.uint16)
+        values[active] = machine.load("shared", address(machine.registers, active), 2, 8, active)
+        rows = values.reshape(-1, 32, 8)[:, : 8 * count].reshape(-1, count, 8, 8)
+        if turned:
+            rows = rows.swapaxes(2, 3)
+        held = np.ascontiguousarray(rows.reshape(-1, count, 8, 4, 2).transpose(0, 2, 3, 1, 4))
+        for i, write in enumerate(writes):
+            write(machine.registers, mask, held.reshape(-1, 2 * count).view(np.uint32)[:, i])
+
+    return step
+
+
+GROUP = 128  # the threads of four warps that form a product together
+
+
+def _tile(machine: Machine, descriptor: np.ndarray, threads: np.ndarray, rows: int) -> np.ndarray:
+    """``[descriptors, rows, 8]``: the tile in shared memory that each descriptor tells of. A row's 32 bytes lie
+    in one of 32 to 128, whose pieces of 16 are permuted."""
+    start, stride, mode = (descriptor >> shift & most for shift, most in ((0, 0x3FFF), (32, 0x3FFF), (62, 3)))
+    assert (mode > 0).all(), "a tile that is not permuted"
+    width, row = (256 >> mode)[:, None, None], np.arange(rows)[:, None]
+    address = (start * 16)[:, None, None] + row // 8 * (stride * 16)[:, None, None] + row % 8 * width
+    address = address + 4 * np.arange(8)
+    address ^= ((address >> 7) & (width // 16 - 1)) << 4
+    owners = np.repeat(threads, rows * 8)
+    return machine.load("shared", address.reshape(-1), 4, 1, owners).view(np.float32).reshape(-1, rows, 8)
+
+
+def _product(x: Instruction) -> Step:
+    """D += A B^T in TF32, done at once: that it is waited for is not looked at."""
+    shape, kinds = x.modifiers[3], x.modifiers[4:]
+    assert shape.startswith("m64n") and shape.endswith("k8") and kinds == ("f32", "tf32", "tf32"), x.modifiers
+    columns = int(shape[4:-2])
+    left, right, scale, *signs = x.operands[1:]
+    assert all(sign.value == 1 for sign in signs)
+    reads, writes = ([f(item, "f32") for item in _items(x.operands[0])] for f in (reader, writer))
+    parts = [reader(item, "f32") for item in left.items] if isinstance(left, Vector) else None
+    a, b = (None if parts else reader(left, "u64")), reader(right, "u64")
+    keep = reader(scale, "pred")
+
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        groups = mask.reshape(-1, GROUP)
+        if (groups.any(1) != groups.all(1)).any():
+            raise Failure("a product lacks some of its four warps")
+        first = np.flatnonzero(mask)[::GROUP]
+
+        def held(parts: list) -> np.ndarray:
+            values = np.stack([np.broadcast_to(r(machine.registers), mask.shape) for r in parts], 1)
+            return values.reshape(-1, GROUP, len(parts))[groups.all(1)]
+
+        def described(read: Callable, rows: int) -> np.ndarray:
+            return _tile(machine, read(machine.registers)[first].astype(np.int64), first, rows)
+
+        # Thread (warp, row, four) holds of D rows row and row + 8, columns 2 four and 2 four + 1 of every 8; of A
+        # columns four and four + 4 of those rows.
+        if parts:
+            tile = held(parts).reshape(-1, 4, 8, 4, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(-1, 64, 8)
+        else:
+            tile = described(a, 64)
+        product = _cut(tile).astype(np.float64) @ _cut(described(b, columns)).astype(np.float64).swapaxes(1, 2)
+        before = held(reads)
+        product = product.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(before.shape)
+        kept = np.broadcast_to(keep(machine.registers), mask.shape)[mask].reshape(*before.shape[:2], 1)
+        after = np.zeros((machine.count, len(writes)), np.float32)
+        after[mask] = (product + np.where(kept, before, 0)).astype(np.float32).reshape(-1, len(writes))
+        for i, write in enumerate(writes):
+            write(machine.registers, mask, np.ascontiguousarray(after[:, i]))
+
+    return step
+
+
+def _cut(x: np.ndarray) -> np.ndarray:
+    """What a product sees of a float32."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+MATRICES: dict[str, Callable[[Instruction], Step]] = {"stmatrix": _store_matrices, "ldmatrix": _load_matrices}

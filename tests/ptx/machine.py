@@ -6,13 +6,13 @@ needs a whole warp, a shuffle or a barrier, waits for it; if the rest never come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from . import instructions
-from .memory import UNSIGNED, Accesses, Failure, Tensors
+from .memory import UNSIGNED, Accesses, Failure, Race, Tensors
 from .parser import Kernel
 
 Step = Callable[["Machine", np.ndarray], None]
@@ -99,6 +99,7 @@ class Machine:
         self.ready: dict[int, np.ndarray] = {0: self.live.copy()}
         self.held: dict[int, np.ndarray] = {}  # where a part of a warp waits for the rest
         self.arrived: dict[int, np.ndarray] = {}  # at barriers
+        self.here = 0  # the instruction
         self.issued = 0  # instructions, by warps
 
     def _own(self, size: int, count: int, owner: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
@@ -106,33 +107,41 @@ class Machine:
         return np.full(stride * count, 0xFF, np.uint8), size, owner * stride
 
     def run(self) -> None:
-        steps, here = 0, 0
         try:
             with np.errstate(all="ignore"):
-                while self.ready or self._release():
-                    here = min(self.ready)
-                    mask = self.ready.pop(here)
-                    if here in self.held:
-                        mask = mask | self.held.pop(here)
-                    stop = min((*self.ready, *(p for p in self.held if p > here)), default=len(self.program.steps))
-                    counted = None
-                    while here < stop and mask is not None:
-                        if mask is not counted:
-                            counted, warps = mask, int(mask.reshape(-1, 32).any(1).sum())
-                        before = here
-                        here, mask = self._step(here, mask)
-                        self.issued += warps
-                        steps += 1
-                        if here <= before:  # others may be first now
-                            break
-                    if mask is not None:
-                        self._go(here, mask)
-                    if steps > MOST_STEPS:
-                        raise Failure("no end in sight")
+                self._run()
                 self.accesses.check()
+        except Race as race:
+            raise Failure(f"{self.kernel.name}: {race.args[0]}: {self._text(race.places)}") from None
         except Failure as failure:
-            text = self.kernel.instructions[min(here, len(self.program.steps) - 1)].text
-            raise Failure(f"{self.kernel.name}: {text}: {failure.args[0]}{self._who(*failure.args[1:])}") from None
+            where = self._who(*failure.args[1:])
+            raise Failure(f"{self.kernel.name}: {failure.args[0]}{where}: {self._text([self.here])}") from None
+
+    def _run(self) -> None:
+        steps = 0
+        while self.ready or self._release():
+            here = min(self.ready)
+            mask = self.ready.pop(here)
+            if here in self.held:
+                mask = mask | self.held.pop(here)
+            stop = min((*self.ready, *(p for p in self.held if p > here)), default=len(self.program.steps))
+            counted = None
+            while here < stop and mask is not None:
+                if mask is not counted:
+                    counted, warps = mask, int(mask.reshape(-1, 32).any(1).sum())
+                self.here = here
+                here, mask = self._step(here, mask)
+                self.issued += warps
+                steps += 1
+                if here <= self.here:  # others may be first now
+                    break
+            if mask is not None:
+                self._go(here, mask)
+            if steps > MOST_STEPS:
+                raise Failure("no end in sight")
+
+    def _text(self, places: Sequence[int]) -> str:
+        return "; ".join(self.kernel.instructions[place].text for place in places)
 
     def _who(self, thread: int | None = None) -> str:
         if thread is None:
@@ -249,7 +258,7 @@ class Machine:
             )
         at = self.place(space, address, size * count, active)
         if space == "shared":
-            self.accesses.add(at, size * count, active, self.epochs[active], self.warp_epochs[active], None)
+            self.accesses.add(self.here, at, size * count, active, self.epochs[active], self.warp_epochs[active], None)
         words = self._words(space, size)
         return words[(at // size)[:, None] + np.arange(count)]
 
@@ -263,7 +272,7 @@ class Machine:
             return
         at = self.place(space, address, size * count, active)
         if space == "shared":
-            self.accesses.add(at, size * count, active, self.epochs[active], self.warp_epochs[active], values)
+            self.accesses.add(self.here, at, size * count, active, self.epochs[active], self.warp_epochs[active], values)
         words = self._words(space, size)
         words[(at // size)[:, None] + np.arange(count)] = values
 

@@ -121,6 +121,14 @@ class Tensors:
             raise Failure("two threads write one place at once")
 
 
+class Race(Failure):
+    """Between instructions of these positions."""
+
+    def __init__(self, name: str, places: tuple[int, int]) -> None:
+        super().__init__(f"a race of {name} in shared memory")
+        self.places = places
+
+
 class Accesses:
     """What threads did to shared memory, to be looked at for races when it is over: two threads at one place, one of
     them writing, with no barrier of their block (within a warp: of their warp) in between. Several threads may write
@@ -135,40 +143,43 @@ class Accesses:
         self.count = 0
 
     def add(
-        self, places: np.ndarray, size: int, threads: np.ndarray, epochs: np.ndarray, warp_epochs: np.ndarray,
-        values: np.ndarray | None,
+        self, instruction: int, places: np.ndarray, size: int, threads: np.ndarray, epochs: np.ndarray,
+        warp_epochs: np.ndarray, values: np.ndarray | None,
     ) -> None:  # fmt: skip
         """places: byte positions over the shared memories of all blocks; values ``[threads, n]``: what was written."""
-        steps = size // self.granule
-        cells = places[:, None] // self.granule + np.arange(steps)
+        cells = places[:, None] // self.granule + np.arange(size // self.granule)
         shape = cells.shape
-        if values is None:
-            written, what = np.zeros(shape, bool), np.zeros(shape, np.uint64)
-        else:
+        what = np.zeros(shape, np.uint64)
+        if values is not None:
             raw = np.ascontiguousarray(values).view(np.uint8).reshape(shape[0], -1)
             what = raw.view(UNSIGNED[self.granule]).astype(np.uint64)
-            written = np.ones(shape, bool)
-        wide = (np.broadcast_to(x[:, None], shape) for x in (epochs, threads, warp_epochs))
-        self.parts.append(tuple(x.reshape(-1) for x in (cells, *wide, written, what)))
+        each = (np.broadcast_to(x[:, None], shape) for x in (epochs, threads, warp_epochs))
+        same = np.full(shape, values is not None), np.full(shape, instruction)
+        self.parts.append(tuple(x.reshape(-1) for x in (cells, *each, *same, what)))
         self.count += cells.size
 
     def check(self) -> None:
         if not self.parts:
             return
-        cells, epochs, threads, warp_epochs, written, what = map(np.concatenate, zip(*self.parts, strict=True))
+        cells, epochs, threads, warp_epochs, *access = map(np.concatenate, zip(*self.parts, strict=True))
         self.clear()
         warps = threads // 32
-        self._compare([epochs, cells], warps, written, what, "warps")
-        self._compare([warp_epochs, warps, epochs, cells], threads, written, what, "threads")
+        self._compare([epochs, cells], warps, *access, "warps")
+        self._compare([warp_epochs, warps, epochs, cells], threads, *access, "threads")
 
     @staticmethod
-    def _compare(keys: list[np.ndarray], who: np.ndarray, written: np.ndarray, what: np.ndarray, name: str) -> None:
+    def _compare(
+        keys: list[np.ndarray], who: np.ndarray, written: np.ndarray, by: np.ndarray, what: np.ndarray, name: str
+    ) -> None:
         """Among the accesses that have all keys in common."""
         order = np.lexsort(keys)
-        keys, (who, written, what) = [k[order] for k in keys], (x[order] for x in (who, written, what))
+        keys, (who, written, by, what) = [k[order] for k in keys], (x[order] for x in (who, written, by, what))
         starts = np.flatnonzero(np.r_[True, np.any([k[1:] != k[:-1] for k in keys], axis=0)])
         several = np.minimum.reduceat(who, starts) != np.maximum.reduceat(who, starts)
         writes, reads = np.logical_or.reduceat(written, starts), np.logical_or.reduceat(~written, starts)
         differ = np.minimum.reduceat(what, starts) != np.maximum.reduceat(what, starts)
-        if (several & writes & (reads | differ)).any():
-            raise Failure(f"a race of {name} in shared memory")
+        races = several & writes & (reads | differ)
+        if races.any():
+            at = int(np.flatnonzero(races)[0])
+            here = slice(starts[at], [*starts, len(who)][at + 1])
+            raise Race(name, (int(by[here].min()), int(by[here].max())))

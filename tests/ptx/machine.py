@@ -253,28 +253,25 @@ class Machine:
         """``[active, count]`` words of ``size`` bytes."""
         if space == "global":
             self._aligned(address, size * count, active)
-            return self._tensors(
-                active, self.tensors.load, address, size, count, active, self.blocks[active], self.epochs[active]
-            )
+            return self._tensors(self.tensors.load, active, address, size, count)
         at = self.place(space, address, size * count, active)
-        if space == "shared":
-            self.accesses.add(self.here, at, size * count, active, self.epochs[active], self.warp_epochs[active], None)
-        words = self._words(space, size)
-        return words[(at // size)[:, None] + np.arange(count)]
+        self._note(space, at, size * count, active, None)
+        return self._words(space, size)[(at // size)[:, None] + np.arange(count)]
 
     def store(self, space: str, address: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
         if space == "global":
             self._aligned(address, size * count, active)
-            self._tensors(
-                active, self.tensors.store, address, values, active, self.blocks[active], self.epochs[active]
-            )
+            self._tensors(self.tensors.store, active, address, values)
             return
         at = self.place(space, address, size * count, active)
+        self._note(space, at, size * count, active, values)
+        self._words(space, size)[(at // size)[:, None] + np.arange(count)] = values
+
+    def _note(self, space: str, at: np.ndarray, size: int, active: np.ndarray, values: np.ndarray | None) -> None:
         if space == "shared":
-            self.accesses.add(self.here, at, size * count, active, self.epochs[active], self.warp_epochs[active], values)
-        words = self._words(space, size)
-        words[(at // size)[:, None] + np.arange(count)] = values
+            epochs = self.epochs[active], self.warp_epochs[active]
+            self.accesses.add(self.here, at, size, active, *epochs, values)
 
     def _words(self, space: str, size: int) -> np.ndarray:
         memory = self.spaces[space][0]
@@ -285,8 +282,8 @@ class Machine:
             at = int(np.flatnonzero(address % align)[0])
             raise Failure(f"misaligned: {align} bytes at {int(address[at]):#x}", int(active[at]))
 
-    def _tensors(self, active: np.ndarray, call: Callable, *arguments: object) -> np.ndarray:
+    def _tensors(self, call: Callable, active: np.ndarray, *access: object) -> np.ndarray:
         try:
-            return call(*arguments)
+            return call(*access, active, self.blocks[active], self.epochs[active])
         except Failure as failure:
             raise Failure(failure.args[0], *(int(active[i]) for i in failure.args[1:])) from None

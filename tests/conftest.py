@@ -44,7 +44,10 @@ def tier_of(path: Path) -> str:
 
 
 # Minutes each. They come first, or a run in several processes ends with one of them in one process alone.
-LONG = ("test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py")
+LONG = (
+    "test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py",
+    "test_ptx_triton.py", "test_ptx.py",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+import vocabdistil as vd  # noqa: E402
 from tests import cuda_on_host  # noqa: E402
 from tests import relation_loss_backend as relations  # noqa: E402
 from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
@@ -131,6 +132,16 @@ def test_remapped_kl(combine, dtype, small, monkeypatch):
     student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
     table = check_remapped_kl.make_table(90, 40, seed=int(small))  # another, as what is made of a table is kept
     check_remapped_kl.compare(student, teacher, table, pairs=pairs, combine=combine)
+
+
+def test_remapped_kl_does_not_hide_nan(monkeypatch):
+    for name, value in check_remapped_kl.SMALL.items():
+        monkeypatch.setattr(check_remapped_kl.kernels, name, value)
+    pairs, n_s, n_t = make_pairs(10, seed=3)
+    table, student = check_remapped_kl.make_table(90, 40, seed=1), randn(n_s, 40, seed=1)
+    student[:, int(table.ids[0])] = float("nan")
+    loss, _ = check_remapped_kl.run(vd, student, randn(n_t, 90, seed=2), table, pairs=pairs, backend="triton")
+    assert loss.isnan()
 
 
 def test_relation_loss(backend, device):

@@ -100,7 +100,6 @@ class Machine:
         self.held: dict[int, np.ndarray] = {}  # where a part of a warp waits for the rest
         self.arrived: dict[int, np.ndarray] = {}  # at barriers
         self.here = 0  # the instruction
-        self.issued = 0  # instructions, by warps
 
     def _own(self, size: int, count: int, owner: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
         stride = -(-size // 16) * 16
@@ -125,13 +124,9 @@ class Machine:
             if here in self.held:
                 mask = mask | self.held.pop(here)
             stop = min((*self.ready, *(p for p in self.held if p > here)), default=len(self.program.steps))
-            counted = None
             while here < stop and mask is not None:
-                if mask is not counted:
-                    counted, warps = mask, int(mask.reshape(-1, 32).any(1).sum())
                 self.here = here
                 here, mask = self._step(here, mask)
-                self.issued += warps
                 steps += 1
                 if here <= self.here:  # others may be first now
                     break

@@ -30,6 +30,7 @@ from tests.span_loss_backend import (  # noqa: F401
 )
 from tests.span_mean_backend import *  # noqa: F403
 from tests.spans import make_pairs
+from tests.tolerances import assert_norm_close
 from vocabdistil.core import native
 from vocabdistil.ops.span_mean import pooled_rows
 
@@ -130,22 +131,36 @@ def test_rows_that_are_close(backend, device):
             compare(backend, device, [student], [teacher], pairs, divergence=divergence)
 
 
-def every_kernel(backend: str) -> None:
+def every_kernel(backend: str, device: str) -> None:
     pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
     for dim in (7, 8, 520, 1000):
         for divergence in ("kl", "jsd"):
-            student = rows(n_s, dim, 1).requires_grad_()
-            vd.span_loss(student, rows(n_t, dim, 2), pairs, divergence=divergence, backend=backend).backward()
+            compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence=divergence)
+    start, end = pairs.student_start, pairs.student_end
     for dim in (7, 8):
         for dtype in (torch.float64, F32, BF16, F16):
             for wide in (False, True):
                 x = rows(n_s, dim, 1).to(dtype).requires_grad_()
-                pooled_rows([x], pairs.student_start, pairs.student_end, None, True, wide, backend).sum().backward()
+                out = pooled_rows([x], start, end, None, True, wide, backend)
+                out.backward(torch.ones_like(out))
+                exact = x.detach().double().requires_grad_()
+                want = vd.reference.span_mean(exact, start, end)
+                want.backward(torch.ones_like(want))
+                assert_norm_close(out.detach(), want.detach(), out.dtype, "out")
+                assert_norm_close(x.grad, exact.grad, dtype, "gradient")
 
 
-def test_every_kernel_is_chosen_for_some_input(launches, programs, backend):
-    every_kernel(backend)
+def test_every_kernel_is_chosen_for_some_input(launches, programs, backend, device):
+    every_kernel(backend, device)
     assert set(launches.count) == set(programs)
+
+
+def test_what_a_build_for_several_architectures_shares(module, tmp_path, monkeypatch, backend, device):
+    """The PTX of sm_80, of which it makes the machine code of later ones too."""
+    programs = compile_cuda(ROOT / "csrc/cuda/kernels.cu", tmp_path, 80)
+    for launches in launching(module, programs, monkeypatch):
+        every_kernel(backend, device)
+        assert set(launches.count) == set(programs)
 
 
 def far_apart(count: int, dim: int) -> torch.Tensor:

@@ -37,7 +37,10 @@ OPERATIONS = {
     "remapped_kl": ["remapped_kl"],
     "relation_loss": ["relation_loss"],
 }
-pytestmark = pytest.mark.skipif(not TritonLauncher.possible(), reason="this triton launches in another way")
+pytestmark = [
+    pytest.mark.skipif(not TritonLauncher.possible(), reason="this triton launches in another way"),
+    pytest.mark.filterwarnings("error:TRITON_DEFAULT_FP_FUSION"),  # a launch that leaves it to the version
+]
 
 
 @pytest.fixture(scope="module")

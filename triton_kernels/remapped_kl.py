@@ -450,7 +450,7 @@ def remapped_kl(
     stats, merged = scale.new_empty(6, groups, parts, PAIRS), scale.new_empty(5, groups, PAIRS)
     sums = scale.new_empty(groups, SLICE * segments, PAIRS) if grad is not None else None
     t = temperature_argument(temperature, scale)
-    wide = {"ACC": accumulator(scale.dtype), "PAIRS": PAIRS}
+    wide = {"ACC": accumulator(scale.dtype), "PAIRS": PAIRS, "enable_fp_fusion": True}
     # Four numbers of a tile per thread: 16-byte accesses, and 58 registers (for sm_90) leave room for 32 warps.
     sliced = {**wide, "SLICE": SLICE, "num_warps": 8}
     blocks = triton.cdiv(columns, 32)

@@ -1,5 +1,6 @@
 """``python -m benchmarks NAME...`` measures; ``picture CSV --out FILE.png``, ``figures [CSV...]`` and ``goals CSV``
-show; ``smoke`` says in a minute whether every loss is right on every backend.
+show; ``smoke`` says in a minute whether every loss is right on every backend, ``static`` what the compiler says of the
+CUDA kernels.
 
 The cases of remap and align on real text read war_and_peace_ru.txt and shakespeare_en.txt in the folder
 VOCABDISTIL_DATA.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import goals, report, smoke
+from . import goals, report, smoke, static
 
 OPERATIONS = (
     "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "contrastive",
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("picture", "figures", "goals", "smoke"):
         return _other(argv)
+    if argv and argv[0] == "static":
+        return static.main(argv[1:])
     from . import harness
 
     parser = _parser()

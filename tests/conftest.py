@@ -28,7 +28,11 @@ TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "Triton, interpreted": (("test_triton.py", "triton_interpreted/"), HAS_TRITON),
     "Triton, compiled": (("test_triton_compile",), HAS_TRITON_COMPILER),
     "CUDA, on the host": (("test_cuda_host",), HAS_PYBIND and shutil.which("c++") is not None),
-    "CUDA, compiled": (("test_cuda_build",), bool(shutil.which("nvcc") and native.module().cuda_compiler)),
+    "CUDA, compiled": (
+        ("test_cuda_build", "test_cuda_static"),
+        bool(shutil.which("nvcc") and native.module().cuda_compiler),
+    ),
+    "PTX, interpreted": (("test_ptx",), True),
     "GPU": (("test_gpu",), torch.cuda.is_available()),
     "package": (("",), True),
 }
@@ -40,7 +44,10 @@ def tier_of(path: Path) -> str:
 
 
 # Minutes each. They come first, or a run in several processes ends with one of them in one process alone.
-LONG = ("test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py")
+LONG = (
+    "test_triton.py", "test_readme.py", "distillation/test_architectures.py", "test_fuzz.py", "test_cuda_host.py",
+    "test_ptx_triton.py", "test_ptx.py",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

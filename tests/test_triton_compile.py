@@ -19,10 +19,11 @@ CAPABILITIES = [80, 90, 100]
 SPANS = {"start": "*i32", "end": "*i32"}
 
 
-def compile(kernel, signature, constants, capability, num_warps=4, **more):
+def compile(kernel, signature, constants, capability, num_warps=4, odd=(), **more):
     """``constants``: the compile-time arguments, None among them. Pointers, strides and ``dim`` are multiples of 16, as
-    Triton finds them at the usual sizes. Returns the PTX."""
+    Triton finds them at the usual sizes, but for those named in ``odd``. Returns the PTX."""
     multiples = [k for k, v in signature.items() if v.startswith("*") or k == "dim" or k.endswith("stride")]
+    multiples = [k for k in multiples if k not in odd]
     source = ASTSource(
         kernel,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
@@ -82,7 +83,8 @@ def compile_span_loss(divergence, dtypes, dim, capability, layered=False):
         constants |= dict.fromkeys(TABLES)
     kernel = span_loss.loss_kernel
     signature = {k: signature[k] for k in kernel.arg_names if k in signature}
-    ptx = compile(kernel, signature, constants, capability, tile["num_warps"])
+    odd = ("dim", "student_stride", "teacher_stride") if dim % 16 else ()
+    ptx = compile(kernel, signature, constants, capability, tile["num_warps"], odd)
     if dim % 16 == 0:  # accesses of 16 bytes, to layer lists too
         assert re.search(r"ld\.global\.v4", ptx) and re.search(r"st\.global\.v[24]", ptx)
         assert not re.search(r"(ld|st)\.global\.b16", ptx)

@@ -44,7 +44,8 @@ def compile_matched_kl(
         "temperature": "*fp64" if dtype == "fp64" else "fp32",
     }
     signature = {name: types[name] for name in matched_kl.kernel.arg_names if name not in constants}
-    return compile(matched_kl.kernel, signature, constants, capability, **options)
+    odd = ("s_stride", "t_stride", "g_stride") if columns % 16 and not dense else ()
+    return compile(matched_kl.kernel, signature, constants, capability, odd=odd, **options)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -549,8 +549,8 @@ class _Tables:
         teacher_matched = torch.zeros(v_t, dtype=torch.int8, device=student_ids.device) if wanted else None
         count = student_ids.numel()
         tables_kernel[(triton.cdiv(count, 1024),)](
-            student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024
-        )
+            student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024, enable_fp_fusion=True
+        )  # fmt: skip
         return teacher_of, teacher_matched
 
 
@@ -593,7 +593,7 @@ def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
         return (loss * scale).sum()
     total = loss.new_empty(())
     with on_device(loss):
-        total_kernel[(1,)](loss, scale, total, loss.shape[0], 1.0, BLOCK=2048, num_warps=8)
+        total_kernel[(1,)](loss, scale, total, loss.shape[0], 1.0, BLOCK=2048, num_warps=8, enable_fp_fusion=True)
     return total
 
 
@@ -663,6 +663,6 @@ def add_rest(
     with on_device(z):
         rest_kernel[(rows,)](
             z, rest, left_out, bias, lengths, temperature_argument(temperature, z), columns, z.stride(0),
-            ACC=accumulator(z.dtype), BLOCK=2048, num_warps=8,
+            ACC=accumulator(z.dtype), BLOCK=2048, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return rest

@@ -136,7 +136,10 @@ def tile(dim: int) -> dict[str, int]:
     are rarely wider than 128; of those that are, the scores are formed again for each 128 columns.
     """
     width = max(16, triton.next_power_of_2(dim))
-    return {"ROWS": 64, "BLOCK": min(width, 32), "OUT": min(width, 128), "num_warps": 8, "num_stages": 1}
+    return {
+        "ROWS": 64, "BLOCK": min(width, 32), "OUT": min(width, 128), "num_warps": 8, "num_stages": 1,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def relation_loss(

@@ -120,7 +120,11 @@ def write_kernel(
 def _chunks(ids: Tensor) -> tuple[int, dict[str, int]]:
     """Chunks of a sequence, and how a kernel takes them."""
     block = min(max(triton.next_power_of_2(ids.shape[1]), 128), LONGEST)
-    return max(triton.cdiv(ids.shape[1], block), 1), {"BLOCK": block, "num_warps": block // 128}
+    return max(triton.cdiv(ids.shape[1], block), 1), {
+        "BLOCK": block,
+        "num_warps": block // 128,
+        "enable_fp_fusion": True,
+    }
 
 
 def _inputs(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> tuple:

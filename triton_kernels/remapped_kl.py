@@ -203,10 +203,10 @@ def combine_kernel(
     step = groups.to(tl.int64) * parts * PAIRS
     high_s, weight = _weights(top_s, inverse)
     tl.store(stats, high_s)
-    tl.store(stats + step, tl.sum(sum_s * weight, 0))
+    tl.store(stats + step, _weighed(sum_s, weight))
     high_t, weight = _weights(top_t, inverse)
     tl.store(stats + 2 * step, high_t)
-    tl.store(stats + 3 * step, tl.sum(sum_t * weight, 0))
+    tl.store(stats + 3 * step, _weighed(sum_t, weight))
     tl.store(stats + 4 * step, tl.sum(tl.where(weight == 0, 0.0, dots * weight), 0))
     tl.store(stats + 5 * step, apart)
 
@@ -216,6 +216,13 @@ def _weights(top, inverse):
     """Of lanes ``[n, pairs]`` the largest of each pair, and what turns each lane's sums into sums shifted by it."""
     high = tl.max(top, 0)
     return high, tl.exp((top - shift_of(high)[None, :]) * inverse)
+
+
+@triton.jit
+def _weighed(x, weight):
+    """The sum of each pair. A product that is selected is not contracted with the first addition of the sum, which
+    would leave one of two terms unrounded: so threads that hold copies of a lane have the same bits."""
+    return tl.sum(tl.where(x == 0, 0.0, x * weight), 0)
 
 
 @triton.jit
@@ -232,13 +239,13 @@ def merge_kernel(
     stats += (group * parts + i[:, None]) * PAIRS + r[None, :]
     step = groups.to(tl.int64) * parts * PAIRS
     high_s, weight = _weights(tl.load(stats, mask=inside, other=float("-inf")), inverse)
-    z_s = tl.sum(tl.load(stats + step, mask=inside, other=0.0) * weight, 0)
+    z_s = _weighed(tl.load(stats + step, mask=inside, other=0.0), weight)
     high_t, weight = _weights(tl.load(stats + 2 * step, mask=inside, other=float("-inf")), inverse)
     shift_s, shift_t = shift_of(high_s), shift_of(high_t)
     sums = tl.load(stats + 3 * step, mask=inside, other=0.0)
     moved = (tl.load(stats + 5 * step, mask=inside, other=0.0) - (shift_t - shift_s)[None, :]) * inverse
     dots = tl.load(stats + 4 * step, mask=inside, other=0.0) + sums * moved
-    z_t = tl.sum(sums * weight, 0)
+    z_t = _weighed(sums, weight)
     merged += group * PAIRS + r
     step = groups * PAIRS
     tl.store(merged, shift_s)
@@ -443,7 +450,7 @@ def remapped_kl(
     stats, merged = scale.new_empty(6, groups, parts, PAIRS), scale.new_empty(5, groups, PAIRS)
     sums = scale.new_empty(groups, SLICE * segments, PAIRS) if grad is not None else None
     t = temperature_argument(temperature, scale)
-    wide = {"ACC": accumulator(scale.dtype), "PAIRS": PAIRS}
+    wide = {"ACC": accumulator(scale.dtype), "PAIRS": PAIRS, "enable_fp_fusion": True}
     # Four numbers of a tile per thread: 16-byte accesses, and 58 registers (for sm_90) leave room for 32 warps.
     sliced = {**wide, "SLICE": SLICE, "num_warps": 8}
     blocks = triton.cdiv(columns, 32)

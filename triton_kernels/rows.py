@@ -136,7 +136,7 @@ def address_table(layers: Sequence[Tensor]) -> Tensor | None:
     padded = addresses + addresses[:1] * (-len(addresses) % 8)
     table = torch.empty(len(padded), dtype=torch.int64, device=layers[0].device)
     for i in range(0, len(padded), 8):
-        table_kernel[(1,)](table[i:], *padded[i : i + 8], num_warps=1)
+        table_kernel[(1,)](table[i:], *padded[i : i + 8], num_warps=1, enable_fp_fusion=True)
     return table
 
 

@@ -230,4 +230,4 @@ def span_loss(
             ALIGNED=aligned(*student, *teacher, *grads), **options,
         )  # fmt: skip
         if total is not None:
-            total_kernel[(1,)](loss, weights, total, pairs, base, BLOCK=2048, num_warps=8)
+            total_kernel[(1,)](loss, weights, total, pairs, base, BLOCK=2048, num_warps=8, enable_fp_fusion=True)

@@ -124,6 +124,14 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return other;
 }
 
+namespace cuda_on_host {
+
+// What runs a kernel in place of the fibers, if anything does: its address, the sizes of grid and block, its arguments.
+using Launcher = cudaError_t (*)(const void* kernel, const unsigned* sizes, size_t shared, const void* args, size_t size);
+inline Launcher launcher = nullptr;
+
+}  // namespace cuda_on_host
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -133,6 +141,11 @@ template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  if (cuda_on_host::launcher) {
+    const unsigned sizes[] = {gridDim.x, gridDim.y, gridDim.z, blockDim.x, blockDim.y, blockDim.z};
+    return cuda_on_host::launcher(reinterpret_cast<const void*>(kernel), sizes, config->dynamicSmemBytes, &args,
+                                  sizeof(args));
+  }
   cuda_on_host::body = [&] { kernel(args); };
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cuda_on_host::run_block();
   return cudaSuccess;

@@ -2,6 +2,10 @@
 #include "../../csrc/cuda/kernels.cu"
 #include "../../csrc/cuda/bindings.cpp"
 
+extern "C" __attribute__((visibility("default"))) void launch_with(cuda_on_host::Launcher launcher) {
+  cuda_on_host::launcher = launcher;
+}
+
 PyMODINIT_FUNC PyInit__cuda_on_host() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_cuda_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

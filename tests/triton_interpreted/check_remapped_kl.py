@@ -22,10 +22,13 @@ from tests.vocabularies import randn
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 
+# Tables are cut as a hundred times larger ones are, and pairs are taken eight at a time.
+SMALL = {"PAIRS": 8, "SLICE": 16, "WINDOW": 32, "SEGMENT": 3, "PARTS": 4, "BUDGET": 4 * 8 * 500}
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Tables are cut as a hundred times larger ones are, and pairs are taken eight at a time."""
-    for name, value in {"PAIRS": 8, "SLICE": 16, "WINDOW": 32, "SEGMENT": 3, "PARTS": 4, "BUDGET": 4 * 8 * 500}.items():
+    for name, value in SMALL.items():
         monkeypatch.setattr(kernels, name, value)
 
 

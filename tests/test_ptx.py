@@ -1,0 +1,226 @@
+"""The PTX of the CUDA kernels, as nvcc makes it for sm_90, run in an interpreter (tests/ptx) with the launches of the
+host code: against the float64 reference, and with every access looked at."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import vocabdistil as vd
+from benchmarks.static import find_tool
+from tests import cuda_on_host
+from tests.ptx.launch import ROOT, HostLauncher, Launches, compile_cuda
+from tests.ptx.memory import Failure
+from tests.span_loss_backend import (  # noqa: F401
+    DIVERGENCES,
+    compare,
+    rows,
+    test_an_upstream_gradient_of_one_leaves_the_gradient_alone,
+    test_cosines_of_rows_of_any_size,
+    test_every_row_is_written_and_none_outside_is_touched,
+    test_gradient_is_zero_where_the_means_are_equal,
+    test_jsd_where_a_share_is_subnormal,
+    test_spans_that_make_no_sense_stay_inside,
+    test_strides_and_three_dimensions,
+    test_zero_pairs_clear_the_gradient,
+)
+from tests.span_mean_backend import *  # noqa: F403
+from tests.spans import make_pairs
+from tests.tolerances import assert_norm_close
+from vocabdistil.core import native
+from vocabdistil.ops.span_mean import pooled_rows
+
+pytestmark = [
+    pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
+    pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(not all(map(shutil.which, ("nm", "c++filt"))), reason="there are no binutils"),
+]
+
+OPERATIONS = ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd")
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return compile_cuda(ROOT / "csrc/cuda/kernels.cu", tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+def launching(module, programs, patch) -> Iterator[Launches]:
+    """Calls with CPU tensors to the backend "cuda" run the programs."""
+    launches = Launches()
+    cuda_on_host.serve_the_host(patch, module)
+    with HostLauncher(module, programs, launches) as launcher:
+        for name in OPERATIONS:
+            patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
+        yield launches
+
+
+@pytest.fixture(autouse=True)
+def launches(module, programs, monkeypatch):
+    yield from launching(module, programs, monkeypatch)
+
+
+@pytest.fixture
+def backend():
+    return "cuda"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Every way to lay a row out: a warp with 16, 24, 32 columns a thread, blocks, column by column.
+SIZES = [
+    (7, F32), (7, F16), (264, F32), (264, BF16), (600, BF16), (768, F16), (1000, F32), (1024, BF16), (2056, F16),
+    (4104, BF16), (8200, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("dim", "dtype"), SIZES, ids=str)
+def test_span_loss(dim, dtype, divergence, backend, device):
+    pairs, n_s, n_t = make_pairs(5 if dim < 1000 else 3, seed=dim, gaps=True, empty=True)
+    options = {"divergence": divergence, "temperature": 1.7, "beta": 0.3}
+    compare(backend, device, [rows(n_s, dim, 1, dtype)], [rows(n_t, dim, 2, dtype)], pairs, **options)
+
+
+@pytest.mark.parametrize("dim", [7, 264, 2056])
+def test_a_student_in_half_precision_and_a_teacher_that_is_not(dim, backend, device):
+    pairs, n_s, n_t = make_pairs(4, seed=dim, gaps=True)
+    compare(backend, device, [rows(n_s, dim, 1, BF16)], [rows(n_t, dim, 2, F32)], pairs)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("dim", [7, 264])
+def test_layers_weights_and_an_upstream_gradient(dim, reduction, backend, device):
+    pairs, n_s, n_t = make_pairs(6, seed=6, gaps=True, empty=True)
+    students = [rows(n_s, (1 + (i == 1)) * dim, i, BF16)[:, :dim] for i in range(3)]  # two row strides
+    teachers = [rows(n_t, dim, 5 + i, BF16) for i in range(4)]
+    upstream = torch.linspace(0.5, 2, 6) if reduction == "none" else torch.tensor(-3.0)
+    compare(
+        backend, device, students, teachers, pairs, upstream, reduction=reduction, divergence="reverse_kl",
+        student_layer_weights=[1.0, 2.0, 0.5], pair_weights=torch.rand(6),
+    )  # fmt: skip
+
+
+def test_a_loss_without_a_gradient(launches, backend):
+    pairs, n_s, n_t = make_pairs(40, seed=2, gaps=True)
+    student, teacher = rows(n_s, 8, 1), rows(n_t, 8, 2)
+    got = vd.span_loss(student, teacher, pairs, backend=backend)
+    torch.testing.assert_close(got.double(), vd.reference.span_loss(student.double(), teacher.double(), pairs))
+    assert sum(launches.count.values()) == 2
+
+
+def test_rows_that_are_close(backend, device):
+    """Whose averages are formed twice."""
+    pairs, n, _ = make_pairs(6, seed=9, same=True)
+    for dim in (264, 4104):
+        student = rows(n, dim, 1)
+        for divergence in ("kl", "reverse_kl", "jsd"):
+            teacher = student + 1e-3 * rows(n, dim, 2)
+            compare(backend, device, [student], [teacher], pairs, divergence=divergence)
+
+
+def every_kernel(backend: str, device: str) -> None:
+    pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
+    for dim in (7, 8, 520, 1000):
+        for divergence in ("kl", "jsd"):
+            compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence=divergence)
+    start, end = pairs.student_start, pairs.student_end
+    for dim in (7, 8):
+        for dtype in (torch.float64, F32, BF16, F16):
+            for wide in (False, True):
+                x = rows(n_s, dim, 1).to(dtype).requires_grad_()
+                out = pooled_rows([x], start, end, None, True, wide, backend)
+                out.backward(torch.ones_like(out))
+                exact = x.detach().double().requires_grad_()
+                want = vd.reference.span_mean(exact, start, end)
+                want.backward(torch.ones_like(want))
+                assert_norm_close(out.detach(), want.detach(), out.dtype, "out")
+                assert_norm_close(x.grad, exact.grad, dtype, "gradient")
+
+
+def test_every_kernel_is_chosen_for_some_input(launches, programs, backend, device):
+    every_kernel(backend, device)
+    assert set(launches.count) == set(programs)
+
+
+def test_what_a_build_for_several_architectures_shares(module, tmp_path, monkeypatch, backend, device):
+    """The PTX of sm_80, of which it makes the machine code of later ones too."""
+    programs = compile_cuda(ROOT / "csrc/cuda/kernels.cu", tmp_path, 80)
+    for launches in launching(module, programs, monkeypatch):
+        every_kernel(backend, device)
+        assert set(launches.count) == set(programs)
+
+
+def far_apart(count: int, dim: int) -> torch.Tensor:
+    """Rows 1 GB from each other, in memory of which nobody touches more than they take."""
+    x = torch.empty((count - 1) * 2**28 + dim).as_strided((count, dim), (2**28, 1))
+    x.copy_(rows(count, dim, 1))
+    return x
+
+
+def mean_of_rows_far_apart(backend: str) -> None:
+    start, end = (torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [1, 4]))
+    x = far_apart(4, 8)
+    got = vd.span_mean(x, start, end, backend=backend)
+    torch.testing.assert_close(got, torch.stack([x[0], x[2:].mean(0)]))
+
+
+def test_rows_past_2_gigabytes(backend):
+    mean_of_rows_far_apart(backend)
+    pairs = vd.SpanPairs(*(torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [1, 4], [0, 1], [1, 3])))
+    student, teacher = far_apart(4, 8), rows(3, 8, 2)
+    got = vd.span_loss(student, teacher, pairs, backend=backend)
+    torch.testing.assert_close(got.double(), vd.reference.span_loss(student.double(), teacher.double(), pairs))
+
+
+# What must not go unnoticed: each is a fault put into a copy of the sources.
+
+
+def copy_with(folder: Path, file: str, old: str, new: str) -> Path:
+    for part in ("csrc", "tests/cuda_on_host"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "csrc/cuda" / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return folder
+
+
+def test_reductions_need_two_buffers(module, tmp_path, monkeypatch, backend):
+    copy = copy_with(tmp_path, "pair.cuh", "turn_ ^= 1;", "")
+    programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
+    pairs, n_s, n_t = make_pairs(3, seed=1)
+    student, teacher = rows(n_s, 4104, 1), rows(n_t, 4104, 2)
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="race of warps in shared memory"):
+            vd.span_loss(student, teacher, pairs, reduction="none", backend=backend)
+
+
+def test_packs_need_aligned_rows(programs, tmp_path, monkeypatch, backend):
+    copy = copy_with(tmp_path, "rows.cuh", "== 0 && stride % 16 == 0", ">= 0")
+    module = cuda_on_host.build(tmp_path, copy)
+    pairs, n_s, n_t = make_pairs(3, seed=1)
+    student, teacher = rows(n_s, 9, 1)[:, 1:], rows(n_t, 8, 2)
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="misaligned"):
+            vd.span_loss(student, teacher, pairs, backend=backend)
+
+
+def test_addresses_need_64_bits(module, tmp_path, monkeypatch, backend):
+    copy = copy_with(tmp_path, "rows.cuh", "position * stride[layer]", "int(position) * int(stride[layer])")
+    programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="out of bounds"):
+            mean_of_rows_far_apart(backend)

@@ -1,0 +1,154 @@
+"""The PTX of the Triton kernels, compiled for sm_90 as the arguments of a call want it (sizes that are multiples of 16
+and sizes that are not), run in an interpreter (tests/ptx): against the float64 reference, and with every access looked
+at."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import vocabdistil as vd  # noqa: E402
+from tests import cuda_on_host  # noqa: E402
+from tests import relation_loss_backend as relations  # noqa: E402
+from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
+from tests.remap_backend import test_equals_the_native_code as equals_the_native_code  # noqa: E402
+from tests.remap_backend import test_ids_outside_the_table  # noqa: E402, F401
+from tests.span_loss_backend import (  # noqa: E402, F401
+    DIVERGENCES,
+    compare,
+    rows,
+    test_spans_that_make_no_sense_stay_inside,
+)
+from tests.span_mean_backend import test_span_mean_against_float64 as span_mean_against_float64  # noqa: E402
+from tests.span_mean_backend import test_span_mean_of_layers  # noqa: E402, F401
+from tests.spans import make_pairs  # noqa: E402
+from tests.triton_interpreted import check_matched_kl, check_remapped_kl  # noqa: E402
+from tests.vocabularies import make_matched, randn  # noqa: E402
+
+OPERATIONS = {
+    "span_loss": ["span_loss"],
+    "span_mean": ["span_mean_fwd", "span_mean_bwd"],
+    "remap": ["measure", "remap"],
+    "matched_kl": ["matched_kl"],
+    "remapped_kl": ["remapped_kl"],
+    "relation_loss": ["relation_loss"],
+}
+pytestmark = [
+    pytest.mark.skipif(not TritonLauncher.possible(), reason="this triton launches in another way"),
+    pytest.mark.filterwarnings("error:TRITON_DEFAULT_FP_FUSION"),  # a launch that leaves it to the version
+]
+
+
+@pytest.fixture(scope="module")
+def launcher(request, tmp_path_factory):
+    """What it compiles is kept for the next run: that takes longer than to run it."""
+    cache = getattr(request.config, "cache", None)
+    return TritonLauncher(cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(autouse=True)
+def launches(launcher, monkeypatch):
+    """Calls with CPU tensors to the backend "triton" run in the interpreter."""
+    cuda_on_host.serve_the_host(monkeypatch)
+    launches = launcher.launches = Launches()
+    launcher.install(monkeypatch)
+    for file, names in OPERATIONS.items():
+        module = importlib.import_module(f"vocabdistil.triton_kernels.{file}")
+        for name in names:
+            monkeypatch.setattr(module, name, launches.known(getattr(module, name)))
+        if hasattr(module, "one_stride"):
+            monkeypatch.setattr(module, "one_stride", launches.made(module.one_stride))
+    return launches
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "divergence"),
+    [*((264, BF16, divergence) for divergence in DIVERGENCES), (7, F32, "mse"), (768, BF16, "kl"), (2056, F16, "kl")],
+    ids=str,
+)
+def test_span_loss(dim, dtype, divergence, backend, device):
+    pairs, n_s, n_t = make_pairs(7 if dim < 1000 else 3, seed=dim, gaps=True, empty=True)
+    options = {"divergence": divergence, "temperature": 1.7, "beta": 0.3}
+    compare(backend, device, [rows(n_s, dim, 1, dtype)], [rows(n_t, dim, 2, dtype)], pairs, **options)
+
+
+def test_layers_weights_and_an_upstream_gradient(backend, device):
+    pairs, n_s, n_t = make_pairs(6, seed=6, gaps=True, empty=True)
+    students, teachers = [rows(n_s, 264, i, F16) for i in range(3)], [rows(n_t, 264, 5 + i) for i in range(9)]
+    compare(
+        backend, device, students, teachers, pairs, torch.tensor(-3.0), student_layer_weights=[1.0, 2.0, 0.5],
+        pair_weights=torch.rand(6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(7, F16), (264, BF16), (264, torch.float64), (1032, F32)], ids=str)
+def test_span_mean(dim, dtype, backend, device):
+    span_mean_against_float64(dim, dtype, "mean", backend, device)
+
+
+@pytest.mark.parametrize(("batch", "length", "mask"), [(3, 7, "none"), (2, 131, "holes"), (2, 2500, "padding")])
+def test_remap(batch, length, mask, backend, device):
+    equals_the_native_code(batch, length, True, mask, device, backend)
+
+
+def test_matched_kl():
+    student, teacher = randn(3, 50, seed=1, scale=2), randn(3, 33, seed=2, scale=2)
+    check_matched_kl.compare(student, teacher, make_matched(50, 33, 32), temperature=1.7)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "turns"])
+def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch):
+    if not whole:  # a block of columns at a time
+        monkeypatch.setattr(check_matched_kl.kernels, "RESIDENT", 1)
+        monkeypatch.setattr(check_matched_kl.kernels, "TURN", 1024)
+    pairs, n_s, n_t = make_pairs(4, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, 1100, seed=1, dtype=BF16), randn(n_t, 2104, seed=2, dtype=BF16)
+    check_matched_kl.compare(
+        student, teacher, make_matched(1100, 2104, 900), pairs=pairs, unmatched="rest", reduction="none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("combine", "dtype", "small"), [("sum", F32, True), ("sum", F32, False), ("logsumexp", BF16, True)], ids=str
+)
+def test_remapped_kl(combine, dtype, small, monkeypatch):
+    for name, value in check_remapped_kl.SMALL.items() if small else ():
+        monkeypatch.setattr(check_remapped_kl.kernels, name, value)
+    pairs, n_s, n_t = make_pairs(10, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
+    table = check_remapped_kl.make_table(90, 40, seed=int(small))  # another, as what is made of a table is kept
+    check_remapped_kl.compare(student, teacher, table, pairs=pairs, combine=combine)
+
+
+def test_remapped_kl_does_not_hide_nan(monkeypatch):
+    for name, value in check_remapped_kl.SMALL.items():
+        monkeypatch.setattr(check_remapped_kl.kernels, name, value)
+    pairs, n_s, n_t = make_pairs(10, seed=3)
+    table, student = check_remapped_kl.make_table(90, 40, seed=1), randn(n_s, 40, seed=1)
+    student[:, int(table.ids[0])] = float("nan")
+    loss, _ = check_remapped_kl.run(vd, student, randn(n_t, 90, seed=2), table, pairs=pairs, backend="triton")
+    assert loss.isnan()
+
+
+def test_relation_loss(backend, device):
+    """On tensor cores."""
+    pairs, shape_s, shape_t = relations.make_texts([5, 1, 70, 0, 8], seed=36, empty=True)
+    student, teacher = relations.states(shape_s, 36, 1, heads=3), relations.states(shape_t, 60, 2, heads=3)
+    relations.compare(student, teacher, pairs, backend, device, heads=3)

@@ -54,12 +54,14 @@ def find_tool(name: str) -> str | None:
 
 
 def kernel_names(mangled: Sequence[str]) -> list[str]:
-    """As ``loss_kernel<16, true, false, 512>``."""
+    """As ``loss_kernel<Kind 1, 16, 512>``."""
     lines = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     return [kernel_name(line) for line in lines]
 
 
 def kernel_name(demangled: str) -> str:
+    # An enumerator is written as a number that is cast: (space::(anonymous namespace)::Kind)1.
+    demangled = re.sub(r"\((?:\w+::|\(anonymous namespace\)::)*(\w+)\)(?=\d)", r"\1 ", demangled)
     name = re.search(r"(\w+(?:<.*>)?)\((?!anonymous)", demangled)
     assert name, demangled
     return name[1]

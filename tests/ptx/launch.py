@@ -79,7 +79,7 @@ class Launches:
 
 
 def compile_cuda(source: Path, folder: Path, architecture: int = 90) -> dict[str, Program]:
-    """The kernels of a file, by names such as ``loss_kernel<16, true, false, 512>``."""
+    """The kernels of a file, by names such as ``loss_kernel<Kind 1, 16, 512>``."""
     kernels = parse(static.compile_ptx(source, folder, architecture).read_text(encoding="utf-8"))
     return dict(zip(static.kernel_names([*kernels]), map(Program, kernels.values()), strict=True))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is to be known of the kernels on a GPU, in steps:
 #
-#     benchmarks/gpu_session.sh [build smoke sanitize tests claims bench profile job]
+#     bash benchmarks/gpu_session.sh [build smoke sanitize tests claims bench profile job]
 #
 # A call ends within $MINUTES (9), and the next one goes on where it was stopped. What was done is not done again until
 # a source changes. There has to be what `pip install -e ".[test]"` installs, setuptools, cmake, ninja, pybind11 and

@@ -132,6 +132,25 @@ def test_upstream_gradient_is_folded_in_on_the_device():
     torch.testing.assert_close(4 * grads[0], grads[1])
 
 
+@pytest.mark.parametrize("given", ["pairs", "mask", "rows"])
+def test_shifts_do_not_wait_for_the_device(given):
+    matched = make_matched(503, 700, 470)
+    at = torch.arange(256)
+    every = {"pairs": vd.SpanPairs(at, at + 1, at, at + 1), "mask": torch.ones(4, 64, dtype=torch.bool)}
+    options = {name: x for name, x in every.items() if name == given}
+    student, teacher = torch.randn(4, 64, 503), torch.randn(4, 64, 700)
+    want = vd.matched_kl(student, teacher, matched, teacher_shift=1, **options)
+    student, teacher, matched = student.cuda().requires_grad_(), teacher.cuda(), matched.to("cuda")
+    options = {name: x.to("cuda") for name, x in options.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = vd.matched_kl(student, teacher, matched, teacher_shift=1, **options)
+        got.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got.cpu(), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])
 @pytest.mark.parametrize("paired", [False, True])

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def session(out: Path, *steps: str, **told: str) -> subprocess.CompletedProcess[str]:
     told = {"DRY": "1", "SESSION": str(out), "PYTHON": sys.executable} | told
     script = ROOT / "benchmarks" / "gpu_session.sh"
-    return subprocess.run([script, *steps], env=os.environ | told, capture_output=True, text=True, timeout=500)
+    return subprocess.run(["bash", script, *steps], env=os.environ | told, capture_output=True, text=True, timeout=500)
 
 
 def test_steps_leave_logs_and_are_not_done_twice(tmp_path):

@@ -226,6 +226,14 @@ def test_what_is_not_whitened_is_told(teacher_folder, text_file, tmp_path, capsy
     assert f"{teacher_folder} is not whitened: its MLM head reads its hidden states" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changes", [{}, {"layers": 1}, {"vocabulary": "train"}], ids=str)
+def test_that_a_whole_body_gains_nothing_is_told(headless_folder, text_file, tmp_path, capsys, changes):
+    given = {**EMBEDDING, "layers": 2, "vocabulary": "trim", "steps": 1, "quiet": False, **changes}
+    vd.distill(**options(headless_folder, text_file, tmp_path / "student", **given))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("All of the teacher's layers are kept" in printed) == (not changes)
+
+
 def test_the_trimmed_teacher_is_fitted_even_if_the_student_is_not(headless_folder, text_file, tmp_path):
     changes = {**EMBEDDING, "layers": 1, "preset": None, "fit": False, "steps": 1}
     result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))

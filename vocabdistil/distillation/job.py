@@ -368,7 +368,11 @@ class _Run:
             self.say.print(note)
         self.say.status("Making the student's body")
         texts = self.sample(_FITTED_TEXTS)
-        student = make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
+        source, kept = self.sources[0], self.kept_layers
+        whole = len(kept) == source.teacher.num_layers and not (config.dim or config.heads or config.ffn)
+        if whole and RECIPES[config.recipe].mixed and config.vocabulary == "trim":
+            self.say.print(report.whole_line(config.whiten))
+        student = make_student(config, source, vocabulary, texts, kept, config.shape)
         if config.shape is not None and not config.weights.needs_head:
             # Nobody would have trained it.
             student.model = body_of(student.model)

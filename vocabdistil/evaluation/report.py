@@ -248,6 +248,15 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
     return f"Training: {batches} ({rounds:.2g} times {available:,} texts), about {about}"
 
 
+def whole_line(whiten: float) -> str:
+    """That there is a shorter way: training two teachers' students of this kind made none of them better."""
+    told = f" with {spell('whiten', whiten)}" if whiten else ""
+    return (
+        "All of the teacher's layers are kept: where it was measured, such a student gained nothing from training, and "
+        f"trim{told} makes it in a minute"
+    )
+
+
 def mixed_line(share: float) -> str:
     """How far the weights went back towards the start."""
     return f"The student keeps {share:.0%} of the way from its start to the trained weights"

@@ -68,7 +68,7 @@ def test_what_it_names_is_there(readme):
     (commands,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
     known = {option for parser in (whole, *commands.choices.values()) for option in parser._option_string_actions}
     # That of the benchmarks.
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--e5", "--nproc-per-node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme)) - known <= {"--ablation", "--e5", "--nproc-per-node"}
     assert set(re.findall(r"\bvocabdistil (?=[a-z])(\w+)(?=`| --)", readme)) <= set(commands.choices)
     rows = set(re.findall(r"^\| `(\w[\w-]*)` \|", readme, re.MULTILINE))
     assert rows == set(RECIPES) and all(f"`{name}` (" in readme for name in PRESETS)

@@ -11,7 +11,7 @@ import vocabdistil as vd
 from vocabdistil.core import dispatch
 
 from .harness import random_pairs
-from .smoke import calls
+from .smoke import Call, calls
 
 # Batch, length, width, dtype, divergence: sizes that fill a GPU.
 LARGE = (
@@ -23,13 +23,22 @@ LARGE = (
 )
 
 
+def launch(call: Call, backend: str) -> None:
+    """Forward and backward; the upstream gradient is not 1, so that the backward kernels run too."""
+    leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+    (3 * call.run(vd, leaves, call.rest, backend).sum()).backward()
+
+
+def _backends(operation: str, device: torch.device) -> list[str]:
+    """Those of ours that can run here."""
+    return [name for name in dispatch.TABLE[operation][device.type] if dispatch.unavailable(name) is None]
+
+
 def small(device: torch.device, operation: str) -> None:
-    """The calls of the smoke test; the upstream gradient is not 1, so that the backward kernels run too."""
-    for call in (call for call in calls(device) if call.operation == operation):
-        for backend in dispatch.TABLE[call.operation][device.type]:
-            if dispatch.unavailable(backend) is None:
-                leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
-                (3 * call.run(vd, leaves, call.rest, backend).sum()).backward()
+    """The calls of the smoke test."""
+    for call in calls(device):
+        for backend in _backends(operation, device) if call.operation == operation else ():
+            launch(call, backend)
 
 
 def large(device: torch.device) -> None:
@@ -37,9 +46,8 @@ def large(device: torch.device) -> None:
         pairs, shape = random_pairs(batch, length, device)
         student = torch.randn(*shape, width, device=device).to(dtype).requires_grad_()
         teacher = torch.randn(batch, length, width, device=device).to(dtype)
-        for backend in dispatch.TABLE["span_loss"][device.type]:
-            if dispatch.unavailable(backend) is None:
-                vd.span_loss(student, teacher, pairs, divergence=divergence, backend=backend).backward()
+        for backend in _backends("span_loss", device):
+            vd.span_loss(student, teacher, pairs, divergence=divergence, backend=backend).backward()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ A minute that says whether anything on a machine is badly wrong, before the test
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Call:
     name: str
     run: Callable[..., Tensor]
     leaves: Sequence[Tensor]
-    rest: Sequence[Tensor] = field(default=())
+    rest: Sequence[Tensor]
 
 
 def _call(
@@ -101,12 +101,11 @@ def smoke(device: torch.device) -> int:
         truth = call.run(vd.reference, wide, [x.double() for x in call.rest], None)
         truth.sum().backward()
         want = [truth.detach(), *(leaf.grad for leaf in wide)]
-        choices = [name for name in dispatch.TABLE[call.operation][device.type] if name != "reference"]
-        for backend in choices:
+        for backend in dispatch.TABLE[call.operation][device.type]:
             problem = dispatch.unavailable(backend)
             error, distance = (f"cannot run: {problem}", "") if problem else _outcome(call, backend, want)
             # What is not built here is to be seen, too, where there is a GPU for it.
             wrong += bool(error)
-            print(f"{call.operation:18s}{call.name:26s}{backend:8s}{error and '<<< ' + error or distance}", flush=True)
+            print(f"{call.operation:18s}{call.name:26s}{backend:8s}{f'<<< {error}' if error else distance}", flush=True)
     print(f"{wrong} wrong" if wrong else "all right")
     return wrong

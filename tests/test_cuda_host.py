@@ -6,28 +6,14 @@ from __future__ import annotations
 import pytest
 
 from tests import cuda_on_host
+from tests.cuda_on_host.fixtures import *  # noqa: F403
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_mean_backend import *  # noqa: F403
 
 pytestmark = pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
-
-
 @pytest.fixture(autouse=True)
 def on_host(module, monkeypatch):
     """CPU tensors go to the CUDA path, and its launches to the host."""
     cuda_on_host.serve_the_host(monkeypatch, module)
-
-
-@pytest.fixture
-def backend():
-    return "cuda"
-
-
-@pytest.fixture
-def device():
-    return "cpu"

@@ -13,6 +13,7 @@ import torch
 import vocabdistil as vd
 from benchmarks.static import find_tool
 from tests import cuda_on_host
+from tests.cuda_on_host.fixtures import *  # noqa: F403
 from tests.ptx.launch import ROOT, HostLauncher, Launches, compile_cuda
 from tests.ptx.memory import Failure
 from tests.span_loss_backend import (  # noqa: F401
@@ -48,11 +49,6 @@ def programs(tmp_path_factory):
     return compile_cuda(ROOT / "csrc/cuda/kernels.cu", tmp_path_factory.mktemp("ptx"))
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
-
-
 def launching(module, programs, patch) -> Iterator[Launches]:
     """Calls with CPU tensors to the backend "cuda" run the programs."""
     launches = Launches()
@@ -66,16 +62,6 @@ def launching(module, programs, patch) -> Iterator[Launches]:
 @pytest.fixture(autouse=True)
 def launches(module, programs, monkeypatch):
     yield from launching(module, programs, monkeypatch)
-
-
-@pytest.fixture
-def backend():
-    return "cuda"
-
-
-@pytest.fixture
-def device():
-    return "cpu"
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

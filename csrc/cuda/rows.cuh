@@ -167,7 +167,6 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int th
 inline __device__ int64_t first_pair() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 inline __device__ int64_t pair_step() { return int64_t{gridDim.x} * blockDim.y; }
 
-
 }  // namespace
 }  // namespace cuda
 }  // namespace vocabdistil

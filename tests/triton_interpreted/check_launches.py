@@ -12,6 +12,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import vocabdistil as vd
+from benchmarks.launches import launch
 from benchmarks.smoke import calls
 from vocabdistil import triton_kernels
 
@@ -51,8 +52,7 @@ def small(call):
 
 def test_on_the_device_of_their_tensors(launches):
     for call in filter(small, calls(CPU)):
-        leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
-        (3 * call.run(vd, leaves, call.rest, "triton").sum()).backward()
+        launch(call, "triton")
     hidden = next(calls(CPU)).leaves[0]
     layers = [hidden.float().clone().requires_grad_() for _ in range(2)]
     spans = torch.arange(4, dtype=torch.int32)

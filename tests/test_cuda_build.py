@@ -26,23 +26,23 @@ pytestmark = [
 ]
 
 
-def call(tmp_path: Path, function: str, argument: str | Path, path: str | None = None) -> list[str]:
-    """What a function of the build makes of its argument."""
+def cmake(tmp_path: Path, code: str, **env: str) -> list[str]:
+    """``result`` after lines of the build."""
     script = tmp_path / "call.cmake"
     script.write_text(
         "cmake_minimum_required(VERSION 3.24)\n"
-        f'include("{SOURCES / "architectures.cmake"}")\n'
-        f'{function}("{argument}" result)\n'
+        f'include("{SOURCES / "nvcc.cmake"}")\n'
+        f"{code}\n"
         'message(STATUS "result: ${result}")\n'
     )
-    env = {**os.environ, "PATH": path or os.environ["PATH"]}
-    run = subprocess.run([CMAKE, "-P", str(script)], capture_output=True, text=True, check=True, env=env)
+    command = [CMAKE, "-P", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, **env})
     return run.stdout.split("result: ")[1].strip().split(";")
 
 
 def chosen(tmp_path: Path, nvcc: str | Path, path: str | None = None) -> list[str]:
     """What the build would choose with this nvcc, and with the nvidia-smi of ``path``."""
-    return call(tmp_path, "choose_cuda_architectures", nvcc, path)
+    return cmake(tmp_path, f'choose_cuda_architectures("{nvcc}" result)', PATH=path or os.environ["PATH"])
 
 
 def program(path: Path, output: str, code: int = 0) -> Path:
@@ -95,7 +95,35 @@ def test_architectures_are_chosen_by_what_nvidia_smi_sees(seen, architectures, t
 @needs_cmake
 def test_architectures_share_what_is_compiled_up_to_ptx(architectures, code, tmp_path):
     prefix = "--generate-code=arch=compute_"
-    assert [option.removeprefix(prefix) for option in call(tmp_path, "share_cuda_front_ends", architectures)] == code
+    options = cmake(tmp_path, f'share_cuda_front_ends("{architectures}" result)')
+    assert [option.removeprefix(prefix) for option in options] == code
+
+
+def found(tmp_path: Path, **env: str) -> str:
+    """The CUDA compiler that the build takes, or why it takes none."""
+    only_cmake = {"PATH": str(tmp_path / "bin"), "CUDACXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+    (place,) = cmake(tmp_path, 'find_nvcc(result why)\nstring(APPEND result "${why}")', **only_cmake | env)
+    return place
+
+
+@needs_cmake
+def test_a_cuda_compiler_is_looked_for_where_people_have_it(tmp_path):
+    for folder in ("bin", "toolkit/bin", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert found(tmp_path) == "no CUDA compiler (nvcc) was found"
+    inside, named = program(tmp_path / "toolkit/bin/nvcc", ""), program(tmp_path / "other/nvcc-12", "")
+    assert found(tmp_path, CUDA_HOME=str(tmp_path / "toolkit")) == str(inside)
+    assert found(tmp_path, CUDA_PATH=str(tmp_path / "toolkit"), CUDACXX=str(named)) == str(named)
+
+
+@needs_cmake
+def test_a_cuda_compiler_that_refuses_the_host_compiler_is_told(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'unsupported GNU version' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    said = found(tmp_path, CUDACXX=str(nvcc))
+    assert said == f"the CUDA compiler {nvcc} does not work here (1 unsupported GNU version)"
+    assert found(tmp_path, CUDACXX=str(tmp_path / "none")).startswith(f"the CUDA compiler {tmp_path / 'none'} does not")
 
 
 def test_kernels_are_in_the_module():

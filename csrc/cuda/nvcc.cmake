@@ -1,3 +1,35 @@
+# The CUDA compiler: the one that CMAKE_CUDA_COMPILER or CUDACXX names, else nvcc of PATH, CUDA_HOME or CUDA_PATH. Empty,
+# and `why` says so, where there is none or it does not take this host compiler, which its own headers refuse: reading
+# an empty file tells, where CMake's check_language would build a project.
+function(find_nvcc result why)
+  set(${result} "" PARENT_SCOPE)
+  set(nvcc ${CMAKE_CUDA_COMPILER})
+  if(NOT nvcc)
+    set(nvcc $ENV{CUDACXX})
+  endif()
+  if(NOT nvcc)
+    find_program(nvcc_found nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CACHE)
+    set(nvcc ${nvcc_found})
+  endif()
+  if(NOT nvcc)
+    set(${why} "no CUDA compiler (nvcc) was found" PARENT_SCOPE)
+    return()
+  endif()
+  set(host "")
+  if(DEFINED ENV{CUDAHOSTCXX})
+    set(host -ccbin $ENV{CUDAHOSTCXX})
+  endif()
+  set(empty ${CMAKE_CURRENT_BINARY_DIR}/empty.cu)
+  file(WRITE ${empty} "")
+  execute_process(COMMAND ${nvcc} ${host} -E ${empty} RESULT_VARIABLE failed OUTPUT_QUIET ERROR_VARIABLE said)
+  if(NOT failed STREQUAL "0")
+    string(STRIP "${failed} ${said}" said)
+    set(${why} "the CUDA compiler ${nvcc} does not work here (${said})" PARENT_SCOPE)
+    return()
+  endif()
+  set(${result} ${nvcc} PARENT_SCOPE)
+endfunction()
+
 # Which architectures the CUDA kernels are compiled for, where nobody has said so: those of the GPUs that this machine
 # sees; where it sees none, or one that this nvcc does not know, the lowest of every major family from sm_75 on, whose
 # code runs on the rest of the family, and PTX for what comes after.

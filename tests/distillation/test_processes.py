@@ -36,10 +36,15 @@ def still_teacher(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def launch(arguments: dict[str, Any], **changes: Any) -> subprocess.Popen:
-    """``torchrun`` with two processes and the command that means ``arguments``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "vocabdistil", "distill"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# The name is that of DDP on any device: with --cpu it would start one process and leave the others to MPI.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2")
+ACCELERATE += ("--mixed_precision=no", "--dynamo_backend=no")
+
+
+def launch(arguments: dict[str, Any], launcher: tuple[str, ...] = TORCHRUN, **changes: Any) -> subprocess.Popen:
+    """Two processes with the command that means ``arguments``."""
+    command = [sys.executable, "-m", *launcher, "-m", "vocabdistil", "distill"]
     for name, value in {**arguments, **changes}.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -82,12 +87,9 @@ def test_a_step_is_the_same_however_it_is_cut(recipe, still_teacher, text_file, 
         assert not (tmp_path / "two.partial").exists()
 
 
-def test_a_process_that_is_killed_ends_the_run_and_another_number_continues_it(still_teacher, text_file, tmp_path):
-    base = options(still_teacher, text_file, tmp_path / "whole", **BODY)
-    base |= {"recipe": "embedding", "steps": 600, "save_every": 3, "batch_size": 4}
-    process = launch(base | {"out": tmp_path / "killed"})
-    partial, found = tmp_path / "killed.partial", None
-    until = time.monotonic() + 240
+def kill_at_a_checkpoint(process: subprocess.Popen, partial: Path) -> None:
+    """Kills one of the two processes as soon as there is a checkpoint, and waits for the other."""
+    found, until = None, time.monotonic() + 240
     while found is None and time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
         found = last_checkpoint(partial) if partial.exists() else None
@@ -96,6 +98,14 @@ def test_a_process_that_is_killed_ends_the_run_and_another_number_continues_it(s
     os.kill(int(children[-1]), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
+
+
+def test_a_process_that_is_killed_ends_the_run_and_another_number_continues_it(still_teacher, text_file, tmp_path):
+    base = options(still_teacher, text_file, tmp_path / "whole", **BODY)
+    base |= {"recipe": "embedding", "steps": 600, "save_every": 3, "batch_size": 4}
+    process = launch(base | {"out": tmp_path / "killed"})
+    partial = tmp_path / "killed.partial"
+    kill_at_a_checkpoint(process, partial)
     step = int(last_checkpoint(partial).name.rpartition("-")[2])
     record = json.loads((partial / "run.json").read_text())
     assert record["texts_per_step"] == 8
@@ -116,7 +126,7 @@ def test_one_process_begins_and_two_continue(still_teacher, text_file, tmp_path,
     with pytest.raises(Interrupted):
         vd.distill(**base | {"out": tmp_path / "parts"})
     monkeypatch.undo()
-    process = launch(base | {"out": tmp_path / "parts", "resume": True})
+    process = launch(base | {"out": tmp_path / "parts", "resume": True}, ACCELERATE)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert_same_run(whole.path, tmp_path / "parts")

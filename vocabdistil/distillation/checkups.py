@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
 
 from ..core.files import whole_file, whole_path
 from ..core.processes import Processes
+from .weights import load_weights, save_weights
 
 __all__ = ["Checkups"]
 
@@ -105,14 +105,14 @@ class Checkups(TrainerCallback):
     def restore(self) -> None:
         """Gives the model the weights of the best student."""
         if self.best["step"] != self.rows[-1]["step"]:
-            load_model(self.model, str(self._student(self.best["step"])))
+            load_weights(self.model, self._student(self.best["step"]))
 
     def _student(self, step: float) -> Path:
         return self.folder / f"best-{step}.safetensors"
 
     def _save(self, step: int) -> None:
         with whole_path(self._student(step)) as path:
-            save_model(self.model, str(path))
+            save_weights(self.model, path)
 
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -26,6 +25,7 @@ from ..core.errors import VocabdistilError, need, spell
 from ..core.processes import Processes
 from ..core.seeds import mix_seed
 from .run_folder import Interrupted, seal
+from .weights import load_weights, save_weights
 
 __all__ = [
     "DistillTrainingArguments",
@@ -118,12 +118,7 @@ class SeededTrainer(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if state_dict is None:
-            save_model(model, str(folder / _WEIGHTS))
-        else:  # gathered from several processes, where nothing tells what is tied
-            named = model.named_parameters
-            tied = {name for name, _ in named(remove_duplicate=False)} - {name for name, _ in named()}
-            save_file({k: v.cpu().contiguous() for k, v in state_dict.items() if k not in tied}, folder / _WEIGHTS)
+        save_weights(model, folder / _WEIGHTS, state_dict)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -136,7 +131,7 @@ class SeededTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             plain = self.accelerator.unwrap_model(model or self.model)
-            load_model(plain, str(Path(resume_from_checkpoint) / _WEIGHTS))
+            load_weights(plain, Path(resume_from_checkpoint) / _WEIGHTS)
 
 
 class _StopOnSignal(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _run(options: DemoOptions) -> DistillResult:
         size: dict[str, Any] = {"vocab_size": 1200, "layers": 4, "dim": 192, "heads": 6}
         train_teacher(out=out / "teacher", **size, steps=400, lr=1e-3, resume=options.resume, **common)
     say.status("A student: DistilBERT, 2 layers, width 96, with its own vocabulary of 200 tokens")
-    return distill(
+    made = distill(
         DistillConfig(
             teacher=out / "teacher",
             out=out / "student",
@@ -145,3 +146,6 @@ def _run(options: DemoOptions) -> DistillResult:
             **common,
         )
     )
+    other = shlex.join(["--teacher", str(out / "teacher"), "--text", str(text), "--out", "small"])
+    say.print(f"Or make another without training: vocabdistil trim {other} --vocab-size 600 --layers 2")
+    return made

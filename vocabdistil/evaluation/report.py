@@ -26,11 +26,11 @@ __all__ = [
     "checkup_line",
     "coverage_tables",
     "few_pairs_line",
-    "few_steps_line",
     "held_out_rows",
     "loyalty_table",
     "many",
     "next_line",
+    "no_steps_line",
     "mixed_line",
     "plan_line",
     "result_tables",
@@ -39,6 +39,7 @@ __all__ = [
     "warnings",
     "task_tables",
     "whitened_line",
+    "whitening_line",
 ]
 
 _HELD_OUT = (
@@ -180,9 +181,9 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
     """A row for every student: how far it agrees with the teacher on these texts."""
     table = Table(title=f"Loyalty ({texts})", title_justify="left")
     columns = {
-        "pearson": "regression loyalty: Pearson", "spearman": "Spearman", "cosine": "cosine of the vectors",
-        "label": "masked words: label", "probability": "probability",
-        "pseudo_perplexity": "pseudo-perplexity (teacher)",
+        "pearson": "regression\nloyalty:\nPearson", "spearman": "Spearman", "cosine": "cosine of\nthe vectors",
+        "label": "masked\nwords:\nlabel", "probability": "probability",
+        "pseudo_perplexity": "pseudo-perplexity\n(teacher)",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if any(key in row for row in found.values())}
     table.add_column("student")
@@ -303,11 +304,11 @@ def mixed_line(share: float) -> str:
     return f"The student keeps {share:.0%} of the way from its start to the trained weights"
 
 
-def few_steps_line(steps: int, minutes: float, seconds: float) -> str:
-    """That a budget is too short to learn anything in."""
+def no_steps_line(minutes: float, gone: float, seconds: float) -> str:
+    """That a budget is too short to learn anything in, and nothing is trained."""
     return (
-        f"Warning: what comes before and after training leaves room for {steps} of its steps in {minutes:g} minutes; a "
-        f"hundred take {100 * seconds / 60:.1f} more"
+        f"Nothing is trained: {gone / 60:.2g} of {minutes:g} minutes are gone, and what comes after training leaves no "
+        f"room for {FEW_STEPS} steps; a hundred would take {100 * seconds / 60:.2g} more"
     )
 
 
@@ -333,6 +334,14 @@ def whitened_line(whitened: dict[str, float]) -> str:
         f"The vectors of {names} are whitened on the text: the student's mostly rank texts of that kind better, but "
         f"are not to be mixed with those of the teacher as it was; for that take {spell('whiten', 0)}"
     )
+
+
+def whitening_line(scores: Sequence[float | None], kept: bool) -> str:
+    """Which start is kept: from a whitened teacher, and if there was time from one that is not."""
+    line = f"On the dev pairs the student starts from {_figure(scores[0])} (Spearman) if its teacher is whitened"
+    if len(scores) == 1:
+        return f"{line}; there is no time to see whether it is better if not"
+    return f"{line}, from {_figure(scores[1])} if not: it is {'' if kept else 'not '}whitened"
 
 
 def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:

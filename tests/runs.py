@@ -18,7 +18,8 @@ PRESET = Preset(layers=2, dim=24, heads=4, ffn=48, vocab_size=150)
 def options(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """Of the paper's recipe, which goes through every stage, unless ``changes`` say otherwise."""
     small = {"recipe": "paper", "preset": PRESET, "steps": 12, "batch_size": 8, "max_length": 32, "lr": 5e-4}
-    small |= {"log_every": 4, "time_batch": 2, "time_length": 16, "quiet": True}
+    # Few steps, which are to come to the full rate.
+    small |= {"warmup": 0.05, "log_every": 4, "time_batch": 2, "time_length": 16, "quiet": True}
     return {"teacher": teacher, "text": text, "out": out, **small, **changes}
 
 

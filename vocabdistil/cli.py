@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
+from .core.clock import one_clock
 from .core.errors import VocabdistilError, need, on_command_line, one_line
 from .core.options import Json, add_options, flags_of, options_of
 from .core.processes import FirstFailed, follows, have_met, launched, leave
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = _COMMANDS[args.command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # for what a look at a tokenizer may import
     try:
-        with on_command_line(flags_of(command.options)):
+        with on_command_line(flags_of(command.options)), one_clock():
             options = command.options(**{name: getattr(args, name) for name in options_of(command.options)})
             if args.command != "distill":
                 need(launched() == 1, "command", "distill where several processes were started", args.command)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from rich.table import Table
 
-from vocabdistil.core import console
+from vocabdistil.core import clock, console
 from vocabdistil.core.console import LastingStream, Reporter
 from vocabdistil.core.errors import VocabdistilError, one_line, printable
 
@@ -98,10 +98,19 @@ def test_names_are_no_markup(capsys):
 
 def test_a_stage_says_when_it_begins(monkeypatch, capsys):
     now = 100.0
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    for module in (console, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     say = Reporter()
     say.status("Reading")
     now = 162.7
     say.status("Counting")
     Reporter(quiet=True).status("Nothing")
     assert capsys.readouterr().out == "[0 s] Reading ...\n[63 s] Counting ...\n"
+    with clock.one_clock():
+        now = 170.0
+        with clock.one_clock():
+            Reporter().status("A second job")
+    Reporter().status("Another")
+    assert capsys.readouterr().out == "[7 s] A second job ...\n[0 s] Another ...\n"
+    Reporter().print()
+    assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,18 +39,50 @@ def same(a, b):
 
 def test_minutes_become_steps_once(headless_folder, text_file, tmp_path, monkeypatch):
     """The steps that fit are found at the start; a slower machine that goes on keeps them."""
-    changes = {**EMBEDDING, "steps": None, "minutes": 5.0, "save_every": 2}
+    changes = {**EMBEDDING, "steps": None, "minutes": 8.0, "save_every": 2}
     arguments = options(headless_folder, text_file, tmp_path / "student", **changes)
     monkeypatch.setattr(runs, "seconds_per_step", lambda *args: 20.0)
     at_step(monkeypatch, 3, interrupt)
     with pytest.raises(Interrupted):
         vd.distill(**arguments)
     record = json.loads((tmp_path / "student.partial" / "run.json").read_text())
-    assert 8 <= record["steps"] <= 14  # of at most 15, less what came before and comes after
+    assert 10 <= record["steps"] <= 23  # of at most 24, less what came before and comes after
     monkeypatch.undo()
     monkeypatch.setattr(runs, "seconds_per_step", lambda *args: 1e9)
     result = vd.distill(**arguments, resume=True)
     assert result.metrics["steps"] == record["steps"]
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(2.0, 21), (1.45, 10), (1.4, 0), (0.5, 0)])
+def test_what_comes_after_training_is_left_room_for(minutes, steps):
+    """30 s are gone; an evaluation of 5 s, five scores of 2 s and the last look of 10 s are to come, and every tenth
+    step is looked at: a step takes 3 s."""
+    record = {"evaluation_seconds": 5.0, "score_seconds": 2.0, "checkup_seconds": 10.0}
+    run = SimpleNamespace(record=record, say=SimpleNamespace(seconds=30.0), config=SimpleNamespace(save_every=10))
+    assert job._Run.steps_within(run, 60 * minutes, 2.0) == steps
+
+
+@pytest.mark.parametrize(("given", "steps", "rises"), [({}, 3, 10), ({}, 1000, 50), ({"least_warmup": 0}, 100, 5)])
+def test_the_rate_rises_over_some_steps(given, steps, rises, tmp_path):
+    arguments = runs.training_arguments(tmp_path, steps=steps, batch_size=1, lr=1.0, seed=0, warmup=0.05, **given)
+    assert arguments.warmup_steps == rises
+
+
+@pytest.mark.parametrize(("warmup", "moves"), [(None, False), (0.0, True)])
+def test_a_first_step_moves_a_student_little_unless_it_is_told_to(warmup, moves, headless_folder, text_file, tmp_path):
+    changes = {**EMBEDDING, "steps": 1, "lr": 0.1, "warmup": warmup}
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
+    start, step = result.metrics["checkups"]
+    assert (abs(step["loss"] - start["loss"]) > 0.01) == moves
+
+
+def test_the_last_step_is_told(headless_folder, text_file, tmp_path, capsys):
+    changes = {**EMBEDDING, "steps": 6, "quiet": False}
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
+    assert "step 4/6" in (said := capsys.readouterr().out) and "step 6/6" in said
+    assert f"Next: its README.md has the code that loads it; vocabdistil evaluate --model {headless_folder}" in said
+    log = map(json.loads, (result.path / "training_log.jsonl").read_text().splitlines())
+    assert [row["step"] for row in log if "loss" in row] == [4, 6]
 
 
 def test_timing_teaches_nothing(headless_folder, text_file, tmp_path, monkeypatch):
@@ -124,9 +157,10 @@ def test_patience_ends_the_run_and_the_best_is_kept(headless_folder, text_file, 
     assert not all(torch.equal(saved[key], kept[2.2][key]) for key in saved)
 
 
-def test_dev_pairs_are_scored_at_every_checkpoint(headless_folder, text_file, tmp_path, pairs):
+def test_dev_pairs_are_scored_at_every_checkpoint(headless_folder, text_file, tmp_path, pairs, capsys):
     changes = {**EMBEDDING, "steps": 4, "save_every": 2, "dev": pairs}
-    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
+    result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes, quiet=False))
+    assert "Caution: the score of 12 pairs is largely chance; take 100 or more" in capsys.readouterr().out
     rows = result.metrics["checkups"]
     assert [row["step"] for row in rows] == [0, 2, 4] and all(-1 <= row["dev"] <= 1 for row in rows)
     assert result.metrics["before"]["dev"] == rows[0]["dev"]
@@ -213,11 +247,15 @@ def test_the_start_is_kept_where_nothing_is_better(teacher_folder, text_file, tm
     assert "Warning: training did not help: the student is what it started from; try more text or a lower" in said
 
 
-def test_a_budget_without_room_for_steps_is_told(headless_folder, text_file, tmp_path, capsys):
+def test_a_budget_without_room_for_steps_is_told(headless_folder, text_file, tmp_path, capsys, monkeypatch):
     changes = {**EMBEDDING, "steps": None, "minutes": 0.001, "quiet": False}
+    monkeypatch.setattr(job, "mix", lambda *args: pytest.fail("nothing to mix"))
     result = vd.distill(**options(headless_folder, text_file, tmp_path / "student", **changes))
-    assert result.metrics["steps"] == 1
-    assert "leaves room for 1 of its steps in 0.001 minutes" in capsys.readouterr().out
+    metrics = result.metrics
+    assert metrics["steps"] == metrics["best_step"] == metrics["share"] == 0 and metrics["mixed"] == {}
+    assert metrics["after"] == metrics["before"] and "no time to train" in metrics["warnings"][0]
+    said = capsys.readouterr().out
+    assert "Nothing is trained: " in said and "of 0.001 minutes are gone" in said and "\n0 steps" not in said
 
 
 def test_what_is_not_whitened_is_told(teacher_folder, text_file, tmp_path, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from vocabdistil.cli import build_parser
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.distillation import demo
 from vocabdistil.distillation.demo import demo_text
@@ -60,3 +62,14 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch):
             demo.demo(tmp_path, resume=resume, quiet=True)
     demo.demo(tmp_path, resume=True, quiet=True)
     assert made == [("teacher", False), ("teacher", True), ("student", False), ("student", True)]
+
+
+def test_it_ends_with_a_command_to_go_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "train_teacher", lambda **options: None)
+    monkeypatch.setattr(demo, "distill", lambda config: None)
+    demo.demo(tmp_path / "a folder")
+    last = capsys.readouterr().out.splitlines()[-1]
+    program, *arguments = shlex.split(last.partition(": ")[2])
+    args = build_parser().parse_args(arguments)
+    assert program == "vocabdistil" and args.command == "trim"
+    assert args.text == [tmp_path / "a folder" / "text.txt"] and args.text[0].is_file()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,25 @@ def test_one_process_begins_and_two_continue(still_teacher, text_file, tmp_path,
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert_same_run(whole.path, tmp_path / "parts")
+
+
+def test_all_processes_whiten_or_none(still_teacher, headless_folder, text_file, demo_lines, tmp_path):
+    """As the first of them found by the dev pairs."""
+    pairs = tmp_path / "pairs.csv"
+    rows = [f'"{one}","{other}",{i % 7}' for i, (one, other) in enumerate(pairwise(demo_lines[:102]))]
+    pairs.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(headless_folder, teacher)
+    shutil.copy(still_teacher / "config.json", teacher)
+    base = options(teacher, text_file, tmp_path / "one", **BODY) | {"recipe": "embedding", "steps": 3, "dev": pairs}
+    base |= {"whiten": None, "save_every": 1}
+    process = launch(base | {"batch_size": 4, "out": tmp_path / "two"})
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    one = vd.distill(**base | {"batch_size": 8})
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert one.metrics["whitened"].keys() == two["whitened"].keys()
+    assert_same_run(one.path, tmp_path / "two")
 
 
 def test_a_failed_start_is_said_once_and_leaves_nothing(still_teacher, text_file, tmp_path):

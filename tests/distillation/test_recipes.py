@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -53,6 +53,18 @@ def scene(teacher_folder, demo_lines):
 def means(hidden, start, end):
     flat = hidden.flatten(0, 1)
     return torch.stack([flat[a:b].mean(0) for a, b in zip(start, end, strict=True)])
+
+
+def test_probabilities_without_a_mask_are_refused(scene):
+    objective, _, batch = scene
+    with pytest.raises(VocabdistilError, match="mask_id: expected the student's MASK .* got None"):
+        replace(objective, mask_id=None).mask(batch, 0)
+
+
+def test_what_is_hidden_stays_hidden(scene):
+    objective, _, batch = scene
+    hidden = objective.mask(batch, 0)
+    assert objective.mask(hidden, 1) is hidden and objective.mask(batch, 1)["labels"] is not hidden["labels"]
 
 
 def test_each_term_is_its_formula(scene):

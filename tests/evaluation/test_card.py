@@ -21,6 +21,7 @@ from vocabdistil.distillation.command import command_of
 from vocabdistil.distillation.job import DistillConfig
 from vocabdistil.distillation.trim import TrimConfig
 from vocabdistil.evaluation.card import model_card
+from vocabdistil.models.folders import stated_licence
 from vocabdistil.models.sentence import SentenceSettings, write_sentence_settings
 
 SMALL = {"time_batch": 2, "time_length": 12, "quiet": True, "vocab_size": 300}
@@ -101,7 +102,7 @@ def test_names_steer_no_terminal(text, tmp_path):
 def test_the_front_says_what_it_is(trimmed, distilled, text):
     found = front((trimmed.path / "README.md").read_text(encoding="utf-8"))
     assert found == {
-        "library_name": "transformers", "pipeline_tag": "fill-mask", "base_model": ["bert"], "language": ["en", "ru"],
+        "library_name": "transformers", "pipeline_tag": "fill-mask", "language": ["en", "ru"],
         "license": "mit", "text_files": ["a text.txt"], "tags": ["vocabdistil", "vocabulary-trimming"],
     }  # fmt: skip
     found = front((distilled.path / "README.md").read_text(encoding="utf-8"))
@@ -161,6 +162,41 @@ def test_baselines_and_warnings_are_told(trimmed, distilled):
         )
     (row,) = [line for line in card.splitlines() if "Pearson" in line]
     assert row.startswith("| regression loyalty, Pearson (higher is better) | ") and row.endswith(" | 0.1234 | - |")
+
+
+@pytest.mark.parametrize(
+    ("cards", "licence"),
+    [(["license: apache-2.0"], "apache-2.0"), (["tags: [x]"], None), (["license: [mit]"], None), (["{"], None),
+     (["license: mit", "license: mit"], "mit"), (["license: mit", "license: gpl-3.0"], None),
+     (["license: mit", None], None)],
+)  # fmt: skip
+def test_the_licence_that_the_teachers_state_is_copied(cards, licence, distilled, tmp_path):
+    folders = []
+    for i, said in enumerate(cards):
+        (folder := tmp_path / str(i)).mkdir()
+        folders.append(str(folder))
+        if said is not None:
+            (folder / "README.md").write_text(f"---\n{said}\n---\n# A model\n\nlicense: of its text\n")
+    found = stated_licence(folders)
+    card = model_card("x", distilled.metrics, stated=found)
+    assert found == licence == front(card).get("license") and ("No licence was named" in card) == (found is None)
+    named = model_card("x", distilled.metrics | {"settings": {"license": "own"}}, stated=found)
+    assert front(named)["license"] == "own"
+
+
+def test_a_trimmed_student_has_its_teacher_s_licence(text, tmp_path):
+    teacher = embedder(tmp_path / "teacher")
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
+    made = vd.trim(teacher=teacher, text=text, out=tmp_path / "small", **SMALL)
+    found = front((made.path / "README.md").read_text(encoding="utf-8"))
+    assert found["license"] == "mit" and "base_model" not in found
+
+
+def test_a_base_model_is_a_name_on_the_hub(distilled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "local").mkdir(parents=True)
+    named = ["owner/model", "bert-base-cased", "owner/local", str(tmp_path), "./gone", "a b"]
+    assert front(model_card("x", distilled.metrics | {"teacher": named}))["base_model"] == named[:2]
 
 
 def test_licence_and_limits(trimmed, distilled):

@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
+from .clock import begun
 from .errors import printable
 
 __all__ = ["LastingConsole", "LastingStream", "Reporter", "print_line"]
@@ -88,17 +89,26 @@ class LastingConsole(Console):
 
 
 class Reporter:
-    """Prints to standard output unless quiet, and how long ago it was made when something begins."""
+    """Prints to standard output unless quiet, and when something begins how long that took.
+
+    Attributes:
+        begun: when all of it began, on the monotonic clock.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         width = None if LastingStream(sys.stdout).isatty() else 110
         self.console = None if quiet else LastingConsole(sys.stdout, width)
-        self._begun = time.monotonic()
+        self.begun = begun()
+
+    @property
+    def seconds(self) -> float:
+        """Since then."""
+        return time.monotonic() - self.begun
 
     def print(self, *objects: Any) -> None:
-        if self.console is not None:
+        if self.console is not None and objects:
             lines = all(isinstance(o, str) for o in objects)
             self.console.print(*objects, sep="\n", highlight=False, soft_wrap=lines)
 
     def status(self, text: str) -> None:
-        self.print(f"[{time.monotonic() - self._begun:.0f} s] {text} ...")
+        self.print(f"[{self.seconds:.0f} s] {text} ...")

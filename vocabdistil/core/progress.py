@@ -24,7 +24,8 @@ _EVERY = 20.0
 def counting(label: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Gives a function to call with how many more items are done.
 
-    A bar on a terminal or in a notebook; elsewhere a line now and then; nothing if quiet.
+    A bar on a terminal or in a notebook; elsewhere a line now and then, and if there was one another at the end;
+    nothing if quiet.
     """
     console = LastingConsole(sys.stderr)
     if quiet:
@@ -35,16 +36,22 @@ def counting(label: str, total: int | None = None, quiet: bool = False) -> Itera
             task = bar.add_task("", total=total)
             yield lambda count: bar.advance(task, count)
     else:
-        done, said = 0, time.monotonic()
+        done, told, said = 0, 0, time.monotonic()
+
+        def tell() -> None:
+            nonlocal told, said
+            told, said = done, time.monotonic()
+            console.print(f"{label}: {done:,}" + (f" of {total:,}" if total else ""), highlight=False)
 
         def advance(count: int) -> None:
-            nonlocal done, said
+            nonlocal done
             done += count
             if time.monotonic() - said >= _EVERY:
-                said = time.monotonic()
-                console.print(f"{label}: {done:,}" + (f" of {total:,}" if total else ""), highlight=False)
+                tell()
 
         yield advance
+        if 0 < told < done:
+            tell()
 
 
 def counted(items: Sequence[_Item], label: str, quiet: bool = False) -> Iterator[_Item]:

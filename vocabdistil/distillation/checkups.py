@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +16,11 @@ from .weights import load_weights, save_weights
 __all__ = ["Checkups"]
 
 _FILE = "checkups.jsonl"
+
+
+def _lowest(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The first with the lowest loss."""
+    return min(rows, key=lambda row: row["loss"])
 
 
 class Checkups(TrainerCallback):
@@ -90,13 +95,13 @@ class Checkups(TrainerCallback):
     @property
     def best(self) -> dict[str, float]:
         """The row with the lowest loss, the first of them; the start if it counts, or there is no other."""
-        return min(self.rows[not self._start_counts :] or self.rows, key=lambda row: row["loss"])
+        return _lowest(self.rows[not self._start_counts :] or self.rows)
 
     @property
     def stale(self) -> int:
         """Looks since the best one after a step: a loss that rises at first may yet fall below that of the start."""
-        losses = [row["loss"] for row in self.rows[1:]]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        looks = self.rows[1:]
+        return len(looks) - 1 - looks.index(_lowest(looks)) if looks else 0
 
     @property
     def ended_early(self) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
+from ..core.clock import one_clock
 from ..core.console import Reporter
 from ..core.errors import VocabdistilError
 from ..core.files import told, whole_file
@@ -109,8 +111,13 @@ def demo(
     """
     options = DemoOptions(out, seed, resume, overwrite, quiet)
     options.look()
-    out = Path(out)
-    say, text = Reporter(quiet), out / "text.txt"
+    with one_clock():
+        return _run(options)
+
+
+def _run(options: DemoOptions) -> DistillResult:
+    out, seed = Path(options.out), options.seed
+    say, text = Reporter(options.quiet), out / "text.txt"
     data = ("\n".join(demo_text(seed=seed)) + "\n").encode()
     if not os.path.lexists(text):
         with told("out", out):
@@ -120,12 +127,13 @@ def demo(
     elif not text.is_file() or text.read_bytes() != data:
         raise VocabdistilError.of("out", f"{text} is not the text of this demo; name another folder")
     say.status("A teacher: BERT, 4 layers, width 192, trained on 8,000 generated sentences")
-    common: dict[str, Any] = {"text": text, "seed": seed, "overwrite": overwrite, "quiet": quiet, "max_length": 48}
+    common: dict[str, Any] = {"text": text, "seed": seed, "overwrite": options.overwrite, "quiet": options.quiet}
+    common["max_length"] = 48
     if not options.has_teacher:
         size: dict[str, Any] = {"vocab_size": 1200, "layers": 4, "dim": 192, "heads": 6}
-        train_teacher(out=out / "teacher", **size, steps=400, lr=1e-3, resume=resume, **common)
+        train_teacher(out=out / "teacher", **size, steps=400, lr=1e-3, resume=options.resume, **common)
     say.status("A student: DistilBERT, 2 layers, width 96, with its own vocabulary of 200 tokens")
-    return distill(
+    made = distill(
         DistillConfig(
             teacher=out / "teacher",
             out=out / "student",
@@ -138,3 +146,6 @@ def demo(
             **common,
         )
     )
+    other = shlex.join(["--teacher", str(out / "teacher"), "--text", str(text), "--out", "small"])
+    say.print(f"Or make another without training: vocabdistil trim {other} --vocab-size 600 --layers 2")
+    return made

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..alignment.remap import RemapTable
 from ..core.errors import printable
+from ..core.options import names_of
 from ..evaluation.card import model_card
 from ..models.architectures import move
+from ..models.folders import stated_licence
 from ..models.sentence import write_sentence_settings
 from ..models.vocabularies import save_tokenizer
 from .command import command_of
@@ -71,6 +73,7 @@ def write_student(
     given = files_of(options.text)
     files = None if given is None else [os.fspath(path) for path in given]
     made = command_of(metrics["command"], options, files)
-    card = model_card(folder.out.resolve().name, metrics, files, made)
+    stated = stated_licence(names_of(options.teacher))
+    card = model_card(folder.out.resolve().name, metrics, files, made, stated)
     (final / "README.md").write_text(printable(card), encoding="utf-8")
     return folder.publish(final, metrics)

@@ -39,7 +39,7 @@ from ..models.shapes import keep_layers
 from ..models.start import plan_start
 from ..models.teachers import Teacher, give_attention_maps, load_tokenizer
 from ..models.vocabularies import Vocabulary, count_tokens, save_tokenizer
-from ..models.whitening import cannot_whiten, set_last_layer, whiten
+from ..models.whitening import last_layer, set_last_layer, whiten
 from ..reference.layers import LayerAssignment, layer_map
 from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, TrainingCollator, to_device
@@ -48,14 +48,14 @@ from .calibration import calibrate
 from .checkups import Checkups
 from .folder import DistillResult, write_student
 from .held_out import evaluate, held_out_loss
-from .mixing import SHARES, best_share, kept_share, mix, with_words_left_out
+from .mixing import SHARES, best_of, best_share, kept_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import Objective
 from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
 from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, OtherRun, RunFolder, checkpoint_step, last_checkpoint
-from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, sources_to_whiten
+from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, not_whitened
 from .teacher_cache import TeacherCache
 from .text import GivenTexts, TextFiles, open_text, sample_text
 from .text_store import TextSplit, TextStore, split_text, stored
@@ -70,8 +70,6 @@ _T = TypeVar("_T")
 # Held-out texts: of which checkpoints and mixtures are chosen by, and of which figures are reported.
 _CHOOSING_TEXTS, _REPORTED_TEXTS = 256, 512
 MOST_HELD_OUT = _CHOOSING_TEXTS + _REPORTED_TEXTS
-# Pairs of a dev set that are enough to choose by: the standard error of their score is then below 0.1.
-_DEV_PAIRS = 100
 _CALIBRATION_TEXTS = 128
 # What layers are fitted to and vectors whitened by, as far as they are needed.
 _FITTED_TEXTS = 8192
@@ -102,9 +100,10 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.folder.held())
         run.read()
-        for cache in run.caches:
+        student = run.start()
+        for cache in run.open_caches():
             stack.enter_context(cache)
-        return run.finish()
+        return run.finish(student)
 
 
 def _cache_folders(config: ResolvedConfig, teachers: Sequence[Teacher], mode: str) -> list[tuple[Path, Teacher]]:
@@ -201,16 +200,17 @@ class _Run:
     Attributes:
         asked, config: the options as they were given, and with everything said that the recipe says.
         given: the text, to be read from where it is.
-        sources, whitened: the teachers, and those of them whose vectors are whitened.
+        sources: the teachers.
+        unwhitened: of those of them that were to be whitened and cannot be, why not.
         kept_layers: of the first teacher; none where the student is of another kind.
         checkpoint: the student to go on from, if there is one.
         mode: where output distributions are compared.
         dev: pairs that the student is scored on at every checkpoint.
         cached: the teachers whose states are kept, and where; or none.
         folder: of the run, with what its stages stored there.
-        started: on the monotonic clock.
         processes: that do the job; the first leads.
         texts, split: the text, every example with the prompt before it.
+        last_layers: of the teachers that can be whitened, as they were.
         caches: of each teacher what it gave before; or none.
     """
 
@@ -218,7 +218,7 @@ class _Run:
     config: ResolvedConfig
     given: TextFiles | GivenTexts
     sources: list[Source]
-    whitened: list[Source]
+    unwhitened: dict[str, str]
     kept_layers: list[int]
     checkpoint: Student | None
     mode: str
@@ -226,17 +226,17 @@ class _Run:
     cached: list[tuple[Path, Teacher]]
     folder: RunFolder
     say: Reporter
-    started: float
     processes: Processes
     texts: TextStore = field(init=False)
     split: TextSplit = field(init=False)
+    last_layers: list[dict[str, Tensor]] = field(init=False)
     caches: list[TeacherCache] = field(init=False)
 
     @classmethod
     def begin(cls, asked: DistillConfig, processes: Processes) -> _Run:
         """Loads the teachers, and opens the folder of the run once all that can be checked has been, but for the text,
         which is read into that folder."""
-        started = time.monotonic()
+        say = Reporter(asked.quiet or not processes.main)
         looked = processes.lead(asked.look, send=False)
         given = looked if processes.main else open_text(asked.text, asked.unit)
         sources = load_sources(asked)
@@ -255,7 +255,7 @@ class _Run:
             from .runs import try_arguments  # brings transformers' trainer, which takes a while to import
 
             try_arguments(config.other_arguments, _device(config, processes))
-        whitened = sources_to_whiten(config, sources, asked.whiten is not None)
+        unwhitened = not_whitened(config, sources, asked.whiten is not None)
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt}
         opened: list[RunFolder] = []
 
@@ -265,11 +265,9 @@ class _Run:
 
         record = processes.lead(open_folder)
         folder = opened[0] if opened else RunFolder.follow(config.out, record)
-        say = Reporter(config.quiet or not processes.main)
         return cls(
-            asked, config, given, sources, whitened, kept, checkpoint, mode, dev, cached, folder, say, started,
-            processes,
-        )  # fmt: skip
+            asked, config, given, sources, unwhitened, kept, checkpoint, mode, dev, cached, folder, say, processes
+        )
 
     def read(self) -> None:
         """The text, what is held out of it, and what was made of it before."""
@@ -279,12 +277,16 @@ class _Run:
         self.split = self.lead(lambda: split_text(self.texts, config.held_out, config.seed, most=MOST_HELD_OUT))
         most = MOST_READ // len(self.split.train)
         need(config.steps is not None or config.epochs <= most, "epochs", f"a number up to {most}", config.epochs)
+
+    def open_caches(self) -> list[TeacherCache]:
+        """Of what the teachers gave before, as they are now."""
+        config, whitened = self.config, self.record["whitened"]
         about = f"{config.whiten} on {self.texts.digest}, at most {config.max_length} tokens, seed {config.seed}"
-        done = [about if source in self.whitened else "none" for source in self.sources]
         self.caches = [
-            TeacherCache.open(folder, teacher, whitening=way)
-            for (folder, teacher), way in zip(self.cached, done, strict=False)
+            TeacherCache.open(folder, teacher, whitening=about if teacher.name in whitened else "none")
+            for folder, teacher in self.cached
         ]
+        return self.caches
 
     @property
     def partial(self) -> Path:
@@ -310,9 +312,7 @@ class _Run:
         value, self.folder.record = self.processes.lead(told)
         return mine[0] if mine else cast("_T", value)
 
-    def finish(self) -> DistillResult:
-        self.whiten()
-        student = self.lead(self.student)
+    def finish(self, student: Student) -> DistillResult:
         vocabularies = _Vocabularies.of(self.teachers, student)
         covered = self.lead(lambda: self.coverage(student, vocabularies))
         training = self.training(student, vocabularies)
@@ -325,58 +325,113 @@ class _Run:
             mixed = self.mix(training, begun)
             if mixed:
                 self.say.print(report.mixed_line(self.share(mixed)))
-            after = self.evaluation(training)
+            after = self.evaluation(training) if steps else dict(self.record["before"])
             return self.write(student, vocabularies, covered, training, fitted, mixed, self.record["before"], after)
 
         return self.processes.lead(result)
 
-    def whiten(self) -> None:
-        """Whitens the teachers' vectors; from here on they are what they give then."""
-        files = [self.partial / f"whitened_{s}.safetensors" for s in range(len(self.whitened))]
-        if self.whitened and "whitened" not in self.record:
-            self.lead(lambda: self._whiten(files))
-        for source, file in zip(self.whitened, files, strict=True):
-            set_last_layer(source.teacher, load_file(file))
-        if self.whitened:
-            self.say.print(report.whitened_line(self.record["whitened"]))
-        for source in self.sources if self.config.whiten else ():
-            if problem := cannot_whiten(source.teacher, source.sentence):
-                self.say.print(f"{source.teacher.name} is not whitened: {problem}")
+    def start(self) -> Student:
+        """The student before any training. The teachers' vectors are whitened first, where that is wanted; from here on
+        they are what they give then."""
+        if self.dev is not None and not self.chooses_by_dev:
+            self.say.print(report.few_pairs_line(len(self.dev.scores)))
+        self.last_layers = [last_layer(source.teacher) for source, _ in self.whitenable]
+        student = self.lead(self._start)
+        self.set_whitened(self.record["whitened"])
+        return student
 
-    def _whiten(self, files: Sequence[Path]) -> None:
-        self.say.status("Whitening the teacher's vectors")
-        texts, found = self.sample(_FITTED_TEXTS), {}
-        for source, file in zip(self.whitened, files, strict=True):
-            layer, explained = whiten(
-                source.teacher, texts, self.config.whiten, source.sentence, self.config.max_length
-            )
-            save_file(layer, file)
-            found[source.teacher.name] = round(explained, 4)
-        self.folder.store(whitened=found)
+    def _start(self) -> Student:
+        """:meth:`start`, in the first process."""
+        ways = [self.record["whitened"]] if "whitened" in self.record else self._ways()
+        vocabulary = self.vocabulary() if self.checkpoint is None else None
+        students, scores = [], []
+        for whitened in ways:
+            began = self.say.seconds
+            self.set_whitened(whitened)
+            students.append(self.student(vocabulary, bool(whitened)))
+            if len(ways) > 1:
+                scores.append(self._start_score(students[-1]))
+                if self._is_late(2 * self.say.seconds - began, 0.5):  # with another
+                    break
+        chosen = best_of(scores) if scores else 0
+        if "whitened" not in self.record:
+            finite = [score if math.isfinite(score) else None for score in scores]  # as JSON has them
+            self.folder.store(whitened=ways[chosen], whitening_scores=finite)
+        whitened, student = self.record["whitened"], students[chosen]
+        if found := self.record["whitening_scores"]:
+            self.say.print(report.whitening_line(found, bool(whitened)))
+        if whitened:
+            self.say.print(report.whitened_line(whitened))
+        for name, problem in self.unwhitened.items():
+            self.say.print(f"{name} is not whitened: {problem}")
+        if self.checkpoint is None:
+            self._about(student)
+        return student
 
-    def student(self) -> Student:
-        """Vocabulary, body and start."""
-        config = self.config
-        if self.checkpoint is not None:
-            return self.checkpoint
+    def _is_late(self, seconds: float, share: float = 1.0) -> bool:
+        """Whether so many are more than a share of the time that the job may take."""
+        return self.config.minutes is not None and seconds > share * 60 * self.config.minutes
+
+    def _about(self, student: Student) -> None:
+        """What is to be known of a student that was made."""
+        config, whitened = self.config, self.record["whitened"]
         for teacher in self.teachers if config.logits != "none" and config.weights.logits else ():
             if teacher.masked_lm is None:
                 note = f"no MLM head ({teacher.headless}); its output distributions are not learned"
                 self.say.print(f"{teacher.name}: {note}")
-        vocabulary = self.vocabulary()
-        for note in vocabulary.notes:
-            self.say.print(note)
-        self.say.status("Making the student's body")
-        texts = self.sample(_FITTED_TEXTS)
-        source, kept = self.sources[0], self.kept_layers
-        whole = len(kept) == source.teacher.num_layers and not (config.dim or config.heads or config.ffn)
+        narrower = config.dim or config.heads or config.ffn
+        whole = len(self.kept_layers) == self.teachers[0].num_layers and not narrower
         if whole and RECIPES[config.recipe].mixed and config.vocabulary == "trim":
-            self.say.print(report.whole_line(config.whiten))
-        student = make_student(config, source, vocabulary, texts, kept, config.shape)
+            self.say.print(report.whole_line(config.whiten if whitened else 0))
+        self.say.print(report.start_line(student.report["tokens"]))
+
+    @property
+    def whitenable(self) -> list[tuple[Source, Path]]:
+        """The teachers that can be whitened where that is wanted, and where their new last layers are kept."""
+        found = [source for source in self.sources if self.config.whiten and source.teacher.name not in self.unwhitened]
+        return [(source, self.partial / f"whitened_{s}.safetensors") for s, source in enumerate(found)]
+
+    def set_whitened(self, whitened: Mapping[str, float]) -> None:
+        """Gives these teachers, by their names, their new last layers, and the others those that they had."""
+        for (source, file), own in zip(self.whitenable, self.last_layers, strict=True):
+            set_last_layer(source.teacher, load_file(file) if source.teacher.name in whitened else own)
+
+    def _ways(self) -> list[dict[str, float]]:
+        """Which teachers may be whitened, by their names with what their new last layers explain: all, or nobody where
+        the dev pairs say so."""
+        if not self.whitenable:
+            return [{}]
+        self.say.status("Whitening the teacher's vectors")
+        config, texts, found = self.config, self.sample(_FITTED_TEXTS), {}
+        for source, file in self.whitenable:
+            layer, explained = whiten(source.teacher, texts, config.whiten, source.sentence, config.max_length)
+            save_file(layer, file)
+            found[source.teacher.name] = round(explained, 4)
+        return [found, {}] if self.asked.whiten is None and self.chooses_by_dev else [found]
+
+    def _start_score(self, student: Student) -> float:
+        """On the dev pairs; of the first teacher, where the student has nothing of its layers."""
+        if student.kept_layers:
+            return self.dev_score(student.as_teacher(), student.projection)
+        return self.dev_score(self.teachers[0])
+
+    def student(self, vocabulary: Vocabulary | None, whitened: bool) -> Student:
+        """Body and start.
+
+        Args:
+            vocabulary: None: of the checkpoint to go on from.
+            whitened: whether its teacher is.
+        """
+        if vocabulary is None:
+            assert self.checkpoint is not None
+            return self.checkpoint
+        config = self.config
+        self.say.status(f"Making the student's body{' of the whitened teacher' if whitened else ''}")
+        texts = self.sample(_FITTED_TEXTS)
+        student = make_student(config, self.sources[0], vocabulary, texts, self.kept_layers, config.shape)
         if config.shape is not None and not config.weights.needs_head:
             # Nobody would have trained it.
             student.model = body_of(student.model)
-        self.say.print(report.start_line(student.report["tokens"]))
         return student
 
     def vocabulary(self) -> Vocabulary:
@@ -394,6 +449,7 @@ class _Run:
             if made.kept is not None:
                 save_file({"kept": made.kept}, ids)
             self.folder.store(vocabulary={"source": config.vocabulary, "notes": list(made.notes)})
+        self.say.print(*self.record["vocabulary"]["notes"])
         found, kept = self.record["vocabulary"], load_file(ids)["kept"] if ids.exists() else None
         return Vocabulary(AutoTokenizer.from_pretrained(folder), found["source"], kept, tuple(found["notes"]))
 
@@ -511,62 +567,74 @@ class _Run:
                 training.model.linears[key].weight.copy_(weight)
 
     def _calibrate(self, student: Student, training: _Training, fitted: Path) -> None:
-        model, objective = training.model, training.objective
-        started = time.monotonic()
+        config, model, objective = self.config, training.model, training.objective
         self.say.status("Evaluating the untrained student")
         batch = to_device(training.collator(self.sample(_CALIBRATION_TEXTS)), training.device)
         objective.scales = calibrate(model, objective, batch)
         if len(model.projections):
             save_file(training.projections(), fitted)
+        started = time.monotonic()
         before = self.evaluation(training, status=None)
+        evaluated = time.monotonic()
+        start = self.examine(training)
+        examined = time.monotonic()
+        before |= {name: start[name] for name in ("dev",) if name in start}
         perplexity = [
-            pseudo_perplexity(teacher, training.excerpts, self.config.quiet)
+            pseudo_perplexity(teacher, training.excerpts, config.quiet)
             if teacher.masked_lm is not None and training.excerpts
             else None
             for teacher in self.teachers
         ]
-        baselines = self.baselines(student)
-        between = time.monotonic()
-        start = self.examine(training)
-        before |= {name: start[name] for name in ("dev",) if name in start}
+        baselines = {} if self._is_late(self.say.seconds) else self.baselines(student, start)
+        # No training changes these, and what stands behind it must not take longer than was planned.
+        models = compare_models(
+            self.teachers[0], student.as_teacher(), self.held_out, batch=config.time_batch, length=config.time_length
+        )
         self.folder.store(
             scales=objective.scales,
             before=before,
             teacher_pseudo_perplexity=perplexity,
             baselines=baselines,
+            models=models,
             start=start,
-            evaluation_seconds=between - started,
-            checkup_seconds=time.monotonic() - between,
+            evaluation_seconds=evaluated - started,
+            checkup_seconds=examined - evaluated,
         )
         self.say.print(*report.baseline_lines(self.record["baselines"], before))
 
-    def baselines(self, student: Student) -> dict[str, dict[str, float]]:
+    def baselines(self, student: Student, start: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """What a student must beat to be worth its training: the teacher trimmed to its vocabulary and layers, if its
         architecture is known, and the mean of the teacher's input embeddings of its tokens; both as :func:`evaluate`
-        measures embeddings."""
+        measures embeddings.
+
+        Args:
+            start: what :meth:`examine` found of the student, which may be the trimmed teacher.
+        """
         source, config = self.sources[0], self.config
         layers = min(student.as_teacher().num_layers, source.teacher.num_layers)
         found: dict[str, dict[str, float]] = {}
         theirs = pooled(source.teacher, self.held_out, config.max_length, source.sentence)
 
-        def measure(model: Teacher, parameters: int) -> dict[str, float]:
+        def measure(model: Teacher, parameters: int, known: Mapping[str, float]) -> dict[str, float]:
             model.prompt = source.teacher.prompt
             ours = pooled(model, self.held_out, config.max_length, source.sentence)
             row = embedding_loyalty(ours, theirs) | {"parameters": parameters}
-            return row | ({} if self.dev is None else {"dev": self.dev_score(model)})
+            if self.dev is None:
+                return row
+            return row | {"dev": known["dev"] if "dev" in known else self.dev_score(model)}
 
-        start = plan_start(source.teacher.tokenizer, student.tokenizer, None, config.seed)
+        rows = student.rows or plan_start(source.teacher.tokenizer, student.tokenizer, None, config.seed).rows
         # A teacher with code of its own cannot be trimmed.
         if source.teacher.architecture is not None:
-            small = student.as_teacher()
+            small, known = student.as_teacher(), start
             if not (student.kept_layers and config.fit) or student.projection is not None:
                 kept = keep_layers(source.teacher.model.config, layers)
                 texts = self.sample(_FITTED_TEXTS)
-                small = trimmed_teacher(source.teacher, kept, start.rows, student.tokenizer, texts)
-            found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.whole.parameters()))
-        static = mean_of_embeddings(source.teacher, start.rows, student.tokenizer)
+                small, known = trimmed_teacher(source.teacher, kept, rows, student.tokenizer, texts), {}
+            found["trimmed teacher"] = measure(small, sum(p.numel() for p in small.whole.parameters()), known)
+        static = mean_of_embeddings(source.teacher, rows, student.tokenizer)
         width = source.teacher.embedding.shape[1]
-        found["mean of input embeddings"] = measure(static, len(student.tokenizer) * width)
+        found["mean of input embeddings"] = measure(static, len(student.tokenizer) * width, {})
         return found
 
     def plan(self, training: _Training) -> int:
@@ -574,27 +642,33 @@ class _Run:
         config = self.config
         if "steps" not in self.record:
             texts = config.batch_size * config.accumulate * self.processes.size
-            whole = round(config.epochs * len(self.split.train) / texts)
-            steps = config.steps or max(1, whole)
+            steps = config.steps or max(1, round(config.epochs * len(self.split.train) / texts))
             seconds = self.seconds_per_step(training) * config.accumulate
             if config.minutes is not None:
-                # What is still to come after training takes about as long as the same did before it.
-                after = self.record["evaluation_seconds"] + (len(SHARES) - 1) * self.record.get("score_seconds", 0.0)
-                left = config.minutes * 60 - (time.monotonic() - self.started) - after
-                steps = max(1, int(left / (seconds + self.record["checkup_seconds"] / config.save_every)))
+                steps = self.steps_within(60 * config.minutes, seconds)
                 need(steps <= MOST_READ // texts, "minutes", "fewer", config.minutes)
-                if steps < report.FEW_STEPS:
-                    self.say.print(report.few_steps_line(steps, config.minutes, seconds))
             self.folder.store(steps=steps, seconds_per_step=seconds, texts_per_step=texts)
         steps, seconds, texts = (self.record[name] for name in ("steps", "seconds_per_step", "texts_per_step"))
-        self.say.print(report.plan_line(steps, texts, len(self.split.train), seconds))
+        if steps:
+            self.say.print(report.plan_line(steps, texts, len(self.split.train), seconds))
+        else:
+            assert config.minutes is not None
+            self.say.print(report.no_steps_line(config.minutes, self.say.seconds, seconds))
         self.say.print(report.checkup_line(0, self.record["start"]))
         return steps
 
+    def steps_within(self, most: float, seconds: float) -> int:
+        """How many steps of so many seconds end in time; none where there would be too few to learn anything."""
+        # What is to come after training takes as long as the same did before it.
+        found = self.record
+        after = found["evaluation_seconds"] + (len(SHARES) - 1) * found.get("score_seconds", 0.0)
+        left = most - self.say.seconds - after - found["checkup_seconds"]
+        steps = int(left / (seconds + found["checkup_seconds"] / self.config.save_every))
+        return steps if steps >= report.FEW_STEPS else 0
+
     def seconds_per_step(self, training: _Training) -> float:
         size = self.config.batch_size
-        exact = self.config.minutes is not None
-        count = 22 if exact else 5
+        count = 5 if self.config.minutes is None else 22
         order = TrainingOrder(self.split.train, size, count, self.config.seed)
         batches = ([order[i] for i in range(k * size, (k + 1) * size)] for k in range(count))
 
@@ -609,8 +683,9 @@ class _Run:
         training.model.train()
         from .runs import seconds_per_step  # brings transformers' trainer, which takes a while to import
 
+        most = 5.0 if self.config.minutes is None else min(20.0, 3 * self.config.minutes)
         with torch.random.fork_rng():
-            return seconds_per_step(loss_of, training.model, batches, 20.0 if exact else 5.0)
+            return seconds_per_step(loss_of, training.model, batches, most)
 
     def fit(self, student: Student, training: _Training, steps: int) -> _Fitted:
         """Trains, and gives the student the weights of its best checkpoint."""
@@ -643,6 +718,8 @@ class _Run:
             # Where it can be mixed with what was learned, no loss chooses between the two.
             start_counts="start_score" not in self.record,
         )
+        if not steps:
+            return _Fitted([], checkups, 0.0, lr, 0)
         if checkups.ended_early:  # and was stopped before it was written
             steps = arguments.max_steps = checkpoint_step(checkpoint)
         trainer = DistillTrainer(
@@ -669,6 +746,7 @@ class _Run:
             lr=lr,
             seed=config.seed,
             warmup=config.warmup,
+            least_warmup=report.FEW_STEPS if self.asked.warmup is None else 0,
             schedule=config.schedule,
             accumulate=accumulate,
             weight_decay=config.weight_decay,
@@ -710,19 +788,19 @@ class _Run:
         if not math.isfinite(found["loss"]):
             raise Diverged.of("lr", _DIVERGED)
         if self.dev is not None:
-            found["dev"] = self.dev_score(training.as_teacher(), training.model)
+            found["dev"] = self.dev_score(training.as_teacher(), training.projection)
         return found
 
-    def dev_score(self, reader: Teacher, model: DistillModel | None = None) -> float:
+    def dev_score(self, reader: Teacher, projection: tuple[Tensor | None, Tensor | None] | None = None) -> float:
         """Spearman's correlation on the dev pairs, of vectors as the student's folder will give them.
 
         Args:
-            model: whose projection stands behind the pooling, where the teacher's folder says how vectors are made.
+            projection: stands behind the pooling, where the teacher's folder says how vectors are made.
         """
         assert self.dev is not None
         reader.prompt, settings = self.teachers[0].prompt, self.sources[0].sentence
-        projection = (model.projection(0), model.projection_bias(0)) if model is not None and settings else (None, None)
-        return pairs_score(reader, self.dev, self.config.max_length, settings, *projection)["spearman"]
+        behind = projection if projection is not None and settings is not None else ()
+        return pairs_score(reader, self.dev, self.config.max_length, settings, *behind)["spearman"]
 
     def begun(self, student: Student, training: _Training) -> _Begun | None:
         """The student before its training, if it may end between that and what training makes of it: then its score,
@@ -730,7 +808,8 @@ class _Run:
         if not (RECIPES[self.config.recipe].mixed and student.kept_layers):
             return None
         if self.chooses_by_dev:
-            return self._begun(training, lambda: self.dev_score(training.as_teacher(), training.model))
+            known = self.record["start"]["dev"], self.record["checkup_seconds"]
+            return self._begun(training, lambda: self.dev_score(training.as_teacher(), training.projection), known)
         source, most, prompt = self.sources[0], self.config.max_length, self.teachers[0].prompt
         pairs = with_words_left_out([text.removeprefix(prompt) for text in self.choosing], self.config.seed)
         if len(pairs[0]) < 3:
@@ -746,19 +825,27 @@ class _Run:
 
         return self._begun(training, lambda: float(regression(similarities(training.as_teacher()), theirs)[1]))
 
-    def _begun(self, training: _Training, score: Callable[[], float]) -> _Begun:
+    def _begun(
+        self, training: _Training, score: Callable[[], float], known: tuple[float, float] | None = None
+    ) -> _Begun:
+        """:meth:`begun`.
+
+        Args:
+            score: of the model as it then is.
+            known: what that is of the start, and the seconds that it took.
+        """
         training.model.eval()
         if "start_score" not in self.record:
             started = time.monotonic()
-            value = score()
-            self.folder.store(start_score=value, score_seconds=time.monotonic() - started)
+            value, seconds = known or (score(), time.monotonic() - started)
+            self.folder.store(start_score=value, score_seconds=seconds)
         weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
         return _Begun(weights, score)
 
     @property
     def chooses_by_dev(self) -> bool:
         """Whether there are dev pairs enough to choose by."""
-        return self.dev is not None and len(self.dev.scores) >= _DEV_PAIRS
+        return self.dev is not None and len(self.dev.scores) >= report.ENOUGH_PAIRS
 
     def share(self, mixed: Mapping[float, float]) -> float:
         """Which share of the trained weights the student gets."""
@@ -767,7 +854,7 @@ class _Run:
     def mix(self, training: _Training, begun: _Begun | None) -> dict[float, float]:
         """Leaves the student with :meth:`share` of what it learned; returns the score of each, nothing where the
         trained weights are all that there is."""
-        if begun is None:
+        if begun is None or not self.record["steps"]:
             return {}
         self.say.status("Choosing between start and trained weights")
         training.model.eval()
@@ -803,14 +890,14 @@ class _Run:
     ) -> DistillResult:
         """Figures, folder, and what is said at the end."""
         config, first = self.config, self.teachers[0]
-        reader = student.as_teacher()
         best = fitted.checkups.best
         share = self.share(mixed) if mixed else float(best["step"] > 0)
         if self.dev is not None:
             # A mixture has been scored already at its ends, and everywhere if it was chosen so.
             known = {0.0: before.get("dev"), 1.0: best.get("dev")} | (mixed if self.chooses_by_dev else {})
-            reader = training.as_teacher()
-            after["dev"] = known[share] if share in known else self.dev_score(reader, training.model)
+            after["dev"] = (
+                known[share] if share in known else self.dev_score(training.as_teacher(), training.projection)
+            )
         metrics = {
             "teacher": [teacher.name for teacher in self.teachers],
             "command": "distill",
@@ -818,7 +905,7 @@ class _Run:
             "architecture": student.architecture,
             "vocabulary": self.record.get("vocabulary"),
             "recipe": config.recipe,
-            "whitened": self.record.get("whitened", {}),
+            "whitened": self.record["whitened"],
             "steps": fitted.steps,
             "lr": fitted.lr,
             "best_step": best["step"],
@@ -840,9 +927,7 @@ class _Run:
             "after": after,
             "teacher_pseudo_perplexity": self.record["teacher_pseudo_perplexity"],
             "train_seconds": round(fitted.seconds, 1),
-            "models": compare_models(
-                first, reader, self.held_out, batch=config.time_batch, length=config.time_length
-            ),
+            "models": self.record["models"],
         }
         with open(self.partial / "training_log.jsonl", "w", encoding="utf-8") as file:
             for entry in fitted.log:
@@ -860,7 +945,8 @@ class _Run:
         for warning in metrics["warnings"]:
             self.say.print(f"Warning: {warning}")
         which = "" if best["step"] == fitted.steps else f"; the best was step {best['step']}, which is kept"
-        self.say.print(f"{fitted.steps} steps in {fitted.seconds:.0f} s{which}. The student is {self.folder.place}")
+        done = f"{report.many(fitted.steps, 'step')} in {fitted.seconds:.0f} s{which}. " if fitted.steps else ""
+        self.say.print(f"{done}The student is {self.folder.place}", report.next_line(first.name, os.fspath(out)))
         return DistillResult(out, metrics)
 
 
@@ -904,6 +990,11 @@ class _Training:
 
     def as_teacher(self) -> Teacher:
         return self.model.as_teacher(self.collator.student)
+
+    @property
+    def projection(self) -> tuple[Tensor | None, Tensor | None]:
+        """To the first teacher's width, with its bias."""
+        return self.model.projection(0), self.model.projection_bias(0)
 
     def projections(self) -> dict[str, Tensor]:
         return {key: linear.weight.detach().cpu().contiguous() for key, linear in self.model.linears.items()}

@@ -100,9 +100,10 @@ class Objective:
             ``masked``: int64 ``[M]``, where they are among all; ``hidden_positions``: see :func:`positions_of`;
             ``hidden_pairs``: for each teacher the pairs of hidden tokens whose output distributions are compared, in
             the student's own rows for ``match`` and in the teacher's ``reduce`` rows else; or None.
-            Where nothing is masked, the batch with ``labels`` None and no hidden pairs.
+            Where nothing is masked, the batch with ``labels`` None and no hidden pairs; and one with ``labels``, of
+            which something has been hidden, as it is.
         """
-        return self.hiding()(batch, seed)
+        return batch if "labels" in batch else self.hiding()(batch, seed)
 
     def hiding(self, device: torch.device | str | None = None) -> Hiding:
         """What :meth:`mask` does, without the models.
@@ -165,8 +166,7 @@ class Objective:
         Raises:
             VocabdistilError: a teacher's hidden states are not finite.
         """
-        if "labels" not in batch:
-            batch = self.mask(batch, seed)
+        batch = self.mask(batch, seed)
         if totals is not None:
             counts = batch["counts"] if "counts" in batch else counts_of(batch)
             shares = {name: count / at_least_one(totals[name]) for name, count in counts.items()}

@@ -172,7 +172,8 @@ class StudentOptions:
             some of the text (:func:`vocabdistil.models.shrinking.shrink`); else they are copied.
         whiten: how far the teacher's vectors are whitened on the text before anything is made of it, see
             :func:`vocabdistil.models.whitening.whiten`. The student's vectors then rank texts better, mostly, but lie
-            in another space than the teacher's. None: not, or as the recipe says, for teachers that it can be done for.
+            in another space than the teacher's. None: not, or as the recipe says, for teachers that it can be done for;
+            ``distill`` then leaves it where 100 or more pairs of ``dev`` rank better without.
         prompt: what the teacher expects before every text; None: what a sentence-transformers folder says, or nothing.
         trust_remote_code: run code that comes with a teacher.
         language, license: for the model card: codes of the languages, an identifier of the licence.
@@ -338,12 +339,13 @@ class DistillConfig(StudentOptions):
             :class:`vocabdistil.models.students.Preset`. None: the recipe's, if nothing else is said of the body.
         student: the folder of a checkpoint to go on from instead, with its own vocabulary.
         steps, epochs, minutes: how long; ``steps`` wins over ``epochs``. ``minutes``: as many steps as fit into the
-            time that the whole job may take, found by timing some first.
+            time that the whole job may take, found by timing some first; none where these are fewer than 10.
         batch_size: texts per step.
         accumulate: batches whose gradients are added up before a step.
         student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read.
         lr, warmup, schedule, weight_decay: AdamW's peak rate (None: the recipe's for a body with copied layers, or for
-            a fresh one), the share of steps in which it rises, how it falls then (``linear cosine constant``), decay.
+            a fresh one), the share of steps in which it rises (None: the recipe's, but 10 steps at least), how it falls
+            then (``linear cosine constant``), decay.
         temperature: of the span KL and of the output distributions.
         weights: a :class:`vocabdistil.LossWeights`, or in text form what differs from the recipe's.
         logits: where the student learns the output distributions of teachers with an MLM head: ``match reduce
@@ -367,7 +369,10 @@ class DistillConfig(StudentOptions):
     """
 
     recipe: Annotated[str, Option(Choice(names=("auto", *RECIPES)), _RECIPE_HELP)] = "auto"
-    whiten: Annotated[float | None, Option(_Whiten, _WHITEN_HELP.format("the recipe's, where it can be done"))] = None
+    whiten: Annotated[
+        float | None,
+        Option(_Whiten, _WHITEN_HELP.format("the recipe's, where it can be done and 100 dev pairs are not against it")),
+    ] = None
     vocabulary: Annotated[str | os.PathLike | None, Option(_VOCABULARY, _VOCABULARY_HELP)] = None
     preset: Annotated[str | Preset | None, Option(Kind(metavar="NAME"), _PRESET_HELP)] = None
     student: Annotated[
@@ -555,7 +560,7 @@ class DistillConfig(StudentOptions):
     def identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
         free = {"out", "resume", "overwrite", "quiet", "threads", "log_every"}
-        free |= {"time_batch", "time_length", "language", "license"}
+        free |= {"language", "license"}
         free |= {"logits", "prompt"}  # what these mean depends on the teachers
         others = {name: plain(value) for name, value in self.other_arguments.items() if name not in _HOW}
         return {

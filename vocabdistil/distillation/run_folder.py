@@ -37,7 +37,7 @@ __all__ = [
 METRICS = "metrics.json"
 _RECORD, _LOCK, _SEAL = "run.json", ".lock", "whole.json"
 # Of the record and of what makes a run go on as if it had not stopped: the order of its texts, what a checkpoint is.
-_FORMAT = 3
+_FORMAT = 4
 
 
 class Interrupted(KeyboardInterrupt):

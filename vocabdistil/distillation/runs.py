@@ -24,6 +24,7 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError, need, spell
 from ..core.processes import Processes
 from ..core.seeds import mix_seed
+from ..evaluation.report import FEW_STEPS
 from .run_folder import Interrupted, seal
 from .weights import load_weights, save_weights
 
@@ -207,6 +208,7 @@ def training_arguments(
     lr: float,
     seed: int,
     warmup: float = 0.05,
+    least_warmup: int = FEW_STEPS,
     weight_decay: float = 0.01,
     schedule: str = "linear",
     accumulate: int = 1,
@@ -219,6 +221,9 @@ def training_arguments(
     """AdamW with a linear warm-up, then a decay or none; checkpoints in ``folder``.
 
     Args:
+        warmup: the share of the steps in which the rate rises.
+        least_warmup: steps in which it does at least: a first step at the full rate moves a student far, and fewer
+            steps than these never come to that rate.
         others: any other fields of ``TrainingArguments``.
 
     Raises:
@@ -231,7 +236,7 @@ def training_arguments(
         "per_device_train_batch_size": batch_size,
         "learning_rate": lr,
         "weight_decay": weight_decay,
-        "warmup_steps": round(warmup * steps),
+        "warmup_steps": max(round(warmup * steps), least_warmup),
         "lr_scheduler_type": _SCHEDULERS[schedule],
         "gradient_accumulation_steps": accumulate,
         "bf16": bf16,
@@ -329,7 +334,7 @@ _NOT_LOSSES = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
 class _ProgressCallback(TrainerCallback):
-    """A bar with the losses on a terminal; elsewhere a line at every log; nothing if quiet."""
+    """A bar with the losses on a terminal; elsewhere a line at every log, and at the last step; nothing if quiet."""
 
     def __init__(self, console: Console | None, steps: int, label: str) -> None:
         self.console, self.steps, self.label = console, steps, label
@@ -356,6 +361,9 @@ class _ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
+        if control.should_training_stop:
+            control.should_log = True
+        return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}) or self.console is None:

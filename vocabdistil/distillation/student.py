@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
@@ -36,7 +36,7 @@ __all__ = [
     "load_student",
     "make_student",
     "make_vocabulary",
-    "sources_to_whiten",
+    "not_whitened",
 ]
 
 # How often each prompt is counted beside the text: more often than a word must be to become a token.
@@ -83,6 +83,8 @@ class Student:
         tokenizer: its own.
         kept_layers: the teacher's layers that its layers came from; empty for fresh ones.
         report: how it began: for ``metrics.json``.
+        rows: of the teacher's matrices those that its tokens begin as, see :meth:`vocabdistil.models.start.Start.rows`;
+            None for a checkpoint.
         projection: weight ``[D_t, D_s]`` and bias ``[D_t]`` or None, from its hidden states to the teacher's; None
             where they are equally wide or nothing is known yet.
     """
@@ -92,6 +94,7 @@ class Student:
     kept_layers: list[int]
     report: dict[str, Any]
     projection: tuple[Tensor, Tensor | None] | None = None
+    rows: Callable[[Tensor], Tensor] | None = None
 
     @property
     def has_head(self) -> bool:
@@ -141,8 +144,8 @@ def load_sources(options: StudentOptions) -> list[Source]:
     return sources
 
 
-def sources_to_whiten(options: StudentOptions, sources: Sequence[Source], asked: bool) -> list[Source]:
-    """The teachers whose vectors are whitened.
+def not_whitened(options: StudentOptions, sources: Sequence[Source], asked: bool) -> dict[str, str]:
+    """The teachers whose vectors were to be whitened and cannot be, by name, and why not.
 
     Args:
         asked: whether the user wants it, or it is done where it can be.
@@ -151,10 +154,11 @@ def sources_to_whiten(options: StudentOptions, sources: Sequence[Source], asked:
         VocabdistilError: it was asked for and cannot be.
     """
     if not options.whiten:
-        return []
+        return {}
     for source in sources if asked else ():
         need_whitenable(source.teacher, source.sentence)
-    return [source for source in sources if not cannot_whiten(source.teacher, source.sentence)]
+    problems = {source.teacher.name: cannot_whiten(source.teacher, source.sentence) for source in sources}
+    return {name: problem for name, problem in problems.items() if problem}
 
 
 def make_vocabulary(
@@ -227,7 +231,7 @@ def make_student(
     if kept_layers:
         report["copied_layers"] = kept_layers
     report |= {"tokens": start.summary(count_tokens(tokenizer, texts))}
-    student = Student(model.eval(), tokenizer, kept_layers, report, projection)
+    student = Student(model.eval(), tokenizer, kept_layers, report, projection, start.rows)
     tokenizer.model_max_length = min(tokenizer.model_max_length, student.as_teacher().max_positions)
     return student
 

@@ -40,8 +40,7 @@ class DistillTrainer(SeededTrainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         ready = []
         for micro, batch in enumerate(batches):
-            if "labels" not in batch:
-                batch = self.objective.mask(batch, self.seed_of(micro))
+            batch = self.objective.mask(batch, self.seed_of(micro))
             ready.append(batch if "counts" in batch else batch | {"counts": counts_of(batch)})
         counts = [batch["counts"] for batch in ready]
         totals = {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
@@ -87,8 +86,7 @@ class DistillTrainer(SeededTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch on which nothing is learned; there are no predictions to be returned."""
         batch = self._prepare_inputs(inputs)
-        if "labels" not in batch:
-            batch = self.objective.mask(batch, mix_seed(self.args.seed, self._evaluated))
+        batch = self.objective.mask(batch, mix_seed(self.args.seed, self._evaluated))
         self._evaluated += 1
         with torch.no_grad():
             loss = self.compute_loss(model, batch)

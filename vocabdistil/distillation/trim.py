@@ -12,17 +12,23 @@ from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..evaluation.predictions import agreement
-from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line, whitened_line
+from ..evaluation.report import (
+    coverage_tables,
+    loyalty_table,
+    many,
+    next_line,
+    size_table,
+    start_line,
+    whitened_line,
+)
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
-from ..models.start import plan_start
-from ..models.vocabularies import Vocabulary
 from ..models.whitening import set_last_layer, whiten
 from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
-from .student import Source, Student, load_sources, make_student, make_vocabulary, sources_to_whiten
+from .student import Source, Student, load_sources, make_student, make_vocabulary, not_whitened
 from .text import Digested, GivenTexts, Prefixed, TextFiles, sample_text
 from .text_store import watched
 
@@ -57,7 +63,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     text = config.look()
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
-    sources_to_whiten(config, [source], asked=True)
+    not_whitened(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
         return _run(config, source, layers, text, folder)
@@ -89,7 +95,7 @@ def _run(
         whitened[teacher.name] = round(explained, 4)
         say.print(whitened_line(whitened))
     if len(layers) < teacher.num_layers or config.dim or config.heads or config.ffn:
-        say.status(f"Fitting {len(layers)} layers")
+        say.status(f"Fitting {many(len(layers), 'layer')}")
     student = make_student(config, source, vocabulary, fitted, layers)
     say.print(start_line(student.report["tokens"]))
     table = RemapTable.from_tokenizers(teacher.tokenizer, student.tokenizer)
@@ -110,7 +116,7 @@ def _run(
         "architecture": student.architecture,
         "initialisation": student.report,
         "coverage": [report.as_dict()],
-        "loyalty": _loyalty(config, source, student, vocabulary, held),
+        "loyalty": _loyalty(config, source, student, held),
         "models": compare_models(
             teacher, student.as_teacher(), held, batch=config.time_batch, length=config.time_length
         ),
@@ -118,15 +124,15 @@ def _run(
     parts = zip(("0_0", "bias"), student.projection or (), strict=False)
     projections = {name: part for name, part in parts if part is not None}
     out = write_student(folder, config, source, student, [table], metrics, projections)
-    about = f"{len(held)} texts of those that the vocabulary was made for"
+    about = f"{many(len(held), 'text')} of those that the vocabulary was made for"
     about += ", to the whitened teacher" if whitened else ""
     say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
-    say.print(f"The student is {folder.place}")
+    say.print(f"The student is {folder.place}", next_line(teacher.name, os.fspath(out)))
     return DistillResult(out, metrics)
 
 
 def _loyalty(
-    config: TrimConfig, source: Source, student: Student, vocabulary: Vocabulary, texts: list[str]
+    config: TrimConfig, source: Source, student: Student, texts: list[str]
 ) -> dict[str, dict[str, float]]:
     """How the student's vectors and, with MLM heads, its guesses agree with the teacher's; and before layers were left
     out how those of all layers do."""
@@ -145,8 +151,8 @@ def _loyalty(
 
     every = list(range(teacher.num_layers))
     if student.kept_layers != every or student.projection is not None:
-        start = plan_start(teacher.tokenizer, student.tokenizer, vocabulary.kept, config.seed)
-        whole = build_body(teacher, start.rows, student.tokenizer, every)
+        assert student.rows is not None
+        whole = build_body(teacher, student.rows, student.tokenizer, every)
         found["all layers"] = compare(replace(student, model=whole, projection=None))
-    found[f"{len(student.kept_layers)} layers"] = compare(student)
+    found[many(len(student.kept_layers), "layer")] = compare(student)
     return found

@@ -17,7 +17,11 @@ __all__ = ["model_card"]
 
 
 def model_card(
-    name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
+    name: str,
+    metrics: dict[str, Any],
+    files: Sequence[str] | None = None,
+    made: tuple[str, str] | None = None,
+    stated: str | None = None,
 ) -> str:
     """The card of the student whose folder is called ``name``.
 
@@ -25,9 +29,11 @@ def model_card(
         metrics: what ``metrics.json`` says, see :mod:`vocabdistil.evaluation.metrics`.
         files: the text that it was made from, if it came from files.
         made: the language and the text of the command that made it.
+        stated: the licence that the cards of its teachers state, for where none was named.
     """
-    parts = [_front(metrics, files), f"# {_named(name)}", _about(metrics)]
-    parts += ["## Use", _use(name, metrics), "## Intended use and limits", _limits(metrics)]
+    licence = _line(metrics["settings"].get("license") or stated or "")
+    parts = [_front(metrics, files, licence), f"# {_named(name)}", _about(metrics)]
+    parts += ["## Use", _use(name, metrics), "## Intended use and limits", _limits(metrics, licence)]
     parts += ["## Scores", *_scores(metrics), _sizes(metrics)]
     parts += ["## How it was made", _data(metrics, files), _vocabulary(metrics)]
     parts += [_block(*made)] if made else []
@@ -73,18 +79,18 @@ def _fills_masks(metrics: dict[str, Any]) -> bool:
     return head and not metrics["sentence_transformers"] and any("mlm" in row or "label" in row for row in rows)
 
 
-def _front(metrics: dict[str, Any], files: Sequence[str] | None) -> str:
-    """What the Hub reads. It refuses a ``base_model`` that could be no model's name there, so such a one is left out;
-    and takes ``datasets`` for names there, so files have a key of their own."""
+def _front(metrics: dict[str, Any], files: Sequence[str] | None, licence: str) -> str:
+    """What the Hub reads. It takes ``base_model`` for a model's name there, so a folder is left out, and what it would
+    refuse; and takes ``datasets`` for names there, so files have a key of their own."""
     settings, masks = metrics["settings"], _fills_masks(metrics)
     sentences = metrics["sentence_transformers"]
-    bases = [_base(teacher) for teacher in metrics["teacher"]]
+    bases = [name for name in metrics["teacher"] if not Path(name).exists()]
     front = {
         "library_name": "sentence-transformers" if sentences else "transformers",
         "pipeline_tag": "fill-mask" if masks else "sentence-similarity",
         "base_model": [base for base in bases if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, re.ASCII)],
         "language": [_line(code) for code in settings.get("language") or ()],
-        "license": _line(settings.get("license") or ""),
+        "license": licence,
         "text_files": [_line(Path(name).name) for name in files or ()],
         "tags": [
             "vocabdistil",
@@ -94,11 +100,6 @@ def _front(metrics: dict[str, Any], files: Sequence[str] | None) -> str:
     }
     front = {key: value for key, value in front.items() if value}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---"
-
-
-def _base(teacher: str) -> str:
-    """A name on the Hub as it is, a folder by its last part."""
-    return Path(teacher).resolve().name if Path(teacher).exists() else teacher
 
 
 def _about(metrics: dict[str, Any]) -> str:
@@ -112,7 +113,7 @@ def _about(metrics: dict[str, Any]) -> str:
     )
 
 
-def _limits(metrics: dict[str, Any]) -> str:
+def _limits(metrics: dict[str, Any], licence: str) -> str:
     bases = " and ".join(map(_code, display_names(metrics["teacher"])))
     languages = ", ".join(metrics["settings"].get("language") or ())
     text = f"text in {_code(languages)}" if languages else "text like that which it was made from"
@@ -128,7 +129,7 @@ def _limits(metrics: dict[str, Any]) -> str:
         f"It has what {bases} learned, mistakes and prejudices included, and at most what it knew.",
         "The scores below say how far it agrees with its teacher, not how well it does a task: measure yours.",
     ]
-    if not metrics["settings"].get("license"):
+    if not licence:
         lines.append("No licence was named; that of the base model and of the text hold in any case.")
     lines += metrics.get("warnings", [])
     return "\n".join(f"- {_line(line)}" for line in lines)
@@ -140,7 +141,7 @@ def _sizes(metrics: dict[str, Any]) -> str:
         (side, f"{row['parameters'] / 1e6:.2f}", f"{row['vocab']:,}", f"{row['mb']:.1f}", f"{row['seconds']:.3f}")
         for side, row in ((side, models[side]) for side in ("teacher", "student"))
     ]
-    time = f"CPU s (batch {models['time_batch']}, up to {models['time_length']} tokens)"
+    time = f"one pass on the CPU, s (batch {models['time_batch']}, up to {models['time_length']} tokens)"
     return _table(("", "parameters, M", "vocabulary", "MB", time), rows)
 
 
@@ -151,7 +152,9 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
         rows = [(f"{label} ({better} is better)", *values) for label, *values, better in held_out_rows(metrics)]
         table = _table(("", "untrained", "trained", *baselines), rows)
         return [f"Held-out text ({metrics['held_out_texts']} texts):", table]
-    measures = {"pearson": "Pearson", "spearman": "Spearman", "cosine": "cosine of the vectors"}
+    measures = {
+        "pearson": "regression loyalty: Pearson", "spearman": "Spearman", "cosine": "cosine of the vectors"
+    }  # fmt: skip
     rows = [
         (name, *(f"{row[key]:.4f}" if key in row else "-" for key in measures))
         for name, row in (metrics["loyalty"] | baselines).items()

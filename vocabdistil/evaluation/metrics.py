@@ -298,8 +298,8 @@ class TrimMetrics(_Metrics):
         architecture: the student's.
         initialisation: how it began.
         coverage: how the vocabularies correspond.
-        loyalty: by ``"N layers"`` the agreement with the teacher; where layers were left out or made narrower also
-            ``"all layers"``: before that.
+        loyalty: by ``"N layers"`` or ``"1 layer"`` the agreement with the teacher; where layers were left out or made
+            narrower also ``"all layers"``: before that.
         models: sizes and times.
         files: those of the folder, by which a later run knows what it may replace.
         baselines: by name, what others reach on the same measures.
@@ -338,7 +338,8 @@ class DistillMetrics(_Metrics):
         train_seconds: of the training.
         models: sizes and times.
         files: those of the folder, by which a later run knows what it may replace.
-        baselines: by name, what others reach on the same held-out text, and their parameters.
+        baselines: by name, what others reach on the same held-out text, and their parameters; none where the minutes
+            that the job may take were over before.
         warnings: what the user should know before using the student.
         recipe: the name of the recipe that settings came from.
         lr: the peak learning rate.

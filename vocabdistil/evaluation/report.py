@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
     from ..alignment.coverage import Coverage, CoverageReport
 
 __all__ = [
+    "ENOUGH_PAIRS",
     "FEW_STEPS",
     "baseline_lines",
     "bench_table",
     "checkup_line",
     "coverage_tables",
-    "few_steps_line",
+    "few_pairs_line",
     "held_out_rows",
     "loyalty_table",
+    "many",
+    "next_line",
+    "no_steps_line",
     "mixed_line",
     "plan_line",
     "result_tables",
@@ -34,6 +39,7 @@ __all__ = [
     "warnings",
     "task_tables",
     "whitened_line",
+    "whitening_line",
 ]
 
 _HELD_OUT = (
@@ -58,8 +64,19 @@ _TASKS = {
     "labels": ({"accuracy": "accuracy", "macro_f1": "macro\nF1"}, {"label": "label", "probability": "probability"}),
 }
 _LONGEST_NAME = 28
-# Steps that teach nothing.
+# What the figure is, wherever it stands.
+_REGRESSION = "regression loyalty: how the cosines of all texts with each other, most of them unrelated, agree with the"
+# What each alignment pairs.
+_ALIGNMENTS = {
+    "boundary": "the shortest spans over the same text",
+    "word": "whole words",
+    "match": "equal tokens",
+    "reduce": "tokens of the teacher and the student's that spell them, which is what the student reads",
+}
+# Over so many steps the rate rises at least: fewer teach nothing.
 FEW_STEPS = 10
+# Pairs with scores that are enough to choose by: the standard error of what they say is then below 0.1.
+ENOUGH_PAIRS = 100
 
 
 def held_out_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -79,7 +96,8 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
@@ -127,11 +145,15 @@ def coverage_tables(names: tuple[str, str], tokenizers: tuple[Any, Any], report:
         ("student tokens left out", lambda c: _examples(c.student_examples, tokenizers[1])),
     )
     for label, show in rows:
-        alignments.add_row(label, *(show(found) for found in report.methods.values()))
+        cells = [show(found) for found in report.methods.values()]
+        if any(map(len, cells)):
+            alignments.add_row(label, *cells)
+    about = [f"{method} pairs {_ALIGNMENTS[method]}" for method in report.methods]
     if report.reduce_equals_own is not None:
-        alignments.caption = f"reduce segments {report.reduce_equals_own:.1%} of the texts as the student does"
+        about.append(f"reduce segments {report.reduce_equals_own:.1%} of the texts as the student does")
         if _lowers(tokenizers[1], "student") and not _lowers(tokenizers[0], "teacher"):
-            alignments.caption += ", and keeps the teacher's upper case, which the student's tokenizer lowers"
+            about[-1] += ", and keeps the teacher's upper case, which the student's tokenizer lowers"
+    _explain(alignments, *about)
     return [vocabularies, alignments]
 
 
@@ -139,6 +161,11 @@ def _lowers(tokenizer: Any, name: str) -> bool:
     """Whether a tokenizer makes upper case lower."""
     normalizer = backend_of(tokenizer, name).normalizer
     return normalizer is not None and "A" not in normalizer.normalize_str("A")
+
+
+def _explain(table: Table, *lines: str) -> None:
+    """Says below a table what is in it."""
+    table.caption, table.caption_justify = "\n".join(lines), "left"
 
 
 def _verbatim(text: str) -> Text:
@@ -154,16 +181,16 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
     """A row for every student: how far it agrees with the teacher on these texts."""
     table = Table(title=f"Loyalty ({texts})", title_justify="left")
     columns = {
-        "pearson": "embeddings: Pearson", "spearman": "Spearman", "cosine": "cosine", "label": "masked words: label",
-        "probability": "probability", "pseudo_perplexity": "pseudo-perplexity (teacher)",
+        "pearson": "regression\nloyalty:\nPearson", "spearman": "Spearman", "cosine": "cosine of\nthe vectors",
+        "label": "masked\nwords:\nlabel", "probability": "probability",
+        "pseudo_perplexity": "pseudo-perplexity\n(teacher)",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if any(key in row for row in found.values())}
     table.add_column("student")
     for title in columns.values():
         table.add_column(title, justify="right")
     if "spearman" in columns:
-        table.caption = "embeddings: cosines of all texts with each other, most of them unrelated; see also evaluate"
-        table.caption_justify = "left"
+        _explain(table, f"{_REGRESSION} teacher's; see also evaluate")
     for name, row in zip(display_names(list(found)), found.values(), strict=True):
         cells = [f"{row[key]:.4f}" if key in row else "-" for key in columns]
         if "teacher_pseudo_perplexity" in row:
@@ -174,7 +201,7 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
 
 def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
     """A row for every model; the first is the yardstick."""
-    title = f"CPU, batch {batch}, <= {length} tokens, {_many(torch.get_num_threads(), 'thread')}"
+    title = f"CPU, batch {batch}, <= {length} tokens, {many(torch.get_num_threads(), 'thread')}"
     table = Table(title=title, title_justify="left")
     for column in ("model", "parameters, M", "vocabulary", "MB", "tokens", "s", "faster"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -201,7 +228,7 @@ def task_tables(found: dict[str, Any]) -> list[Table]:
     for task in found["tasks"]:
         (columns, loyalty), size = _TASKS[task["kind"]], task["size"]
         if task["kind"] == "pairs":
-            about = f"{size['pairs']:,} pairs"
+            about = many(size["pairs"], "pair")
         else:
             about = f"{size['classes']} classes, probes of {size['train']:,} texts tested on {size['test']:,}"
         table = Table(title=_verbatim(f"{task['name']} ({about}; threads: {found['threads']})"), title_justify="left")
@@ -220,8 +247,23 @@ def task_tables(found: dict[str, Any]) -> list[Table]:
                 *(_figure((row["loyalty"] or {}).get(key)) for key in loyalty),
                 f"{row['seconds']:.2f}",
             )
+        _explain(table, *_about_task(task, len(found["models"])))
         tables.append(table)
     return tables
+
+
+def _about_task(task: dict[str, Any], models: int) -> Iterator[str]:
+    """What must be known to read its table."""
+    yield "CPU s: what the model takes to read all texts, tokenizing among it"
+    if models > 1:
+        yield "loyalty: how far it agrees with the first model, right or wrong"
+    if task["kind"] == "pairs" and task["size"]["pairs"] < ENOUGH_PAIRS:
+        yield few_pairs_line(task["size"]["pairs"])
+
+
+def few_pairs_line(pairs: int) -> str:
+    """That there are too few pairs to go by."""
+    return f"Caution: the score of {many(pairs, 'pair')} is largely chance; take {ENOUGH_PAIRS} or more"
 
 
 def start_line(tokens: dict[str, dict[str, float]]) -> str:
@@ -244,7 +286,7 @@ def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:
     rounds = steps * texts / available
     minutes = steps * seconds / 60
     about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{steps * seconds:.0f} s"
-    batches = f"{_many(steps, 'step')} of {_many(texts, 'text')}"
+    batches = f"{many(steps, 'step')} of {many(texts, 'text')}"
     return f"Training: {batches} ({rounds:.2g} times {available:,} texts), about {about}"
 
 
@@ -262,11 +304,20 @@ def mixed_line(share: float) -> str:
     return f"The student keeps {share:.0%} of the way from its start to the trained weights"
 
 
-def few_steps_line(steps: int, minutes: float, seconds: float) -> str:
-    """That a budget is too short to learn anything in."""
+def no_steps_line(minutes: float, gone: float, seconds: float) -> str:
+    """That a budget is too short to learn anything in, and nothing is trained."""
     return (
-        f"Warning: what comes before and after training leaves room for {steps} of its steps in {minutes:g} minutes; a "
-        f"hundred take {100 * seconds / 60:.1f} more"
+        f"Nothing is trained: {gone / 60:.2g} of {minutes:g} minutes are gone, and what comes after training leaves no "
+        f"room for {FEW_STEPS} steps; a hundred would take {100 * seconds / 60:.2g} more"
+    )
+
+
+def next_line(teacher: str, student: str) -> str:
+    """What to do with a student."""
+    command = f"vocabdistil evaluate --model {shlex.join([teacher, student])} --pairs FILE"
+    return (
+        f"Next: its README.md has the code that loads it; {command} says what it is worth on pairs of sentences with "
+        "scores"
     )
 
 
@@ -285,6 +336,14 @@ def whitened_line(whitened: dict[str, float]) -> str:
     )
 
 
+def whitening_line(scores: Sequence[float | None], kept: bool) -> str:
+    """Which start is kept: from a whitened teacher, and if there was time from one that is not."""
+    line = f"On the dev pairs the student starts from {_figure(scores[0])} (Spearman) if its teacher is whitened"
+    if len(scores) == 1:
+        return f"{line}; there is no time to see whether it is better if not"
+    return f"{line}, from {_figure(scores[1])} if not: it is {'' if kept else 'not '}whitened"
+
+
 def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:
     """What the student must beat, and where it starts from."""
     lines = [f"To beat: {name}: {_agreement(row)}" for name, row in baselines.items()]
@@ -293,7 +352,7 @@ def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, flo
 
 def _agreement(row: dict[str, float]) -> str:
     score = f", dev pairs {row['dev']:.4f}" if "dev" in row else ""
-    return f"agreement of similarities with the teacher's {row['spearman']:.4f} (Spearman){score}"
+    return f"regression loyalty {row['spearman']:.4f} (Spearman){score}"
 
 
 def warnings(metrics: dict[str, Any]) -> list[str]:
@@ -306,12 +365,15 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             if worse and _number(after) != _number(before):
                 found.append(f"{label} got worse: {_number(before)} before training, {_number(after)} after")
     if metrics["share"] == 0:
-        what = "more steps" if metrics["steps"] < FEW_STEPS else "more text or a lower rate"
-        found.append(f"training did not help: the student is what it started from; try {what}")
+        why = "training did not help" if metrics["steps"] else "there was no time to train"
+        what = "more text or a lower rate" if metrics["steps"] >= FEW_STEPS else "more steps"
+        found.append(f"{why}: the student is what it started from; try {what}")
     for name, row in metrics["baselines"].items():
         if row["spearman"] > metrics["after"]["spearman"] + 1e-4:  # not by rounding alone
             theirs, ours = _number(row["spearman"]), _number(metrics["after"]["spearman"])
-            found.append(f"the {name} follows the teacher better: {theirs}, the student {ours} (Spearman)")
+            found.append(
+                f"the {name} follows the teacher better: regression loyalty {theirs}, the student's {ours} (Spearman)"
+            )
     models = metrics["models"]
     if models["student"]["seconds"] >= models["teacher"]["seconds"]:
         times = [f"{models[side]['seconds']:.3f} s" for side in ("student", "teacher")]
@@ -330,8 +392,8 @@ def size_table(models: dict[str, Any]) -> Table:
         ("vocabulary, tokens", "vocab", lambda v: f"{v:,}"),
         ("size, MB", "mb", lambda v: f"{v:.1f}"),
         (
-            f"CPU s, batch {models['time_batch']}, <= {models['time_length']} tokens, "
-            + _many(models["threads"], "thread"),
+            f"one pass on the CPU, s (batch {models['time_batch']}, <= {models['time_length']} tokens, "
+            + many(models["threads"], "thread") + ")",
             "seconds",
             lambda v: f"{v:.3f}",
         ),
@@ -352,4 +414,5 @@ def result_tables(metrics: dict[str, Any]) -> list[Table]:
         changes.add_row(*row)
     sizes = [f"{row['parameters'] / 1e6:.2f}" for row in (metrics["models"]["student"], *baselines.values())]
     changes.add_row("parameters, M", sizes[0], *sizes, "")
+    _explain(changes, f"{_REGRESSION} teacher's")
     return [size_table(metrics["models"]), changes]

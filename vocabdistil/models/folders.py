@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
 from safetensors import safe_open
 
 from ..alignment.loading import LOADING_ERRORS, cannot_load, check_source, look_at_tokenizer, needs_code
 from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES
-from .sentence_settings import read_settings
+from .sentence_settings import find, read_settings
 
-__all__ = ["look_at_model", "need_known", "transformer_folder"]
+__all__ = ["look_at_model", "need_known", "stated_licence", "transformer_folder"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -83,6 +86,28 @@ def transformer_folder(source: str | os.PathLike, argument: str = "teacher") -> 
     folder = check_source(source, argument)
     settings = read_settings(folder, argument) if os.path.isdir(folder) else None
     return folder if settings is None else settings.transformer_folder
+
+
+def stated_licence(sources: Sequence[str]) -> str | None:
+    """The licence that the cards of models state; None where one of them states none or another, or is not at hand.
+
+    Args:
+        sources: folders or names on the Hugging Face Hub.
+    """
+    found = set(map(_licence, sources))
+    return found.pop() if len(found) == 1 else None
+
+
+def _licence(source: str) -> str | None:
+    """What a card says before its text, in YAML between two lines of dashes."""
+    try:
+        card = find(check_source(source, "teacher"), "README.md")
+        text = card.read_text(encoding="utf-8-sig") if card is not None else ""
+        front = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+        licence = yaml.safe_load(front[1]).get("license") if front else None
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return licence if isinstance(licence, str) and licence.strip() else None
 
 
 def _look_at_weights(folder: Path, name: str, argument: str) -> None:

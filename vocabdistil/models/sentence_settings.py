@@ -15,7 +15,7 @@ from ..core.errors import VocabdistilError, need
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["POOLINGS", "SentenceModule", "SentenceSettings", "expected_prompt", "read_json", "read_settings"]
+__all__ = ["POOLINGS", "SentenceModule", "SentenceSettings", "expected_prompt", "find", "read_json", "read_settings"]
 
 # By the names that version 6 writes, the keys that older ones write, which every version reads. A folder may ask for
 # several: their vectors then follow each other in this order.
@@ -85,7 +85,7 @@ class SentenceSettings:
         return self.prompts.get(self.default_prompt_name or "", "")
 
 
-def _find(source: str, *path: str) -> Path | None:
+def find(source: str, *path: str) -> Path | None:
     """A file of a folder, or of a model on the Hub; None if it is not there."""
     relative = "/".join(part for part in path if part)
     if os.path.isdir(source):
@@ -102,7 +102,7 @@ def _find(source: str, *path: str) -> Path | None:
 
 def read_json(argument: str, source: str, *path: str) -> Any:
     """None if there is no such file."""
-    found = _find(source, *path)
+    found = find(source, *path)
     if found is None:
         return None
     try:
@@ -112,7 +112,7 @@ def read_json(argument: str, source: str, *path: str) -> Any:
 
 
 def _read_module(argument: str, source: str, name: str, path: str, load: Load | None) -> SentenceModule:
-    files = (_find(source, path, file) for file in ("model.safetensors", "pytorch_model.bin")) if load else ()
+    files = (find(source, path, file) for file in ("model.safetensors", "pytorch_model.bin")) if load else ()
     file = next((file for file in files if file is not None), None)
     try:
         weights = load(file) if load and file is not None else {}

@@ -16,7 +16,7 @@ from .sentence import SentenceSettings, lowered, pool, prompt_length
 from .shapes import known_architecture
 from .teachers import Teacher, model_inputs
 
-__all__ = ["Whitened", "cannot_whiten", "need_whitenable", "set_last_layer", "whiten"]
+__all__ = ["Whitened", "cannot_whiten", "last_layer", "need_whitenable", "set_last_layer", "whiten"]
 
 # Tokens to count on: about two thousand sentences.
 _TOKENS = 2**15
@@ -61,7 +61,7 @@ def need_whitenable(teacher: Teacher, settings: SentenceSettings | None = None) 
         raise VocabdistilError.of("whiten", f"{teacher.name} cannot be whitened: {problem}")
 
 
-def _last_layer(teacher: Teacher) -> tuple[nn.Module, nn.Linear, nn.LayerNorm]:
+def _parts(teacher: Teacher) -> tuple[nn.Module, nn.Linear, nn.LayerNorm]:
     """The norm before the feed-forward part, the last map of this, and the norm after it."""
     row = known_architecture(teacher.model.config)
     assert row.parts is not None
@@ -144,7 +144,7 @@ def whiten(
         settings = None
     batches = token_batches(teacher, lowered(texts, settings), min(max_length, teacher.max_positions), tokens)
     leading = prompt_length(teacher.tokenizer, teacher.prompt, settings)
-    attention_norm, ffn_out, ffn_norm = _last_layer(teacher)
+    attention_norm, ffn_out, ffn_norm = _parts(teacher)
     taps = [Tap(ffn_out, reads=True), Tap(attention_norm), Tap(ffn_norm)]
     moments, vectors = _Moments(), []
     for batch in batches:
@@ -175,9 +175,19 @@ def whiten(
     return Whitened(dict(zip(_NAMES, tensors, strict=True)), 1 - float(lost))
 
 
+def _tensors(teacher: Teacher) -> dict[str, Tensor]:
+    _, ffn_out, norm = _parts(teacher)
+    return dict(zip(_NAMES, (ffn_out.weight, ffn_out.bias, norm.weight, norm.bias), strict=True))
+
+
+@torch.no_grad()
+def last_layer(teacher: Teacher) -> dict[str, Tensor]:
+    """What :func:`set_last_layer` would change, as it is: a copy."""
+    return {name: tensor.clone() for name, tensor in _tensors(teacher).items()}
+
+
 @torch.no_grad()
 def set_last_layer(teacher: Teacher, layer: dict[str, Tensor]) -> None:
-    """Gives a model the last layer that :func:`whiten` made for it, in place."""
-    _, ffn_out, norm = _last_layer(teacher)
-    for name, tensor in zip(_NAMES, (ffn_out.weight, ffn_out.bias, norm.weight, norm.bias), strict=True):
+    """Gives a model the last layer that :func:`whiten` made for it, or that :func:`last_layer` copied, in place."""
+    for name, tensor in _tensors(teacher).items():
         tensor.copy_(layer[name])

@@ -196,7 +196,8 @@ struct GpuSpanLossArgs {
   bool mean;
   double temperature, beta, base;
   const float* weights;   // [pairs] or null: pair p counts base * weights[p]
-  const float* upstream;  // [1] or null: another factor; where it is 1 the gradients are left as they are
+  const float* upstream;  // [1] or null: another factor, of the gradients alone
+  const float* formed;    // [1] or null: where it equals upstream the gradients are left as they are
   float* loss;            // [pairs] or null, unscaled
   float* total;           // [1] or null
   void* stream;

@@ -65,7 +65,7 @@ LOSS = {
 }  # fmt: skip
 TABLES = {
     "student_table": "*i64", "student_coef": "*fp64", "teacher_table": "*i64", "teacher_coef": "*fp64",
-    "grad_table": "*i64", "weights": "*fp32", "upstream": "*fp32",
+    "grad_table": "*i64", "weights": "*fp32", "upstream": "*fp32", "formed": "*fp32",
 }  # fmt: skip
 
 

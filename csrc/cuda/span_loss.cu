@@ -18,8 +18,9 @@ struct LossArgs {
   bool mean;
   Temperature temperature;
   float beta, base;
-  const float *weights, *upstream;  // [pairs] and [1], each may be null
-  float* loss;                      // [pairs] or null
+  const float* weights;              // [pairs] or null
+  const float *upstream, *formed;    // [1], each may be null
+  float* loss;                       // [pairs] or null
 };
 
 // Where pair p lies. Read a pair ahead and clamped only when its turn has come, as that would be waiting for it.
@@ -49,8 +50,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
   __shared__ float4 parts[2][32];
   float base = a.base;
   if (a.upstream) {
-    if (*a.upstream == 1) return;  // the gradient is there already
-    base *= *a.upstream;
+    const float upstream = *a.upstream;
+    if (a.formed && *a.formed == upstream) return;  // the gradient is there already
+    base *= upstream;
   }
   const bool jsd = kKind == Kind::packed_jsd || (kKind == Kind::unpacked && a.divergence == Divergence::jsd);
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
@@ -165,7 +167,7 @@ const char* span_loss(const GpuSpanLossArgs& x) {
   const int width = static_cast<int>(16 / std::max(size, teacher_size));
   LossArgs a{table(x.student), table(x.teacher), {}, x.grads > 0, x.student_spans, x.teacher_spans, x.pairs,
              static_cast<int>(x.dim), width, x.divergence, x.mean, temperature_of(x.temperature),
-             static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.loss};
+             static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.formed, x.loss};
   bool packed = x.dim % width == 0 && x.dim <= kMostPacked && aligned(a.student) && aligned(a.teacher);
   for (int64_t l = 0; l < x.grads; ++l) {
     a.grad[l] = x.grad[l];

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -53,6 +53,34 @@ def scene(teacher_folder, demo_lines):
 def means(hidden, start, end):
     flat = hidden.flatten(0, 1)
     return torch.stack([flat[a:b].mean(0) for a, b in zip(start, end, strict=True)])
+
+
+def test_weights_are_a_part_of_their_losses(scene):
+    """Where a loss has formed its gradient in forward, backward meets an upstream gradient of 1 and forms none."""
+    objective, model, batch = scene
+    names = asdict(EVERYTHING)
+    weighted = replace(objective, weights=LossWeights(**{name: 0.25 * (i + 1) for i, name in enumerate(names)}))
+    loss, terms = weighted.loss(model, batch, 3)
+    weights = {name: getattr(weighted.weights, name) for name in names if name in terms}
+    weights |= {f"{name}_own": getattr(weighted.weights, name) for name in ("kl", "cosine", "mse")}
+    weights["logits_kl"] = weighted.weights.logits
+    torch.testing.assert_close(loss.detach(), sum(weights[name] * value for name, value in terms.items()))
+    _, plain = objective.loss(model, batch, 3)
+    torch.testing.assert_close(terms, plain)
+
+    met, nodes, seen = {}, [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        if type(node).__name__ in ("_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"):
+            node.register_prehook(lambda grads, node=node: met.__setitem__(node, grads[0]))
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    assert {type(node).__name__ for node in met} == {"_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"}
+    assert all(grad == 1 for grad in met.values())
 
 
 def test_each_term_is_its_formula(scene):

@@ -230,11 +230,12 @@ def cuda_span_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
     beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+    formed: Tensor | None,
 ) -> None:  # fmt: skip
     """The arguments of ``triton_kernels.span_loss.span_loss``; one dtype, at most CUDA_MAX_LAYERS layers a side."""
     with _cuda_stream(student[0].device) as stream:
         module().cuda_span_loss(
             *_cuda_rows(student, student_coef), [g.data_ptr() for g in grads], *_cuda_rows(teacher, teacher_coef),
             *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
-            base, _address(weights), _address(upstream), _address(loss), _address(total), stream,
+            base, _address(weights), _address(upstream), _address(formed), _address(loss), _address(total), stream,
         )  # fmt: skip

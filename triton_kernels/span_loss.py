@@ -188,18 +188,37 @@ def loss_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def total_kernel(loss, weights, total, pairs, base, BLOCK: tl.constexpr):
-    """``total = base * sum_p weights[p] * loss[p]`` by one program: a fixed order, so the same sum every time."""
-    # loss, weights: float32 [pairs], weights may be None; total: float32 [].
+@triton.jit(do_not_specialize=["pairs", "per"])
+def total_kernel(loss, weights, total, pairs, per, base, BLOCK: tl.constexpr):
+    """``total = base * sum_p weights[p] * loss[p]`` of ``per`` pairs, by one program: a fixed order, so the same sum
+    every time."""
+    # loss, weights: float32 [pairs], weights may be None; total: float32 [programs].
+    part = tl.program_id(0)
+    begin = part.to(tl.int64) * per
+    stop = tl.minimum(begin + per, pairs)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for block in range(0, pairs, BLOCK):
+    for block in range(begin, stop, BLOCK):
         p = block + tl.arange(0, BLOCK)
-        value = tl.load(loss + p, mask=p < pairs, other=0.0)
+        value = tl.load(loss + p, mask=p < stop, other=0.0)
         if weights is not None:
-            value *= tl.load(weights + p, mask=p < pairs, other=0.0)
+            value *= tl.load(weights + p, mask=p < stop, other=0.0)
         sums += value
-    tl.store(total, tl.sum(sums, 0) * base)
+    tl.store(total + part, tl.sum(sums, 0) * base)
+
+
+TOTAL_PAIRS = 8192  # of more a total is added up in two stages
+
+
+def write_total(loss: Tensor, weights: Tensor | None, total: Tensor, base: float) -> None:
+    """``total [] = base * sum_p weights[p] * loss[p]``, float32, the same bits on every run; weights may be None."""
+    options = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
+    pairs = loss.shape[0]
+    if pairs > TOTAL_PAIRS:
+        count = triton.cdiv(pairs, TOTAL_PAIRS)
+        parts = loss.new_empty(count)
+        total_kernel[(count,)](loss, weights, parts, pairs, TOTAL_PAIRS, 1.0, **options)
+        loss, weights, pairs = parts, None, count
+    total_kernel[(1,)](loss, weights, total, pairs, pairs, base, **options)
 
 
 def span_loss(
@@ -232,4 +251,4 @@ def span_loss(
             ALIGNED=aligned(*student, *teacher, *grads), **options,
         )  # fmt: skip
         if total is not None:
-            total_kernel[(1,)](loss, weights, total, pairs, base, BLOCK=2048, num_warps=8, enable_fp_fusion=True)
+            write_total(loss, weights, total, base)

@@ -196,6 +196,18 @@ def test_every_row_is_written_and_none_outside_is_touched(last, dim, backend, de
     torch.testing.assert_close(total, loss.sum())
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(3, torch.bfloat16), (8, torch.float32), (1032, torch.float16)], ids=str)
+def test_long_gaps_are_cleared(dim, dtype, backend, device):
+    """The rows of the gradient between, before and behind spans, and those of a span whose other side is empty."""
+    positions = [130, 160, 260, 300], [133, 160, 261, 302], [0, 1, 1, 2], [1, 1, 2, 2]
+    spans = [torch.tensor(v, dtype=torch.int32, device=device) for v in positions]
+    grads = torch.full((420, dim), float("nan"), device=device, dtype=dtype)
+    student, teacher = rows(400, dim, 1, dtype).to(device), rows(2, dim, 2, dtype).to(device)
+    call(backend, student, teacher, spans, [grads[8:408]], loss=student.new_empty(4, dtype=torch.float32), total=None)
+    assert grads[:8].isnan().all() and grads[408:].isnan().all()
+    assert grads[8:408].abs().sum(1).nonzero().flatten().tolist() == [130, 131, 132, 260]
+
+
 def test_spans_that_make_no_sense_stay_inside(backend, device):
     positions = [-5, 9, 3, 2**31 - 1], [4, -(2**31), 2, 2**31 - 1], [7, 0, -1, -9], [1, 2, 9, 2**31 - 1]
     spans = [torch.tensor(v, dtype=torch.int32, device=device) for v in positions]
@@ -211,6 +223,19 @@ def test_zero_pairs_clear_the_gradient(backend, device):
     grad = torch.full((4, 3), float("nan"), device=device)
     _, total = call(backend, rows(4, 3, 1).to(device), rows(4, 3, 2).to(device), [empty] * 4, [grad])
     assert total == 0 and torch.count_nonzero(grad) == 0
+
+
+def test_a_total_in_two_stages(backend, device, monkeypatch):
+    count = native.CUDA_TOTAL_PAIRS + 9
+    if backend == "triton":
+        monkeypatch.setattr("vocabdistil.triton_kernels.span_loss.TOTAL_PAIRS", 8)
+        count = 21
+    start = torch.arange(count, dtype=torch.int32, device=device)
+    student, teacher, weights = to(device, [rows(count, 1, 1), rows(count, 1, 2), rows(1, count, 3)[0]])
+    options = {"weights": weights, "base": 0.5, "divergence": native.DIVERGENCE_CODES["mse"]}
+    loss, total = call(backend, student, teacher, [start, start + 1] * 2, [], **options)
+    torch.testing.assert_close(total.double(), 0.5 * (loss.double() * weights.double()).sum(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(total, call(backend, student, teacher, [start, start + 1] * 2, [], **options)[1])
 
 
 def test_a_gradient_that_was_formed_with_the_same_upstream_is_left_alone(backend, device):

@@ -106,13 +106,15 @@ def test_kernels_are_in_the_module():
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
     run = subprocess.run([cuobjdump, "-elf", native.module().__file__], capture_output=True, text=True, check=True)
-    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "total_kernel"):
+    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel"):
         assert kernel in run.stdout, kernel
 
 
 def test_as_many_layers_are_allowed_as_the_kernels_take():
     rows = Path(__file__).parent.parent / "csrc/ops.h"
-    assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in rows.read_text(encoding="utf-8")
+    text = rows.read_text(encoding="utf-8")
+    assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in text
+    assert f"kTotalPairs = {native.CUDA_TOTAL_PAIRS};" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

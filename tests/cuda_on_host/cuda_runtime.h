@@ -136,6 +136,17 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return other;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  using namespace cuda_on_host;
+  exchanged[current] = value;
+  wait(Wait::shuffle);
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (exchanged[current / 32 * 32 + lane] != 0) all |= 1u << lane;
+  wait(Wait::shuffle);
+  return all;
+}
+
 namespace cuda_on_host {
 
 // What runs a kernel in place of the fibers, if anything does: its address, the sizes of grid and block, its arguments.

@@ -67,9 +67,9 @@ def _impl(
         student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
         backend,
     )  # fmt: skip
-    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad, upstream, native.empty)
-    _run(*arguments, loss, total, *grads, upstream=upstream)
-    return total, loss, *grads
+    total, loss, student_grads, teacher_grads = _fake(*arguments, student_grad, teacher_grad, upstream, native.empty)
+    _run(*arguments, loss, total, student_grads, teacher_grads, upstream)
+    return total, loss, student_grads, teacher_grads
 
 
 def _fake(

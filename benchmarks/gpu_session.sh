@@ -87,7 +87,7 @@ sanitize() {
         return
     fi
     for tool in memcheck racecheck synccheck; do
-        for operation in span_mean span_loss matched_kl remapped_kl relation_loss linear_matched_kl; do
+        for operation in span_mean span_loss matched_kl remapped_kl relation_loss linear_matched_kl remap; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool-$operation" compute-sanitizer --tool "$tool" \
                 --report-api-errors no --error-exitcode 1 "$PYTHON" -m benchmarks.launches small "$operation" || failed=1
         done

@@ -34,11 +34,22 @@ def _backends(operation: str, device: torch.device) -> list[str]:
     return [name for name in dispatch.TABLE[operation][device.type] if dispatch.unavailable(name) is None]
 
 
-def small(device: torch.device, operation: str) -> None:
-    """The calls of the smoke test."""
+def small(device: torch.device, operation: str) -> int:
+    """The calls of the smoke test, and a remap, which is none of them as it has no gradient; returns how many."""
+    count = 0
+    if operation == "remap":
+        table = vd.RemapTable(torch.arange(61), torch.arange(60) % 50, student_vocab_size=50, unk_id=1, pad_id=0)
+        ids = torch.arange(60, device=device).view(2, 30)
+        for backend in _backends(operation, device):
+            for width in (None, 40):
+                table.remap(ids, max_length=width, backend=backend)
+                count += 1
+        return count
     for call in calls(device):
         for backend in _backends(operation, device) if call.operation == operation else ():
             launch(call, backend)
+            count += 1
+    return count
 
 
 def large(device: torch.device) -> None:

@@ -48,7 +48,7 @@ class Usage:
 
 
 def find_tool(name: str) -> str | None:
-    """``nvcc`` or ``ptxas``: on the PATH, or of the CUDA toolkit of ``CUDA_HOME``."""
+    """A tool such as ``nvcc``: on the PATH, or of the CUDA toolkit of ``CUDA_HOME``."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(name) or (shutil.which(name, path=str(Path(home) / "bin")) if home else None)
 

@@ -173,7 +173,8 @@ const char* active_isa();
 // GPU, where it was built.
 namespace cuda {
 
-constexpr int kMaxLayers = 64;  // as many as fit the 4 KB of a kernel's arguments
+constexpr int kMaxLayers = 64;        // as many as fit the 4 KB of a kernel's arguments
+constexpr int64_t kTotalPairs = 8192;  // of more a total is added up in two stages
 
 // The layers of one side, read or written: `coef` lies on the device, null for 1 / count each.
 struct GpuLayers {
@@ -196,9 +197,11 @@ struct GpuSpanLossArgs {
   bool mean;
   double temperature, beta, base;
   const float* weights;   // [pairs] or null: pair p counts base * weights[p]
-  const float* upstream;  // [1] or null: another factor; where it is 1 the gradients are left as they are
+  const float* upstream;  // [1] or null: another factor, of the gradients alone
+  const float* formed;    // [1] or null: where it equals upstream the gradients are left as they are
   float* loss;            // [pairs] or null, unscaled
   float* total;           // [1] or null
+  float* parts;           // [ceil(pairs / kTotalPairs)], of the first stage of the total; null where there is no second
   void* stream;
 };
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vocabdistil.core import native
+from benchmarks.static import find_tool
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
@@ -30,7 +30,7 @@ TIERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "CUDA, on the host": (("test_cuda_host",), HAS_PYBIND and shutil.which("c++") is not None),
     "CUDA, compiled": (
         ("test_cuda_build", "test_cuda_static"),
-        bool(shutil.which("nvcc") and native.module().cuda_compiler),
+        all(map(find_tool, ("nvcc", "ptxas"))),
     ),
     "PTX, interpreted": (("test_ptx",), True),
     "GPU": (("test_gpu",), torch.cuda.is_available()),

@@ -21,9 +21,9 @@ def _maps(module, student, teacher, pairs):
     return module.attention_loss(*((x @ x.t())[None, None] for x in (student, teacher)), pairs)
 
 
-def _pooled(module, student, teacher, pairs):
+def _pooled(module, student, teacher, pairs, **options):
     masks = (torch.ones(1, len(x), dtype=torch.bool) for x in (student, teacher))
-    return module.pooled_loss(student[None], teacher[None], *masks)
+    return module.pooled_loss(student[None], teacher[None], *masks, **options)
 
 
 def losses(module: ModuleType = vd) -> dict[str, Loss]:
@@ -37,16 +37,22 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
             divergence: partial(module.span_loss, divergence=divergence)
             for divergence in ("kl", "reverse_kl", "jsd", "mse", "cosine")
         },
-        "layers": lambda s, t, pairs: module.span_loss([s, 2 * s], [t, 3 * t], pairs, student_layer_weights=[1.0, 2.0]),
-        "projected": lambda s, t, pairs: module.span_loss(s, t, pairs, weight=square.to(s.dtype)),
-        "matched_kl": lambda s, t, pairs: module.matched_kl(s, t, matched, pairs=pairs),
-        "matched_rest": lambda s, t, pairs: module.matched_kl(s, t, matched, pairs=pairs, unmatched="rest"),
-        "linear_matched_kl": lambda s, t, pairs: module.linear_matched_kl(
-            s, ours.to(s.dtype), t, theirs.to(t.dtype), many, pairs=pairs
+        "layers": lambda s, t, pairs, **options: module.span_loss(
+            [s, 2 * s], [t, 3 * t], pairs, student_layer_weights=[1.0, 2.0], **options
         ),
-        "remapped_kl": lambda s, t, pairs: module.remapped_kl(s, t, table, pairs=pairs),
+        "projected": lambda s, t, pairs, **options: module.span_loss(s, t, pairs, weight=square.to(s.dtype), **options),
+        "matched_kl": lambda s, t, pairs, **options: module.matched_kl(s, t, matched, pairs=pairs, **options),
+        "matched_rest": lambda s, t, pairs, **options: module.matched_kl(
+            s, t, matched, pairs=pairs, unmatched="rest", **options
+        ),
+        "linear_matched_kl": lambda s, t, pairs, **options: module.linear_matched_kl(
+            s, ours.to(s.dtype), t, theirs.to(t.dtype), many, pairs=pairs, **options
+        ),
+        "remapped_kl": lambda s, t, pairs, **options: module.remapped_kl(s, t, table, pairs=pairs, **options),
         "contrastive": module.contrastive,
-        "relation_loss": lambda s, t, pairs: module.relation_loss(s[None], t[None], pairs, heads=3),
+        "relation_loss": lambda s, t, pairs, **options: module.relation_loss(
+            s[None], t[None], pairs, heads=3, **options
+        ),
         "attention_loss": partial(_maps, module),
         "pooled_loss": partial(_pooled, module),
         "similarity_loss": lambda s, t, pairs: module.similarity_loss(s[:5], t[:5]),
@@ -54,5 +60,6 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
 
 
 LOSSES = losses()
-# Those that follow the spans of pairs.
+# Those with a `scale`, and those that follow the spans of pairs.
+SCALABLE = sorted(set(LOSSES) - {"attention_loss", "similarity_loss"})
 SPANNING = sorted(set(LOSSES) - {"pooled_loss", "similarity_loss"})

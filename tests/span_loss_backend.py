@@ -11,6 +11,7 @@ from tests.compiling import assert_compiles
 from tests.numbers_backend import test_span_divergences_at_any_temperature  # noqa: F401
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
+from tests.upstream import assert_guesses_the_upstream_gradient
 from vocabdistil.core import dispatch, native
 
 DIVERGENCES = list(native.DIVERGENCE_CODES)
@@ -175,6 +176,7 @@ def call(backend, student, teacher, spans, grads, **changes):
     arguments = {
         "weights": None, "base": 1.0, "student_coef": None, "teacher_coef": None, "divergence": 0, "mean": True,
         "temperature": 1.0, "beta": 0.5, "loss": loss, "total": total, "grads": grads, "upstream": None,
+        "formed": None,
     }  # fmt: skip
     kernel = dispatch.implementation("span_loss", backend, "span_loss")
     kernel([student], [teacher], spans, **{**arguments, **changes})
@@ -194,6 +196,18 @@ def test_every_row_is_written_and_none_outside_is_touched(last, dim, backend, de
     torch.testing.assert_close(total, loss.sum())
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(3, torch.bfloat16), (8, torch.float32), (1032, torch.float16)], ids=str)
+def test_long_gaps_are_cleared(dim, dtype, backend, device):
+    """The rows of the gradient between, before and behind spans, and those of a span whose other side is empty."""
+    positions = [130, 160, 260, 300], [133, 160, 261, 302], [0, 1, 1, 2], [1, 1, 2, 2]
+    spans = [torch.tensor(v, dtype=torch.int32, device=device) for v in positions]
+    grads = torch.full((420, dim), float("nan"), device=device, dtype=dtype)
+    student, teacher = rows(400, dim, 1, dtype).to(device), rows(2, dim, 2, dtype).to(device)
+    call(backend, student, teacher, spans, [grads[8:408]], loss=student.new_empty(4, dtype=torch.float32), total=None)
+    assert grads[:8].isnan().all() and grads[408:].isnan().all()
+    assert grads[8:408].abs().sum(1).nonzero().flatten().tolist() == [130, 131, 132, 260]
+
+
 def test_spans_that_make_no_sense_stay_inside(backend, device):
     positions = [-5, 9, 3, 2**31 - 1], [4, -(2**31), 2, 2**31 - 1], [7, 0, -1, -9], [1, 2, 9, 2**31 - 1]
     spans = [torch.tensor(v, dtype=torch.int32, device=device) for v in positions]
@@ -211,16 +225,55 @@ def test_zero_pairs_clear_the_gradient(backend, device):
     assert total == 0 and torch.count_nonzero(grad) == 0
 
 
-def test_an_upstream_gradient_of_one_leaves_the_gradient_alone(backend, device):
+def test_a_total_in_two_stages(backend, device, monkeypatch):
+    count = native.CUDA_TOTAL_PAIRS + 9
+    if backend == "triton":
+        monkeypatch.setattr("vocabdistil.triton_kernels.span_loss.TOTAL_PAIRS", 8)
+        count = 21
+    start = torch.arange(count, dtype=torch.int32, device=device)
+    student, teacher, weights = to(device, [rows(count, 1, 1), rows(count, 1, 2), rows(1, count, 3)[0]])
+    options = {"weights": weights, "base": 0.5, "divergence": native.DIVERGENCE_CODES["mse"]}
+    loss, total = call(backend, student, teacher, [start, start + 1] * 2, [], **options)
+    torch.testing.assert_close(total.double(), 0.5 * (loss.double() * weights.double()).sum(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(total, call(backend, student, teacher, [start, start + 1] * 2, [], **options)[1])
+
+
+def test_a_gradient_that_was_formed_with_the_same_upstream_is_left_alone(backend, device):
     pairs, n_s, n_t = make_pairs(5, seed=8)
     spans = to(device, [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end])
     student, teacher = to(device, [rows(n_s, 5, 1), rows(n_t, 5, 2)])
     grad, want = torch.full_like(student, 7), torch.empty_like(student)
-    call(backend, student, teacher, spans, [want])
-    call(backend, student, teacher, spans, [grad], loss=None, total=None, upstream=grad.new_ones(()))
+    loss, total = call(backend, student, teacher, spans, [want])
+    two, options = grad.new_full((), 2), {"loss": None, "total": None}
+    call(backend, student, teacher, spans, [grad], upstream=two, formed=two.clone(), **options)
     assert torch.all(grad == 7)
-    call(backend, student, teacher, spans, [grad], loss=None, total=None, upstream=grad.new_full((), 2))
+    call(backend, student, teacher, spans, [grad], upstream=two, formed=two + 1, **options)
     torch.testing.assert_close(grad, 2 * want)
+    grad.fill_(7)
+    again = call(backend, student, teacher, spans, [grad], upstream=two)
+    torch.testing.assert_close(grad, 2 * want)
+    assert torch.equal(again[0], loss) and torch.equal(again[1], total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_upstream_gradient_is_guessed(dtype, backend, device):
+    pairs, n_s, n_t = make_pairs(5, seed=8, gaps=True)
+    student, teacher, pairs = to(device, [rows(n_s, 8, 1, dtype), rows(n_t, 8, 2, dtype), pairs])
+    assert_guesses_the_upstream_gradient(lambda x: vd.span_loss(x, teacher, pairs, backend=backend), student)
+
+
+def test_the_upstream_gradient_of_both_sides_is_guessed(backend, device):
+    pairs, n_s, n_t = make_pairs(5, seed=8, gaps=True)
+    student, teacher, pairs = to(device, [rows(n_s, 8, 1), rows(n_t, 8, 2), pairs])
+    learned = torch.tensor([0.3, 1.0], device=device, requires_grad=True)
+
+    def loss(x):
+        return vd.span_loss(x, [teacher, 2 * teacher], pairs, teacher_layer_weights=learned, backend=backend)
+
+    for upstream in (3.0, 3.0, 1.0, 3.0):
+        (grad,) = torch.autograd.grad(upstream * loss(student.clone().requires_grad_()), learned)
+        (plain,) = torch.autograd.grad(loss(student.clone().requires_grad_()), learned)
+        torch.testing.assert_close(grad, upstream * plain)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

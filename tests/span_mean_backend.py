@@ -86,6 +86,18 @@ def test_span_mean_writes_every_row_and_none_outside(last, dim, backend, device)
     assert grad[1:7, -1].tolist() == [0, 1, 0, 0, 1, last > 5] and grad[[0, 7]].isnan().all()
 
 
+@pytest.mark.parametrize("dim", [3, 8, 1032])
+def test_span_mean_clears_long_gaps(dim, backend, device):
+    start, end = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([130, 160, 260], [133, 160, 261]))
+    grads = [torch.full((420, dim), float("nan"), device=device) for _ in range(2)]
+    upstream = torch.ones(3, dim, device=device)
+    inside = [grad[8:408] for grad in grads]
+    dispatch.implementation("span_mean", backend, "span_mean_bwd")(upstream, start, end, None, False, inside)
+    for grad in grads:
+        assert grad[:8].isnan().all() and grad[408:].isnan().all()
+        assert grad[8:408].abs().sum(1).nonzero().flatten().tolist() == [130, 131, 132, 260]
+
+
 def test_span_mean_strides_and_zero_pairs(backend, device):
     x = torch.randn(5, 8, device=device)[:, :3]
     start = torch.tensor([0], dtype=torch.int32, device=device)

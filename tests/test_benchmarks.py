@@ -15,6 +15,7 @@ from benchmarks import (
     align,
     collate,
     harness,
+    launches,
     linear_matched_kl,
     matched_kl,
     relation_loss,
@@ -352,3 +353,8 @@ def test_bad_usage(argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operation", dispatch.TABLE)
+def test_a_sanitizer_has_launches_of_every_operation_to_look_at(operation):
+    assert launches.small(torch.device("cpu"), operation) > 0

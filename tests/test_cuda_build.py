@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from benchmarks.static import find_tool
 from vocabdistil.core import native
 
 SOURCES = Path(__file__).parent.parent / "csrc/cuda"
@@ -21,7 +22,7 @@ CMAKE = shutil.which("cmake")
 needs_cmake = pytest.mark.skipif(CMAKE is None, reason="cmake is not on the PATH")
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
     pytest.mark.skipif(not native.module().cuda_compiler, reason="built with VOCABDISTIL_CUDA=OFF"),
 ]
 
@@ -54,7 +55,7 @@ def program(path: Path, output: str, code: int = 0) -> Path:
 @pytest.mark.skipif("VOCABDISTIL_CUDA_ARCHITECTURES" in os.environ, reason="the architectures were chosen by hand")
 @needs_cmake
 def test_the_architectures_of_the_gpus_or_of_every_family_are_built(tmp_path):
-    assert vd.backends()["build"]["cuda_architectures"] == chosen(tmp_path, shutil.which("nvcc"))
+    assert vd.backends()["build"]["cuda_architectures"] == chosen(tmp_path, find_tool("nvcc"))
 
 
 ARM = [] if platform.machine() == "x86_64" else ["110-real"]  # of boards that have no other processor
@@ -129,24 +130,26 @@ def test_a_cuda_compiler_that_refuses_the_host_compiler_is_told(tmp_path):
 def test_kernels_are_in_the_module():
     triton = importlib.util.find_spec("triton")  # brings the tool along
     bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
-    cuobjdump = shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
+    cuobjdump = find_tool("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
     run = subprocess.run([cuobjdump, "-elf", native.module().__file__], capture_output=True, text=True, check=True)
-    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "total_kernel"):
+    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel"):
         assert kernel in run.stdout, kernel
 
 
 def test_as_many_layers_are_allowed_as_the_kernels_take():
     rows = Path(__file__).parent.parent / "csrc/ops.h"
-    assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in rows.read_text(encoding="utf-8")
+    text = rows.read_text(encoding="utf-8")
+    assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in text
+    assert f"kTotalPairs = {native.CUDA_TOTAL_PAIRS};" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_call_without_a_driver_says_so(monkeypatch):
     monkeypatch.setattr(native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
     span, x = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4)
-    options = (0, True, 1.0, 0.5, torch.zeros(1), torch.zeros(()), [x], None)
+    options = (0, True, 1.0, 0.5, torch.zeros(1), torch.zeros(()), [x], None, None)
     for call in (
         lambda: native.cuda_span_mean_fwd([x], span, span, None, True, x),
         lambda: native.cuda_span_mean_bwd(x, span, span, None, True, [x]),

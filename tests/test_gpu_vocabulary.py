@@ -121,7 +121,7 @@ def test_upstream_gradient_is_folded_in_on_the_device():
     matched = make_matched(5031, 20000, 4700).to("cuda")
     student, teacher = (torch.randn(200, v, device="cuda").half() for v in (5031, 20000))
     grads = []
-    for upstream in (1.0, 4.0):
+    for upstream in (1.0, 4.0, 4.0):
         leaf = student.clone().requires_grad_()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -130,6 +130,7 @@ def test_upstream_gradient_is_folded_in_on_the_device():
             torch.cuda.set_sync_debug_mode("default")
         grads.append(leaf.grad)
     torch.testing.assert_close(4 * grads[0], grads[1])
+    assert torch.equal(grads[1], grads[2])
 
 
 @pytest.mark.parametrize("given", ["pairs", "mask", "rows"])

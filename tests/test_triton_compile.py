@@ -65,7 +65,7 @@ LOSS = {
 }  # fmt: skip
 TABLES = {
     "student_table": "*i64", "student_coef": "*fp64", "teacher_table": "*i64", "teacher_coef": "*fp64",
-    "grad_table": "*i64", "weights": "*fp32", "upstream": "*fp32",
+    "grad_table": "*i64", "weights": "*fp32", "upstream": "*fp32", "formed": "*fp32",
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_span_loss_of_other_sizes_dtypes_and_of_layer_lists(dtypes, dim):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_small_kernels(capability):
-    total = {"loss": "*fp32", "weights": "*fp32", "total": "*fp32", "pairs": "i32", "base": "fp32"}
+    total = {"loss": "*fp32", "weights": "*fp32", "total": "*fp32", "pairs": "i32", "per": "i32", "base": "fp32"}
     compile(span_loss.total_kernel, total, {"BLOCK": 2048}, capability)
     compile(rows.table_kernel, {"out": "*i64", **{f"a{i}": "i64" for i in range(8)}}, {}, capability)
 

@@ -19,9 +19,9 @@ DENSE = ("teacher_rest", "s_bias", "t_bias", "s_lengths", "t_lengths")
 
 
 def compile_matched_kl(
-    columns, dtype, capability, unmatched=0, spans=False, dense=False, upstream=False, grad=None
+    columns, dtype, capability, unmatched=0, spans=False, dense=False, upstream=None, grad=None
 ):  # fmt: skip
-    """``dense``: as the rows of linear_matched_kl."""
+    """``dense``: as the rows of linear_matched_kl; ``upstream``: "guessed", as in forward, or "met", as in backward."""
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     options = matched_kl.tile(columns, DTYPES[accumulator])
     constants = {
@@ -32,7 +32,7 @@ def compile_matched_kl(
     absent = [] if spans else [*SPANS]
     absent += ["teacher_of", "teacher_matched"] if dense else DENSE
     absent += [] if unmatched else ["teacher_matched", "teacher_rest"]
-    absent += ["loss"] if upstream else ["upstream"]
+    absent += {None: ["upstream", "formed"], "guessed": ["formed"], "met": ["loss"]}[upstream]
     constants |= dict.fromkeys(absent)
     types = {
         **dict.fromkeys((*SPANS, "teacher_of", "s_lengths", "t_lengths"), "*i32"),
@@ -40,7 +40,7 @@ def compile_matched_kl(
         **dict.fromkeys(("pairs", "s_rows", "t_rows", "s_stride", "t_stride", "g_stride", "v_s", "v_t"), "i32"),
         **dict.fromkeys(("student", "teacher"), f"*{dtype}"),
         "grad": f"*{grad or dtype}",
-        **dict.fromkeys(("teacher_rest", "s_bias", "t_bias", "scale", "loss", "upstream"), f"*{accumulator}"),
+        **dict.fromkeys(("teacher_rest", "s_bias", "t_bias", "scale", "loss", "upstream", "formed"), f"*{accumulator}"),
         "temperature": "*fp64" if dtype == "fp64" else "fp32",
     }
     signature = {name: types[name] for name in matched_kl.kernel.arg_names if name not in constants}
@@ -55,7 +55,11 @@ def test_matched_kl(columns, dtype, unmatched, capability):
     compile_matched_kl(columns, dtype, capability, unmatched)
 
 
-@pytest.mark.parametrize("options", [{"spans": True}, {"upstream": True}, {"spans": True, "unmatched": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"spans": True}, {"upstream": "guessed"}, {"upstream": "met"}, {"spans": True, "unmatched": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_matched_kl_over_spans_and_with_an_upstream_gradient(dtype, options):
     compile_matched_kl(5031, dtype, 90, **options)
@@ -103,7 +107,7 @@ VECTORS = (
 SIZES = (
     "p0", "pairs", "rows", "s_rows", "t_rows", "stride", "columns", "slices", "per", "parts", "count",
 )  # fmt: skip
-WIDE = ("out", "pooled", "z", "stats", "upstream", "merged", "slope", "scale", "loss", "sums")
+WIDE = ("out", "pooled", "z", "stats", "upstream", "formed", "merged", "slope", "scale", "loss", "sums")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -119,7 +123,7 @@ def test_remapped_kl(name, spans, upstream, dtype, capability):
         "BLOCK": 32, "LOGSUMEXP": not spans, "GRAD": True, "PARTS": remapped_kl.PARTS,
     }  # fmt: skip
     absent = [] if spans else ["start", "end", "student_start", "student_end", "t_start", "t_end"]
-    absent += [] if upstream else ["upstream"]
+    absent += [] if upstream else ["upstream", "formed"]
     constants = {k: v for k, v in {**constants, **dict.fromkeys(absent)}.items() if k in kernel.arg_names}
     types = {
         **dict.fromkeys(VECTORS, "*i32"), **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(WIDE, f"*{accumulator}"),

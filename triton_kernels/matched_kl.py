@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vocabdistil.core.values import Seen
 
-from .rows import clamp, on_device
+from .rows import clamp, on_device, to_do
 from .softmax import (
     CLOSE,
     close_step,
@@ -32,7 +32,7 @@ from .softmax import (
     shift_of,
     temperature_of,
 )
-from .span_loss import total_kernel
+from .span_loss import write_total
 
 RESIDENT = 16384  # columns of the longest row that stays in registers
 TURN = 4096  # columns read at a time of a longer one
@@ -413,20 +413,21 @@ def _row(
 @triton.jit(do_not_specialize=["pairs", "s_rows", "t_rows"])  # they differ from batch to batch
 def kernel(
     student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
-    teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, upstream, pairs, s_rows,
-    t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS: tl.constexpr, MEAN: tl.constexpr, UNMATCHED: tl.constexpr,
-    PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr,
+    teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, upstream, formed, pairs,
+    s_rows, t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS: tl.constexpr, MEAN: tl.constexpr,
+    UNMATCHED: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    STREAM: tl.constexpr,
 ):  # fmt: skip
     """UNMATCHED: 0 renormalize, 1 rest, 2 drop. PADDED: rows reach to their stride, a multiple of 16, so
     that 16 bytes are read and written at a time. WHOLE: BLOCK holds a row. What may be None: the spans (row p with row
-    p), ``teacher_of``, ``teacher_matched`` or ``teacher_rest``, biases, lengths, ``loss``, ``grad``, and ``upstream``,
-    with which the gradient is multiplied; nothing is done where it is 1.
+    p), ``teacher_of``, ``teacher_matched`` or ``teacher_rest``, biases, lengths, ``loss``, ``grad``, ``upstream``, with
+    which the gradient is multiplied, and ``formed``: nothing is done where both are equal.
 
     The program of pair p also clears the rows between the span before and its own, the last one the tail."""
     # student, teacher: [s_rows, v_s], [t_rows, v_t], columns adjacent; *_start, *_end: int32 [pairs]. teacher_of: int32
     # [v_s], -1 where there is none; teacher_matched: int8 [v_t]; teacher_rest: [pairs, 4]. s_bias, t_bias: [v_s],
     # [v_t]; s_lengths, t_lengths: [pairs]; temperature: a number, or float64 []. scale, loss: [pairs]; grad: as the
-    # student, rows g_stride apart; upstream: [].
+    # student, rows g_stride apart; upstream, formed: [].
     if upstream is None:
         _row(
             student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
@@ -435,7 +436,7 @@ def kernel(
         )  # fmt: skip
     else:
         by = tl.load(upstream)
-        if by != 1:
+        if to_do(pairs, upstream, formed) != 0:
             _row(
                 student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
                 teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, by, pairs, s_rows,
@@ -593,21 +594,21 @@ def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
         return (loss * scale).sum()
     total = loss.new_empty(())
     with on_device(loss):
-        total_kernel[(1,)](loss, scale, total, loss.shape[0], 1.0, BLOCK=2048, num_warps=8, enable_fp_fusion=True)
+        write_total(loss, scale, total, 1.0)
     return total
 
 
 def matched_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
     scale: Tensor, unmatched: int, mean: bool, temperature: float, keep: bool, loss: Tensor | None,
-    grad: Tensor | None, upstream: Tensor | None = None,
+    grad: Tensor | None, upstream: Tensor | None = None, formed: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]`` -> the
     scaled total. Writes what is not None: the losses ``[P]`` and the gradient of the total for the student's logits.
 
     keep: whether tables of the ids may be kept for the next call.
-    With ``upstream []`` the gradient, already there for an upstream gradient of 1, is written again with it folded in,
-    unless it is 1: decided on the device."""
+    ``upstream []`` is another factor, of the gradient alone; ``formed []`` is one that it is already there with: where
+    it is the same it is left as it is, decided on the device."""
     pairs = scale.shape[0]
     if not pairs:
         if grad is not None:
@@ -619,8 +620,8 @@ def matched_kl(
         teacher_of, teacher_matched = tables(student_ids, teacher_ids, v_s, v_t, bool(unmatched))
         kernel[(pairs,)](
             student, teacher, *(spans or (None,) * 4), teacher_of, teacher_matched, None, None, None, None, None,
-            temperature_argument(temperature, scale), scale, loss, grad, upstream, pairs, student.shape[0],
-            teacher.shape[0], student.stride(0), teacher.stride(0), v_s, v_s, v_t, SPANS=bool(spans),
+            temperature_argument(temperature, scale), scale, loss, grad, upstream, formed, pairs,
+            student.shape[0], teacher.shape[0], student.stride(0), teacher.stride(0), v_s, v_s, v_t, SPANS=bool(spans),
             MEAN=mean and bool(spans), UNMATCHED=unmatched, PADDED=False, ACC=accumulator(scale.dtype),
             **tile(v_s, scale.dtype),
         )  # fmt: skip
@@ -643,8 +644,8 @@ def dense_rows(
     with on_device(student):
         kernel[(rows,)](
             student, teacher, None, None, None, None, None, None, teacher_rest, student_bias, teacher_bias,
-            student_lengths, teacher_lengths, temperature_argument(temperature, scale), scale, loss, grad, None, rows,
-            rows, rows, student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0), v_s, v_m,
+            student_lengths, teacher_lengths, temperature_argument(temperature, scale), scale, loss, grad, None, None,
+            rows, rows, rows, student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0), v_s, v_m,
             SPANS=False, MEAN=False, UNMATCHED=unmatched, PADDED=True, ACC=accumulator(scale.dtype),
             **tile(v_s, scale.dtype),
         )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matched_kl import accumulator, temperature_argument, weighted_total
-from .rows import clamp, on_device, span_share
+from .rows import clamp, on_device, span_share, to_do
 from .softmax import CLOSE, close_step, log_one_plus, online, online_two, quotient, shift_of, temperature_of
 
 BUDGET = 256 << 20  # bytes for the logits of a chunk of pairs, combined and not, and their gradients
@@ -100,14 +100,6 @@ def make_gather_plan(indptr: Tensor, ids: Tensor, student_columns: int) -> Gathe
 
 
 @triton.jit
-def _to_do(count, upstream):
-    """0 where the upstream gradient is 1, as the gradient is there already."""
-    if upstream is not None:
-        count = tl.where(tl.load(upstream) == 1, 0, count)
-    return count
-
-
-@triton.jit
 def _pairs_of(start, end, p, pairs, rows):
     """First and last row of the pairs ``p``: empty past the end."""
     if start is None:
@@ -135,17 +127,17 @@ def _mean(x, first, last, stride, columns, inside, ACC: tl.constexpr, SPANS: tl.
 
 @triton.jit(do_not_specialize=["p0", "pairs", "rows"])
 def pool_kernel(
-    student, start, end, out, upstream, p0, pairs, rows, stride, columns, ACC: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    student, start, end, out, upstream, formed, p0, pairs, rows, stride, columns, ACC: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Means of the student's logits -> ``out [groups, columns, PAIRS]``."""
-    # student: [rows, columns], columns adjacent; start, end: int32 [pairs] or None (row p with row p); upstream: [] or
-    # None.
+    # student: [rows, columns], columns adjacent; start, end: int32 [pairs] or None (row p with row p); upstream,
+    # formed: [] or None.
     group = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, PAIRS)
     first, last = _pairs_of(start, end, p0 + group * PAIRS + r, pairs, rows)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < _to_do(columns, upstream)
+    inside = d < to_do(columns, upstream, formed)
     value = _mean(student, first, last, stride, d, inside, ACC, start is not None)
     at = (group * columns + d[:, None]) * PAIRS + r[None, :]
     tl.store(out + at, value, mask=inside[:, None])
@@ -153,13 +145,15 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["p0", "pairs", "rows"])
 def combine_kernel(
-    pooled, teacher, start, end, row_ids, pieces_at, pieces, z, stats, upstream, temperature, p0, pairs, rows, stride,
-    columns, slices, per, parts, LOGSUMEXP: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
+    pooled, teacher, start, end, row_ids, pieces_at, pieces, z, stats, upstream, formed, temperature, p0, pairs, rows,
+    stride, columns, slices, per, parts, LOGSUMEXP: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Combined logits -> ``z [groups, 32 slices, PAIRS]``; largest and sum of exp of both sides over the columns of a
     program, sum of exp(t) (t - s - apart) / T, and apart -> ``stats [6, groups, parts, PAIRS]``."""
     # pooled: [groups, columns, PAIRS], from pool_kernel; teacher: [rows, V_t], columns adjacent; start, end: int32
-    # [pairs] or None; row_ids: int32 [32 slices], pieces_at: int32 [slices + 1], pieces: int32, of the plan; upstream:
+    # [pairs] or None; row_ids: int32 [32 slices], pieces_at: int32 [slices + 1], pieces: int32, of the plan; upstream,
+    # formed:
     # [] or None; temperature: a number, or float64 [].
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
@@ -171,7 +165,7 @@ def combine_kernel(
     apart = tl.zeros([PAIRS], ACC)
     pooled += group * columns * PAIRS
     z += group * slices * SLICE * PAIRS
-    stop = _to_do(tl.minimum((part + 1) * per, slices), upstream)
+    stop = to_do(tl.minimum((part + 1) * per, slices), upstream, formed)
     for b in range(part * per, stop):
         at = tl.load(pieces_at + b)
         length = (tl.load(pieces_at + b + 1) - at) // SLICE
@@ -227,15 +221,15 @@ def _weighed(x, weight):
 
 @triton.jit
 def merge_kernel(
-    stats, merged, upstream, temperature, parts, ACC: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr
+    stats, merged, upstream, formed, temperature, parts, ACC: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """``stats [6, groups, parts, PAIRS]`` -> ``merged [5, groups, PAIRS]``: shift and sum of exp of both sides, and the
     mean of what their shifted, divided logits differ by."""
-    # upstream: [] or None; temperature: a number, or float64 [].
+    # upstream, formed: [] or None; temperature: a number, or float64 [].
     group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     r, i = tl.arange(0, PAIRS), tl.arange(0, PARTS)
     inverse = 1.0 / temperature_of(temperature, ACC)
-    inside = (i < _to_do(parts, upstream))[:, None]
+    inside = (i < to_do(parts, upstream, formed))[:, None]
     stats += (group * parts + i[:, None]) * PAIRS + r[None, :]
     step = groups.to(tl.int64) * parts * PAIRS
     high_s, weight = _weights(tl.load(stats, mask=inside, other=float("-inf")), inverse)
@@ -300,14 +294,14 @@ def close_kernel(
 
 @triton.jit(do_not_specialize=["p0", "pairs", "rows"])
 def slope_kernel(
-    z, slope, teacher, student_start, student_end, start, end, row_ids, merged, sums, scale, loss, upstream,
+    z, slope, teacher, student_start, student_end, start, end, row_ids, merged, sums, scale, loss, upstream, formed,
     temperature, p0, pairs, s_rows, rows, stride, slices, per, parts, GRAD: tl.constexpr, ACC: tl.constexpr,
     PAIRS: tl.constexpr, SLICE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The losses, and d loss / d z -> ``slope``, laid out as z, which it may be; ``sums`` from `close_kernel`."""
     # z, slope: [groups, 32 slices, PAIRS]; teacher: [rows, V_t]; student_start, student_end, start, end: int32 [pairs]
     # or None; row_ids: int32 [32 slices]; merged: [5, groups, PAIRS]; sums: [groups, parts, PAIRS]; scale: [pairs];
-    # loss: [pairs] or None; upstream: [] or None; temperature: a number, or float64 [].
+    # loss: [pairs] or None; upstream, formed: [] or None; temperature: a number, or float64 [].
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     groups = tl.num_programs(1)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
@@ -336,7 +330,7 @@ def slope_kernel(
         if upstream is not None:
             factor *= tl.load(upstream)
         by_s, by_t = by_s * factor, by_t * factor
-        stop = _to_do(tl.minimum((part + 1) * per, slices), upstream)
+        stop = to_do(tl.minimum((part + 1) * per, slices), upstream, formed)
         for b in range(part * per, stop):
             v = tl.load(row_ids + b * SLICE + i)
             at = (group * slices * SLICE + b * SLICE + i[:, None]) * PAIRS + r[None, :]
@@ -352,12 +346,12 @@ def slope_kernel(
 
 @triton.jit
 def gather_kernel(
-    slope, z, pooled, uses_at, uses, owners, out, upstream, columns, slices, rows, LOGSUMEXP: tl.constexpr,
+    slope, z, pooled, uses_at, uses, owners, out, upstream, formed, columns, slices, rows, LOGSUMEXP: tl.constexpr,
     ACC: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """The sum of each segment -> ``out [groups, 32 slices, PAIRS]``; ``rows``: how many slope has."""
     # slope, z: [groups, rows, PAIRS]; pooled: [groups, columns, PAIRS]; uses_at: int32 [slices + 1], uses: int32,
-    # owners: int32 [32 slices], of the plan, whose slices are segments here; upstream: [] or None.
+    # owners: int32 [32 slices], of the plan, whose slices are segments here; upstream, formed: [] or None.
     b, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, i = tl.arange(0, PAIRS), tl.arange(0, SLICE)
     slope += group * rows * PAIRS
@@ -368,7 +362,7 @@ def gather_kernel(
             pooled + (group * columns + j[:, None]) * PAIRS + r[None, :], mask=(j >= 0)[:, None], other=float("-inf")
         )
     at = tl.load(uses_at + b)
-    length = _to_do((tl.load(uses_at + b + 1) - at) // SLICE, upstream)
+    length = to_do((tl.load(uses_at + b + 1) - at) // SLICE, upstream, formed)
     total = tl.zeros([SLICE, PAIRS], ACC)
     for k in range(0, length):
         o = tl.load(uses + at + k * SLICE + i)
@@ -384,19 +378,19 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["p0", "pairs", "rows", "t_rows"])
 def write_kernel(
-    sums, of, segments, grad, start, end, t_start, t_end, upstream, p0, pairs, rows, t_rows, columns, count,
+    sums, of, segments, grad, start, end, t_start, t_end, upstream, formed, p0, pairs, rows, t_rows, columns, count,
     ACC: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The segments of each piece, added up, into every row of its pairs' spans; zeros into the rows between them."""
     # sums: [groups, count, PAIRS]; of: int32 [columns + 1], segments: int32 [count], of the plan; grad: [rows,
-    # columns], contiguous; start, end, t_start, t_end: int32 [pairs] or None; upstream: [] or None.
+    # columns], contiguous; start, end, t_start, t_end: int32 [pairs] or None; upstream, formed: [] or None.
     group = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, PAIRS)
     p = p0 + group * PAIRS + r
     first, last = _pairs_of(start, end, p, pairs, rows)
     t_first, t_last = _pairs_of(t_start, t_end, p, pairs, t_rows)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < _to_do(columns, upstream)
+    inside = d < to_do(columns, upstream, formed)
     begin = tl.load(of + d, mask=inside, other=0)
     length = tl.load(of + d + 1, mask=inside, other=0) - begin
     total = tl.zeros([BLOCK, PAIRS], ACC)
@@ -423,11 +417,12 @@ def write_kernel(
 def remapped_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: GatherPlan, scale: Tensor, logsumexp: bool,
     temperature: float, loss: Tensor | None, grad: Tensor | None, upstream: Tensor | None = None,
+    formed: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, scale ``[P]`` -> the scaled total. Writes
     what is not None: the losses ``[P]`` and the gradient of the total for the student's logits.
 
-    upstream: as for ``matched_kl``."""
+    upstream, formed: as for ``matched_kl``."""
     pairs, (rows, columns), t_rows = scale.shape[0], student.shape, teacher.shape[0]
     slices, segments = plan.pieces_at.numel() - 1, plan.uses_at.numel() - 1
     if not pairs or not slices:
@@ -458,30 +453,31 @@ def remapped_kl(
         for g in range(0, all_groups, groups):
             n, p0 = min(groups, all_groups - g), g * PAIRS
             pool_kernel[(blocks, n)](
-                student, s_start, s_end, pooled, upstream, p0, pairs, rows, student.stride(0), columns, **wide, BLOCK=32
-            )
-            combine_kernel[(parts, n)](
-                pooled, teacher, t_start, t_end, plan.rows, plan.pieces_at, plan.pieces, z, stats, upstream, t, p0,
-                pairs, t_rows, teacher.stride(0), columns, slices, per, parts, LOGSUMEXP=logsumexp, **sliced,
+                student, s_start, s_end, pooled, upstream, formed, p0, pairs, rows, student.stride(0), columns, **wide,
+                BLOCK=32,
             )  # fmt: skip
-            merge_kernel[(n,)](stats, merged, upstream, t, parts, **wide, PARTS=PARTS)
+            combine_kernel[(parts, n)](
+                pooled, teacher, t_start, t_end, plan.rows, plan.pieces_at, plan.pieces, z, stats, upstream, formed, t,
+                p0, pairs, t_rows, teacher.stride(0), columns, slices, per, parts, LOGSUMEXP=logsumexp, **sliced,
+            )  # fmt: skip
+            merge_kernel[(n,)](stats, merged, upstream, formed, t, parts, **wide, PARTS=PARTS)
             close_kernel[(parts, n)](
                 z, teacher, t_start, t_end, plan.rows, merged, stats, t, p0, pairs, t_rows, teacher.stride(0), slices,
                 per, parts, **sliced,
             )  # fmt: skip
             slope_kernel[(parts, n)](
-                z, slope, teacher, s_start, s_end, t_start, t_end, plan.rows, merged, stats, scale, loss, upstream, t,
-                p0, pairs, rows, t_rows, teacher.stride(0), slices, per, parts, GRAD=grad is not None, **sliced,
-                PARTS=PARTS,
+                z, slope, teacher, s_start, s_end, t_start, t_end, plan.rows, merged, stats, scale, loss, upstream,
+                formed, t, p0, pairs, rows, t_rows, teacher.stride(0), slices, per, parts, GRAD=grad is not None,
+                **sliced, PARTS=PARTS,
             )  # fmt: skip
             if grad is None:
                 continue
             gather_kernel[(segments, n)](
-                slope, z, pooled, plan.uses_at, plan.uses, plan.owners, sums, upstream, columns, segments, height,
-                LOGSUMEXP=logsumexp, **sliced,
+                slope, z, pooled, plan.uses_at, plan.uses, plan.owners, sums, upstream, formed, columns, segments,
+                height, LOGSUMEXP=logsumexp, **sliced,
             )  # fmt: skip
             write_kernel[(blocks, n)](
-                sums, plan.of, plan.segments, grad, s_start, s_end, t_start, t_end, upstream, p0, pairs, rows, t_rows,
-                columns, SLICE * segments, **wide, BLOCK=32,
+                sums, plan.of, plan.segments, grad, s_start, s_end, t_start, t_end, upstream, formed, p0, pairs, rows,
+                t_rows, columns, SLICE * segments, **wide, BLOCK=32,
             )  # fmt: skip
         return None if loss is None else weighted_total(loss, scale)

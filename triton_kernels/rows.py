@@ -107,6 +107,14 @@ def store_rows(
 
 
 @triton.jit
+def to_do(count, upstream, formed):
+    """``count``, or 0 where the gradient is there already, formed with this upstream gradient."""
+    if formed is not None:
+        count = tl.where(tl.load(upstream) == tl.load(formed), 0, count)
+    return count
+
+
+@triton.jit
 def span_share(first, last, MEAN: tl.constexpr, ACC: tl.constexpr):
     length = tl.maximum(last - first, 1)
     if not MEAN:

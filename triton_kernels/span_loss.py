@@ -24,6 +24,7 @@ from .rows import (
     span_share,
     store_rows,
     tile,
+    to_do,
     written_rows,
 )  # fmt: skip
 from .softmax import CLOSE, close_step, exp_series, less_its_log, log_one_plus
@@ -135,20 +136,20 @@ def divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
 def loss_kernel(
     student, student_table, student_coef, student_rows, student_stride, student_start, student_end,
     teacher, teacher_table, teacher_coef, teacher_rows, teacher_stride, teacher_start, teacher_end,
-    grad, grad_table, loss, weights, upstream, pairs, dim, base, temperature, beta,
+    grad, grad_table, loss, weights, upstream, formed, pairs, dim, base, temperature, beta,
     DIVERGENCE: tl.constexpr, MEAN: tl.constexpr, STUDENT_LAYERS: tl.constexpr, TEACHER_LAYERS: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``grad``, ``loss``, ``weights`` and ``upstream`` may be None; with an ``upstream`` of 1 nothing is done."""
+    """``grad``, ``loss``, ``weights``, ``upstream`` and ``formed`` may be None; nothing is done where the last two are
+    equal."""
     # student, teacher: one layer [student_rows, dim], [teacher_rows, dim], columns adjacent; *_table: int64 [*_LAYERS],
     # the addresses of all, None for one; *_coef: [*_LAYERS] or None; *_start, *_end: int32 [pairs]. grad: one
     # layer [student_rows, dim], contiguous; grad_table: int64 [STUDENT_LAYERS] or None. loss, weights: float32 [pairs];
-    # upstream: float32 [].
+    # upstream, formed: float32 [].
     ACC: tl.constexpr = tl.float32
     if upstream is not None:
-        factor = tl.load(upstream)
-        pairs = tl.where(factor == 1, 0, pairs)  # no pairs: every mask is empty, every loop ends at once
-        base = base * factor
+        pairs = to_do(pairs, upstream, formed)  # no pairs: every mask is empty, every loop ends at once
+        base = base * tl.load(upstream)
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_s, last_s = span(student_start, student_end, p, pairs, student_rows)
     first_t, last_t = span(teacher_start, teacher_end, p, pairs, teacher_rows)
@@ -187,31 +188,51 @@ def loss_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def total_kernel(loss, weights, total, pairs, base, BLOCK: tl.constexpr):
-    """``total = base * sum_p weights[p] * loss[p]`` by one program: a fixed order, so the same sum every time."""
-    # loss, weights: float32 [pairs], weights may be None; total: float32 [].
+@triton.jit(do_not_specialize=["pairs", "per"])
+def total_kernel(loss, weights, total, pairs, per, base, BLOCK: tl.constexpr):
+    """``total = base * sum_p weights[p] * loss[p]`` of ``per`` pairs, by one program: a fixed order, so the same sum
+    every time."""
+    # loss, weights: float32 [pairs], weights may be None; total: float32 [programs].
+    part = tl.program_id(0)
+    begin = part.to(tl.int64) * per
+    stop = tl.minimum(begin + per, pairs)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for block in range(0, pairs, BLOCK):
+    for block in range(begin, stop, BLOCK):
         p = block + tl.arange(0, BLOCK)
-        value = tl.load(loss + p, mask=p < pairs, other=0.0)
+        value = tl.load(loss + p, mask=p < stop, other=0.0)
         if weights is not None:
-            value *= tl.load(weights + p, mask=p < pairs, other=0.0)
+            value *= tl.load(weights + p, mask=p < stop, other=0.0)
         sums += value
-    tl.store(total, tl.sum(sums, 0) * base)
+    tl.store(total + part, tl.sum(sums, 0) * base)
+
+
+TOTAL_PAIRS = 8192  # of more a total is added up in two stages
+
+
+def write_total(loss: Tensor, weights: Tensor | None, total: Tensor, base: float) -> None:
+    """``total [] = base * sum_p weights[p] * loss[p]``, float32, the same bits on every run; weights may be None."""
+    options = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
+    pairs = loss.shape[0]
+    if pairs > TOTAL_PAIRS:
+        count = triton.cdiv(pairs, TOTAL_PAIRS)
+        parts = loss.new_empty(count)
+        total_kernel[(count,)](loss, weights, parts, pairs, TOTAL_PAIRS, 1.0, **options)
+        loss, weights, pairs = parts, None, count
+    total_kernel[(1,)](loss, weights, total, pairs, pairs, base, **options)
 
 
 def span_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
     beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+    formed: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes what is not None or empty: ``loss [P]``, ``total []`` (float32), ``grads``, one ``[N_s, D]`` per layer.
 
     student, teacher: layers ``[N, D]`` with unit column stride, float32, bfloat16 or float16; spans: the four int32
     ``[P]`` of SpanPairs; weights: float32 ``[P]`` or None; coefs: ``[n]`` or None (1/n). ``base * weights[p]`` is what
-    pair p counts. With ``upstream []`` the gradients, already there for an upstream gradient of 1, are written again
-    with it folded in, unless it is 1: decided on the device.
+    pair p counts. ``upstream []`` is another factor, of the gradients alone; ``formed []`` is one that they are already
+    there with: where it is the same they are left as they are, decided on the device.
     """
     student, teacher = one_stride(student), one_stride(teacher)
     pairs, (rows, dim) = spans[0].shape[0], student[0].shape
@@ -225,9 +246,9 @@ def span_loss(
             student[0], address_table(student), student_coef, rows, student[0].stride(0), spans[0], spans[1],
             teacher[0], address_table(teacher), teacher_coef, teacher[0].shape[0], teacher[0].stride(0), *spans[2:],
             grads[0] if grads else None, address_table(grads) if grads else None, loss, weights, upstream,
-            pairs, dim, base, temperature, beta,
+            formed, pairs, dim, base, temperature, beta,
             DIVERGENCE=divergence, MEAN=mean, STUDENT_LAYERS=len(student), TEACHER_LAYERS=len(teacher),
             ALIGNED=aligned(*student, *teacher, *grads), **options,
         )  # fmt: skip
         if total is not None:
-            total_kernel[(1,)](loss, weights, total, pairs, base, BLOCK=2048, num_warps=8, enable_fp_fusion=True)
+            write_total(loss, weights, total, base)

@@ -49,13 +49,14 @@ void loss(int s_dtype, const Addresses& s_data, const Strides& s_stride, int64_t
           const Addresses& grad, int t_dtype, const Addresses& t_data, const Strides& t_stride, int64_t t_rows,
           Address t_coef, Address s_start, Address s_end, Address t_start, Address t_end, int64_t pairs, int64_t dim,
           int divergence, bool mean, double temperature, double beta, double base, Address weights, Address upstream,
-          Address loss, Address total, Address stream) {
+          Address formed, Address loss, Address total, Address parts, Address stream) {
   const Released released;
   if (!grad.empty() && grad.size() != s_data.size()) throw std::invalid_argument("expected one gradient per layer");
   check(span_loss({layers(s_dtype, s_data, s_stride, s_rows, s_coef), layers(t_dtype, t_data, t_stride, t_rows, t_coef),
                    static_cast<int64_t>(grad.size()), array(grad), spans(s_start, s_end), spans(t_start, t_end), pairs,
                    dim, static_cast<Divergence>(divergence), mean, temperature, beta, base, at<const float>(weights),
-                   at<const float>(upstream), at<float>(loss), at<float>(total), at<void>(stream)}));
+                   at<const float>(upstream), at<const float>(formed), at<float>(loss), at<float>(total),
+                   at<float>(parts), at<void>(stream)}));
 }
 
 const char* problem_or_none() {

@@ -193,9 +193,9 @@ struct Pair {
       if (!inside(e)) s[e] = t[e] = outside;
   }
 
-  // Writes weight * s to the rows of the span, 0 to the others of `written`.
-  __device__ void store_gradient(void* grad, const LayerTable& student, int dim, float weight, const Span& span,
-                                 const Rows& written) const {
+  // Writes weight * s to the rows of the span.
+  __device__ void store_gradient(void* grad, const LayerTable& student, int dim, float weight,
+                                 const Span& span) const {
     char* const out = static_cast<char*>(grad) + column_ * student.item;
     const int64_t stride = static_cast<int64_t>(dim) * student.item;
     with_element(student.dtype, [&](auto element) {
@@ -203,13 +203,12 @@ struct Pair {
       [[maybe_unused]] uint32_t raw[kSize];
       if constexpr (kPacked) encode<E>(raw, weight);
 #pragma unroll 1  // one to three rows as a rule
-      for (int64_t i = written.start; i < written.end; ++i) {
+      for (int64_t i = span.start; i < span.end; ++i) {
         char* const row = out + i * stride;
-        const bool own = i >= span.start && i < span.end;
         if constexpr (!kPacked) {
 #pragma unroll 1
           for (int e = 0; e < kSize; ++e)
-            if (inside(e)) reinterpret_cast<E*>(row)[e * 32] = store<E>(own ? weight * s[e] : 0.0f);
+            if (inside(e)) reinterpret_cast<E*>(row)[e * 32] = store<E>(weight * s[e]);
         } else {
           with_packs<E>(width_, [&](auto packs) {
             using P = decltype(packs);
@@ -217,7 +216,7 @@ struct Pair {
             for (int k = 0; k < kSize / P::columns; ++k) {
               Pack<uint32_t, P::words> pack;
 #pragma unroll
-              for (int w = 0; w < P::words; ++w) pack.value[w] = own ? raw[k * P::words + w] : 0;
+              for (int w = 0; w < P::words; ++w) pack.value[w] = raw[k * P::words + w];
               if (inside(k * P::columns)) reinterpret_cast<Pack<uint32_t, P::words>*>(row)[k * 32] = pack;
             }
           });
@@ -226,17 +225,20 @@ struct Pair {
     });
   }
 
-  // Asks for a span's rows in all layers, to lie in the L2 cache when their turn comes: 128 bytes a thread, and no
-  // register for what is under way.
+  // Asks for the first rows of a span, layer by layer, to lie in the L2 cache when their turn comes: 128 bytes a thread,
+  // and no register for what is under way. At most 4 rows or 8 KB a warp, as all warps of a GPU ask at once: what is more
+  // would push out what others have asked for.
   static __device__ void ask_for(const LayerTable& layers, const Span& span, int dim) {
-    const int bytes = dim * layers.item;
+    const int bytes = dim * layers.item, most = 8192 / 32 * blockDim.x;
+    int left = 4 * bytes < most ? 4 * bytes : most;
 #pragma unroll 1
     for (int l = 0; l < layers.count; ++l)
 #pragma unroll 1
-      for (int i = span.start; i < span.end; ++i)
+      for (int i = span.start; i < span.end; ++i) {
         for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.at(l, i, 0) + d);
+        if ((left -= bytes) < bytes) return;
+      }
   }
-
   // The largest values of both rows, which every divergence of softmaxes asks for first.
   __device__ void tops(Group& group) {
     top_s_ = top_t_ = -INFINITY;

@@ -81,32 +81,53 @@ struct LayerTable {
 struct Span {
   int start, end;
 };
-struct Rows {
-  int64_t start, end;
-};
 inline __device__ int clamp(int position, int64_t rows) {
   return position < 0 ? 0 : position < rows ? position : static_cast<int>(rows);
 }
 inline __device__ Span clamp(const Span& s, int64_t rows) { return {clamp(s.start, rows), clamp(s.end, rows)}; }
 inline __device__ Span span(const Spans& spans, int64_t p) { return {spans.start[p], spans.end[p]}; }
-// What pair p writes of a gradient: the gap between the end of the span before (0 for the first) and its span, the span,
-// and for the last pair the tail. So every row is written once, and none twice.
-inline __device__ Rows written_rows(int before, const Span& s, bool last, int64_t rows) {
-  return {clamp(before, rows), last ? rows : s.end};
-}
-inline __device__ int end_before(const Spans& spans, int64_t p) { return p ? spans.end[p - 1] : 0; }
 template <class A>
 __device__ A share(const Span& s, bool mean) {
   return mean && s.end > s.start ? A{1} / static_cast<A>(s.end - s.start) : A{1};
 }
 
-// One column pack of a gradient: the value on the rows of the span, 0 on the others of `written`. `out`: that of row 0.
-template <class T, int N>
-__device__ void store_rows(char* out, int64_t stride, const Span& s, const Rows& written, const Pack<T, N>& value) {
-  const Pack<T, N> zero{};
-#pragma unroll 1  // one to three rows as a rule
-  for (int64_t i = written.start; i < written.end; ++i)
-    *reinterpret_cast<Pack<T, N>*>(out + i * stride) = i >= s.start && i < s.end ? value : zero;
+// The first pair whose span ends behind a row: of ascending spans the only one that the row can lie in; `pairs` if none.
+inline __device__ int64_t pair_ending_behind(const Spans& spans, int64_t pairs, int64_t row) {
+  int64_t low = 0, high = pairs;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (spans.end[middle] > row)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// Clears the rows of a gradient that no pair writes: gaps and, in a batch, padding. Each of `warps` warps takes 32 rows,
+// of which a lane looks up one, and so on, so that all share them, however they lie. `written(p, row)`: pair p, the only
+// one that can, writes the row; at(l, row): where it begins in layer l, `bytes` in words of Word.
+template <class Word, class Written, class At>
+__device__ void clear_between(int64_t warp, int64_t warps, const Spans& spans, int64_t pairs, int64_t rows, int layers,
+                              int64_t bytes, Written&& written, At&& at) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int64_t first = 32 * warp; first < rows; first += 32 * warps) {
+    bool bare = false;
+    if (first + lane < rows) {
+      const int64_t p = pair_ending_behind(spans, pairs, first + lane);
+      bare = p == pairs || !written(p, first + lane);
+    }
+    unsigned left = __ballot_sync(0xffffffffu, bare);
+#pragma unroll 1
+    for (int64_t row = first; left; ++row, left /= 2) {
+      if (left % 2 == 0) continue;
+#pragma unroll 1
+      for (int l = 0; l < layers; ++l)
+        for (int64_t d = lane * sizeof(Word); d < bytes; d += 32 * sizeof(Word))
+          *reinterpret_cast<Word*>(at(l, row) + d) = Word{};
+    }
+  }
 }
 
 inline LayerTable table(const GpuLayers& x) {
@@ -144,6 +165,14 @@ inline const char* clear(const LayerTable& x, size_t row_bytes, cudaStream_t str
   return nullptr;
 }
 
+template <class Args>
+const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, dim3 threads, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = threads;
+  config.stream = stream;
+  return text(cudaLaunchKernelEx(&config, kernel, args));
+}
 // `threads` per pair: a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and loops:
 // once for a kernel that asks for its next pair ahead, twice for one that does not, to even out spans of different
 // length.
@@ -158,11 +187,7 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int th
   const auto occupied = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * shared, 0);
   if (const char* error = text(occupied)) return error;
   const int64_t most = int64_t{times} * processors * std::max(resident, 1);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(pairs, shared), most)));
-  config.blockDim = dim3(threads, shared);
-  config.stream = stream;
-  return text(cudaLaunchKernelEx(&config, kernel, args));
+  return launch(kernel, args, std::min(ceil_div(pairs, shared), most), dim3(threads, shared), stream);
 }
 inline __device__ int64_t first_pair() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 inline __device__ int64_t pair_step() { return int64_t{gridDim.x} * blockDim.y; }

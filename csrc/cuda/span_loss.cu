@@ -18,39 +18,42 @@ struct LossArgs {
   bool mean;
   Temperature temperature;
   float beta, base;
-  const float *weights, *upstream;  // [pairs] and [1], each may be null
-  float* loss;                      // [pairs] or null
+  const float* weights;              // [pairs] or null
+  const float *upstream, *formed;    // [1], each may be null
+  float* loss;                       // [pairs] or null
 };
 
 // Where pair p lies. Read a pair ahead and clamped only when its turn has come, as that would be waiting for it.
 struct Place {
   Span student, teacher;
-  int before;
 
   __device__ void clamp(const LossArgs& a) {
     student = cuda::clamp(student, a.student.rows);
     teacher = cuda::clamp(teacher, a.teacher.rows);
   }
+  __device__ bool both() const { return student.end > student.start && teacher.end > teacher.start; }
 };
 __device__ Place place(const LossArgs& a, int64_t p) {
   if (p >= a.pairs) return {};
-  return {span(a.student_spans, p), span(a.teacher_spans, p), end_before(a.student_spans, p)};
+  return {span(a.student_spans, p), span(a.teacher_spans, p)};
 }
 
 // Of packed columns JSD has a kernel of its own: its logarithms would cost the others registers. Columns that come one by
 // one are not kept in registers.
 enum class Kind { packed, packed_jsd, unpacked };
 
-// Blocks of four warps share a multiprocessor in threes where a thread holds many columns, else in fours: as many as fit
-// its registers without spilling them.
+// Blocks of four warps share a multiprocessor in threes where a thread holds many columns, else in fours. What they spill
+// for that (benchmarks/spills.csv), some 25 of a pair's instructions, is not worth half as many warps: without it the
+// compiler takes 247 registers for 32 columns, and 205 for JSD.
 template <Kind kKind, int kColumns, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3 : 1)
     loss_kernel(const __grid_constant__ LossArgs a) {
   __shared__ float4 parts[2][32];
   float base = a.base;
   if (a.upstream) {
-    if (*a.upstream == 1) return;  // the gradient is there already
-    base *= *a.upstream;
+    const float upstream = *a.upstream;
+    if (a.formed && *a.formed == upstream) return;  // the gradient is there already
+    base *= upstream;
   }
   const bool jsd = kKind == Kind::packed_jsd || (kKind == Kind::unpacked && a.divergence == Divergence::jsd);
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
@@ -61,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
     Place next = place(a, p + pair_step());
     const Span student = here.student, teacher = here.teacher;
-    const bool both = student.end > student.start && teacher.end > teacher.start;
+    const bool both = here.both();
     float loss = 0;
     // Of rows that are close the averages are formed again, from the cache: to keep them would cost every pair registers.
     bool close = false;
@@ -94,33 +97,65 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
       }
     } while (close);
     if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
-    if (a.want_grad) {
-      const Rows written = written_rows(here.before, student, p + 1 == a.pairs, a.student.rows);
+    if (a.want_grad && both) {
       const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
 #pragma unroll 1
       for (int l = 0; l < a.student.count; ++l)
-        pair.store_gradient(a.grad[l], a.student, a.dim, scale * a.student.weight<float>(l), both ? student : Span{},
-                            written);
+        pair.store_gradient(a.grad[l], a.student, a.dim, scale * a.student.weight<float>(l), student);
     }
     here = next;
   }
 }
 
-struct TotalArgs {
-  const float *loss, *weights;
-  int64_t pairs;
+// What is left to do after the pairs: a total of their losses, a part to a block, and the rows of the gradients that none
+// of them writes.
+struct FinishArgs {
+  const float *loss, *weights;  // [pairs]; weights may be null
+  int64_t losses, per, parts;   // how many losses, in all and of a part
   float base;
-  float* total;
-};
+  float* total;  // [parts]
 
-// base * sum_p weights[p] * loss[p] by one block: a fixed order, so the same sum every time.
-__global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ TotalArgs a) {
+  void* grad[kMaxLayers];
+  int layers;
+  bool aligned;
+  int64_t rows, teacher_rows, bytes;
+  Spans student_spans, teacher_spans;
+  int64_t pairs;
+  const float *upstream, *formed;
+};
+constexpr int kFinishThreads = 256;
+
+// base * sum_p weights[p] * loss[p] of part k: a fixed order, so the same sum every time and on every GPU.
+inline __device__ void write_total(const FinishArgs& a, int64_t k) {
   __shared__ float4 parts[2][32];
+  const int64_t end = k * a.per + a.per < a.losses ? k * a.per + a.per : a.losses;
   float sum = 0;
 #pragma unroll 8
-  for (int64_t p = threadIdx.x; p < a.pairs; p += blockDim.x) sum += a.loss[p] * (a.weights ? a.weights[p] : 1);
+  for (int64_t p = k * a.per + threadIdx.x; p < end; p += blockDim.x) sum += a.loss[p] * (a.weights ? a.weights[p] : 1);
   Group(parts).sum(sum);
-  if (threadIdx.x == 0) *a.total = a.base * sum;
+  if (threadIdx.x == 0) a.total[k] = a.base * sum;
+}
+
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ FinishArgs a) {
+  if (blockIdx.x < a.parts) return write_total(a, blockIdx.x);
+  if (a.formed && *a.formed == *a.upstream) return;
+  const auto written = [&](int64_t p, int64_t row) {
+    const Span student = clamp(span(a.student_spans, p), a.rows);
+    const Span teacher = clamp(span(a.teacher_spans, p), a.teacher_rows);
+    return student.start <= row && teacher.start < teacher.end;
+  };
+  const auto at = [&](int l, int64_t row) { return static_cast<char*>(a.grad[l]) + row * a.bytes; };
+  const int64_t warps = blockDim.x / 32, warp = (blockIdx.x - a.parts) * warps + threadIdx.x / 32;
+  const int64_t all = (gridDim.x - a.parts) * warps;
+  if (a.aligned)
+    clear_between<Pack<uint32_t, 4>>(warp, all, a.student_spans, a.pairs, a.rows, a.layers, a.bytes, written, at);
+  else
+    clear_between<uint16_t>(warp, all, a.student_spans, a.pairs, a.rows, a.layers, a.bytes, written, at);
+}
+
+const char* launch_finish(const FinishArgs& a, cudaStream_t stream) {
+  const int64_t blocks = a.parts + ceil_div(a.layers ? a.rows : 0, kFinishThreads);
+  return blocks ? launch(finish_kernel, a, blocks, kFinishThreads, stream) : nullptr;
 }
 
 constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
@@ -152,7 +187,7 @@ const char* problem() {
   int device = 0;
   cudaFuncAttributes attributes{};
   if (const char* error = text(cudaGetDevice(&device))) return error;
-  return text(cudaFuncGetAttributes(&attributes, total_kernel));
+  return text(cudaFuncGetAttributes(&attributes, finish_kernel));
 }
 
 const char* span_loss(const GpuSpanLossArgs& x) {
@@ -165,19 +200,25 @@ const char* span_loss(const GpuSpanLossArgs& x) {
   const int width = static_cast<int>(16 / std::max(size, teacher_size));
   LossArgs a{table(x.student), table(x.teacher), {}, x.grads > 0, x.student_spans, x.teacher_spans, x.pairs,
              static_cast<int>(x.dim), width, x.divergence, x.mean, temperature_of(x.temperature),
-             static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.loss};
+             static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.formed, x.loss};
   bool packed = x.dim % width == 0 && x.dim <= kMostPacked && aligned(a.student) && aligned(a.teacher);
+  FinishArgs finish{x.loss, x.weights, x.pairs, kTotalPairs, 0, a.base, x.total, {}, static_cast<int>(x.grads), true,
+                    x.student.rows, x.teacher.rows, x.dim * size, x.student_spans, x.teacher_spans, x.pairs, x.upstream,
+                    x.formed};
   for (int64_t l = 0; l < x.grads; ++l) {
-    a.grad[l] = x.grad[l];
-    packed = packed && aligned(x.grad[l], x.dim * size);
-    if (x.pairs == 0)
-      if (const char* error = text(cudaMemsetAsync(x.grad[l], 0, x.student.rows * x.dim * size, stream))) return error;
+    a.grad[l] = finish.grad[l] = x.grad[l];
+    finish.aligned = finish.aligned && aligned(x.grad[l], finish.bytes);
   }
-  if (!packed) a.width = 1;
-  const char* error = nullptr;
-  if (x.pairs > 0) error = launch_loss(a, stream);
-  if (error || !x.total) return error;
-  return launch(total_kernel, TotalArgs{x.loss, x.weights, x.pairs, a.base, x.total}, 1, 1024, 1, stream);
+  if (!packed || !finish.aligned) a.width = 1;
+  if (x.pairs > 0)
+    if (const char* error = launch_loss(a, stream)) return error;
+  if (x.total) {
+    finish.parts = std::max<int64_t>(ceil_div(x.pairs, kTotalPairs), 1);
+    if (x.parts) finish.total = x.parts, finish.base = 1;
+  }
+  const char* error = launch_finish(finish, stream);
+  if (error || !x.total || !x.parts) return error;
+  return launch_finish({x.parts, nullptr, finish.parts, finish.parts, 1, a.base, x.total}, stream);
 }
 
 }  // namespace cuda

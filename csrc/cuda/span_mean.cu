@@ -56,7 +56,6 @@ __global__ void bwd_kernel(const __grid_constant__ BwdArgs a) {
   using A = typename Accumulator<T>::type;
   for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
     const Span s = clamp(span(a.spans, p), a.out.rows);
-    const Rows written = written_rows(end_before(a.spans, p), s, p + 1 == a.pairs, a.out.rows);
     const A part = share<A>(s, a.mean);
     for (int64_t d = int64_t{threadIdx.x} * N; d < a.dim; d += int64_t{blockDim.x} * N) {
       A in[N];
@@ -72,10 +71,16 @@ __global__ void bwd_kernel(const __grid_constant__ BwdArgs a) {
         Pack<T, N> value;
 #pragma unroll
         for (int n = 0; n < N; ++n) value.value[n] = store<T>(weight * in[n]);
-        store_rows(a.out.at(l, 0, d), a.out.stride[l], s, written, value);
+#pragma unroll 1  // one to three rows as a rule
+        for (int i = s.start; i < s.end; ++i) *reinterpret_cast<Pack<T, N>*>(a.out.at(l, i, d)) = value;
       }
     }
   }
+  const auto written = [&](int64_t p, int64_t row) { return clamp(a.spans.start[p], a.out.rows) <= row; };
+  const auto at = [&](int l, int64_t row) { return a.out.at(l, row, 0); };
+  const int64_t warps = blockDim.x * blockDim.y / 32, warp = threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+  clear_between<Pack<T, N>>(blockIdx.x * warps + warp, gridDim.x * warps, a.spans, a.pairs, a.out.rows, a.out.count,
+                            a.dim * sizeof(T), written, at);
 }
 
 int threads(int64_t dim, int pack) {
@@ -122,8 +127,8 @@ const char* span_mean_bwd(DType grad_dtype, const void* grad, int64_t grad_strid
     constexpr int N = 16 / sizeof(T);
     if (pairs == 0) return clear(a.out, sizeof(T) * dim, s);
     if (dim % N == 0 && aligned(a.out) && aligned(grad, grad_stride * size_of(grad_dtype)))
-      return launch(bwd_kernel<T, N>, a, pairs, threads(dim, N), 2, s);
-    return launch(bwd_kernel<T, 1>, a, pairs, threads(dim, 1), 2, s);
+      return launch(bwd_kernel<T, N>, a, std::max(pairs, ceil_div(out.rows, 32)), threads(dim, N), 2, s);
+    return launch(bwd_kernel<T, 1>, a, std::max(pairs, ceil_div(out.rows, 32)), threads(dim, 1), 2, s);
   });
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +42,17 @@ def serve_the_host(patch: pytest.MonkeyPatch, module: ModuleType | None = None) 
         return backend or "cpu"
 
     patch.setattr(dispatch, "_choose", choose)
-    patch.setattr(native, "_cuda_stream", lambda device: contextlib.nullcontext(0))
     if module is not None:
+        patch.setattr(native, "_cuda_stream", lambda device: current_stream(module))
         patch.setattr(native, "_module", module)
+
+
+@contextlib.contextmanager
+def current_stream(module: ModuleType, handle: int = 1 << 20) -> Iterator[int]:
+    """The stream that launches have to go to, and only while it is entered."""
+    stream_is = ctypes.CDLL(module.__file__).stream_is
+    stream_is(ctypes.c_void_p(handle))
+    try:
+        yield handle
+    finally:
+        stream_is(None)

@@ -32,7 +32,18 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline const char* cudaGetErrorString(cudaError_t) { return "no such error"; }
+constexpr cudaError_t kElsewhere = 1;
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == kElsewhere ? "not launched on the stream of the tensors' device" : "no such error";
+}
+namespace cuda_on_host {
+
+// The current stream of the device that is current, while one is: where all launches have to go.
+inline cudaStream_t stream = nullptr;
+
+inline bool elsewhere(cudaStream_t given) { return !stream || given != stream; }
+
+}  // namespace cuda_on_host
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 1;  // a small grid, so that blocks loop
@@ -48,7 +59,8 @@ template <class Args>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Args)) {
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t stream) {
+  if (cuda_on_host::elsewhere(stream)) return kElsewhere;
   std::memset(data, value, size);
   return cudaSuccess;
 }
@@ -124,6 +136,17 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return other;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  using namespace cuda_on_host;
+  exchanged[current] = value;
+  wait(Wait::shuffle);
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (exchanged[current / 32 * 32 + lane] != 0) all |= 1u << lane;
+  wait(Wait::shuffle);
+  return all;
+}
+
 namespace cuda_on_host {
 
 // What runs a kernel in place of the fibers, if anything does: its address, the sizes of grid and block, its arguments.
@@ -139,6 +162,7 @@ struct cudaLaunchConfig_t {
 };
 template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
+  if (cuda_on_host::elsewhere(config->stream)) return kElsewhere;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   if (cuda_on_host::launcher) {

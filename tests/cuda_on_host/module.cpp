@@ -6,6 +6,8 @@ extern "C" __attribute__((visibility("default"))) void launch_with(cuda_on_host:
   cuda_on_host::launcher = launcher;
 }
 
+extern "C" __attribute__((visibility("default"))) void stream_is(cudaStream_t stream) { cuda_on_host::stream = stream; }
+
 PyMODINIT_FUNC PyInit__cuda_on_host() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_cuda_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

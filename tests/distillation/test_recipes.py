@@ -67,6 +67,34 @@ def test_what_is_hidden_stays_hidden(scene):
     assert objective.mask(hidden, 1) is hidden and objective.mask(batch, 1)["labels"] is not hidden["labels"]
 
 
+def test_weights_are_a_part_of_their_losses(scene):
+    """Where a loss has formed its gradient in forward, backward meets an upstream gradient of 1 and forms none."""
+    objective, model, batch = scene
+    names = asdict(EVERYTHING)
+    weighted = replace(objective, weights=LossWeights(**{name: 0.25 * (i + 1) for i, name in enumerate(names)}))
+    loss, terms = weighted.loss(model, batch, 3)
+    weights = {name: getattr(weighted.weights, name) for name in names if name in terms}
+    weights |= {f"{name}_own": getattr(weighted.weights, name) for name in ("kl", "cosine", "mse")}
+    weights["logits_kl"] = weighted.weights.logits
+    torch.testing.assert_close(loss.detach(), sum(weights[name] * value for name, value in terms.items()))
+    _, plain = objective.loss(model, batch, 3)
+    torch.testing.assert_close(terms, plain)
+
+    met, nodes, seen = {}, [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        if type(node).__name__ in ("_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"):
+            node.register_prehook(lambda grads, node=node: met.__setitem__(node, grads[0]))
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    assert {type(node).__name__ for node in met} == {"_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"}
+    assert all(grad == 1 for grad in met.values())
+
+
 def test_each_term_is_its_formula(scene):
     """Of one masked batch: span KL, MSE and cosine, KL over the matched vocabulary at hidden words, MLM, pooled,
     similarity and relations, and the attention loss of distilrubert-small."""

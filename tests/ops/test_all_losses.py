@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import vocabdistil as vd
-from tests.losses import LOSSES, SPANNING, WIDTH, losses
+from tests.compiling import assert_compiles
+from tests.losses import LOSSES, SCALABLE, SPANNING, WIDTH, losses
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched, randn
@@ -275,3 +276,66 @@ def test_a_projection_may_be_a_module(module):
             loss(weight=layer, bias=layer.bias)
     with pytest.raises(TypeError, match="^student_weight: .*got ReLU"):
         module.linear_matched_kl(student, torch.nn.ReLU(), student, layer, make_matched(WIDTH, WIDTH, 7))
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "learned"])
+@pytest.mark.parametrize("name", SCALABLE)
+def test_a_scale_multiplies_loss_and_gradient(name, kind):
+    leaf, teacher, pairs = inputs()
+    plain = LOSSES[name](leaf, teacher, pairs)
+    (want,) = torch.autograd.grad(plain, leaf)
+    scale = -0.3 if kind == "number" else torch.tensor(-0.3, dtype=torch.float64, requires_grad=kind == "learned")
+    loss = LOSSES[name](leaf, teacher, pairs, scale=scale)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), -0.3 * plain.detach())
+    torch.testing.assert_close(leaf.grad, -0.3 * want)
+    if kind == "learned":
+        torch.testing.assert_close(scale.grad.float(), plain.detach())
+
+
+@pytest.mark.parametrize("name", ["kl", "matched_kl", "remapped_kl", "relation_loss", "contrastive"])
+@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_a_scale_counts_in_every_reduction_and_backend(name, scale):
+    leaf, teacher, pairs = inputs()
+    for options in ({"reduction": "none"}, {"reduction": "sum"}, {"backend": "reference"}):
+        want = 0.3 * LOSSES[name](leaf, teacher, pairs, **options)
+        torch.testing.assert_close(LOSSES[name](leaf, teacher, pairs, **options, scale=scale), want)
+
+
+def test_a_scale_beside_learned_pair_weights():
+    leaf, teacher, pairs = inputs()
+    for name in ("kl", "matched_kl", "remapped_kl", "linear_matched_kl"):
+        weights = torch.rand(len(pairs), requires_grad=True)
+        plain = LOSSES[name](leaf, teacher, pairs, pair_weights=weights)
+        for scale in (4.0, torch.tensor(4.0)):
+            loss = LOSSES[name](leaf, teacher, pairs, pair_weights=weights, scale=scale)
+            for got, want in zip(
+                torch.autograd.grad(loss, (leaf, weights)),
+                torch.autograd.grad(plain, (leaf, weights), retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(got, 4 * want)
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_a_scale_that_is_none(name):
+    leaf, teacher, pairs = inputs()
+    for scale, error, told in [
+        (True, TypeError, "a number or a tensor, got bool"),
+        ("2", TypeError, "a number or a tensor, got str"),
+        (float("nan"), ValueError, "a finite number, got nan"),
+        (torch.tensor(2), TypeError, "float32.*got int64"),
+        (torch.ones(2), ValueError, r"0 dimensions, got shape \(2,\)"),
+        (torch.ones((), device="meta"), ValueError, "device cpu as the inputs, or cpu, got meta"),
+    ]:
+        with pytest.raises(error, match=f"^scale: expected {told}"):
+            LOSSES[name](leaf, teacher, pairs, scale=scale)
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_compiled_code_takes_a_scale(name):
+    leaf, teacher, pairs = inputs()
+    torch._dynamo.reset()
+    scale = torch.tensor(0.3)
+    assert_compiles(lambda s: LOSSES[name](s, teacher, pairs, scale=scale), leaf.detach())

@@ -56,14 +56,14 @@ class Launches:
 
         return call
 
-    def made(self, function: Callable) -> Callable:
-        """A function whose results, copies of what was given perhaps, are for its launches to read."""
+    def made(self, function: Callable, written: bool = False) -> Callable:
+        """A function whose results, copies of what was given perhaps, are for its launches to read or to write."""
 
         @functools.wraps(function)
         def call(*args: object) -> object:
             result = function(*args)
             for tensor in tensors_of(result):
-                self.tensors.add(tensor, False)
+                self.tensors.add(tensor, written)
             return result
 
         return call

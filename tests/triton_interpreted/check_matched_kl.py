@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from vocabdistil.triton_kernels import matched_kl as kernels
@@ -14,6 +16,7 @@ from tests.numbers_backend import (  # noqa: F401
 )
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
+from tests.upstream import assert_guesses_the_upstream_gradient
 from tests.vocabularies import make_matched, randn
 
 # -inf less -inf, and more, in lanes that are masked afterwards: numpy, which plays the GPU here, tells of it.
@@ -105,6 +108,8 @@ def test_upstream_gradients_are_folded_in_once(dtype):
         vd.matched_kl(leaf, teacher, matched, backend="triton").backward(torch.tensor(upstream))
         grads.append(leaf.grad / upstream)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    loss = partial(vd.matched_kl, teacher_logits=teacher, matched=matched, backend="triton")
+    assert_guesses_the_upstream_gradient(loss, randn(6, 40, seed=1, dtype=dtype))
 
 
 @pytest.mark.parametrize("unmatched", UNMATCHED)

@@ -16,6 +16,7 @@ from tests.numbers_backend import test_divergences_over_a_remapped_vocabulary_at
 from tests.remapped_kl_backend import *  # noqa: F403
 from tests.remapped_kl_backend import COMBINES, DTYPES, make_table, run
 from tests.spans import make_pairs
+from tests.upstream import assert_guesses_the_upstream_gradient
 from tests.vocabularies import randn
 
 # -inf less -inf, and more, in lanes that are masked afterwards: numpy, which plays the GPU here, tells of it.
@@ -83,6 +84,8 @@ def test_upstream_gradients_are_folded_in_once(combine, dtype):
         vd.remapped_kl(leaf, teacher, table, combine=combine, backend="triton").backward(torch.tensor(upstream))
         grads.append(leaf.grad / upstream)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    loss = partial(vd.remapped_kl, teacher_logits=teacher, table=table, combine=combine, backend="triton")
+    assert_guesses_the_upstream_gradient(loss, randn(6, 40, seed=1, dtype=dtype))
 
 
 @pytest.mark.parametrize("combine", COMBINES)

@@ -27,6 +27,7 @@ __all__ = [
     "Matched",
     "Projection",
     "RemapLike",
+    "Scale",
     "as_output_layer",
     "as_projection",
     "check_beta",
@@ -42,6 +43,7 @@ __all__ = [
     "check_reference_backend",
     "check_remap",
     "check_same_kind",
+    "check_scale",
     "check_sides",
     "check_temperature",
     "check_tensor",
@@ -52,6 +54,7 @@ __all__ = [
 Layers = Tensor | Sequence[Tensor]
 LayerWeights = Tensor | Sequence[float]
 Projection = tuple[Tensor | nn.Module | None, Tensor | None]
+Scale = float | Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -153,6 +156,17 @@ def check_beta(beta: float) -> None:
     _check_real(beta, "beta")
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected a number between 0 and 1 (both excluded), got {beta}")
+
+
+def check_scale(scale: object) -> Scale:
+    """What a loss is multiplied with: a finite number, or a tensor ``[]``."""
+    if isinstance(scale, Tensor):
+        return check_float(scale, "scale", dims=(0,))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a tensor, got {kind_of(scale)}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return scale
 
 
 def check_reference_backend(backend: str | None) -> None:

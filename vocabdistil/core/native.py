@@ -32,6 +32,7 @@ if hasattr(os, "register_at_fork"):
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
+CUDA_TOTAL_PAIRS = 8192  # kTotalPairs
 DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
 UNMATCHED_CODES = {"renormalize": 0, "rest": 1, "drop": 2}
 
@@ -226,15 +227,24 @@ def cuda_span_mean_bwd(
         )  # fmt: skip
 
 
+def total_parts(loss: Tensor) -> Tensor | None:
+    """Memory for the first stage of a total of losses ``[P]``; None where one stage does."""
+    parts = -(-loss.numel() // CUDA_TOTAL_PAIRS)
+    return loss.new_empty(parts) if parts > 1 else None
+
+
 def cuda_span_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
     beta: float, loss: Tensor | None, total: Tensor | None, grads: Sequence[Tensor], upstream: Tensor | None,
+    formed: Tensor | None,
 ) -> None:  # fmt: skip
     """The arguments of ``triton_kernels.span_loss.span_loss``; one dtype, at most CUDA_MAX_LAYERS layers a side."""
     with _cuda_stream(student[0].device) as stream:
+        parts = None if total is None or loss is None else total_parts(loss)
         module().cuda_span_loss(
             *_cuda_rows(student, student_coef), [g.data_ptr() for g in grads], *_cuda_rows(teacher, teacher_coef),
             *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
-            base, _address(weights), _address(upstream), _address(loss), _address(total), stream,
+            base, _address(weights), _address(upstream), _address(formed), _address(loss), _address(total),
+            _address(parts), stream,
         )  # fmt: skip

@@ -178,16 +178,15 @@ class Objective:
         student, mlm = run(batch["student_ids"], batch["student_mask"], **guessed, **self.student_wants(model))
         terms = self.terms(model, student, taught, batch)
         if mlm is not None:
-            terms["mlm"] = self.weights.mlm, mlm * _share(batch, "labels")
-        total = student.last.new_zeros(())
-        for weight, value in terms.values():
-            total = total + weight * value
-        return total, {name: value.detach() for name, (_, value) in terms.items()}
+            terms["mlm"] = self.weights.mlm, self.weights.mlm * _share(batch, "labels") * mlm
+        total = sum((value for _, value in terms.values()), student.last.new_zeros(()))
+        return total, {name: value.detach() / weight for name, (weight, value) in terms.items()}
 
     def terms(
         self, model: DistillModel, reading: Reading, taught: list[Reading], batch: dict[str, Any]
     ) -> dict[str, tuple[float, Tensor]]:
-        """Every loss of a batch but MLM, with what it counts.
+        """What every loss of a batch but MLM counts, and the loss times that: a weight is a part of its loss
+        (``scale``), so that backward meets upstream gradients of 1.
 
         Args:
             reading: the student's, of ``batch`` as :meth:`mask` returned it.
@@ -196,17 +195,24 @@ class Objective:
         found: dict[str, tuple[float, Tensor]] = {}
         for name in ("kl", "cosine", "mse"):
             if weight := getattr(self.weights, name):
-                values = self.compare(model, reading, taught, batch, name)
-                found |= {f"{name}_{which}": (weight / len(values), value) for which, value in values.items()}
+                weight /= 1 + bool(batch["reduce_pairs"])
+                values = self.compare(model, reading, taught, batch, name, weight)
+                found |= {f"{name}_{which}": (weight, value) for which, value in values.items()}
         for name in ("pooled", "similarity", "relations", "attention"):
             if weight := getattr(self.weights, name):
-                found[name] = weight, getattr(self, name)(model, reading, taught, batch)
+                found[name] = weight, getattr(self, name)(model, reading, taught, batch, weight)
         if any(pairs is not None for pairs in batch["hidden_pairs"]):
-            found["logits_kl"] = self.weights.logits, self.logits_loss(model, reading, taught, batch)
+            weight = self.weights.logits
+            found["logits_kl"] = weight, self.logits_loss(model, reading, taught, batch, weight)
         return found
 
     def logits_loss(
-        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]
+        self,
+        model: DistillModel,
+        student: Reading,
+        taught: list[Reading],
+        batch: dict[str, Any],
+        weight: float = 1.0,
     ) -> Tensor:
         """KL of the student's output distributions from the teachers' at the tokens that are hidden from both.
 
@@ -225,12 +231,15 @@ class Objective:
         Args:
             student: of ``batch`` as :meth:`mask` returned it.
             taught: of :meth:`teach` with ``head``.
+            weight: what the loss counts.
 
         Returns:
             The mean over teachers with an MLM head, by their weights.
         """
         size = batch["teacher_ids"][0].shape[0]
-        total, shares = student.last.new_zeros(()), 0.0
+        total = student.last.new_zeros(())
+        learned = zip(self.teacher_weights, batch["hidden_pairs"], strict=True)
+        weight /= sum(share for share, pairs in learned if pairs is not None) or 1.0
         for t, (reading, pairs) in enumerate(zip(taught, batch["hidden_pairs"], strict=True)):
             if pairs is None:
                 continue
@@ -244,12 +253,13 @@ class Objective:
             match = self.mode == "match"
             count = len(batch["masked"]) if match else len(pairs)
             share = self.teacher_weights[t] * _share(batch, "labels" if match else f"hidden_{t}")
-            total = total + share / max(count, 1) * self._output_kl(t, model, ours, theirs)
-            shares += self.teacher_weights[t]
-        return total / shares if shares else total
+            total = total + self._output_kl(t, model, ours, theirs, weight * share / max(count, 1))
+        return total
 
-    def _output_kl(self, t: int, model: DistillModel, ours: Tensor, theirs: Tensor) -> Tensor:
-        """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> the KL, a sum over rows."""
+    def _output_kl(
+        self, t: int, model: DistillModel, ours: Tensor, theirs: Tensor, scale: float | Tensor
+    ) -> Tensor:
+        """``[P, D_s]``, ``[P, D_t]``, what the output layers read -> ``scale`` times the KL, a sum over rows."""
         (student_weight, student_bias), (weight, bias) = model.output_layer, self.teachers[t].output_layer
         if self.mode != "reduce-map":
             return linear_matched_kl(
@@ -262,11 +272,12 @@ class Objective:
                 teacher_bias=bias,
                 temperature=self.temperature,
                 reduction="sum",
+                scale=scale,
             )
 
         def chunk_kl(ours: Tensor, theirs: Tensor) -> Tensor:
             z_s, z_t = F.linear(ours, student_weight, student_bias), F.linear(theirs, weight, bias)
-            return remapped_kl(z_s, z_t, self.tables[t], temperature=self.temperature, reduction="sum")
+            return remapped_kl(z_s, z_t, self.tables[t], temperature=self.temperature, reduction="sum", scale=scale)
 
         step = max(1, _REMAP_BUDGET // len(weight))
         if len(ours) > step:
@@ -282,9 +293,10 @@ class Objective:
         taught: list[Reading],
         batch: dict[str, Any],
         divergence: str,
+        weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """The divergence on the own tokenization (``own``) and, where the batch has its rows, under ``reduce``: means
-        over assignments, then teachers."""
+        over assignments, then teachers, times ``weight``."""
         size = batch["teacher_ids"][0].shape[0]
         totals: dict[str, Tensor] = {}
         for t, reading in enumerate(taught):
@@ -296,7 +308,7 @@ class Objective:
                 teacher_side = layers_of(reading, assignment.teacher)
                 scale = self.scales[t][i]
                 # The cosine has no scale of its own.
-                share = self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
+                share = weight * self.teacher_weights[t] / len(group) / (1.0 if divergence == "cosine" else scale**2)
                 for which, (rows, pairs) in blocks.items():
                     loss = span_loss(
                         [x[rows] for x in layers_of(student, assignment.student)],
@@ -306,11 +318,14 @@ class Objective:
                         temperature=self.temperature * scale,
                         weight=model.projection(t, i),
                         bias=model.projection_bias(t, i),
+                        scale=share * _share(batch, f"{which}_{t}"),
                     )
-                    totals[which] = totals.get(which, 0) + share * _share(batch, f"{which}_{t}") * loss
+                    totals[which] = totals.get(which, 0) + loss
         return totals
 
-    def pooled(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+    def pooled(
+        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any], weight: float
+    ) -> Tensor:
         """1 - cos of the vectors of texts, of the student's own tokenization: a mean over teachers."""
         size = batch["teacher_ids"][0].shape[0]
         total = student.last.new_zeros(())
@@ -323,11 +338,14 @@ class Objective:
                 pooling=self.pooling,
                 weight=model.projection(t),
                 bias=model.projection_bias(t),
+                scale=weight * self.teacher_weights[t] * _share(batch, "texts"),
             )
-            total = total + self.teacher_weights[t] * loss
-        return total * _share(batch, "texts")
+            total = total + loss
+        return total
 
-    def similarity(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+    def similarity(
+        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any], weight: float
+    ) -> Tensor:
         """Squared difference of the cosines of all pairs of texts; those of several teachers are averaged first, which
         their vectors do, scaled by the roots of their weights, one after the other."""
         size = batch["teacher_ids"][0].shape[0]
@@ -336,14 +354,16 @@ class Objective:
             F.normalize(self._pool(reading.last, mask), dim=-1) * share**0.5
             for reading, mask, share in zip(taught, batch["teacher_mask"], self.teacher_weights, strict=True)
         ]
-        return similarity_loss(ours, torch.cat(theirs, dim=-1)) * _share(batch, "texts")
+        return weight * _share(batch, "texts") * similarity_loss(ours, torch.cat(theirs, dim=-1))
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """``[B, L, D]``, ``[B, L]`` -> ``[B, D]`` float32."""
         spans = text_pairs(mask, mask, self.pooling)
         return span_mean(hidden, spans.student_start, spans.student_end).float()
 
-    def relations(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+    def relations(
+        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any], weight: float
+    ) -> Tensor:
         """KL between relations of the queries, keys and values of the last assignment's layers."""
         size = batch["teacher_ids"][0].shape[0]
         total = student.last.new_zeros(())
@@ -353,11 +373,14 @@ class Objective:
             theirs = list(reading.projections[last.teacher[-1]])
             width = math.gcd(*(x.shape[-1] for x in (*ours, *theirs)))
             heads = max(heads for heads in range(1, _RELATION_HEADS + 1) if width % heads == 0)
-            loss = relation_loss(ours, theirs, batch["own_pairs"][t].to(student.last.device), heads=heads)
-            total = total + self.teacher_weights[t] * _share(batch, f"own_{t}") * loss
+            scale = weight * self.teacher_weights[t] * _share(batch, f"own_{t}")
+            pairs = batch["own_pairs"][t].to(student.last.device)
+            total = total + relation_loss(ours, theirs, pairs, heads=heads, scale=scale)
         return total
 
-    def attention(self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any]) -> Tensor:
+    def attention(
+        self, model: DistillModel, student: Reading, taught: list[Reading], batch: dict[str, Any], weight: float
+    ) -> Tensor:
         """Squared difference of the attention maps averaged over spans and, within an assignment, over layers."""
         size = batch["teacher_ids"][0].shape[0]
         total = student.last.new_zeros(())
@@ -370,7 +393,7 @@ class Objective:
                 ours = [student.attentions[k - 1][-size:] for k in assignment.student if k]
                 theirs = [reading.attentions[k - 1] for k in assignment.teacher if k]
                 loss = attention_loss(ours, theirs, pairs, average_heads=ours[0].shape[1] != theirs[0].shape[1])
-                share = self.teacher_weights[t] / len(group) * _share(batch, f"attention_{t}")
+                share = weight * self.teacher_weights[t] / len(group) * _share(batch, f"attention_{t}")
                 total = total + share * loss
         return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -69,24 +69,56 @@ def hand_out(ready: Sequence[Tensor], grad: Tensor, recompute: Callable[[], Sequ
     return [g.mul_(grad) for g in ready]
 
 
+# What the backward passes of an operation met last, on each device and in each dtype: ``[]``, read and written by the
+# device alone.
+_met: dict[tuple[Hashable, torch.device, torch.dtype], Tensor] = {}
+
+
+def next_upstream(operation: Hashable, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The upstream gradient that forward forms a gradient with, ``[]``: the last one that the operation's backward met
+    where ``like`` is, 1 at first. A copy, as another loss may meet another before this one's backward compares it.
+
+    A wrong guess costs time alone. Its memory lives as long as the process, so that a captured CUDA graph may read and
+    write it; the capture itself makes none, as whatever it makes is filled anew whenever the graph is replayed.
+    """
+    key = operation, like.device, dtype
+    if key not in _met:
+        one = like.new_ones((), dtype=dtype)
+        if type(one) is not Tensor or (one.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return one
+        _met[key] = one
+    return _met[key].clone()
+
+
+def note_upstream(operation: Hashable, grad: Tensor) -> None:
+    known = _met.get((operation, grad.device, grad.dtype))
+    if known is not None:
+        known.copy_(grad)
+
+
 class RowLoss(torch.autograd.Function):
     """A loss of which one pass of a private op gives each row's value and, for a scalar reduction, the gradient for
     the student's logits, the only array of its size.
 
     ``op(student, teacher, spans, a, b, scale, *options, wanted) -> (total, loss, grad)`` with two index vectors a, b.
-    ``again``, where a backend has it, takes the same up to the options and ``grad, upstream``: it writes the gradient
-    anew with the upstream gradient folded in, unless that is 1, which the device sees without the host waiting for it.
+    ``again``, where a backend has it, takes the same up to the options and ``grad, upstream, formed``: it writes the
+    gradient with the upstream gradient folded in, unless ``formed``, one that it is already there with, is the same,
+    which the device sees without the host waiting for it. Such an op takes one more argument: the upstream gradient to
+    form the gradient with.
     """
 
     @staticmethod
     def forward(ctx, op, again, student, teacher, a, b, scale, options, reduce, needed, *spans):
         compiling = torch.compiler.is_compiling()
         early = formed_early(reduce, student) or (reduce and again is not None and not compiling)
-        total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed)
+        guess = ()
+        if again is not None and early and needed and not compiling:
+            guess = (next_upstream(op, scale, scale.dtype),)
+        total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed, *guess)
         ctx.static = (op, again, options, early)
         ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *spans)
         if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
-            ctx.ready = grad if early else None
+            ctx.ready = (grad, *guess) if early else None
         return total if reduce else loss * scale
 
     @staticmethod
@@ -98,19 +130,20 @@ class RowLoss(torch.autograd.Function):
         if compiling:
             ready, *spans = spans
         else:
-            ready, ctx.ready = ctx.ready, None
+            held, ctx.ready = ctx.ready, None
 
         def compute() -> list[Tensor]:
             scaled = (scale * grad).expand_as(scale).contiguous()
             return [op(student, teacher, spans, a, b, scaled, *options, True)[2]]
 
-        if not early or ready is None:
-            (result,) = compute()
-        elif compiling:
+        if compiling and early:
             result = ready * grad.to(ready.dtype)
-        elif again is not None:
-            again(student, teacher, spans, a, b, scale, *options, ready, grad)
-            result = ready
+        elif early and again is not None:
+            result, formed = held or (student.new_empty(student.shape), None)
+            again(student, teacher, spans, a, b, scale, *options, result, grad, formed)
+            note_upstream(op, grad)
+        elif early and held is not None:
+            (result,) = hand_out(held, grad, compute)
         else:
-            (result,) = hand_out([ready], grad, compute)
+            (result,) = compute()
         return None, None, result, *(None,) * (7 + len(spans))

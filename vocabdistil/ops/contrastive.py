@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs
 from ..core import checks, native
+from ..core.checks import Scale
 from ..core.dispatch import resolve
 from ..reference._common import unit_rows, valid_pairs
 from ..reference.contrastive import check_contrastive_arguments
@@ -19,6 +20,7 @@ from ._gradient import HALF, hand_out, once_differentiable
 from ._library import define
 from ._products import split, sum_product
 from ._projection import project
+from ._scale import scalable, scaled
 from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
 
@@ -201,6 +203,7 @@ def draw_negatives(
     return out
 
 
+@scalable
 def contrastive(
     student: Tensor,
     teacher: Tensor,
@@ -213,6 +216,7 @@ def contrastive(
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """InfoNCE between the averaged hidden states of aligned spans; formulas in
@@ -236,6 +240,7 @@ def contrastive(
             reference draws the same from it.
         reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``
             (``[P]``).
+        scale: as in :func:`span_loss`.
         backend: ``"torch"`` or ``"reference"``; None is ``"torch"``.
 
     Returns:
@@ -250,10 +255,11 @@ def contrastive(
     )
     device = student.device
     if resolve("contrastive", device, backend) == "reference":
-        return reference_contrastive(
+        loss = reference_contrastive(
             student, teacher, pairs, temperature=temperature, negatives=negatives, side=side, weight=weight,
             bias=bias, generator=generator, reduction=reduction,
         )  # fmt: skip
+        return scaled(loss, scale)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     valid = valid_pairs(pairs)
     s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
@@ -265,11 +271,11 @@ def contrastive(
     # A count on a device is not looked at: where too few are valid, others are drawn and left out.
     if 0 < negatives < (len(pairs) if isinstance(count, Tensor) else count) - 1:
         chosen = draw_negatives(len(pairs), valid, negatives, device, generator)
-    scale = row_scale(pairs, s, reduction, dtype)
+    each = row_scale(pairs, s, reduction, dtype, scale)
     grad = torch.is_grad_enabled()
     halves = device.type == "cuda" and student.dtype in HALF and teacher.dtype in HALF
     options = (float(temperature), -1 if isinstance(count, Tensor) else count, halves)
     return _Contrastive.apply(
-        anchor, other, valid, chosen, scale, options, reduction != "none",
+        anchor, other, valid, chosen, each, options, reduction != "none",
         (grad and anchor.requires_grad, grad and other.requires_grad),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import checks, native
-from ..core.checks import Matched
+from ..core.checks import Matched, Scale
 from ..core.dispatch import resolve
 from ..reference._common import reduce_pairs, span_pool, valid_pairs
 from ..reference.linear_matched_kl import check_output_layer
@@ -21,6 +21,7 @@ from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
 from ._gradient import hand_out, once_differentiable
 from ._library import define
+from ._scale import scalable, scaled
 from .matched_kl import pair_count, row_scale
 from .span_mean import native_rows, pooled_rows
 
@@ -126,6 +127,7 @@ class _LinearMatchedKL(torch.autograd.Function):
         return *grads, *(None,) * 11
 
 
+@scalable
 def linear_matched_kl(
     student_hidden: Tensor,
     student_weight: Tensor | nn.Linear,
@@ -144,6 +146,7 @@ def linear_matched_kl(
     student_shift: int = 0,
     teacher_shift: int = 0,
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`matched_kl` of the logits ``h weight^T + bias`` of both sides, which are never all there at once;
@@ -166,7 +169,7 @@ def linear_matched_kl(
         teacher_hidden: ``[..., D_t]``. Neither it nor the teacher's weights get a gradient.
         teacher_weight, teacher_bias: ``[V_t, D_t]``, ``[V_t]`` or None.
         matched, pairs, mask, pair_weights, temperature, unmatched, pooling, student_shift, teacher_shift,
-            reduction: as in :func:`matched_kl`;
+            reduction, scale: as in :func:`matched_kl`;
             pooling is over hidden states, with which the output layer commutes (a sum of n rows adds the bias n times).
             Logits of float32 are rounded before the temperature divides them, here as wherever they are formed: under
             ``T = 0.01`` the relative error is about ``1e-6 / T``.
@@ -200,16 +203,17 @@ def linear_matched_kl(
             teacher_bias=teacher_bias, pairs=pairs, temperature=temperature, unmatched=unmatched, pooling=pooling,
             reduction="none", backend=backend,
         )  # fmt: skip
-        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
+        return scaled(reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights), scale)
     choice = resolve("linear_matched_kl", student.device, backend)
     if choice == "reference":
-        return reference_linear_matched_kl(
+        loss = reference_linear_matched_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, matched, student_bias=student_bias,
             teacher_bias=teacher_bias, pairs=pairs, pair_weights=pair_weights, temperature=temperature,
             unmatched=unmatched, pooling=pooling, reduction=reduction,
         )  # fmt: skip
+        return scaled(loss, scale)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    scale = row_scale(pairs, student, reduction, dtype, pair_weights)
+    each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
     student_lengths = teacher_lengths = None
     if pairs is not None:
         valid = valid_pairs(pairs)
@@ -218,7 +222,7 @@ def linear_matched_kl(
         if choice != "cpu":  # products run in the dtype of the hidden states there
             student, teacher = student.to(student_hidden.dtype), teacher.to(teacher_hidden.dtype)
         if valid is not None:  # such a pair is left with the bias of each side, and counts for nothing
-            scale = torch.where(valid, scale, 0.0)
+            each = torch.where(valid, each, 0.0)
         if pooling == "sum":
             student_lengths = pairs.student_end - pairs.student_start
             teacher_lengths = pairs.teacher_end - pairs.teacher_start
@@ -231,7 +235,7 @@ def linear_matched_kl(
     teacher_ids = matched.teacher_ids.to(student.device, torch.int64)
     return _LinearMatchedKL.apply(
         student, student_weight, student_bias,
-        (native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, scale,
+        (native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, each,
         student_lengths, teacher, teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(),
         teacher_lengths, student_ids, teacher_ids,
     )  # fmt: skip

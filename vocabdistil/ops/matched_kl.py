@@ -9,19 +9,21 @@ from torch import Tensor
 
 from ..alignment.spans import SpanPairs, at_least_one, chosen_pairs
 from ..core import checks, native
-from ..core.checks import Matched
+from ..core.checks import Matched, Scale
 from ..core.dispatch import implementation, resolve
 from ..reference._common import reduce_pairs
 from ..reference.matched_kl import check_matched_arguments
 from ..reference.matched_kl import matched_kl as reference_matched_kl
 from ._gradient import RowLoss
 from ._library import define
+from ._scale import scalable, scaled
 from .span_mean import native_rows
 
 
 def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
     scale: Tensor, unmatched: int, mean: bool, temperature: float, backend: str, keep: bool, wanted: bool,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``keep``: tables of the ids may be kept for the next call. Not in compiled code, which may run in the memory pool
     of a CUDA graph."""
@@ -31,8 +33,9 @@ def _impl(
     given = grad if wanted else None
     if backend == "triton":
         total = implementation("matched_kl", backend, "matched_kl")(
-            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, given
-        )
+            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, given,
+            upstream,
+        )  # fmt: skip
     else:
         native.matched_kl(
             student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, scale, loss, total,
@@ -43,16 +46,17 @@ def _impl(
 
 def _again(
     student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, grad,
-    upstream,
+    upstream, formed,
 ):  # fmt: skip
     implementation("matched_kl", backend, "matched_kl")(
         student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, None, grad,
-        upstream,
+        upstream, formed,
     )  # fmt: skip
 
 
 def _fake(
-    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, wanted
+    student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, wanted,
+    upstream=None,
 ):  # fmt: skip
     grad = student.new_empty(student.shape if wanted else 0)
     return scale.new_empty(()), torch.empty_like(scale), grad
@@ -60,13 +64,14 @@ def _fake(
 
 _op = define(
     "matched_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor student_ids, Tensor teacher_ids, "
-    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool keep, bool wanted) -> "
-    "(Tensor, Tensor, Tensor)",
+    "Tensor scale, int unmatched, bool mean, float temperature, str backend, bool keep, bool wanted, "
+    "Tensor? upstream=None) -> (Tensor, Tensor, Tensor)",
     _impl,
     _fake,
 )
 
 
+@scalable
 def matched_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -81,6 +86,7 @@ def matched_kl(
     student_shift: int = 0,
     teacher_shift: int = 0,
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """KL of the student from the teacher over the matched vocabulary; formulas in
@@ -106,6 +112,7 @@ def matched_kl(
             behind, as in front of them a row of padding would be read.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
+        scale: as in :func:`span_loss`.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -129,15 +136,16 @@ def matched_kl(
             student_logits, teacher_logits, matched, pairs=pairs, temperature=temperature, unmatched=unmatched,
             pooling=pooling, reduction="none", backend=backend,
         )  # fmt: skip
-        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
+        return scaled(reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights), scale)
     choice = resolve("matched_kl", student.device, backend)
     if choice == "reference":
-        return reference_matched_kl(
+        loss = reference_matched_kl(
             student_logits, teacher_logits, matched, pairs=pairs, pair_weights=pair_weights, temperature=temperature,
             unmatched=unmatched, pooling=pooling, reduction=reduction,
         )  # fmt: skip
+        return scaled(loss, scale)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    spans, scale = span_vectors(pairs), row_scale(pairs, student, reduction, dtype, pair_weights)
+    spans, each = span_vectors(pairs), row_scale(pairs, student, reduction, dtype, scale, pair_weights)
     compiling = torch.compiler.is_compiling()
     options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice, not compiling)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
@@ -146,7 +154,7 @@ def matched_kl(
     teacher_ids = matched.teacher_ids.to(student.device, ids_dtype).contiguous()
     return RowLoss.apply(
         _op, None if choice == "cpu" else _again, native_rows(student), native_rows(teacher), student_ids, teacher_ids,
-        scale, options, reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
+        each, options, reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
     )  # fmt: skip
 
 
@@ -163,9 +171,12 @@ def pair_count(pairs: SpanPairs | None, student: Tensor) -> int | Tensor:
 
 
 def row_scale(
-    pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype, pair_weights: Tensor | None = None
-) -> Tensor:
+    pairs: SpanPairs | None, student: Tensor, reduction: str, dtype: torch.dtype, scale: Scale,
+    pair_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``[P]``: what each pair's loss counts in a total of the given reduction."""
     rows = student.shape[0] if pairs is None else len(pairs)
-    scale = torch.ones(rows, dtype=dtype, device=student.device) if pair_weights is None else pair_weights.to(dtype)
-    return scale / pair_count(pairs, student) if reduction == "batchmean" else scale.contiguous()
+    each = torch.ones(rows, dtype=dtype, device=student.device) if pair_weights is None else pair_weights.to(dtype)
+    if reduction == "batchmean":
+        each = each / pair_count(pairs, student)
+    return scaled(each, scale).contiguous()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..core.checks import Scale
 from ..reference.pooled_loss import check_pooled
+from ._scale import scalable
 from .span_loss import span_loss
 
 
+@scalable
 def pooled_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -18,6 +21,7 @@ def pooled_loss(
     pooling: str = "mean",
     weight: Tensor | nn.Module | None = None,
     bias: Tensor | None = None,
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """Distance between what two embedding models make of each text; formulas in
@@ -31,7 +35,7 @@ def pooled_loss(
         pooling: ``"mean"``, ``"cls"`` (the first attended token) or ``"lasttoken"``.
         weight, bias: ``[D_t, D_s]``, ``[D_t]``: projection of the student, applied to one row per text; or a
             module as ``weight``, as in :func:`span_loss`.
-        backend: as in :func:`span_loss`.
+        scale, backend: as in :func:`span_loss`.
 
     Returns:
         The mean over the texts with tokens on both sides, ``[]``, float32 (float64 for float64).
@@ -42,5 +46,6 @@ def pooled_loss(
     """
     pairs = check_pooled(student_hidden, teacher_hidden, student_mask, teacher_mask, divergence, pooling)
     return span_loss(
-        student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight, bias=bias, backend=backend
-    )
+        student_hidden, teacher_hidden, pairs, divergence=divergence, weight=weight, bias=bias,
+        scale=scale, backend=backend,
+    )  # fmt: skip

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ..alignment.spans import SpanPairs
 from ..core import native
+from ..core.checks import Scale
 from ..core.dispatch import implementation, resolve
 from ..reference._common import valid_pairs
 from ..reference.relation_loss import Kinds, check_relation_arguments, text_of
 from ..reference.relation_loss import relation_loss as reference_relation_loss
 from ._gradient import RowLoss
 from ._library import define
+from ._scale import scalable, scaled
 from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
 
@@ -53,6 +55,7 @@ def _of_rows(
     return _op(student, teacher, first, last, *options)
 
 
+@scalable
 def relation_loss(
     student: Kinds,
     teacher: Kinds,
@@ -60,6 +63,7 @@ def relation_loss(
     *,
     heads: int,
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """KL between the self-attention relations of teacher and student (MiniLMv2) over aligned spans; formulas in
@@ -78,6 +82,7 @@ def relation_loss(
         heads: how many heads the states are cut into, whatever number the models have; divides every width.
         reduction: ``"batchmean"`` (divided by the number of pairs with both spans non-empty), ``"sum"`` or ``"none"``
             (``[P]``).
+        scale: as in :func:`span_loss`.
         backend: ``"cpu"``, ``"triton"`` (float64 goes through the reference there) or ``"reference"``; None chooses by
             device.
 
@@ -92,7 +97,7 @@ def relation_loss(
     limits = (("triton", "float64 goes through the reference"),) if dtype == torch.float64 else ()
     choice = resolve("relation_loss", students[0].device, backend, limits)
     if choice == "reference":
-        return reference_relation_loss(student, teacher, pairs, heads=heads, reduction=reduction)
+        return scaled(reference_relation_loss(student, teacher, pairs, heads=heads, reduction=reduction), scale)
     first, last = text_of(pairs, students[0].shape[1])
     if (valid := valid_pairs(pairs)) is not None:
         last = torch.where(valid, last, first)
@@ -100,9 +105,10 @@ def relation_loss(
     for s, t in zip(students, teachers, strict=True):
         s = pool_rows(s.flatten(0, 1), pairs.student_start, pairs.student_end, "mean", None).to(dtype)
         t = pool_rows(t.flatten(0, 1), pairs.teacher_start, pairs.teacher_end, "mean", None).to(dtype)
+        each = row_scale(pairs, s, reduction, dtype, scale) / len(students)
         term = RowLoss.apply(
-            _of_rows, None, s, t, first, last, row_scale(pairs, s, reduction, dtype) / len(students), (heads, choice),
-            reduction != "none", torch.is_grad_enabled() and s.requires_grad,
+            _of_rows, None, s, t, first, last, each, (heads, choice), reduction != "none",
+            torch.is_grad_enabled() and s.requires_grad,
         )  # fmt: skip
         terms.append(term)
     return sum(terms[1:], terms[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import checks, native
-from ..core.checks import RemapLike
+from ..core.checks import RemapLike, Scale
 from ..core.dispatch import implementation, resolve
 from ..core.values import Seen
 from ..reference._common import reduce_pairs
@@ -19,6 +19,7 @@ from ..reference.remapped_kl import COMBINES
 from ..reference.remapped_kl import remapped_kl as reference_remapped_kl
 from ._gradient import RowLoss
 from ._library import define
+from ._scale import scalable, scaled
 from .matched_kl import pair_count, row_scale, span_vectors
 from .span_mean import native_rows
 
@@ -122,44 +123,45 @@ _gather_plans = _Plans(_make_gather_plan, 4)
 
 def _impl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], indptr: Tensor, ids: Tensor, scale: Tensor,
-    logsumexp: bool, temperature: float, backend: str, wanted: bool,
+    logsumexp: bool, temperature: float, backend: str, wanted: bool, upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total, loss, grad = _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, wanted)
     if not 1 <= indptr.numel() <= teacher.shape[1] + 1:
         raise ValueError(f"table: expected at most {teacher.shape[1]} rows, got {indptr.numel() - 1}")
     given = grad if wanted else None
     if backend == "triton":
-        total = _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, given)
+        total = _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, given, upstream)
     else:
         plan = _plans.get(indptr, ids, student.shape[1])
         native.remapped_kl(student, teacher, spans, plan, logsumexp, temperature, scale, loss, total, given)
     return total, loss, grad
 
 
-def _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, grad, upstream=None):
+def _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, loss, grad, upstream, formed=None):
     plan = _gather_plans.get(indptr.cpu(), ids.cpu(), student.shape[1], student.device)
     return implementation("remapped_kl", "triton", "remapped_kl")(
-        student, teacher, spans, plan, scale, logsumexp, temperature, loss, grad, upstream
+        student, teacher, spans, plan, scale, logsumexp, temperature, loss, grad, upstream, formed
     )
 
 
-def _again(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, grad, upstream):
-    _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, None, grad, upstream)
+def _again(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, grad, upstream, formed):
+    _triton(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, None, grad, upstream, formed)
 
 
-def _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, wanted):
+def _fake(student, teacher, spans, indptr, ids, scale, logsumexp, temperature, backend, wanted, upstream=None):
     grad = student.new_empty(student.shape if wanted else 0)
     return scale.new_empty(()), torch.empty_like(scale), grad
 
 
 _op = define(
     "remapped_kl(Tensor student, Tensor teacher, Tensor[] spans, Tensor indptr, Tensor ids, Tensor scale, "
-    "bool logsumexp, float temperature, str backend, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "bool logsumexp, float temperature, str backend, bool wanted, Tensor? upstream=None) -> (Tensor, Tensor, Tensor)",
     _impl,
     _fake,
 )
 
 
+@scalable
 def remapped_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -173,6 +175,7 @@ def remapped_kl(
     student_shift: int = 0,
     teacher_shift: int = 0,
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """KL of the student from the teacher over all mapped teacher tokens ("reduce-map"); formulas in
@@ -195,6 +198,7 @@ def remapped_kl(
         student_shift, teacher_shift: as in :func:`vocabdistil.matched_kl`.
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
+        scale: as in :func:`span_loss`.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -219,17 +223,18 @@ def remapped_kl(
             student_logits, teacher_logits, table, pairs=pairs, combine=combine, temperature=temperature,
             reduction="none", backend=backend,
         )  # fmt: skip
-        return reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights)
+        return scaled(reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights), scale)
     choice = resolve("remapped_kl", student.device, backend)
     if choice == "reference":
-        return reference_remapped_kl(
+        loss = reference_remapped_kl(
             student_logits, teacher_logits, table, pairs=pairs, pair_weights=pair_weights, combine=combine,
             temperature=temperature, reduction=reduction,
         )  # fmt: skip
+        return scaled(loss, scale)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    scale = row_scale(pairs, student, reduction, dtype, pair_weights)
+    each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
     return RowLoss.apply(
         _op, _again if choice == "triton" else None, native_rows(student), native_rows(teacher), table.indptr,
-        table.ids, scale, (combine == "logsumexp", float(temperature), choice), reduction != "none",
+        table.ids, each, (combine == "logsumexp", float(temperature), choice), reduction != "none",
         torch.is_grad_enabled() and student.requires_grad, *span_vectors(pairs),
     )  # fmt: skip

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs, at_least_one
 from ..core import native
-from ..core.checks import Layers, LayerWeights, as_projection
+from ..core.checks import Layers, LayerWeights, Scale, as_projection
 from ..core.dispatch import implementation, resolve
 from ..reference.span_loss import check_span_loss
 from ..reference.span_loss import span_loss as reference_span_loss
-from ._gradient import HALF, once_differentiable
+from ._gradient import HALF, next_upstream, note_upstream, once_differentiable
 from ._library import define
 from ._projection import project
+from ._scale import scalable, scaled
 from .span_mean import native_rows, pooled_rows
 
 
@@ -27,7 +28,7 @@ def _run(
     student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
     beta: float, backend: str, loss: Tensor | None, total: Tensor | None, student_grads: Sequence[Tensor],
-    teacher_grads: Sequence[Tensor], upstream: Tensor | None = None,
+    teacher_grads: Sequence[Tensor], upstream: Tensor | None = None, formed: Tensor | None = None,
 ) -> None:  # fmt: skip
     if backend == "cpu":
         assert loss is not None and total is not None  # only a GPU is asked for gradients alone
@@ -41,12 +42,12 @@ def _run(
     if loss is not None or student_grads:
         kernel(
             student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
-            loss, total, student_grads, upstream,
+            loss, total, student_grads, upstream, formed,
         )  # fmt: skip
     if teacher_grads:  # the gradient in the teacher is that of the mirrored divergence in its student
         kernel(
             teacher, student, [*spans[2:], *spans[:2]], weights, base, teacher_coef, student_coef, _MIRROR[divergence],
-            mean, temperature, 1 - beta, None, None, teacher_grads, upstream,
+            mean, temperature, 1 - beta, None, None, teacher_grads, upstream, formed,
         )  # fmt: skip
 
 
@@ -60,20 +61,20 @@ _MIRROR = {code: code for code in _CODES.values()} | {
 def _impl(
     student: Sequence[Tensor], teacher: Sequence[Tensor], spans: Sequence[Tensor], weights: Tensor | None, base: float,
     student_coef: Tensor | None, teacher_coef: Tensor | None, divergence: int, mean: bool, temperature: float,
-    beta: float, backend: str, student_grad: bool, teacher_grad: bool,
+    beta: float, backend: str, student_grad: bool, teacher_grad: bool, upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     arguments = (
         student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta,
         backend,
     )  # fmt: skip
-    total, loss, *grads = _fake(*arguments, student_grad, teacher_grad, native.empty)
-    _run(*arguments, loss, total, *grads)
-    return total, loss, *grads
+    total, loss, student_grads, teacher_grads = _fake(*arguments, student_grad, teacher_grad, upstream, native.empty)
+    _run(*arguments, loss, total, student_grads, teacher_grads, upstream)
+    return total, loss, student_grads, teacher_grads
 
 
 def _fake(
     student, teacher, spans, weights, base, student_coef, teacher_coef, divergence, mean, temperature, beta, backend,
-    student_grad, teacher_grad, empty=Tensor.new_empty,
+    student_grad, teacher_grad, upstream=None, empty=Tensor.new_empty,
 ):  # fmt: skip
     dtype = native.accumulation_dtype(student[0].dtype, teacher[0].dtype)
     loss = student[0].new_empty(spans[0].shape[0], dtype=dtype)
@@ -84,7 +85,7 @@ def _fake(
 _op = define(
     "span_loss(Tensor[] student, Tensor[] teacher, Tensor[] spans, Tensor? weights, float base, Tensor? student_coef, "
     "Tensor? teacher_coef, int divergence, bool mean, float temperature, float beta, str backend, bool student_grad, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor[], Tensor[])",
+    "bool teacher_grad, Tensor? upstream=None) -> (Tensor, Tensor, Tensor[], Tensor[])",
     _impl,
     _fake,
 )
@@ -95,8 +96,9 @@ class _SpanLoss(torch.autograd.Function):
 
     That gradient is handed out as it is where the upstream gradient is 1 (the usual ``loss.backward()``), without
     a second pass and without a copy. Half-precision gradients under any other upstream gradient are computed anew
-    with it folded in, so that they are rounded once, after scaling, and a loss scaler can do its work. On a GPU the
-    kernel itself looks at the upstream gradient and ends at once where it is 1: the host need not wait for it.
+    with it folded in, so that they are rounded once, after scaling, and a loss scaler can do its work. On a GPU forward
+    folds in the upstream gradient that the last backward pass met, and the kernel of this one ends at once where it is
+    the same: the host need not wait for it.
     """
 
     @staticmethod
@@ -109,9 +111,12 @@ class _SpanLoss(torch.autograd.Function):
         spans, layers = tensors[:4], tensors[4:]
         compiling = torch.compiler.is_compiling()
         early = reduce and not (compiling and any(x.dtype in HALF for x in layers))
+        guess = None
+        if options[-1] != "cpu" and early and (needs_student or needs_teacher) and not compiling:
+            guess = next_upstream(_op, spans[0], torch.float32)
         total, loss, student_grads, teacher_grads = _op(
             layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
-            early and needs_student, early and needs_teacher,
+            early and needs_student, early and needs_teacher, guess,
         )  # fmt: skip
         ready = (*student_grads, *teacher_grads)
         ctx.static = (base, options, needs_student, needs_teacher, count, early, len(layers))
@@ -119,7 +124,7 @@ class _SpanLoss(torch.autograd.Function):
             ctx.save_for_backward(weights, loss, student_coef, teacher_coef, *spans, *layers, *ready)
         else:  # not among the saved tensors: whoever takes it must be its only owner
             ctx.save_for_backward(weights, loss, student_coef, teacher_coef, *spans, *layers)
-            ctx.ready = ready if early else None
+            ctx.ready = (*ready, guess) if early else None
         if reduce:
             return total
         return loss * base if weights is None else loss * (weights * base)
@@ -137,16 +142,20 @@ class _SpanLoss(torch.autograd.Function):
         elif torch.compiler.is_compiling():
             if early:
                 grads = [g * grad.to(g.dtype) for g in rest[4 + n :]]
+        elif early and options[-1] != "cpu":
+            learned = (layers[:count] if needs_student else ()), (layers[count:] if needs_teacher else ())
+            held, ctx.ready = ctx.ready, None
+            *grads, formed = held or (*(x.new_empty(x.shape) for side in learned for x in side), None)
+            split = len(learned[0])
+            _run(
+                layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
+                None, None, grads[:split], grads[split:], grad, formed,
+            )  # fmt: skip
+            note_upstream(_op, grad)
         elif ctx.ready is not None:
-            ready, ctx.ready = ctx.ready, None
-            if options[-1] != "cpu":
-                split = count if needs_student else 0
-                _run(
-                    layers[:count], layers[count:], spans, weights, base, student_coef, teacher_coef, *options,
-                    None, None, ready[:split], ready[split:], grad,
-                )  # fmt: skip
-                grads = ready
-            elif bool(grad == 1):
+            *ready, _ = ctx.ready
+            ctx.ready = None
+            if bool(grad == 1):
                 grads = ready
             elif all(g.dtype not in HALF for g in ready):
                 grads = [g.mul_(grad) for g in ready]
@@ -187,6 +196,7 @@ def _limits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[tuple
     return ()
 
 
+@scalable
 def span_loss(
     student: Layers,
     teacher: Layers,
@@ -200,6 +210,7 @@ def span_loss(
     beta: float = 0.5,
     pooling: str = "mean",
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     student_layer_weights: LayerWeights | None = None,
     teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
@@ -222,6 +233,9 @@ def span_loss(
         pooling: ``"mean"`` or ``"sum"`` over the tokens of a span.
         reduction: ``"batchmean"`` (divided by the number of pairs with both spans non-empty), ``"sum"`` or
             ``"none"`` (``[P]``).
+        scale: what this loss counts among others, a number or a float tensor ``[]`` that multiplies loss and gradient.
+            On a GPU it is better than a product outside, with which a half-precision gradient may be formed twice: in
+            forward, and in backward if the upstream gradient is neither 1 nor that of the backward pass before.
         student_layer_weights, teacher_layer_weights: one number per layer, normalised to sum 1; a tensor may
             require gradients.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None chooses by device.
@@ -243,11 +257,12 @@ def span_loss(
     device = students[0].device
     choice = resolve("span_loss", device, backend, _limits(students, teachers))
     if choice == "reference":
-        return reference_span_loss(
+        loss = reference_span_loss(
             student, teacher, pairs, divergence=divergence, temperature=temperature, weight=weight, bias=bias,
             pair_weights=pair_weights, beta=beta, pooling=pooling, reduction=reduction,
             student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights,
         )  # fmt: skip
+        return scaled(loss, scale)
     students, teachers = [native_rows(x) for x in students], [native_rows(x) for x in teachers]
     mean = pooling == "mean"
     grad = torch.is_grad_enabled()
@@ -277,6 +292,10 @@ def span_loss(
             weights = (torch.ones(len(pairs), dtype=dtype, device=device) if weights is None else weights) / count
         else:
             base = 1.0 / count
+    if isinstance(scale, Tensor):
+        weights = scaled(torch.ones(len(pairs), dtype=dtype, device=device) if weights is None else weights, scale)
+    else:
+        base *= scale
     options = (_CODES[divergence], mean, float(temperature), float(beta), choice)
     return _SpanLoss.apply(
         weights, student_coef, teacher_coef, base, options, reduction != "none",
@@ -290,6 +309,7 @@ def _row_spans(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     return rows, rows + (end > start)
 
 
+@scalable
 def span_kl(
     student: Layers,
     teacher: Layers,
@@ -301,6 +321,7 @@ def span_kl(
     pair_weights: Tensor | None = None,
     pooling: str = "mean",
     reduction: str = "batchmean",
+    scale: Scale = 1.0,
     student_layer_weights: LayerWeights | None = None,
     teacher_layer_weights: LayerWeights | None = None,
     backend: str | None = None,
@@ -308,6 +329,6 @@ def span_kl(
     """:func:`span_loss` with ``divergence="kl"``: ``T^2 sum_p w_p KL(softmax(mean_t/T) || softmax(mean_s/T)) / P``."""
     return span_loss(
         student, teacher, pairs, divergence="kl", temperature=temperature, weight=weight, bias=bias,
-        pair_weights=pair_weights, pooling=pooling, reduction=reduction,
+        pair_weights=pair_weights, pooling=pooling, reduction=reduction, scale=scale,
         student_layer_weights=student_layer_weights, teacher_layer_weights=teacher_layer_weights, backend=backend,
     )  # fmt: skip

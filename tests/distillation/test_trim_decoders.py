@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -228,6 +229,16 @@ def test_nothing_is_loaded_before_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vocabdistil.distillation.student.load_teacher", None)
     with pytest.raises(VocabdistilError, match="layers: expected none"):
         vd.trim(teacher=tiny_decoder("gpt2"), text=lines(), out=tmp_path / "student", layers=2)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_decoder("llama-2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VocabdistilError, match="teacher: expected weights in floating point, got quantized ones"):
+        vd.trim(teacher=folder, text=lines(), out=tmp_path / "student", **SMALL)
 
 
 def test_a_decoder_that_makes_vectors_is_refused(tmp_path):

@@ -350,6 +350,8 @@ class TrimConfig(StudentOptions):
         for name in ("layers", "keep_layers", "dim", "heads", "ffn", "whiten"):
             value = getattr(self, name)
             need(not value, name, f"none for a decoder ({teacher.model_type}), of which all layers stay", value)
+        quantized = getattr(teacher, "quantization_config", None) is not None
+        need(not quantized, "teacher", "weights in floating point", "quantized ones")
         own = f"trim for a decoder ({teacher.model_type}), which keeps tokens of its own"
         need(self.vocabulary == "trim", "vocabulary", own, self.vocabulary)
         return keep_layers(teacher)

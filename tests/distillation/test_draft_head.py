@@ -96,6 +96,7 @@ def test_the_command_says_what_is_covered(tmp_path, capsys):
         ("gpt2", {"vocab_size": 1}, "vocab_size: expected at least the "),
         ("gpt2", {"text": ["one text"] * 3}, "text: expected at least 2 different texts"),
         ("gpt2", {"layers": 1}, "layers: expected none for a decoder"),
+        ("phi", {}, "draft: expected a decoder whose output layer has no bias, got phi"),
     ],
 )
 def test_bad_input(teacher, options, message, tmp_path):

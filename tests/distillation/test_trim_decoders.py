@@ -79,6 +79,9 @@ def test_fewer_rows_and_no_other_tokens(pair):
     assert [len(row) for row in rows] == [len(ours)] * 2 and student.config.vocab_size == len(ours)
     assert torch.equal(rows[0], teacher.get_input_embeddings().weight[pair.kept])
     assert torch.equal(rows[1], teacher.get_output_embeddings().weight[pair.kept])
+    biases = [getattr(model.get_output_embeddings(), "bias", None) for model in (teacher, student)]
+    assert (biases[0] is None) == (biases[1] is None)
+    assert biases[0] is None or torch.equal(biases[1], biases[0][pair.kept])
     tied = teacher.get_input_embeddings().weight is teacher.get_output_embeddings().weight
     assert (rows[0] is rows[1]) == tied == student.config.tie_word_embeddings
 

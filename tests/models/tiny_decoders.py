@@ -23,6 +23,7 @@ SHAPE = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     "intermediate_size": 32, "max_position_embeddings": POSITIONS,
 }  # fmt: skip
+PLAIN = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
 GPT2 = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": POSITIONS}
 
 LLAMA3_CHAT = (
@@ -133,10 +134,14 @@ DECODERS = {
     "gpt2": Decoder(gpt2_bytes, "GPT2", TIED, GPT2),
     "gpt2-untied": Decoder(gpt2_bytes, "GPT2", UNTIED, GPT2),
     "mistral": Decoder(mistral_unigram, "Mistral", {**UNTIED, "sliding_window": 8}),
+    "phi": Decoder(gpt2_bytes, "Phi", UNTIED, padded=3),
     "phi3": Decoder(llama2_bpe, "Phi3", UNTIED),
+    "smollm3": Decoder(qwen_bytes, "SmolLM3", TIED),
+    "olmo2": Decoder(gpt2_bytes, "Olmo2", UNTIED),
+    "gpt_neox": Decoder(gpt2_bytes, "GPTNeoX", UNTIED, PLAIN),
 }
 _CLASSES = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
-WITH_CHAT = [name for name, kind in DECODERS.items() if not name.startswith("gpt2")]
+WITH_CHAT = [name for name, kind in DECODERS.items() if kind.tokenizer is not gpt2_bytes]
 
 
 @functools.cache

@@ -43,9 +43,13 @@ def make_draft_head(
     Input embeddings stay the teacher's.
 
     Raises:
-        VocabdistilError: fewer than two different texts, or no room for the special tokens.
+        VocabdistilError: an output layer with a bias, for which such heads have no place; fewer than two different
+            texts; no room for the special tokens.
     """
     say, teacher = Reporter(config.quiet), source.teacher
+    weight, bias = teacher.output_layer
+    kind = teacher.model.config.model_type
+    need(bias is None, "draft", "a decoder whose output layer has no bias", kind)
     say.status("Reading the text")
     read = Digested(watched(text, config.quiet))
     sample = sample_text(Prefixed(read, teacher.prompt), config.seed)
@@ -57,7 +61,6 @@ def make_draft_head(
     counts = count_tokens(teacher.tokenizer, (text for text in sample if text not in held))
     size = VOCAB_SIZE if config.vocab_size is None else config.vocab_size
     ids = draft_ids(teacher.tokenizer, counts, size, named_ids(teacher))
-    weight, _ = teacher.output_layer
     d2t, t2d = draft_maps(ids, len(weight))
     metrics: dict[str, Any] = {
         "teacher": config.teacher,

@@ -206,8 +206,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mt5": replace(_T5, body="MT5EncoderModel"),
     "gpt2": replace(_DECODER, layers="h", fields=Fields("n_layer", "n_embd", "n_head", "")),
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _DECODER
-    ),
+        (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "olmo2",
+            "gpt_neox",
+        ),
+        _DECODER,
+    ),  # fmt: skip
 }
 
 

@@ -172,6 +172,14 @@ def test_a_teacher_of_its_own_vocabulary_agrees_with_itself(tmp_path):
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
+def test_of_long_texts_the_beginning_is_compared(tmp_path):
+    texts, options = [" ".join(lines()[i:] * 9) for i in range(3)], SMALL | {"vocab_size": 440, "max_length": 16}
+    made = vd.trim(teacher=tiny_decoder("gpt2"), text=texts, out=tmp_path / "student", **options)
+    model = AutoModelForCausalLM.from_pretrained(made.path)
+    expected = vd.bits_per_byte(model, AutoTokenizer.from_pretrained(made.path), [text[:64] for text in texts], 16)
+    assert made.metrics["next_tokens"]["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_dtype_stays():
     name = "gemma3"
     path = tiny_decoder(name, torch.bfloat16)
@@ -242,6 +250,16 @@ def test_quantized_weights_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(VocabdistilError, match="teacher: expected weights in floating point, got quantized ones"):
         vd.trim(teacher=folder, text=lines(), out=tmp_path / "student", **SMALL)
+
+
+def test_a_tokenizer_without_ends_of_texts_is_refused(tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_decoder("gpt2"), folder)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for draft in (False, True):
+        with pytest.raises(VocabdistilError, match="teacher: expected a decoder whose tokenizer has a bos_token"):
+            vd.trim(teacher=folder, text=lines(), out=tmp_path / "student", draft=draft, **SMALL)
 
 
 def test_a_decoder_that_makes_vectors_is_refused(tmp_path):

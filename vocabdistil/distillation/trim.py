@@ -12,6 +12,7 @@ from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
 from ..core.errors import need
+from ..evaluation.bits_per_byte import start_token
 from ..evaluation.next_tokens import compare_decoders
 from ..evaluation.predictions import agreement
 from ..evaluation.report import (
@@ -71,8 +72,8 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
     if source.teacher.causal_lm is not None:
-        ends = source.teacher.tokenizer.bos_token, source.teacher.tokenizer.eos_token
-        need(any(ends), "teacher", "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
+        start = start_token(source.teacher.tokenizer)
+        need(start is not None, "teacher", "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
     sources_to_whiten(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..alignment.collator import pad
-from ..alignment.families import plain_settings, read_tokenizer
+from ..alignment.families import backend_of, plain_settings
 
-__all__ = ["LOGITS_AT_ONCE", "bits_per_byte", "rows_from_start"]
+__all__ = ["LOGITS_AT_ONCE", "bits_per_byte", "rows_from_start", "start_token"]
 
 # Logits that exist at a time: 512 MiB of float32.
 LOGITS_AT_ONCE = 1 << 27
@@ -30,14 +30,14 @@ def bits_per_byte(
     """``sum_texts sum_i -log2 p(token_i | the tokens before it) / bytes of the texts in UTF-8``.
 
     Models with different vocabularies can be compared, as each predicts every byte of the texts: the first token too,
-    after the token that begins a text (see :func:`rows_from_start`), and all of a text that is longer than
+    after the token that begins a text (see :func:`start_token`), and all of a text that is longer than
     ``max_length``, in windows that begin with half a window of what was predicted before. The end of a text has no
     bytes and is not predicted. An unknown token counts as if it spelled its bytes, so a tokenizer that has one may
     seem better than it is.
 
     Args:
         model: a causal model, whose output has ``logits``; its mode is given back.
-        tokenizer: its own fast tokenizer.
+        tokenizer: its own fast tokenizer of ``transformers``.
         texts: as they are read: no template, no prompt is put around them.
         max_length: tokens that are read at once; fewer if the model has fewer positions.
         batch: windows at once; fewer where their logits would take more than 512 MiB.
@@ -78,19 +78,24 @@ def bits_per_byte(
     return bits / total
 
 
+def start_token(tokenizer: Any) -> int | None:
+    """The id of the token after which a text begins: BOS, else EOS, which ends the text before; None without either."""
+    return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+
+
 def rows_from_start(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text after the token that begins one: BOS, else EOS, which ends the text before; no template.
+    """Token ids of each text after :func:`start_token`, without the tokenizer's template.
 
     Raises:
         TypeError: not a fast tokenizer.
         ValueError: it has neither token.
     """
-    info = read_tokenizer(tokenizer, "tokenizer")
-    start = info.roles.get("bos", info.roles.get("eos"))
+    backend = backend_of(tokenizer, "tokenizer")
+    start = start_token(tokenizer)
     if start is None:
         raise ValueError("tokenizer: expected a bos_token or an eos_token, after which a text begins, got neither")
-    with plain_settings(info.backend):
-        encodings = info.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    with plain_settings(backend):
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [[start, *encoding.ids] for encoding in encodings]
 
 

@@ -16,6 +16,8 @@ __all__ = ["compare_decoders"]
 
 # Places whose distributions over the matched vocabulary exist in float64 at a time, as numbers: 64 MiB.
 _PROBABILITIES_AT_ONCE = 1 << 23
+# Of a text, for each token that is read at most: whole books would take hours.
+_CHARACTERS = 4
 
 
 @torch.no_grad()
@@ -30,8 +32,8 @@ def compare_decoders(
 
     Args:
         teacher, student: decoders on one device.
-        texts: some with at least one token.
-        max_length: tokens of a text that each reads, at most as many as it can.
+        texts: some with at least one token; of each its first ``4 * max_length`` characters.
+        max_length: tokens of a text that each reads at once, at most as many as it can.
         batch: texts at once; fewer where logits would take too much memory.
 
     Returns:
@@ -40,6 +42,7 @@ def compare_decoders(
         ``places``: how many there were (the first three are left out if none); ``bits_per_byte`` and
         ``teacher_bits_per_byte``: see :func:`vocabdistil.bits_per_byte`.
     """
+    texts = [text[: _CHARACTERS * max_length] for text in texts]
     sides, device = (teacher, student), next(student.whole.parameters()).device
     matched = MatchedVocab.from_tokenizers(teacher.tokenizer, student.tokenizer).to(device)
     lengths = [min(max_length, side.max_positions) for side in sides]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vocabdistil as vd
+from tests._families import plain_text
 from tests.models.tiny_decoders import (
     DECODERS,
     WITH_CHAT,
@@ -26,6 +27,9 @@ from tests.models.tiny_decoders import (
 from vocabdistil.cli import main
 from vocabdistil.core.errors import VocabdistilError
 from vocabdistil.evaluation import metrics as schema
+from vocabdistil.models.named_tokens import named_ids
+from vocabdistil.models.teachers import load_teacher
+from vocabdistil.models.vocabularies import trim_vocabulary
 
 SMALL = {"time_batch": 2, "time_length": 12, "max_length": 48, "quiet": True, "vocab_size": 400}
 LOST = 40
@@ -172,6 +176,16 @@ def test_a_teacher_of_its_own_vocabulary_agrees_with_itself(tmp_path):
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
+def test_tokens_are_chosen_by_count_alone(tmp_path):
+    teacher, texts, size = load_teacher(tiny_decoder("qwen3"), decoders=True), plain_text()[:60], 340
+    made = vd.trim(teacher=teacher.name, text=texts, out=tmp_path / "student", **SMALL | {"vocab_size": size})
+    by_count, by_distance = (
+        trim_vocabulary(teacher.tokenizer, texts, size, embedding=embedding, keep=named_ids(teacher)).tokenizer
+        for embedding in (None, teacher.embedding)
+    )
+    assert AutoTokenizer.from_pretrained(made.path).get_vocab() == by_count.get_vocab() != by_distance.get_vocab()
+
+
 def test_of_long_texts_the_beginning_is_compared(tmp_path):
     texts, options = [" ".join(lines()[i:] * 9) for i in range(3)], SMALL | {"vocab_size": 440, "max_length": 16}
     made = vd.trim(teacher=tiny_decoder("gpt2"), text=texts, out=tmp_path / "student", **options)
@@ -257,6 +271,7 @@ def test_a_tokenizer_without_ends_of_texts_is_refused(tmp_path):
     shutil.copytree(tiny_decoder("gpt2"), folder)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # which transformers 4 writes
     for draft in (False, True):
         with pytest.raises(VocabdistilError, match="teacher: expected a decoder whose tokenizer has a bos_token"):
             vd.trim(teacher=folder, text=lines(), out=tmp_path / "student", draft=draft, **SMALL)

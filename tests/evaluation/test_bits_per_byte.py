@@ -47,7 +47,7 @@ def gpt() -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(vocab_size=400, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
-        return GPT2LMHeadModel(config).double().eval()
+        return GPT2LMHeadModel(config).eval()
 
 
 def by_the_formula(model, tokenizer, texts, length) -> float:
@@ -80,26 +80,27 @@ def test_a_model_that_knows_nothing_pays_the_same_for_each_token(tokenizer):
 def test_every_token_is_predicted_once_after_its_window(gpt, length, batch):
     tokenizer = subwords()
     found = bits_per_byte(gpt, tokenizer, TEXTS, length, batch)
-    assert found == pytest.approx(by_the_formula(gpt, tokenizer, TEXTS, length), rel=1e-9)
+    assert found == pytest.approx(by_the_formula(gpt, tokenizer, TEXTS, length), rel=1e-5)
 
 
 def test_no_more_positions_are_read_than_the_model_has(gpt):
     text = [" ".join(many_scripts()[:20])]
-    assert bits_per_byte(gpt, subwords(), text, 4096) == pytest.approx(bits_per_byte(gpt, subwords(), text, 64))
+    expected = bits_per_byte(gpt, subwords(), text, 64)
+    assert bits_per_byte(gpt, subwords(), text, 4096) == pytest.approx(expected, rel=1e-5)
 
 
 def test_fewer_at_once_where_logits_are_many(gpt, monkeypatch):
     whole, widths = bits_per_byte(gpt, subwords(), TEXTS, batch=5), []
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 64 * 400)
     hook = gpt.register_forward_pre_hook(lambda _, __, given: widths.append(len(given["input_ids"])), with_kwargs=True)
-    assert bits_per_byte(gpt, subwords(), TEXTS, batch=5) == pytest.approx(whole, rel=1e-12)
+    assert bits_per_byte(gpt, subwords(), TEXTS, batch=5) == pytest.approx(whole, rel=1e-5)
     hook.remove()
     assert max(widths) == 2
 
 
 def test_the_text_begins_after_eos_where_there_is_no_bos(gpt):
     with_eos = PreTrainedTokenizerFast(tokenizer_object=renamed(), eos_token="[B]")
-    assert bits_per_byte(gpt, with_eos, TEXTS) == pytest.approx(bits_per_byte(gpt, subwords(), TEXTS))
+    assert bits_per_byte(gpt, with_eos, TEXTS) == pytest.approx(bits_per_byte(gpt, subwords(), TEXTS), rel=1e-5)
     with pytest.raises(ValueError, match="tokenizer: expected a bos_token or an eos_token"):
         bits_per_byte(gpt, PreTrainedTokenizerFast(tokenizer_object=renamed()), TEXTS)
 

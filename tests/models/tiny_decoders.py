@@ -46,8 +46,9 @@ INST = (
 def _wrapped(tokenizer: Tokenizer, chat: str | None = None, **roles: str) -> PreTrainedTokenizerFast:
     names = {f"{role}_token": token for role, token in roles.items()}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=POSITIONS, chat_template=chat, **names
-    )
+        tokenizer_object=tokenizer, model_max_length=POSITIONS, chat_template=chat,
+        model_input_names=["input_ids", "attention_mask"], **names,
+    )  # fmt: skip
 
 
 def _ending(tokenizer: Tokenizer, *tokens: str) -> Tokenizer:

@@ -182,8 +182,7 @@ def make_vocabulary(
             :data:`.text.COUNTED` a sample is counted.
         vocab_size: None: :data:`VOCAB_SIZE`, or what the folder has.
         prompts: what else may stand before a text: counted often enough for its tokens to be there.
-        embedding: the teacher's input embeddings, if there are any: those of its tokens that others can stand in for
-            then make room.
+        embedding: an encoder's input embeddings: those of its tokens that others can stand in for then make room.
         seed: of the sample.
         keep: ids of the teacher's tokens that stay in a trimmed vocabulary whatever the texts.
     """

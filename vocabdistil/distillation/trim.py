@@ -90,9 +90,15 @@ def _run(
     read = Digested(watched(text, config.quiet))
     sample = sample_text(Prefixed(read, teacher.prompt), config.seed)
     say.status("Making the student's vocabulary")
+    causal = teacher.causal_lm is not None
+    # A decoder must also write what it reads in pieces, and embeddings say nothing of that. Bits per byte of
+    # held-out Russian, of a Llama of 1.1 M parameters trained on Russian and English: 1.385; with 4,000 / 2,500 / 1,500
+    # of its 6,000 tokens, chosen by count alone: 1.424 / 1.574 / 1.774; also by their distance: 1.452 / 1.639 / 1.902.
+    embedding = None if causal else teacher.embedding
+    keep = named_ids(teacher) if causal else ()
     vocabulary = make_vocabulary(
-        config.vocabulary, teacher.tokenizer, sample, config.vocab_size, config.family, source.prompts,
-        teacher.embedding, keep=named_ids(teacher) if teacher.causal_lm is not None else (),
+        config.vocabulary, teacher.tokenizer, sample, config.vocab_size, config.family, source.prompts, embedding,
+        keep=keep,
     )  # fmt: skip
     for note in vocabulary.notes:
         say.print(note)

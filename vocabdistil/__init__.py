@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import trim
     from .evaluation import loyalty
+    from .evaluation.bits_per_byte import bits_per_byte
     from .evaluation.tasks import evaluate
     from .models import students
     from .ops.attention_loss import attention_loss
@@ -71,6 +72,7 @@ _HOMES = {
     "align": "alignment.align",
     "attention_loss": "ops.attention_loss",
     "backends": "core.backends",
+    "bits_per_byte": "evaluation.bits_per_byte",
     "boundary_pairs": "alignment.methods",
     "cache_aligned": "alignment.cache",
     "contrastive": "ops.contrastive",
@@ -137,6 +139,7 @@ __all__ = [
     "align",
     "attention_loss",
     "backends",
+    "bits_per_byte",
     "boundary_pairs",
     "cache_aligned",
     "contrastive",

@@ -1,7 +1,8 @@
 """``python -m benchmarks static``: what the compiler says of every CUDA kernel, without a GPU: registers, spills,
 shared memory, and how many warps a multiprocessor then holds.
 
-``--spills FILE`` writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv.
+``--spills FILE`` writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv;
+``--costs`` adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
 """
 
 from __future__ import annotations
@@ -150,16 +151,47 @@ def new_spills(found: Sequence[Usage], known: dict[tuple[str, int], int]) -> lis
     return [u for u in found if u.spilled > known.get((u.kernel, u.architecture), 0)]
 
 
+COSTS = ((264, "bfloat16"), (768, "bfloat16"), (1024, "bfloat16"), (4096, "bfloat16"), (768, "float32"))
+PAIRS = 64  # 8 a warp: what a warp does once is shared out
+
+
+def cost_table(folder: Path) -> str:
+    """Markdown: of the KL of spans of one row, with its gradient, the instructions of a warp and the bytes of memory,
+    each counted once, per pair; the bytes that its three rows take; and the instructions per row of padding."""
+    import pytest
+    import torch
+
+    from tests import cuda_on_host
+    from tests.ptx.launch import compile_cuda, launching, span_loss_cost
+
+    lines = [["hidden size", "instructions", "bytes", "of its rows", "instructions per row of padding"]]
+    lines.append(["---", *["---:"] * 4])
+    module, programs = cuda_on_host.build(folder), compile_cuda(SOURCE, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for launches in launching(module, programs, patch):
+            for dim, name in COSTS:
+                dtype = getattr(torch, name)
+                full, padded = (span_loss_cost(launches, dim, dtype, PAIRS, padding) for padding in (0, 1024))
+                each = full.instructions / PAIRS, full.bytes / PAIRS, 3 * dim * dtype.itemsize
+                more = (padded.instructions - full.instructions) / 1024
+                lines.append([f"{dim} {name}", *(f"{n:.0f}" for n in (*each, more))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__)
     parser.add_argument("--spills", type=Path, metavar="FILE", help="also write the spills to this file")
+    parser.add_argument("--costs", action="store_true", help="also count what a pair costs; takes a C++ compiler")
     args = parser.parse_args(argv)
     for tool in ("nvcc", "ptxas"):
         if find_tool(tool) is None:
             parser.error(f"{tool} is neither on the PATH nor in CUDA_HOME")
     with tempfile.TemporaryDirectory() as folder:
         found = usage(compile_ptx(SOURCE, Path(folder), min(ARCHITECTURES)))
+        costs = cost_table(Path(folder)) if args.costs else ""
     print(table(found))
+    if costs:
+        print(f"\n{costs}")
     if args.spills:
         write_spills(found, args.spills, release())
     return 0

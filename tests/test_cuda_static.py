@@ -52,8 +52,11 @@ def test_the_command_prints_the_table_and_writes_the_spills(tmp_path, capsys, mo
     monkeypatch.setattr(static, "usage", lambda ptx: found)
     monkeypatch.setattr(static, "find_tool", lambda name: name)
     monkeypatch.setattr(static, "release", lambda: "1.2")
+    monkeypatch.setattr(static, "cost_table", lambda folder: "what it costs")
     assert main(["static", "--spills", str(tmp_path / "spills.csv")]) == 0
     assert capsys.readouterr().out == static.table(found) + "\n"
+    assert main(["static", "--costs"]) == 0
+    assert capsys.readouterr().out == static.table(found) + "\n\nwhat it costs\n"
     assert static.read_spills(tmp_path / "spills.csv", "1.2") == {("other<1>", 90): 8}
     assert static.read_spills(tmp_path / "spills.csv", "1.3") is None
 

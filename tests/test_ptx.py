@@ -4,17 +4,17 @@ host code: against the float64 reference, and with every access looked at."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import vocabdistil as vd
+from benchmarks import static
 from benchmarks.static import find_tool
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
-from tests.ptx.launch import ROOT, HostLauncher, Launches, compile_cuda
+from tests.ptx.launch import ROOT, compile_cuda, launching, span_loss_cost
 from tests.ptx.memory import Failure
 from tests.span_loss_backend import (  # noqa: F401
     DIVERGENCES,
@@ -43,23 +43,10 @@ pytestmark = [
     pytest.mark.skipif(not all(map(shutil.which, ("nm", "c++filt"))), reason="there are no binutils"),
 ]
 
-OPERATIONS = ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd")
-
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     return compile_cuda(ROOT / "csrc/cuda/kernels.cu", tmp_path_factory.mktemp("ptx"))
-
-
-def launching(module, programs, patch) -> Iterator[Launches]:
-    """Calls with CPU tensors to the backend "cuda" run the programs."""
-    launches = Launches()
-    cuda_on_host.serve_the_host(patch, module)
-    with HostLauncher(module, programs, launches) as launcher:
-        for name in OPERATIONS:
-            patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
-        patch.setattr(native, "total_parts", launches.made(native.total_parts, written=True))
-        yield launches
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +87,40 @@ def test_layers_weights_and_an_upstream_gradient(dim, reduction, backend, device
         backend, device, students, teachers, pairs, upstream, reduction=reduction, divergence="reverse_kl",
         student_layer_weights=[1.0, 2.0, 0.5], pair_weights=torch.rand(6),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(264, BF16), (768, BF16), (1024, BF16), (768, F32), (4096, BF16)], ids=str)
+def test_every_byte_crosses_the_memory_once(dim, dtype, launches):
+    counts = span_loss_cost(launches, dim, dtype, 48)
+    assert counts.bytes < 1.02 * 48 * (3 * dim * dtype.itemsize + 64)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(264, BF16), (768, BF16), (1024, F32)], ids=str)
+def test_rows_that_belong_to_no_span_cost_little(dim, dtype, launches):
+    """Little more than a store for each 16 bytes of a lane, and what it takes to find them."""
+    without, more = (span_loss_cost(launches, dim, dtype, 48, padding) for padding in (0, 2048))
+    stores = -(-dim * dtype.itemsize // 512)
+    assert more.instructions - without.instructions < 2048 * (25 + 12 * stores)
+    assert more.bytes - without.bytes < 1.02 * 2048 * dim * dtype.itemsize
+
+
+def test_both_stages_of_a_total(launches, backend, monkeypatch):
+    """As of many pairs, of few: one part."""
+    monkeypatch.setattr(native, "total_parts", launches.made(lambda loss: loss.new_empty(1), written=True))
+    pairs, n_s, n_t = make_pairs(40, seed=2, gaps=True)
+    student, teacher, weights = rows(n_s, 8, 1), rows(n_t, 8, 2), torch.rand(40)
+    got = vd.span_loss(student, teacher, pairs, pair_weights=weights, backend=backend)
+    want = vd.reference.span_loss(student.double(), teacher.double(), pairs, pair_weights=weights.double())
+    torch.testing.assert_close(got.double(), want)
+    assert launches.count["finish_kernel"] == 2
+
+
+def test_the_table_of_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(static, "COSTS", ((8, "float32"),))
+    *_, line = static.cost_table(tmp_path).splitlines()
+    name, instructions, moved, least, padding = line.strip("| ").split(" | ")
+    assert name == "8 float32" and least == "96"
+    assert int(instructions) > 100 and int(moved) >= 96 and 0 < int(padding) < 40
 
 
 def test_a_loss_without_a_gradient(launches, backend):

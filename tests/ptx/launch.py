@@ -17,9 +17,12 @@ from types import ModuleType
 import pytest
 import torch
 
+import vocabdistil as vd
 from benchmarks import static
+from tests import cuda_on_host
+from vocabdistil.core import native
 
-from .machine import Machine, Program
+from .machine import Counts, Machine, Program
 from .memory import Tensors
 from .parser import parse
 
@@ -41,6 +44,7 @@ class Launches:
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.tensors = Tensors()
+        self.counts: Counts | None = None  # of those from here on, if wanted
 
     def known(self, function: Callable) -> Callable:
         """A function whose tensors its launches may read and, of some names, write."""
@@ -72,7 +76,7 @@ class Launches:
         self, name: str, program: Program, grid: Sequence[int], block: Sequence[int], shared: int, params: bytes
     ) -> None:
         self.count[name] += 1
-        Machine(program, tuple(grid), tuple(block), shared, params, self.tensors).run()
+        Machine(program, tuple(grid), tuple(block), shared, params, self.tensors, self.counts).run()
 
 
 # CUDA.
@@ -139,6 +143,29 @@ class HostLauncher:
                 raise
 
         return call
+
+
+def launching(module: ModuleType, programs: dict[str, Program], patch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Calls with CPU tensors to the backend "cuda" run the programs."""
+    launches = Launches()
+    cuda_on_host.serve_the_host(patch, module)
+    patch.setattr(native, "_POOLED", range(0))  # the module has no pool
+    with HostLauncher(module, programs, launches) as launcher:
+        for name in ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd"):
+            patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
+        patch.setattr(native, "total_parts", launches.made(native.total_parts, written=True))
+        yield launches
+
+
+def span_loss_cost(launches: Launches, dim: int, dtype: torch.dtype, pairs: int, padding: int = 0) -> Counts:
+    """Of the KL and its gradient for spans of one row each, with rows behind them that belong to none."""
+    generator, start = torch.Generator().manual_seed(0), torch.arange(pairs, dtype=torch.int32)
+    student, teacher = (torch.randn(n, dim, generator=generator).to(dtype) for n in (pairs + padding, pairs))
+    spans = vd.SpanPairs(start, start + 1, start, start + 1)
+    counts = launches.counts = Counts()
+    vd.span_loss(student.requires_grad_(), teacher, spans, backend="cuda")
+    launches.counts = None
+    return counts
 
 
 # Triton.

@@ -55,14 +55,34 @@ class Program:
         return targets
 
 
+SECTOR = 32  # bytes that memory moves at a time
+
+
+class Counts:
+    """What launches have cost, as far as PTX tells: instructions, once for each warp, and the sectors of memory that
+    were read and written, once each, as a cache without end would have it."""
+
+    def __init__(self) -> None:
+        self.instructions = 0
+        self._sectors: dict[bool, list[np.ndarray]] = {False: [], True: []}
+
+    def note(self, address: np.ndarray, size: int, written: bool) -> None:
+        first, last = address // SECTOR, (address + size - 1) // SECTOR
+        self._sectors[written].append(np.unique(np.concatenate([first, last])))
+
+    @property
+    def bytes(self) -> int:
+        return sum(SECTOR * len(np.unique(np.concatenate(parts))) for parts in self._sectors.values() if parts)
+
+
 class Machine:
     def __init__(
         self, program: Program, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int, params: bytes,
-        tensors: Tensors,
+        tensors: Tensors, counts: Counts | None = None,
     ) -> None:  # fmt: skip
         """shared: bytes of shared memory besides what the kernel declares."""
         kernel = self.kernel = program.kernel
-        self.program, self.tensors = program, tensors
+        self.program, self.tensors, self.counts = program, tensors, counts
         if len(params) != kernel.bytes["param"]:
             raise Failure(f"{kernel.name} takes {kernel.bytes['param']} bytes of arguments, got {len(params)}")
         size, blocks = int(np.prod(block)), int(np.prod(grid))
@@ -153,6 +173,8 @@ class Machine:
         if (guard := instruction.guard) is not None:
             predicate = self.registers[guard.slot]
             active = mask & (~predicate if guard.negated else predicate)
+        if self.counts is not None:
+            self.counts.instructions += np.count_nonzero(mask.reshape(-1, 32).any(1))
         if step is None:
             return self._control(here, mask, active)
         if together is not None:
@@ -247,7 +269,7 @@ class Machine:
     def load(self, space: str, address: np.ndarray, size: int, count: int, active: np.ndarray) -> np.ndarray:
         """``[active, count]`` words of ``size`` bytes."""
         if space == "global":
-            self._aligned(address, size * count, active)
+            self._global(address, size * count, active, False)
             return self._tensors(self.tensors.load, active, address, size, count)
         at = self.place(space, address, size * count, active)
         self._note(space, at, size * count, active, None)
@@ -256,7 +278,7 @@ class Machine:
     def store(self, space: str, address: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
         if space == "global":
-            self._aligned(address, size * count, active)
+            self._global(address, size * count, active, True)
             self._tensors(self.tensors.store, active, address, values)
             return
         at = self.place(space, address, size * count, active)
@@ -271,6 +293,11 @@ class Machine:
     def _words(self, space: str, size: int) -> np.ndarray:
         memory = self.spaces[space][0]
         return memory[: len(memory) // 8 * 8].view(UNSIGNED[size])
+
+    def _global(self, address: np.ndarray, size: int, active: np.ndarray, written: bool) -> None:
+        self._aligned(address, size, active)
+        if self.counts is not None:
+            self.counts.note(address, size, written)
 
     def _aligned(self, address: np.ndarray, align: int, active: np.ndarray) -> None:
         if (address % align != 0).any():

@@ -14,6 +14,7 @@ from tests.numbers_backend import (  # noqa: F401
     test_linear_classes_of_one_size_at_any_temperature,
     test_linear_divergences_at_any_temperature,
 )
+from tests.ops import test_span_likelihood
 from tests.remapped_kl_backend import make_table
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
@@ -60,6 +61,31 @@ def test_matched_kl_against_float64(paired, unmatched, dtype):
     matched = make_matched(5031, 20000, 4700)
     student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 5031), (n_t, 20000)))
     check_row_loss("matched_kl", student, teacher, matched, 1.0, pairs=pairs, unmatched=unmatched, temperature=1.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_span_likelihood_against_float64(linear, dtype):
+    arguments = test_span_likelihood.make(dtype, linear, batch=20, v_s=5031, v_t=20000, d_s=64, d_t=96)
+    arguments = {k: v.to("cuda") for k, v in arguments.items()}
+    # Hidden states in half precision go through the tensor cores, and so does the gradient of their logits.
+    for reduction in ("batchmean", "none"):
+        got = test_span_likelihood.compare(arguments, "triton", reduction=reduction)
+    again = test_span_likelihood.run(vd, arguments, backend="triton", reduction="none")
+    assert all(torch.equal(got[k], again[k]) for k in got)
+
+
+def test_memory_of_linear_span_likelihood():
+    arguments = test_span_likelihood.make(torch.bfloat16, True, batch=400, v_s=32000, v_t=32000, d_s=64, d_t=64)
+    arguments = {k: v.to("cuda") for k, v in arguments.items()}
+    arguments["student_weight"].requires_grad_()
+    for _ in range(2):  # what stays with a device is made by the first call
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vd.linear_span_likelihood(**arguments).backward()
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 100e6  # the logits of one side would take 460 MB
 
 
 def linear_tensors(rows, v_s, v_t, d_s, d_t, dtype):

@@ -19,10 +19,10 @@ CAPABILITIES = [80, 90, 100]
 SPANS = {"start": "*i32", "end": "*i32"}
 
 
-def compile(kernel, signature, constants, capability, num_warps=4, odd=(), **more):
-    """``constants``: the compile-time arguments, None among them. Pointers, strides and ``dim`` are multiples of 16, as
-    Triton finds them at the usual sizes, but for those named in ``odd``. Returns the PTX."""
-    multiples = [k for k, v in signature.items() if v.startswith("*") or k == "dim" or k.endswith("stride")]
+def compile(kernel, signature, constants, capability, num_warps=4, odd=(), even=("dim",), **more):
+    """``constants``: the compile-time arguments, None among them. Pointers, strides and what ``even`` names are
+    multiples of 16, as Triton finds them at the usual sizes, but for those named in ``odd``. Returns the PTX."""
+    multiples = [k for k, v in signature.items() if v.startswith("*") or k in even or k.endswith("stride")]
     multiples = [k for k in multiples if k not in odd]
     source = ASTSource(
         kernel,

@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from vocabdistil.triton_kernels import matched_kl, remapped_kl  # noqa: E402
+from vocabdistil.triton_kernels import log_prob, matched_kl, remapped_kl  # noqa: E402
 
 from tests.test_triton_compile import CAPABILITIES, compile  # noqa: E402
 
@@ -98,6 +98,31 @@ def test_tables(ids, matched, capability):
     signature |= {"count": "i32", "v_s": "i32", "v_t": "i32"}
     signature = {name: signature[name] for name in matched_kl.tables_kernel.arg_names if name in signature}
     compile(matched_kl.tables_kernel, signature, constants, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("columns", "dtype", "bias"),
+    [(128256, "bf16", False), (50257, "fp16", False), (128256, "fp32", True), (151936, "fp64", True)],
+)
+@pytest.mark.parametrize("name", ["odds_kernel", "slope_kernel"])
+def test_log_prob(name, columns, dtype, bias, capability):
+    kernel, accumulator = getattr(log_prob, name), "fp64" if dtype == "fp64" else "fp32"
+    options = log_prob.tile(columns, DTYPES[accumulator])
+    constants = {"ACC": matched_kl.accumulator(DTYPES[accumulator]), "BLOCK": options.pop("BLOCK")}
+    constants |= {} if bias else {"bias": None}
+    types = {
+        **dict.fromkeys(("logits", "grad"), f"*{dtype}"), "ids": "*i64", "needed": "*u8",
+        **dict.fromkeys(("bias", "log_prob", "shift", "share", "upstream"), f"*{accumulator}"),
+        **dict.fromkeys(("stride", "g_stride", "columns"), "i32"),
+    }  # fmt: skip
+    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
+    sizes = ("stride", "g_stride", "columns")
+    ptx = compile(
+        kernel, signature, constants, capability, odd=sizes if columns % 16 else (), even=("columns",), **options
+    )
+    if columns % 16 == 0:  # 16 bytes at a time, but for the token's own logit
+        assert re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and len(re.findall(r"ld\.global\.b16", ptx)) <= 1
 
 
 VECTORS = (

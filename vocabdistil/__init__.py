@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from .ops.attention_loss import attention_loss
     from .ops.contrastive import contrastive
     from .ops.linear_matched_kl import linear_matched_kl
+    from .ops.linear_span_likelihood import linear_span_likelihood
     from .ops.matched_kl import matched_kl
     from .ops.pooled_loss import pooled_loss
     from .ops.relation_loss import relation_loss
     from .ops.remapped_kl import remapped_kl
     from .ops.similarity_loss import similarity_loss
+    from .ops.span_likelihood import span_likelihood
     from .ops.span_loss import span_kl, span_loss
     from .ops.span_mean import span_mean
 
@@ -78,6 +80,7 @@ _HOMES = {
     "distill": "distillation.job",
     "evaluate": "evaluation.tasks",
     "linear_matched_kl": "ops.linear_matched_kl",
+    "linear_span_likelihood": "ops.linear_span_likelihood",
     "match_pairs": "alignment.methods",
     "matched_kl": "ops.matched_kl",
     "pooled_loss": "ops.pooled_loss",
@@ -86,6 +89,7 @@ _HOMES = {
     "show_alignment": "alignment.picture",
     "similarity_loss": "ops.similarity_loss",
     "span_kl": "ops.span_loss",
+    "span_likelihood": "ops.span_likelihood",
     "span_loss": "ops.span_loss",
     "span_mean": "ops.span_mean",
     "text_pairs": "alignment.spans",
@@ -143,6 +147,7 @@ __all__ = [
     "distill",
     "evaluate",
     "linear_matched_kl",
+    "linear_span_likelihood",
     "loyalty",
     "match_pairs",
     "matched_kl",
@@ -153,6 +158,7 @@ __all__ = [
     "show_alignment",
     "similarity_loss",
     "span_kl",
+    "span_likelihood",
     "span_loss",
     "span_mean",
     "students",

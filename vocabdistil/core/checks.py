@@ -20,6 +20,7 @@ from torch import Tensor, nn
 __all__ = [
     "DIVERGENCES",
     "Layers",
+    "LIKELIHOOD_DIVERGENCES",
     "LayerWeights",
     "POOLINGS",
     "REDUCTIONS",
@@ -45,6 +46,7 @@ __all__ = [
     "check_sides",
     "check_temperature",
     "check_tensor",
+    "check_token_ids",
     "check_weight_dtype",
     "compute_dtype",
 ]
@@ -56,6 +58,7 @@ Projection = tuple[Tensor | nn.Module | None, Tensor | None]
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "mse", "cosine")
+LIKELIHOOD_DIVERGENCES = ("kl", "total_variation")
 POOLINGS = ("mean", "sum")
 REDUCTIONS = ("batchmean", "sum", "none")
 UNMATCHED = ("renormalize", "rest", "drop")
@@ -281,6 +284,17 @@ def check_index_range(index: Tensor, name: str, size: int) -> None:
     low, high = (int(v) for v in torch.aminmax(index))
     if low < 0 or high >= size:
         raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+
+
+def check_token_ids(ids: object, name: str, x: Tensor, x_name: str) -> None:
+    """A token for each row of ``x [..., .]``."""
+    ids = check_tensor(ids, name)
+    if ids.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32 or int64, got {dtype_name(ids.dtype)}")
+    if ids.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as {x_name}, got {ids.device}")
+    if ids.shape != x.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape[:-1])} as {x_name}, got {tuple(ids.shape)}")
 
 
 def check_matched(matched: Matched, student_columns: int, teacher_columns: int) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.spans import SpanPairs, chosen_pairs
-from ..core import checks, native
+from ..core import native
 from ..core.checks import Matched
 from ..core.dispatch import resolve
 from ..reference._common import reduce_pairs, span_pool, valid_pairs
-from ..reference.linear_matched_kl import check_output_layer
 from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_matched_kl
+from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
 from ._gradient import hand_out, once_differentiable
@@ -179,15 +179,9 @@ def linear_matched_kl(
     Raises:
         TypeError, ValueError: as :func:`matched_kl`; weights that do not fit the hidden states.
     """
-    student_weight, student_bias = checks.as_output_layer(student_weight, student_bias, "student")
-    teacher_weight, teacher_bias = checks.as_output_layer(teacher_weight, teacher_bias, "teacher")
-    checks.check_columns(student_hidden, "student_hidden")
-    checks.check_columns(teacher_hidden, "teacher_hidden")
-    checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
-    check_output_layer(student_hidden, student_weight, student_bias, "student")
-    check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
-    for name, x in (("hidden", teacher_hidden), ("weight", teacher_weight)):
-        checks.check_keepable(x, f"teacher_{name}", student_hidden, student_weight, student_bias)
+    student_weight, student_bias, teacher_weight, teacher_bias = output_layers(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    )
     student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)

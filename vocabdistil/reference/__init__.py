@@ -12,6 +12,7 @@ from vocabdistil.reference.contrastive import contrastive
 from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
 from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
 from vocabdistil.reference.linear_matched_kl import linear_matched_kl
+from vocabdistil.reference.linear_span_likelihood import linear_span_likelihood
 from vocabdistil.reference.matched_kl import matched_kl
 from vocabdistil.reference.mlm import mlm_loss
 from vocabdistil.reference.multi_teacher import average_losses, ensemble_distribution
@@ -19,6 +20,7 @@ from vocabdistil.reference.pooled_loss import pooled_loss
 from vocabdistil.reference.relation_loss import relation_loss
 from vocabdistil.reference.remapped_kl import remapped_kl
 from vocabdistil.reference.similarity_loss import similarity_loss
+from vocabdistil.reference.span_likelihood import span_likelihood
 from vocabdistil.reference.span_loss import span_kl, span_loss
 from vocabdistil.reference.span_mean import span_mean
 
@@ -35,6 +37,7 @@ __all__ = [
     "layer_map",
     "layer_mean",
     "linear_matched_kl",
+    "linear_span_likelihood",
     "mask_tokens",
     "masking_probabilities",
     "matched_kl",
@@ -44,6 +47,7 @@ __all__ = [
     "remapped_kl",
     "similarity_loss",
     "span_kl",
+    "span_likelihood",
     "span_loss",
     "span_mean",
 ]

@@ -56,13 +56,9 @@ def linear_matched_kl(
         TypeError, ValueError: as `matched_kl`; weights that do not fit the hidden states.
     """
     checks.check_reference_backend(backend)
-    student_weight, student_bias = checks.as_output_layer(student_weight, student_bias, "student")
-    teacher_weight, teacher_bias = checks.as_output_layer(teacher_weight, teacher_bias, "teacher")
-    checks.check_columns(student_hidden, "student_hidden")
-    checks.check_columns(teacher_hidden, "teacher_hidden")
-    checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
-    check_output_layer(student_hidden, student_weight, student_bias, "student")
-    check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
+    student_weight, student_bias, teacher_weight, teacher_bias = output_layers(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    )
     student = upcast(student_hidden.flatten(0, -2))
     teacher = upcast(teacher_hidden.detach().flatten(0, -2))
     shifts = student_shift, teacher_shift
@@ -93,7 +89,28 @@ def linear_matched_kl(
     return reduce_pairs(loss, valid, count, reduction, pair_weights)
 
 
-def check_output_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> None:
+def output_layers(
+    student_hidden: Tensor,
+    student_weight: Tensor | nn.Linear,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | nn.Linear,
+    teacher_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Weight and bias of the student's output layer and of the teacher's, checked with the hidden states."""
+    student_weight, student_bias = checks.as_output_layer(student_weight, student_bias, "student")
+    teacher_weight, teacher_bias = checks.as_output_layer(teacher_weight, teacher_bias, "teacher")
+    checks.check_columns(student_hidden, "student_hidden")
+    checks.check_columns(teacher_hidden, "teacher_hidden")
+    checks.check_sides(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
+    _check_output_layer(student_hidden, student_weight, student_bias, "student")
+    _check_output_layer(teacher_hidden, teacher_weight, teacher_bias, "teacher")
+    for name, x in (("hidden", teacher_hidden), ("weight", teacher_weight)):
+        checks.check_keepable(x, f"teacher_{name}", student_hidden, student_weight, student_bias)
+    return student_weight, student_bias, teacher_weight, teacher_bias
+
+
+def _check_output_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> None:
     name = f"{side}_weight"
     checks.check_float(weight, name, dims=(2,))
     checks.check_weight_dtype(weight, name, hidden)

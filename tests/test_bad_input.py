@@ -74,6 +74,12 @@ def _decoder(folder: Path) -> Path:
     return path
 
 
+def _unknown_decoder(folder: Path) -> Path:
+    path = _copy(folder)
+    (path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    return path
+
+
 def _broken_config(folder: Path) -> Path:
     path = _copy(folder)
     (path / "config.json").write_text("{")
@@ -242,6 +248,7 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "truncated": _truncated,
     "weightless": _weightless,
     "decoder": _decoder,
+    "unknown-decoder": _unknown_decoder,
     "broken-config": _broken_config,
     "broken-tokenizer": _broken_tokenizer,
     "too-many-ids": _too_many_ids,
@@ -347,13 +354,15 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         for place, message in (
             ("@weightless", "cannot load a model from .*copy"),
             ("@truncated", "cannot load a model from .*copy"),
-            ("@decoder", ".*has model_type 'gpt2'; expected an encoder"),
+            ("@unknown-decoder", ".*has model_type 'mamba'; expected an encoder"),
             ("@broken-config", "cannot load .*copy"),
             ("@too-many-ids", r"the tokenizer of .* has ids up to \d+, its model \d+ embeddings"),
             ("@custom", ".*needs code of its own to load .*; --trust-remote-code runs it"),
         )
     ),
     ("trim", {"teacher": ["@bert", "@bert"]}, "--teacher: expected one, got 2"),
+    ("trim", {"draft": True}, "--draft: expected a decoder to make a draft head of, got bert"),
+    ("distill", {"teacher": "@decoder"}, "--teacher: .*has model_type 'gpt2'; expected an encoder"),
     *(
         (command, {"teacher" if command == "trim" else "model": f"@{place}"}, message)
         for command in ("trim", "evaluate")
@@ -677,10 +686,12 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
             (command, {option: place})
             for command, option in (("trim", "teacher"), ("distill", "teacher"), ("evaluate", "model"))
             for place in (
-                "@folder", "@broken-tokenizer", "@no-tokens", "@broken-config", "@decoder", "@weightless", "@truncated",
-                "@too-many-ids", "no-such-name",
+                "@folder", "@broken-tokenizer", "@no-tokens", "@broken-config", "@unknown-decoder", "@weightless",
+                "@truncated", "@too-many-ids", "no-such-name",
             )
         ),
+        *((command, {option: "@decoder"}) for command, option in (("distill", "teacher"), ("evaluate", "model"))),
+        ("trim", {"draft": True}),
         ("distill", {"student": "@truncated", "vocab-size": None}),
         ("coverage", {"student": "@broken-tokenizer"}),
         ("trim", {"vocabulary": "@broken-tokenizer", "vocab-size": None}),

@@ -90,7 +90,7 @@ def test_no_more_positions_are_read_than_the_model_has(gpt):
 
 def test_fewer_at_once_where_logits_are_many(gpt, monkeypatch):
     whole, widths = bits_per_byte(gpt, subwords(), TEXTS, batch=5), []
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 2 * 64 * 400)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 64 * 400)
     hook = gpt.register_forward_pre_hook(lambda _, __, given: widths.append(len(given["input_ids"])), with_kwargs=True)
     assert bits_per_byte(gpt, subwords(), TEXTS, batch=5) == pytest.approx(whole, rel=1e-12)
     hook.remove()

@@ -11,11 +11,12 @@ import pytest
 from typing_extensions import NotRequired, get_type_hints, is_typeddict
 
 import vocabdistil as vd
+from tests.models.tiny_decoders import tiny_decoder
 from tests.models.tiny_teachers import texts, tiny_teacher
 from tests.runs import PRESET
 from vocabdistil.alignment.coverage import Coverage
 from vocabdistil.evaluation import metrics as schema
-from vocabdistil.evaluation.metrics import DistillMetrics, TrimMetrics
+from vocabdistil.evaluation.metrics import DistillMetrics, DraftMetrics, TrimMetrics
 
 
 def unlike(value: Any, kind: Any, place: str = "metrics") -> list[str]:
@@ -76,6 +77,14 @@ def test_trim_writes_what_is_documented(kind, options, tmp_path):
     teacher = tiny_teacher(kind.removesuffix("-body"), head=not kind.endswith("-body"))
     made = vd.trim(teacher=teacher, text=LINES, out=tmp_path / "student", **SMALL | options)
     assert unlike(json.loads((made.path / "metrics.json").read_text()), TrimMetrics) == []
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_trimmed_decoder_and_a_draft_head_write_what_is_documented(draft, tmp_path):
+    options = SMALL | {"vocab_size": 420, "draft": draft}
+    made = vd.trim(teacher=tiny_decoder("gemma2"), text=LINES, out=tmp_path / "student", **options)
+    schema = DraftMetrics if draft else TrimMetrics
+    assert unlike(json.loads((made.path / "metrics.json").read_text()), schema) == []
 
 
 @pytest.mark.parametrize("way", ["layers", "preset", "two teachers", "no head", "checkpoint"])

@@ -91,6 +91,7 @@ CLASSES = {
     "AlbertTokenizer": ("albert", "unigram", BERT | {"unk_token": "<unk>", "pad_token": "<pad>"}),
     "DebertaV2Tokenizer": ("deberta-v2", "unigram", BERT | {"unk_token": "<unk>", "pad_token": "<pad>"}),
     "LlamaTokenizer": ("llama", "llama", {"bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True}),
+    "Qwen2Tokenizer": ("qwen2", "byte-level", {"unk_token": None, "pad_token": "<pad>", "eos_token": "</s>"}),
     "PreTrainedTokenizerFast": ("modernbert", "roberta", ROBERTA | {"model_input_names": ["input_ids"]}),
 }  # fmt: skip
 TEXTS = [*SCRIPTS, "river <mask> walking home stone", "see [MASK] now", "a</s>b <pad> x <extra_id_1> y", "été walks"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 from ..alignment.loading import look_at_tokenizer
 from ..core import options as kinds
@@ -18,6 +18,7 @@ from ..core.errors import VocabdistilError, is_real, need, need_place, need_text
 from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Text, Whole, check_options, names_of
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
 from ..evaluation.tables import read_scored
+from ..models.architectures import is_decoder
 from ..models.folders import look_at_model, transformer_folder
 from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
@@ -77,6 +78,9 @@ _Whiten = kinds.Real("a number from 0 to below 1", high=1, closed=True)
 _RECIPE_HELP = (
     f"what is learned and how: {kinds.listed(list(RECIPES))} (default auto: masked where student and teacher have an "
     "MLM head, else embedding)"
+)
+_DRAFT_HELP = (
+    "of a decoder: a draft head instead of a student, its output layer for so many tokens, with the maps d2t and t2d"
 )
 _PRESET_HELP = "a DistilBERT instead of the teacher's own kind of body: " + kinds.listed(
     [f"{name} ({shape.layers} x {shape.dim}, {shape.vocab_size:,} tokens)" for name, shape in PRESETS.items()]
@@ -217,6 +221,9 @@ class StudentOptions:
     overwrite: _Overwrite = False
     quiet: _Quiet = False
 
+    # Whether a teacher may be one.
+    decoders: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         self.teacher, (self.out,), (self.vocabulary,) = (
             names_of(self.teacher), names_of([self.out]), names_of([self.vocabulary])
@@ -263,15 +270,17 @@ class StudentOptions:
         look_at_run(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
         if isinstance(text, TextFiles):
             text.look()
-        models = self.sources()
+        models, decoders = self.sources(), self.decoders
         for source in models.pop("vocabulary"):
             look_at_tokenizer(source, "vocabulary")
         found = {
-            name: [look_at_model(source, name, self.trust_remote_code, name == "teacher") for source in sources]
+            name: [
+                look_at_model(source, name, self.trust_remote_code, name == "teacher", decoders and name == "teacher")
+                for source in sources
+            ]
             for name, sources in models.items()
         }
-        body = (self.layers, self.keep_layers, self.dim, self.heads, self.ffn)
-        if found["teacher"][0] is not None and any(value is not None for value in body):
+        if found["teacher"][0] is not None:
             self.kept_layers(found["teacher"][0])
         return text
 
@@ -312,15 +321,40 @@ class StudentOptions:
 @dataclass
 class TrimConfig(StudentOptions):
     """Everything that :func:`trim` needs to know: :class:`StudentOptions`, with ``vocabulary`` ``"trim"`` or a folder
-    (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for."""
+    (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for.
+
+    The teacher may be a decoder, whose layers and special tokens all stay, and whose vocabulary is ``"trim"``.
+
+    Attributes:
+        draft: of a decoder write a draft head instead of a student: the rows of its output layer for the
+            ``vocab_size`` tokens that the text needs most, with the maps ``d2t`` and ``t2d`` between their ids and the
+            teacher's, as speculative decoders read them.
+    """
 
     vocabulary: Annotated[str | os.PathLike, Option(_VOCABULARY, _VOCABULARY_HELP)] = "trim"
+    draft: Annotated[bool, Option(Flag(), _DRAFT_HELP)] = False
     time_batch: TimeBatch = 8
     time_length: TimeLength = 128
+
+    decoders: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()
         need(len(names_of(self.teacher)) == 1, "teacher", "one", len(names_of(self.teacher)))
+
+    def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
+        """As :meth:`StudentOptions.kept_layers`; of a decoder all, and nothing may be asked for that it cannot have."""
+        if not is_decoder(teacher):
+            need(not self.draft, "draft", "a decoder to make a draft head of", teacher.model_type)
+            return super().kept_layers(teacher, default)
+        for name in ("layers", "keep_layers", "dim", "heads", "ffn", "whiten"):
+            value = getattr(self, name)
+            need(not value, name, f"none for a decoder ({teacher.model_type}), of which all layers stay", value)
+        quantized = getattr(teacher, "quantization_config", None) is not None
+        need(not quantized, "teacher", "weights in floating point", "quantized ones")
+        own = f"trim for a decoder ({teacher.model_type}), which keeps tokens of its own"
+        need(self.vocabulary == "trim", "vocabulary", own, self.vocabulary)
+        return keep_layers(teacher)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..alignment.spans import TEXT_POOLINGS
 from ..core.errors import need
 from ..core.options import names_of
-from ..models.architectures import architecture_of, body_of
+from ..models.architectures import architecture_of, body_of, is_decoder
 from ..models.bodies import build_body
 from ..models.presets import Preset
 from ..models.sentence import SentenceSettings, expected_prompt, read_sentence_settings
@@ -96,7 +96,7 @@ class Student:
     @property
     def has_head(self) -> bool:
         """Whether there is an MLM head."""
-        return self.model.base_model is not self.model
+        return self.model.base_model is not self.model and not is_decoder(self.model.config)
 
     @property
     def learns_words(self) -> bool:
@@ -107,13 +107,15 @@ class Student:
     def architecture(self) -> dict[str, Any]:
         """The model's class and shape."""
         config, row = self.model.config, architecture_of(self.model.config)
-        shape = {name: getattr(config, field, None) for name, field in row.fields._asdict().items()} if row else {}
+        names = {name: field for name, field in row.fields._asdict().items() if field} if row else {}
+        shape = {name: getattr(config, field, None) for name, field in names.items()}
         return {"class": type(self.model).__name__, **shape}
 
     def as_teacher(self, name: str = "student", prompt: str = "") -> Teacher:
         """The student as whatever looks at finished models sees it."""
         head = self.model if self.has_head else None
-        return Teacher(name, body_of(self.model), self.tokenizer, head, prompt=prompt)
+        causal_lm = self.model if is_decoder(self.model.config) else None
+        return Teacher(name, body_of(self.model), self.tokenizer, head, prompt=prompt, causal_lm=causal_lm)
 
 
 def known_prompts(prompt: str, sentence: SentenceSettings | None) -> list[str]:
@@ -133,7 +135,10 @@ def load_sources(options: StudentOptions) -> list[Source]:
         sentence = read_sentence_settings(name)
         prompt = expected_prompt(options.prompt, sentence)
         folder = name if sentence is None else sentence.transformer_folder
-        teacher = load_teacher(folder, prompt=prompt, trust_remote_code=options.trust_remote_code)
+        decoders = options.decoders and sentence is None  # one that makes vectors has no text to be compared on
+        teacher = load_teacher(
+            folder, prompt=prompt, trust_remote_code=options.trust_remote_code, decoders=decoders
+        )
         teacher.name = name
         sources.append(Source(teacher, sentence))
     prompts = sorted({source.teacher.prompt for source in sources})
@@ -166,6 +171,7 @@ def make_vocabulary(
     prompts: Iterable[str] = (),
     embedding: Tensor | None = None,
     seed: int = 0,
+    keep: Iterable[int] = (),
 ) -> Vocabulary:
     """The stage of the student's vocabulary.
 
@@ -179,11 +185,12 @@ def make_vocabulary(
         embedding: the teacher's input embeddings, if there are any: those of its tokens that others can stand in for
             then make room.
         seed: of the sample.
+        keep: ids of the teacher's tokens that stay in a trimmed vocabulary whatever the texts.
     """
     if texts is not None and source in ("train", "trim"):
         vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
         texts = chain(sample_text(texts, seed), *(repeat(prompt, _PROMPT_COUNT) for prompt in prompts))
-    return vocabulary_from(source, tokenizer, texts, vocab_size, family, embedding)
+    return vocabulary_from(source, tokenizer, texts, vocab_size, family, embedding, keep)
 
 
 def make_student(
@@ -212,7 +219,7 @@ def make_student(
     if preset is not None:
         kept_layers = _layers_for(preset, teacher) if options.fit else []
         shape = preset.dim, preset.heads, preset.ffn
-    if options.fit and kept_layers:
+    if options.fit and kept_layers and teacher.causal_lm is None:  # a decoder's layers stay as they are
         small = shrink(teacher, kept_layers, texts, *shape, options.max_length, quiet=options.quiet)
         teacher, keep = small.teacher, range(len(kept_layers))
         report["explained"] = [round(share, 4) for share in small.explained]

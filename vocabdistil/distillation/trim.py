@@ -11,14 +11,25 @@ from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
+from ..core.errors import need
+from ..evaluation.next_tokens import compare_decoders
 from ..evaluation.predictions import agreement
-from ..evaluation.report import coverage_tables, loyalty_table, size_table, start_line, whitened_line
+from ..evaluation.report import (
+    coverage_tables,
+    loyalty_table,
+    next_tokens_table,
+    size_table,
+    start_line,
+    whitened_line,
+)
 from ..evaluation.student import embedding_loyalty, pooled
 from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
+from ..models.named_tokens import named_ids
 from ..models.start import plan_start
 from ..models.vocabularies import Vocabulary
 from ..models.whitening import set_last_layer, whiten
+from .draft_head import make_draft_head
 from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
@@ -37,13 +48,15 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     """Gives a teacher a smaller vocabulary, and fewer layers if asked for, without training it.
 
     The rows of the tokens that stay are copied; with all layers, a text whose tokens all stay gives the teacher's own
-    hidden states.
+    hidden states. A decoder keeps its layers, and beside the tokens that the text needs those that are special, that
+    its configurations name and that its chat template writes.
 
     Args:
         config: everything; or give the fields of :class:`TrimConfig` by name.
 
     Returns:
-        The folder, and what ``metrics.json`` in it says: :class:`vocabdistil.evaluation.metrics.TrimMetrics`.
+        The folder, and what ``metrics.json`` in it says: :class:`vocabdistil.evaluation.metrics.TrimMetrics`; of a
+        draft head :class:`vocabdistil.evaluation.metrics.DraftMetrics`.
 
     Raises:
         VocabdistilError: bad input; nothing is left half-written.
@@ -57,9 +70,14 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     text = config.look()
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
+    if source.teacher.causal_lm is not None:
+        ends = source.teacher.tokenizer.bos_token, source.teacher.tokenizer.eos_token
+        need(any(ends), "teacher", "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
     sources_to_whiten(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
+        if config.draft:
+            return make_draft_head(config, source, text, folder)
         return _run(config, source, layers, text, folder)
 
 
@@ -73,7 +91,7 @@ def _run(
     say.status("Making the student's vocabulary")
     vocabulary = make_vocabulary(
         config.vocabulary, teacher.tokenizer, sample, config.vocab_size, config.family, source.prompts,
-        teacher.embedding,
+        teacher.embedding, keep=named_ids(teacher) if teacher.causal_lm is not None else (),
     )  # fmt: skip
     for note in vocabulary.notes:
         say.print(note)
@@ -110,7 +128,7 @@ def _run(
         "architecture": student.architecture,
         "initialisation": student.report,
         "coverage": [report.as_dict()],
-        "loyalty": _loyalty(config, source, student, vocabulary, held),
+        **_compared(config, source, student, vocabulary, held),
         "models": compare_models(
             teacher, student.as_teacher(), held, batch=config.time_batch, length=config.time_length
         ),
@@ -120,9 +138,22 @@ def _run(
     out = write_student(folder, config, source, student, [table], metrics, projections)
     about = f"{len(held)} texts of those that the vocabulary was made for"
     about += ", to the whitened teacher" if whitened else ""
-    say.print(size_table(metrics["models"]), loyalty_table(metrics["loyalty"], about))
+    say.print(size_table(metrics["models"]))
+    if "next_tokens" in metrics:
+        say.print(next_tokens_table(metrics["next_tokens"], about))
+    else:
+        say.print(loyalty_table(metrics["loyalty"], about))
     say.print(f"The student is {folder.place}")
     return DistillResult(out, metrics)
+
+
+def _compared(
+    config: TrimConfig, source: Source, student: Student, vocabulary: Vocabulary, texts: list[str]
+) -> dict[str, Any]:
+    """How the student follows its teacher, as far as it applies to models of their kind."""
+    if source.teacher.causal_lm is None:
+        return {"loyalty": _loyalty(config, source, student, vocabulary, texts)}
+    return {"next_tokens": compare_decoders(source.teacher, student.as_teacher(), texts, config.max_length)}
 
 
 def _loyalty(

@@ -12,10 +12,10 @@ from torch import nn
 from ..alignment.collator import pad
 from ..alignment.families import plain_settings, read_tokenizer
 
-__all__ = ["bits_per_byte", "rows_from_start"]
+__all__ = ["LOGITS_AT_ONCE", "bits_per_byte", "rows_from_start"]
 
 # Logits that exist at a time: 512 MiB of float32.
-_LOGITS_AT_ONCE = 1 << 27
+LOGITS_AT_ONCE = 1 << 27
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def bits_per_byte(
     device, training = next(model.parameters()).device, model.training
     model.eval()
     bits, done, pad_id = 0.0, 0, tokenizer.pad_token_id or 0
-    at_once = max(1, min(batch, _LOGITS_AT_ONCE // (length * len(tokenizer))))
+    at_once = max(1, min(batch, LOGITS_AT_ONCE // (length * len(tokenizer))))
     try:
         while done < len(windows):
             chosen = windows[done : done + at_once]

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from ..core.names import display_names
-from .report import held_out_rows
+from .report import NEXT_TOKENS, draft_line, held_out_rows
 
-__all__ = ["model_card"]
+__all__ = ["draft_card", "model_card"]
 
 
 def model_card(
@@ -33,6 +33,42 @@ def model_card(
     parts += [_block(*made)] if made else []
     parts += [_settings(metrics)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draft_card(
+    name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
+) -> str:
+    """The card of a draft head; arguments as those of :func:`model_card`."""
+    target, settings = metrics["teacher"][0], metrics["settings"]
+    front = {
+        "base_model": _known_bases(metrics["teacher"]),
+        "license": _line(settings.get("license") or ""),
+        "tags": ["vocabdistil", "speculative-decoding"],
+    }
+    folder = json.dumps(f"{name}/model.safetensors", ensure_ascii=False)
+    use = [
+        "import torch",
+        "from safetensors.torch import load_file",
+        f"head = load_file({folder})",
+        'ids = torch.arange(len(head["d2t"])) + head["d2t"]  # the target\'s id of each row of lm_head.weight',
+        'assert torch.equal(head["t2d"].nonzero()[:, 0], ids)',
+    ]
+    parts = [
+        _front_block(front),
+        f"# {_named(name)}",
+        f"A draft head for speculative decoding, made by vocabdistil: the rows of the output layer of {_code(target)} "
+        "for the tokens that a text needs most, and the maps between their ids and the target's. Input embeddings are "
+        "the target's. It is a start for the output layer of a draft model of EAGLE-3's kind, which is trained "
+        "elsewhere.",
+        "## Use",
+        _block("python", "\n".join(use)),
+        "## Scores",
+        f"{draft_line(metrics['draft'], metrics['held_out_texts'])}.",
+        "## How it was made",
+        _data(metrics, files),
+        *([_block(*made)] if made else []),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _line(text: str) -> str:
@@ -65,8 +101,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
+def _writes(metrics: dict[str, Any]) -> bool:
+    """Whether it is a decoder."""
+    return "next_tokens" in metrics
+
+
 def _fills_masks(metrics: dict[str, Any]) -> bool:
     """Whether it is there to guess hidden words: it has the head for it, and its teacher was not one for vectors."""
+    if _writes(metrics):
+        return False
     head = metrics["architecture"]["class"].endswith("ForMaskedLM")
     rows = [metrics["after"]] if "after" in metrics else metrics["loyalty"].values()
     # Without a token to hide words with no guesses were compared.
@@ -74,24 +117,32 @@ def _fills_masks(metrics: dict[str, Any]) -> bool:
 
 
 def _front(metrics: dict[str, Any], files: Sequence[str] | None) -> str:
-    """What the Hub reads. It refuses a ``base_model`` that could be no model's name there, so such a one is left out;
-    and takes ``datasets`` for names there, so files have a key of their own."""
-    settings, masks = metrics["settings"], _fills_masks(metrics)
+    """What the Hub reads. It takes ``datasets`` for names there, so files have a key of their own."""
+    settings, masks, writes = metrics["settings"], _fills_masks(metrics), _writes(metrics)
     sentences = metrics["sentence_transformers"]
-    bases = [_base(teacher) for teacher in metrics["teacher"]]
     front = {
         "library_name": "sentence-transformers" if sentences else "transformers",
-        "pipeline_tag": "fill-mask" if masks else "sentence-similarity",
-        "base_model": [base for base in bases if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, re.ASCII)],
+        "pipeline_tag": "text-generation" if writes else "fill-mask" if masks else "sentence-similarity",
+        "base_model": _known_bases(metrics["teacher"]),
         "language": [_line(code) for code in settings.get("language") or ()],
         "license": _line(settings.get("license") or ""),
         "text_files": [_line(Path(name).name) for name in files or ()],
         "tags": [
             "vocabdistil",
             "vocabulary-trimming" if metrics["command"] == "trim" else "distillation",
-            *([] if masks else ["feature-extraction"]),
+            *([] if masks or writes else ["feature-extraction"]),
         ],
     }
+    return _front_block(front)
+
+
+def _known_bases(teachers: Sequence[str]) -> list[str]:
+    """The Hub refuses a ``base_model`` that could be no model's name there, so such a one is left out."""
+    bases = map(_base, teachers)
+    return [base for base in bases if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, re.ASCII)]
+
+
+def _front_block(front: dict[str, Any]) -> str:
     front = {key: value for key, value in front.items() if value}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---"
 
@@ -116,11 +167,11 @@ def _limits(metrics: dict[str, Any]) -> str:
     bases = " and ".join(map(_code, display_names(metrics["teacher"])))
     languages = ", ".join(metrics["settings"].get("language") or ())
     text = f"text in {_code(languages)}" if languages else "text like that which it was made from"
-    does = (
-        "To guess hidden words, and as a start for fine-tuning"
-        if _fills_masks(metrics)
-        else "Vectors of texts: to compare, search and group them"
-    )
+    does = "Vectors of texts: to compare, search and group them"
+    if _fills_masks(metrics):
+        does = "To guess hidden words, and as a start for fine-tuning"
+    elif _writes(metrics):
+        does = "To continue texts and conversations"
     lines = [
         f"{does}, in {text}, where {bases} would be too large or too slow.",
         "Its vocabulary was made for that text: other languages, scripts and subjects fall into more and rarer pieces, "
@@ -151,15 +202,20 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
         rows = [(f"{label} ({better} is better)", *values) for label, *values, better in held_out_rows(metrics)]
         table = _table(("", "untrained", "trained", *baselines), rows)
         return [f"Held-out text ({metrics['held_out_texts']} texts):", table]
+    about = (
+        f"Agreement with the teacher on {metrics['compared_texts']} texts of those that the vocabulary was made for "
+        "(on other text it is less):"
+    )
+    if _writes(metrics):
+        found = metrics["next_tokens"]
+        worth = [("bits per byte", *(f"{found[key]:.4f}" for key in ("teacher_bits_per_byte", "bits_per_byte")))]
+        worth += [(label, "", form.format(found[key])) for key, label, form in NEXT_TOKENS if key in found]
+        return [about, _table(("", "teacher", "student"), worth)]
     measures = {"pearson": "Pearson", "spearman": "Spearman", "cosine": "cosine of the vectors"}
     rows = [
         (name, *(f"{row[key]:.4f}" if key in row else "-" for key in measures))
         for name, row in (metrics["loyalty"] | baselines).items()
     ]
-    about = (
-        f"Agreement with the teacher on {metrics['compared_texts']} texts of those that the vocabulary was made for "
-        "(on other text it is less):"
-    )
     return [about, _table(("", *measures.values()), rows)]
 
 
@@ -170,7 +226,13 @@ def _use(name: str, metrics: dict[str, Any]) -> str:
     # sentence-transformers puts the prompt there itself.
     prompt = "" if metrics["sentence_transformers"] else metrics["prompt"]
     texts = json.dumps([f"{prompt}{word} text" for word in ("One", "Another")], ensure_ascii=False)
-    if metrics["sentence_transformers"]:
+    if _writes(metrics):
+        lines = [
+            "from transformers import pipeline",
+            f'write = pipeline("text-generation", model={folder})',
+            f'print(write({texts}[0], max_new_tokens=20)[0]["generated_text"])',
+        ]
+    elif metrics["sentence_transformers"]:
         lines = [
             "from sentence_transformers import SentenceTransformer",
             f"model = SentenceTransformer({folder})",

@@ -1,8 +1,9 @@
 """What ``metrics.json`` of a student's folder says: every key, its type and its meaning.
 
-:class:`TrimMetrics` is that of :func:`vocabdistil.trim`, :class:`DistillMetrics` that of :func:`vocabdistil.distill`. A
-key that is ``NotRequired`` is there if what it says applies; every other one is always there. A new key needs its line
-here: a test compares the files of both commands with these types.
+:class:`TrimMetrics` is that of :func:`vocabdistil.trim`, and :class:`DraftMetrics` where it made a draft head,
+:class:`DistillMetrics` that of :func:`vocabdistil.distill`. A key that is ``NotRequired`` is there if what it says
+applies; every other one is always there. A new key needs its line here: a test compares the files of both commands with
+these types.
 """
 
 # Annotations stay what they are instead of strings: TypedDict looks into them for NotRequired.
@@ -14,12 +15,15 @@ __all__ = [
     "Architecture",
     "CoverageFigures",
     "DistillMetrics",
+    "DraftFigures",
+    "DraftMetrics",
     "HeldOutFigures",
     "Initialisation",
     "LoyaltyFigures",
     "MethodFigures",
     "ModelFigures",
     "Models",
+    "NextTokenFigures",
     "StartKinds",
     "TokenStarts",
     "TrimMetrics",
@@ -238,6 +242,25 @@ class LoyaltyFigures(TypedDict):
     probability: NotRequired[float]
 
 
+class NextTokenFigures(TypedDict):
+    """How a student that is a decoder follows its teacher: :func:`vocabdistil.evaluation.next_tokens.compare_decoders`.
+
+    Attributes:
+        agreement: share of the places at which both expect the same of the matched tokens most.
+        next_token_kl: of the student's distribution over these from the teacher's, in nats.
+        kept_probability: what the teacher gives to them.
+        places: ends of tokens that both have read; without any, what is above is left out.
+        bits_per_byte, teacher_bits_per_byte: on the same texts, :func:`vocabdistil.bits_per_byte`.
+    """
+
+    agreement: NotRequired[float]
+    next_token_kl: NotRequired[float]
+    kept_probability: NotRequired[float]
+    places: int
+    bits_per_byte: float
+    teacher_bits_per_byte: float
+
+
 class HeldOutFigures(TypedDict):
     """A student on held-out text.
 
@@ -289,7 +312,7 @@ class TrimMetrics(_Metrics):
         settings: every option by its name, but for the text.
         texts: how many texts were read.
         text: SHA-256 of them.
-        compared_texts: those of them that coverage and loyalty were counted on.
+        compared_texts: those of them that coverage and agreement were counted on.
         vocabulary: where the student's came from.
         whitened: if the teacher's vectors were whitened: by its name how much of the variance of the hidden states that
             its last layer was to give it explains.
@@ -298,8 +321,9 @@ class TrimMetrics(_Metrics):
         architecture: the student's.
         initialisation: how it began.
         coverage: how the vocabularies correspond.
-        loyalty: by ``"N layers"`` the agreement with the teacher; where layers were left out or made narrower also
-            ``"all layers"``: before that.
+        loyalty: of an encoder: by ``"N layers"`` the agreement with the teacher; where layers were left out or made
+            narrower also ``"all layers"``: before that.
+        next_tokens: of a decoder: its agreement with the teacher.
         models: sizes and times.
         files: those of the folder, by which a later run knows what it may replace.
         baselines: by name, what others reach on the same measures.
@@ -310,7 +334,44 @@ class TrimMetrics(_Metrics):
     texts: int
     text: str
     compared_texts: int
-    loyalty: dict[str, LoyaltyFigures]
+    loyalty: NotRequired[dict[str, LoyaltyFigures]]
+    next_tokens: NotRequired[NextTokenFigures]
+
+
+class DraftFigures(TypedDict):
+    """What a draft head holds of its target.
+
+    Attributes:
+        tokens, target_tokens: that it predicts, and of the target's tokenizer.
+        covered: the share of the tokens of held-out text that are among its own, from 0 to 1.
+        mb, target_mb: 10^6 bytes of its weight and of the target's output layer.
+    """
+
+    tokens: int
+    target_tokens: int
+    covered: float
+    mb: float
+    target_mb: float
+
+
+class DraftMetrics(TypedDict):
+    """``metrics.json`` of a draft head.
+
+    Attributes:
+        teacher, command, settings, texts, text, prompt, files: as in :class:`TrimMetrics`.
+        held_out_texts: texts that were not counted.
+        draft: the head.
+    """
+
+    teacher: list[str]
+    command: Literal["trim"]
+    settings: dict[str, Any]
+    texts: int
+    text: str
+    held_out_texts: int
+    prompt: str
+    draft: DraftFigures
+    files: list[str]
 
 
 class DistillMetrics(_Metrics):

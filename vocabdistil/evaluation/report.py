@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FEW_STEPS",
+    "NEXT_TOKENS",
     "baseline_lines",
     "bench_table",
     "checkup_line",
     "coverage_tables",
+    "draft_line",
     "few_steps_line",
     "held_out_rows",
     "loyalty_table",
     "mixed_line",
+    "next_tokens_table",
     "plan_line",
     "result_tables",
     "size_table",
@@ -58,6 +61,12 @@ _TASKS = {
     "labels": ({"accuracy": "accuracy", "macro_f1": "macro\nF1"}, {"label": "label", "probability": "probability"}),
 }
 _LONGEST_NAME = 28
+# What :func:`vocabdistil.evaluation.next_tokens.compare_decoders` finds.
+NEXT_TOKENS = (
+    ("agreement", "same most probable next token", "{:.1%}"),
+    ("next_token_kl", "KL from the teacher, nats", "{:.4f}"),
+    ("kept_probability", "what the teacher gives to the student's tokens", "{:.1%}"),
+)
 # Steps that teach nothing.
 FEW_STEPS = 10
 
@@ -172,6 +181,20 @@ def loyalty_table(found: dict[str, dict[str, float]], texts: str) -> Table:
     return table
 
 
+def next_tokens_table(found: dict[str, float], texts: str) -> Table:
+    """How a decoder follows its teacher on these texts, and what both are worth on them."""
+    table = Table(title=f"Next tokens ({texts})", title_justify="left")
+    for column in ("", "teacher", "student"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("bits per byte", _number(found["teacher_bits_per_byte"]), _number(found["bits_per_byte"]))
+    for key, label, form in NEXT_TOKENS:
+        if key in found:
+            table.add_row(label, "", form.format(found[key]))
+    table.caption = f"compared at {found['places']:,} ends of tokens that both have read, over the tokens of both"
+    table.caption_justify = "left"
+    return table
+
+
 def bench_table(rows: list[dict[str, Any]], batch: int, length: int) -> Table:
     """A row for every model; the first is the yardstick."""
     title = f"CPU, batch {batch}, <= {length} tokens, {_many(torch.get_num_threads(), 'thread')}"
@@ -237,6 +260,14 @@ def start_line(tokens: dict[str, dict[str, float]]) -> str:
         if tokens["tokens"][kind]
     ]
     return f"Tokens start: {', '.join(parts)}"
+
+
+def draft_line(draft: dict[str, Any], texts: int) -> str:
+    """What a draft head can predict."""
+    return (
+        f"The draft head predicts {draft['tokens']:,} of {draft['target_tokens']:,} tokens, {draft['mb']:.1f} of "
+        f"{draft['target_mb']:.1f} MB: {draft['covered']:.2%} of the tokens of {_many(texts, 'held-out text')}"
+    )
 
 
 def plan_line(steps: int, texts: int, available: int, seconds: float) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "body_of",
     "embedding_of",
     "first_position",
+    "is_decoder",
     "layer_kinds",
     "layers_of",
     "move",
@@ -26,7 +27,8 @@ __all__ = [
 
 
 class Fields(NamedTuple):
-    """What a configuration calls the number of layers, the hidden width, the heads and the feed-forward width."""
+    """What a configuration calls the number of layers, the hidden width, the heads and the feed-forward width; empty
+    where it does not say."""
 
     layers: str = "num_hidden_layers"
     dim: str = "hidden_size"
@@ -68,6 +70,7 @@ class Architecture:
         first_norm: a LayerNorm that the first layer lacks, and the product that reads it in the others.
         body: the class to load where AutoModel takes another.
         biased_heads: each head has a bias of its own for distances, so that there must be as many.
+        causal: a decoder: it predicts the next token, by an output layer right behind its body.
     """
 
     layers: str = "encoder.layer"
@@ -86,6 +89,7 @@ class Architecture:
     first_norm: tuple[str, str] | None = None
     body: str = ""
     biased_heads: bool = False
+    causal: bool = False
 
     @property
     def fittable(self) -> bool:
@@ -132,6 +136,9 @@ _T5 = Architecture(
     norm="",
     body="T5EncoderModel",
 )
+
+# What stands between tokens and layers (GPT-2's positions, Gemma's scale) is copied or computed as it is.
+_DECODER = Architecture(layers="layers", embeddings="", positions="", types="", norm="", causal=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
@@ -197,12 +204,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "t5": _T5,
     "mt5": replace(_T5, body="MT5EncoderModel"),
+    "gpt2": replace(_DECODER, layers="h", fields=Fields("n_layer", "n_embd", "n_head", "")),
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "olmo2",
+            "gpt_neox",
+        ),
+        _DECODER,
+    ),  # fmt: skip
 }
 
 
 def architecture_of(config: Any) -> Architecture | None:
     """The row of a configuration's ``model_type``, or None."""
     return ARCHITECTURES.get(config.model_type)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a configuration is that of a decoder of the table."""
+    row = architecture_of(config)
+    return row is not None and row.causal
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import need
 from .architectures import Architecture, embedding_of, layer_kinds
+from .named_tokens import follow_ids, generation_for
 from .shapes import attention_period, check_layers, known_architecture
 from .teachers import Teacher
 
@@ -73,11 +74,14 @@ def _config(teacher: Teacher, tokenizer: PreTrainedTokenizerBase, vocab_size: in
     row, model = _row_of(teacher), teacher.whole
     config = copy.deepcopy(model.config)
     config.vocab_size = vocab_size
-    _follow_tokens(config, teacher.tokenizer, tokenizer)
+    if row.causal:
+        follow_ids(config, teacher.tokenizer, tokenizer)
+    else:
+        _follow_tokens(config, teacher.tokenizer, tokenizer)
     setattr(config, row.fields.layers, len(keep))
-    if (kinds := layer_kinds(model.config)) is not None:
+    if (kinds := layer_kinds(model.config)) is not None and not row.causal:
         _tell_attention(config, [kinds[i] for i in keep])
-    output = model.get_output_embeddings() if teacher.masked_lm is not None else None
+    output = model.get_output_embeddings() if model is not teacher.model else None
     if output is not None:
         config.tie_word_embeddings = output.weight is embedding_of(model)
     if row.after_padding:
@@ -95,7 +99,7 @@ def _vocabulary_rows(teacher: Teacher, rows: Callable[[Tensor], Tensor]) -> list
     """The teacher's tensors that have a row for each token, tied ones once, and what the student has instead."""
     inputs = embedding_of(teacher.whole)
     made = [(inputs, rows(inputs.detach()))]
-    if teacher.masked_lm is None:
+    if teacher.whole is teacher.model:
         return made
     weight, bias = teacher.output_layer
     if weight is not inputs:
@@ -156,7 +160,8 @@ def build_body(
     Everything that does not depend on the vocabulary is copied: positions (moved where they count from the padding's
     id, so that the first token keeps its row), token types, norms, maps of narrower embeddings, relative positions,
     the layers kept, and the MLM head if the teacher has one that works. Tied tensors stay tied. With all layers and
-    the same vocabulary the student computes exactly what the teacher does.
+    the same vocabulary the student computes exactly what the teacher does. A decoder keeps all its layers, its dtype
+    and how it generates, and ids in its configurations become those of the same tokens.
 
     Args:
         rows: ``[V_t, D]`` -> ``[V_s, D]``: rows for the student's tokens out of rows for the teacher's; also used
@@ -166,17 +171,23 @@ def build_body(
             their number counts.
 
     Returns:
-        A float32 model on the CPU in evaluation mode: with the MLM head if the teacher has one, else the body.
+        A model on the CPU in evaluation mode: with the output layer if the teacher has one, else the body; an encoder
+        in float32.
 
     Raises:
         VocabdistilError: the architecture cannot have such a body, or not with this vocabulary.
     """
     check_body(teacher, keep, tokenizer)
+    causal = _row_of(teacher).causal
     made = _vocabulary_rows(teacher, rows)
     config = _config(teacher, tokenizer, len(made[0][1]), keep)
     with torch.random.fork_rng(devices=[]):
-        student = type(teacher.whole)(config)
+        # In the dtype that the configuration says; converted later, what is no weight would lose digits too.
+        student = AutoModelForCausalLM.from_config(config) if causal else type(teacher.whole)(config)
     if getattr(teacher.model, "pooler", None) is None and hasattr(student.base_model, "pooler"):
         setattr(student.base_model, "pooler", None)  # noqa: B010 - torch declares no modules that are None
     student.load_state_dict(_state(teacher, student, made, keep, tokenizer))
+    if causal:
+        student.generation_config = generation_for(teacher, tokenizer)
+        return student.eval()
     return student.float().eval()

@@ -21,23 +21,35 @@ _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def need_known(name: str, model_type: str, own_code: bool, trust_remote_code: bool, argument: str) -> None:
-    """Raises VocabdistilError for a model that is in no row of the table and brings no code that may run."""
-    if model_type in ARCHITECTURES or own_code and trust_remote_code:
+def need_known(
+    name: str, model_type: str, own_code: bool, trust_remote_code: bool, argument: str, decoders: bool = False
+) -> None:
+    """Raises VocabdistilError for a model that is in no row of the table and brings no code that may run, and for a
+    decoder unless ``decoders``."""
+    row = ARCHITECTURES.get(model_type)
+    if decoders or not row.causal if row is not None else own_code and trust_remote_code:
         return
-    if own_code:
+    if own_code and row is None:
         raise needs_code("a model", name, argument)
-    expected = f"expected an encoder: {', '.join(ARCHITECTURES)}"
+    encoders, causal = (
+        ", ".join(kind for kind, row in ARCHITECTURES.items() if row.causal == wanted) for wanted in (False, True)
+    )
+    expected = f"expected an encoder: {encoders}" + f"; or a decoder: {causal}" * decoders
     raise VocabdistilError.of(argument, f"{name} has model_type {model_type!r}; {expected}")
 
 
 def look_at_model(
-    source: str | os.PathLike, argument: str = "teacher", trust_remote_code: bool = False, sentence: bool = True
+    source: str | os.PathLike,
+    argument: str = "teacher",
+    trust_remote_code: bool = False,
+    sentence: bool = True,
+    decoders: bool = False,
 ) -> SimpleNamespace | None:
     """Finds out what can be told of a model before it is loaded.
 
     Args:
         sentence: it is used as a sentence-transformers folder says, if it is one; else its transformer alone.
+        decoders: it may be a decoder, but for one that makes vectors.
 
     Returns:
         Its configuration, as far as the file has it; None where only loading tells: of a model that is on the Hub, that
@@ -62,7 +74,9 @@ def look_at_model(
     if not isinstance(kind, str):
         return None
     own_code = bool(settings.get("auto_map"))
-    need_known(name, kind, own_code, trust_remote_code, argument)
+    if decoders and sentence:
+        decoders = read_settings(source, argument) is None
+    need_known(name, kind, own_code, trust_remote_code, argument, decoders)
     if own_code and trust_remote_code:
         return None
     _look_at_weights(folder, name, argument)
@@ -70,7 +84,7 @@ def look_at_model(
     if isinstance(rows, int) and largest >= rows:
         problem = f"the tokenizer of {name} has ids up to {largest}, its model {rows} embeddings"
         raise VocabdistilError.of(argument, problem)
-    whole = all(isinstance(settings.get(field), int) for field in ARCHITECTURES[kind].fields)
+    whole = all(isinstance(settings.get(field), int) for field in ARCHITECTURES[kind].fields if field)
     return SimpleNamespace(**settings) if whole else None
 
 

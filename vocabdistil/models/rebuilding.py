@@ -193,6 +193,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     for name in ("backend", "is_local", "local_files_only", "auto_map", "add_bos_token", "add_eos_token"):
         settings.pop(name, None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # For some types of models (Qwen 2) version 5 takes its own class all the same, which would add tokens for them.
+    settings |= {f"{role}_token": None for role in ROLES if getattr(tokenizer, f"{role}_token", None) is None}
     # What the class itself would have said.
     for name in ("padding_side", "truncation_side", "model_input_names"):
         settings[name] = getattr(tokenizer, name)

@@ -148,6 +148,9 @@ def check_layers(config: Any, keep: Sequence[int]) -> None:
     ascending = all(a < b for a, b in zip(keep, keep[1:], strict=False))
     known = bool(keep) and ascending and keep[0] >= 0 and keep[-1] < count
     need(known, "keep_layers", f"ascending layers from 0 to {count - 1}", ",".join(map(str, keep)) or "none")
+    if row.causal:
+        need(len(keep) == count, "layers", f"all {count} layers of a decoder", len(keep))
+        return
     if (kinds := layer_kinds(config)) is not None:
         period = attention_period([kinds[i] for i in keep])
         expected = "layers of which the first and then every n-th attend to all tokens (" + ", ".join(

@@ -1,4 +1,4 @@
-"""Teachers: loading one with its tokenizer and, where it has one, its MLM head; reading what it computes."""
+"""Teachers: loading one with its tokenizer and, where it has one, its output layer; reading what it computes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -75,6 +76,7 @@ class Teacher:
         masked_lm: the body with its MLM head, or None.
         headless: why there is no head; empty if there is one.
         prompt: what the model expects before every text; whoever encodes texts puts it there.
+        causal_lm: the body of a decoder with its output layer; None for an encoder.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Teacher:
     masked_lm: PreTrainedModel | None = None
     headless: str = ""
     prompt: str = ""
+    causal_lm: PreTrainedModel | None = None
 
     @property
     def architecture(self) -> Architecture | None:
@@ -91,8 +94,8 @@ class Teacher:
 
     @property
     def whole(self) -> PreTrainedModel:
-        """The model with its head, if it has one."""
-        return self.model if self.masked_lm is None else self.masked_lm
+        """The model with its output layer, if it has one."""
+        return next((model for model in (self.masked_lm, self.causal_lm) if model is not None), self.model)
 
     @property
     def embedding(self) -> Tensor:
@@ -314,6 +317,16 @@ def _load_masked_lm(source: str, trust_remote_code: bool) -> tuple[PreTrainedMod
     return model, sorted(info["missing_keys"]), ""
 
 
+def _load_causal_lm(source: str, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """A decoder with its output layer, in the dtype of its file, and the tensors that its checkpoint lacks."""
+    auto: Any = AutoModelForCausalLM  # whose types leave out what it gives beside the model
+    with _quiet_loading():
+        model, info = auto.from_pretrained(
+            source, output_loading_info=True, torch_dtype="auto", trust_remote_code=trust_remote_code
+        )
+    return model, sorted(info["missing_keys"])
+
+
 def _load_body(source: str, class_name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
     """The model without a head, without its pooler if the checkpoint has none, and what else the checkpoint lacks."""
     auto = getattr(transformers, class_name) if class_name else AutoModel
@@ -354,8 +367,8 @@ def _head_problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ""
 
 
-def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
-    """The configuration of an encoder of the table, or of custom code if that may run.
+def _load_config(source: str, argument: str, trust_remote_code: bool, decoders: bool) -> Any:
+    """The configuration of a model of the table, or of custom code if that may run.
 
     Raises:
         VocabdistilError: there is none, or it is of another kind of model.
@@ -364,7 +377,8 @@ def _load_config(source: str, argument: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise cannot_load("a model", source, argument, error) from None
-    need_known(source, config.model_type, bool(getattr(config, "auto_map", None)), trust_remote_code, argument)
+    own_code = bool(getattr(config, "auto_map", None))
+    need_known(source, config.model_type, own_code, trust_remote_code, argument, decoders)
     return config
 
 
@@ -374,11 +388,12 @@ def load_teacher(
     head: bool = True,
     prompt: str = "",
     trust_remote_code: bool = False,
+    decoders: bool = False,
 ) -> Teacher:
-    """Loads a teacher in float32, frozen, for evaluation.
+    """Loads a teacher, frozen, for evaluation: an encoder in float32, a decoder in the dtype of its file.
 
     An MLM head counts only if all its weights are in the checkpoint (``transformers`` would draw them at random)
-    and its logits are ``h W^T + b`` of the model's output embeddings.
+    and its logits are ``h W^T + b`` of the model's output embeddings. A decoder always has its output layer.
 
     Args:
         source: a folder or a model's name on the Hugging Face Hub.
@@ -386,20 +401,23 @@ def load_teacher(
         head: look for an MLM head; else load the body alone.
         prompt: what the model expects before every text.
         trust_remote_code: run code that comes with the model, and take models that only such code can read.
+        decoders: take a decoder too.
 
     Raises:
-        VocabdistilError: no such folder, no encoder of a known architecture or no fast tokenizer in it, weights of
+        VocabdistilError: no such folder, no model of a known architecture or no fast tokenizer in it, weights of
             the body that are not there, a tokenizer with ids beyond the model's embeddings, or code of its own that
             ``trust_remote_code`` does not allow to run.
     """
     name = os.fspath(source)
     tokenizer = load_tokenizer(source, argument, trust_remote_code)
     path = check_source(source, argument)
-    row = architecture_of(_load_config(path, argument, trust_remote_code))
+    row = architecture_of(_load_config(path, argument, trust_remote_code, decoders))
+    causal = row is not None and row.causal
     masked_lm: PreTrainedModel | None = None
+    causal_lm: PreTrainedModel | None = None
     missing: list[str] = []
-    headless = "it was not loaded"
-    if head:
+    headless = "it is a decoder" if causal else "it was not loaded"
+    if head and not causal:
         masked_lm, missing, headless = _load_masked_lm(path, trust_remote_code)
     if masked_lm is not None and (headless := _head_problem(masked_lm.float().eval(), tokenizer)):
         masked_lm = None
@@ -407,7 +425,11 @@ def load_teacher(
         model = body_of(masked_lm)
     else:
         try:
-            model, missing = _load_body(path, row.body if row else "", trust_remote_code)
+            if causal:
+                causal_lm, missing = _load_causal_lm(path, trust_remote_code)
+                model = body_of(causal_lm)
+            else:
+                model, missing = _load_body(path, row.body if row else "", trust_remote_code)
         except LOADING_ERRORS as error:
             raise cannot_load("a model", name, argument, error) from None
     if missing:
@@ -418,6 +440,8 @@ def load_teacher(
             argument,
             f"the tokenizer of {name} has ids up to {_largest_id(tokenizer)}, its model {rows} embeddings"
         )
-    teacher = Teacher(name, model, tokenizer, masked_lm, headless, prompt)
-    teacher.whole.float().eval().requires_grad_(False)
+    teacher = Teacher(name, model, tokenizer, masked_lm, headless, prompt, causal_lm)
+    if not causal:
+        teacher.whole.float()
+    teacher.whole.eval().requires_grad_(False)
     return teacher

@@ -213,6 +213,7 @@ def trim_vocabulary(
     vocab_size: int,
     spare: int | None = None,
     embedding: Tensor | None = None,
+    keep: Iterable[int] = (),
 ) -> Vocabulary:
     """The teacher's own tokens that a text needs most.
 
@@ -232,6 +233,7 @@ def trim_vocabulary(
         spare: how many of them to leave to others, as far as what is always kept allows it; tokens that the text does
             not use are then left out too.
         embedding: floating point ``[rows, E]``, the teacher's input embeddings, a row for each of its ids or more.
+        keep: ids of the teacher that are always kept too.
 
     Returns:
         The vocabulary; ``kept`` ascends, but for added tokens that the teacher's model does not hold: they come last.
@@ -246,7 +248,9 @@ def trim_vocabulary(
     specials = special_strings(teacher, state)
     outside = [token for token in specials if token not in family.ids]
 
-    kept = {needed for token in specials.keys() & family.ids.keys() for needed in family.needs(token)}
+    asked = set(keep)
+    named = specials.keys() & family.ids.keys() | {token for token, i in family.ids.items() if i in asked}
+    kept = {needed for token in named for needed in family.needs(token)}
     single = _byte_symbols(state, family)
     symbols: Mapping[str, int] = {} if single else _symbols_of_text(family, count, specials)
     kept |= single.union(frequent_characters(symbols, vocab_size))

@@ -33,6 +33,7 @@ def vocabulary_from(
     vocab_size: int | None = None,
     family: str | None = None,
     embedding: Tensor | None = None,
+    keep: Iterable[int] = (),
 ) -> Vocabulary:
     """What the option ``vocabulary`` names.
 
@@ -44,6 +45,7 @@ def vocabulary_from(
         vocab_size: tokens of the result, for the same two.
         family: for ``"train"``: another family of tokenizers than the teacher's, one of ``core.options.FAMILIES``.
         embedding: the teacher's input embeddings, for ``"trim"``: see :func:`trim_vocabulary`.
+        keep: ids of the teacher that are kept whatever the texts, for ``"trim"``.
 
     Raises:
         VocabdistilError: options that ``source`` needs and lacks, or has no use for; as :func:`train_vocabulary`,
@@ -60,4 +62,4 @@ def vocabulary_from(
     if source == "train":
         return train_vocabulary(teacher, texts, vocab_size, family)
     need(family is None, "family", f"nothing beside {asked}", family)
-    return trim_vocabulary(teacher, texts, vocab_size, embedding=embedding)
+    return trim_vocabulary(teacher, texts, vocab_size, embedding=embedding, keep=keep)

@@ -101,17 +101,15 @@ def test_a_token_that_is_partly_of_the_prompt():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_spans_of_every_family_spell_the_same(name):
-    """Of a pair both sides have the same text, as far as their tokens tell it."""
+def test_every_family(name):
+    """All that the assistant says is in a pair, and each of its ends."""
     teacher, student = chat_tokenizer("byte-level", TURNS), chat_tokenizer(name, TURNS)
-    batch = vd.CausalCollator(teacher, student, 128)(ROWS)
-    plain = "".join(t for row, _ in pairs_of(batch, teacher, student) for t in row).replace("Ġ", "")
-    assert "theywalkedhome" in plain and "<|im_end|>" in plain
-    for pair in pairs_of(batch, teacher, student):
-        tokens = "".join(pair[1])
-        if "unk" not in tokens.lower() and "<0x" not in tokens:
-            said = "".join(pair[0]).replace("Ġ", "")
-            assert tokens.replace("##", "").replace("▁", "").replace("Ġ", "") == said.lower() or not said.islower()
+    batch = vd.CausalCollator(teacher, student, 128)(ROWS[2:])
+    said = pairs_of(batch, teacher, student)
+    assert said.count((["<|im_end|>"], ["<|im_end|>"])) == 2
+    spelled_by_teacher = "".join(token for row, _ in said for token in row).replace("Ġ", "")
+    assert spelled_by_teacher == "hewalkedhome<|im_end|>I?<|im_end|>"
+    assert batch["counts"]["tokens"] >= sum(len(tokens) for _, tokens in said)
 
 
 def test_nothing_to_learn():

@@ -9,10 +9,8 @@ from typing import Any
 
 from .methods import check_text
 
-__all__ = ["COLUMNS", "Rendered", "rendered"]
+__all__ = ["Rendered", "rendered"]
 
-# Of the rows of a data set, in the form that TRL's SFT has them.
-COLUMNS = ("text", "messages", "prompt", "completion")
 _EXPECTED = "a string, or a mapping with 'messages', with 'prompt' and 'completion', or with 'text'"
 # What stands for the content of a message while it is looked where a template puts it: of Unicode's private use, which
 # no template looks for.

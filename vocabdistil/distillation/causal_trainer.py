@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..alignment.causal import CausalCollator
-from ..alignment.conversations import COLUMNS
 from ..alignment.loading import tokenizer_of
 from ..alignment.vocab import MatchedVocab
 from ..core.checks import UNMATCHED, check_choice, check_temperature
 from ..core.errors import VocabdistilError, is_real, need
+from ..core.options import ROW_COLUMNS
 from ..models.causal import Readout, check_causal, most_positions, read_causal
 from .causal_objective import CausalObjective, causal_inputs
 from .recipes import CausalWeights
@@ -110,7 +110,7 @@ class CausalDistillTrainer(StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the collator reads; the model reads none of them."""
-        self._signature_columns = list(COLUMNS)
+        self._signature_columns = list(ROW_COLUMNS)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and what they have to learn from over all processes."""

@@ -11,7 +11,17 @@ from typing import TypeVar
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["LAYER_MAPS", "LOGITS", "RECIPES", "SCHEDULES", "CausalWeights", "LossWeights", "Recipe"]
+__all__ = [
+    "CAUSAL_RECIPES",
+    "LAYER_MAPS",
+    "LOGITS",
+    "RECIPES",
+    "SCHEDULES",
+    "CausalWeights",
+    "LossWeights",
+    "Recipe",
+    "parse_weights",
+]
 
 _Kind = TypeVar("_Kind", bound="_Weights")
 
@@ -116,7 +126,7 @@ class Recipe:
     """
 
     source: str
-    weights: LossWeights
+    weights: LossWeights | CausalWeights
     reduce: bool = False
     layer_map: str = "last"
     temperature: float = 2.0
@@ -175,3 +185,30 @@ RECIPES: dict[str, Recipe] = {
         preset="small",
     ),
 }
+
+# Of students that are decoders; the first is what they learn by if nobody says. All their layers are there.
+CAUSAL_RECIPES: dict[str, Recipe] = {
+    "likelihood": Recipe(
+        "arXiv 2503.20083, beside the text",
+        CausalWeights(lm=1.0, likelihood=100.0),
+        temperature=1.0,
+        lr_whole=5e-5,
+        schedule="cosine",
+        batch_size=16,
+    ),
+    "next-token": Recipe(
+        "the next token over the tokens that both have, beside the text",
+        CausalWeights(lm=1.0, matched=1.0),
+        temperature=1.0,
+        lr_whole=5e-5,
+        schedule="cosine",
+        batch_size=16,
+    ),
+}
+
+
+def parse_weights(text: str) -> LossWeights | CausalWeights:
+    """Weights of either kind of student, by the first loss that is named."""
+    first = text.partition(",")[0].partition("=")[0].strip()
+    kind = CausalWeights if first in {f.name for f in fields(CausalWeights)} else LossWeights
+    return kind.parse(text)

@@ -108,7 +108,7 @@ def teacher_of(work: Path, texts: list[str], steps: int, batch_size: int) -> tup
         model, run = fresh(len(tokenizer), TEACHER, 0), work / "run"
         trainer = vd.CausalDistillTrainer(
             model, arguments(run, steps, batch_size, 0, save_steps=100), processing_class=tokenizer, weights="lm=1",
-            max_length=_LENGTH, train_dataset=texts,
+            max_length=_LENGTH, packed=True, train_dataset=texts,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")))
         model.save_pretrained(done)
@@ -123,7 +123,7 @@ def row_of(name: str, seed: int, args: argparse.Namespace, texts: list[str], hel
     trainer = vd.CausalDistillTrainer(
         model, arguments(args.work / "students", args.steps, args.batch_size, seed, save_strategy="no"),
         teacher=teacher, teacher_tokenizer=teacher_tokenizer, processing_class=tokenizer, weights=WEIGHTS[name],
-        max_length=_LENGTH, train_dataset=texts,
+        max_length=_LENGTH, packed=True, train_dataset=texts,
     )  # fmt: skip
     start = time.perf_counter()
     trainer.train()
@@ -161,8 +161,8 @@ def parser() -> argparse.ArgumentParser:
     names = [*WEIGHTS, "teacher"]
     p.add_argument("--only", nargs="+", choices=names, default=list(WEIGHTS), help="default: all students")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--teacher-steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--teacher-steps", type=int, default=1000)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and train nothing")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="CSV", help="default: beside this file")

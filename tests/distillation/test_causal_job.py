@@ -24,6 +24,9 @@ CHATS = [
 ]
 
 
+ENCODER = {"teacher": lambda: tiny_teacher("bert"), "student": None}
+
+
 def options(out, **changes):
     small = {"text": LINES, "steps": 6, "batch_size": 4, "max_length": 48, "held_out": 0.2, "save_every": 2}
     sides = {"teacher": tiny_decoder("llama-3"), "student": tiny_decoder("gemma"), "lr": 1e-2}
@@ -97,6 +100,7 @@ def test_on_the_command_line(tmp_path, capsys):
     file.write_text("\n".join(LINES), encoding="utf-8")
     sides = ["--teacher", str(tiny_decoder("llama-3")), "--student", str(tiny_decoder("gpt2"))]
     rest = ["--text", str(file), "--out", str(tmp_path / "out"), "--steps", "2", "--weights", "likelihood=50"]
+    rest += ["--held-out", "0.2"]
     assert main(["distill", *sides, *rest, "--batch-size", "4", "--max-length", "48"]) == 0
     said = capsys.readouterr().out
     for words in ("in both", "Held-out bits per byte (", "Training: 2 steps of 4 texts", "The student is in"):
@@ -112,8 +116,8 @@ def test_on_the_command_line(tmp_path, capsys):
     [
         ({"student": None}, "^student: expected the folder of a decoder, as the teacher is a decoder"),
         ({"student": lambda: tiny_teacher("bert")}, "^student: expected a decoder, as the other side is one"),
-        ({"teacher": lambda: tiny_teacher("bert"), "student": None, "recipe": "likelihood"}, "^recipe: expected those"),
-        ({"teacher": lambda: tiny_teacher("bert"), "weights": "lm=1"}, "^(weights|student): expected"),
+        (ENCODER | {"recipe": "likelihood"}, r"^recipe: expected one of an encoder \(bert\)"),
+        (ENCODER | {"weights": "lm=1"}, r"^weights: expected those of an encoder \(bert\)"),
         ({"recipe": "embedding"}, "^recipe: expected likelihood or next-token"),
         ({"weights": "kl=1"}, "^weights: expected lm, likelihood, matched, gold"),
         ({"whiten": 0.3}, "^whiten: expected none for a decoder"),

@@ -157,7 +157,8 @@ class _Run:
         seconds = fit(trainer, say, checkpoint)
         checkups.restore()
         after = self.bits(student, self.student.tokenizer, held_out, self.lengths[1])
-        return self.write(student.to(dtype), covered, trainer, checkups, seconds, after, (len(split.train), len(held_out)))
+        counts = len(split.train), len(held_out)
+        return self.write(student.to(dtype), covered, trainer, checkups, seconds, after, counts)
 
     def coverage(self, rows: list[Any]) -> dict[str, Any]:
         """How the vocabularies correspond on what is learned of held-out rows."""

@@ -94,9 +94,14 @@ class CausalDistillTrainer(StepTrainer):
         for name, one, tokenizer in sides:
             check_causal(one, name, len(tokenizer), packed)
         if data_collator is None:
-            lengths = max_length if isinstance(max_length, (tuple, list)) else (max_length, max_length)
-            limits = [min(n, most_positions(one) or n) for n, (_, one, _) in zip(lengths, sides, strict=True)]
-            data_collator = CausalCollator(teacher_tokenizer, student_tokenizer, limits, packed=packed)
+            data_collator = CausalCollator(teacher_tokenizer, student_tokenizer, max_length, packed=packed)
+            data_collator.max_length = [
+                min(length, most_positions(one) or length)
+                for length, (_, one, _) in zip(data_collator.max_length, sides, strict=True)
+            ]
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        # Several GPUs are for several processes: batches of span pairs cannot be split by torch.nn.DataParallel.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, data_collator, processing_class=student_tokenizer, **others)
         matched = MatchedVocab.from_tokenizers(teacher_tokenizer, student_tokenizer).to(self.args.device)
         self.objective = CausalObjective(weights, matched, likelihood_temperature, temperature, unmatched)

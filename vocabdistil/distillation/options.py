@@ -581,8 +581,9 @@ class DistillConfig(StudentOptions):
     def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
         """As :meth:`StudentOptions.kept_layers`; of a decoder all."""
         if not is_decoder(teacher):
-            for name, value in (("recipe", self.recipe), ("weights", self.weights)):
-                need(not self.names_decoders, name, f"those of an encoder ({teacher.model_type})", value)
+            own = f"of an encoder ({teacher.model_type})"
+            need(self.recipe not in CAUSAL_RECIPES, "recipe", f"one {own}", self.recipe)
+            need(not self.names_decoders, "weights", f"those {own}", self.weights)
             return super().kept_layers(teacher, default)
         return keep_layers(teacher)
 

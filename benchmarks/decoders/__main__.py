@@ -3,8 +3,8 @@
 ``python -m benchmarks.decoders --work FOLDER`` trains a teacher (a Llama with byte-level BPE) from scratch on the lines
 of ``modern_en.txt`` in ``VOCABDISTIL_DATA``, and then students (a narrower Llama with Unigram) on the same lines:
 on text alone, and with each loss of a teacher beside it. Each student appends a row to ``results.csv`` beside this
-file. The teacher is trained once, into the folder, and goes on where it was stopped. ``--report`` prints the file as a
-table.
+file, unless it is there. The teacher is trained once, into the folder, and goes on where it was stopped. ``--report``
+prints the file as a table.
 """
 
 from __future__ import annotations
@@ -116,9 +116,10 @@ def teacher_of(work: Path, texts: list[str], steps: int, batch_size: int) -> tup
     return AutoModelForCausalLM.from_pretrained(done), AutoTokenizer.from_pretrained(done)
 
 
-def row_of(name: str, seed: int, args: argparse.Namespace, texts: list[str], held_out: list[str]) -> dict[str, Any]:
-    teacher, teacher_tokenizer = teacher_of(args.work, texts, args.teacher_steps, args.batch_size)
-    tokenizer = unigram(texts, STUDENT_TOKENS)
+def row_of(
+    name: str, seed: int, args: argparse.Namespace, sides: tuple[Any, Any, Any], texts: list[str], held_out: list[str]
+) -> dict[str, Any]:
+    teacher, teacher_tokenizer, tokenizer = sides
     model = fresh(len(tokenizer), STUDENT, seed)
     trainer = vd.CausalDistillTrainer(
         model, arguments(args.work / "students", args.steps, args.batch_size, seed, save_strategy="no"),
@@ -161,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
     names = [*WEIGHTS, "teacher"]
     p.add_argument("--only", nargs="+", choices=names, default=list(WEIGHTS), help="default: all students")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=200)
-    p.add_argument("--teacher-steps", type=int, default=1000)
+    p.add_argument("--steps", type=int, default=150)
+    p.add_argument("--teacher-steps", type=int, default=600)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and train nothing")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="CSV", help="default: beside this file")
@@ -181,12 +182,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     split = split_text(list(read_text([Path(data, "modern_en.txt")])), 0.05, 0, most=HELD_OUT)
     texts = list(split.train)
+    teacher = teacher_of(args.work, texts, args.teacher_steps, args.batch_size)
     if args.only == ["teacher"]:
-        teacher_of(args.work, texts, args.teacher_steps, args.batch_size)
         return 0
+    sides = *teacher, unigram(texts, STUDENT_TOKENS)
+    had = {(row["student"], row["seed"], row["steps"]) for row in read(args.results, COLUMNS)}
     for seed in args.seeds:
         for name in args.only:
-            row = row_of(name, seed, args, texts, split.held_out)
+            if (name, str(seed), str(args.steps)) in had:
+                continue
+            row = row_of(name, seed, args, sides, texts, split.held_out)
             append(args.results, row, COLUMNS)
             print(f"{name} {seed}: {row['bits_per_byte']} bits per byte in {row['seconds']} s", flush=True)
     return 0

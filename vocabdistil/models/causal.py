@@ -80,7 +80,7 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     """
     kind = type(model).__name__
     expected = "a causal language model"
-    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layer: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     need(layer is not None, name, expected, f"{kind}, which has no output layer")
     need(not getattr(model.config, "is_encoder_decoder", False), name, expected, f"{kind}, an encoder with a decoder")
     need(not hasattr(layer, "base_layer"), name, "an output layer without adapters", "one that has some")

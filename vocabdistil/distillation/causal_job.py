@@ -90,6 +90,8 @@ def distill_causal(config: DistillConfig) -> DistillResult:
     for name, model in (("teacher", teacher), ("student", student)):
         need(model.causal_lm is not None, name, "a decoder, as the other side is one", model.name)
         check_causal(model.causal_lm, name, len(model.tokenizer))
+        begins = model.tokenizer.bos_token or model.tokenizer.eos_token
+        need(bool(begins), name, "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
     folder = RunFolder.open(config.out, config.identity(), config.resume, config.overwrite)
     with folder.held():
         return _Run(config, teacher, student, folder, started).finish(text)
@@ -171,8 +173,7 @@ class _Run:
 
     def bits(self, model: Any, tokenizer: Any, rows: list[Any], length: int, side: str = "student") -> float:
         """Bits per byte: of texts, or of what is learned of completions and conversations after what stands before."""
-        found = 0.0
-        if all("text" in row for row in rows):
+        if all(row.keys() == {"text"} for row in rows):
             found = bits_per_byte(model, tokenizer, [row["text"] for row in rows], length)
         else:
             found = _bits_of_learned(model, tokenizer, rows, length, self.device, side)

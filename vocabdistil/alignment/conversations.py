@@ -57,7 +57,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
             raise ValueError(f"{name}['messages']: expected one of the assistant's, got none")
         return _chat(messages, learned, tokenizer, side, name)
     if row.get("completion") is not None:
-        prompt, completion = row.get("prompt"), row["completion"]
+        prompt: Any = row.get("prompt")
+        completion = row["completion"]
         if isinstance(completion, str):
             for key, text in (("prompt", prompt), ("completion", completion)):
                 check_text(text, f"{name}[{key!r}]")

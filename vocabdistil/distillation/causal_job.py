@@ -129,7 +129,8 @@ class _Run:
         rows = [json.loads(row) for row in split.held_out]
         choosing, held_out = rows[:chosen_by], rows[chosen_by:]
         covered = self.coverage(held_out)
-        teacher, student = (move(side.whole, self.device) for side in (self.teacher, self.student))
+        teacher: Any = move(self.teacher.whole, self.device)
+        student: Any = move(self.student.whole, self.device)
         # Its file may be of half the precision, in which the small steps of training would be lost.
         dtype = student.dtype
         student.float().requires_grad_(True)

@@ -22,7 +22,6 @@ __all__ = ["CausalObjective", "causal_inputs"]
 
 # Logits of the cross-entropy that exist at a time: 64 MiB of float32.
 _BUDGET = 1 << 24
-_SHIFTS = {"student_shift": 1, "teacher_shift": 1}
 
 
 def causal_inputs(side: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -69,22 +68,22 @@ class CausalObjective:
             return found
         pairs: SpanPairs = batch["pairs"]
         layers = student.hidden, student.weight, teacher.hidden, teacher.weight
-        biases = {"student_bias": student.bias, "teacher_bias": teacher.bias}
+        # Of all: rows predict the token after them, and the mean is taken over the step.
+        common: dict[str, Any] = {"student_shift": 1, "teacher_shift": 1, "reduction": "sum"}
+        biased = {"student_bias": student.bias, "teacher_bias": teacher.bias, **common}
         ids = batch["input_ids"], batch["teacher"]["input_ids"]
         if weights.likelihood:
             found["likelihood"] = linear_span_likelihood(
-                *layers, *ids, pairs, temperature=self.likelihood_temperature, reduction="sum", **biases, **_SHIFTS
+                *layers, *ids, pairs, temperature=self.likelihood_temperature, **biased
             )
         if weights.matched:
+            first = _first_tokens(pairs)
             found["matched"] = linear_matched_kl(
-                *layers, self.matched, pairs=_first_tokens(pairs), temperature=self.temperature,
-                unmatched=self.unmatched, reduction="sum", **biases, **_SHIFTS,
-            )  # fmt: skip
-        if weights.gold:
-            logits = (_logits(side.hidden, side.weight, side.bias) for side in (student, teacher))
-            found["gold"] = gold_loss(
-                *logits, *ids, self.matched, pairs, temperature=self.temperature, reduction="sum", **_SHIFTS
+                *layers, self.matched, pairs=first, temperature=self.temperature, unmatched=self.unmatched, **biased
             )
+        if weights.gold:
+            logits = _logits(*student), _logits(*teacher)
+            found["gold"] = gold_loss(*logits, *ids, self.matched, pairs, temperature=self.temperature, **common)
         count = _at_least_one(totals["pairs"])
         return {name: value if name == "lm" else value / count for name, value in found.items()}
 

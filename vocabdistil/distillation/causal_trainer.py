@@ -61,6 +61,8 @@ class CausalDistillTrainer(StepTrainer):
         trainer.train()
     """
 
+    objective: CausalObjective
+
     def __init__(
         self,
         model: Any,
@@ -115,7 +117,7 @@ class CausalDistillTrainer(StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the collator reads; the model reads none of them."""
-        self._signature_columns = list(ROW_COLUMNS)
+        self._signature_columns: Any = list(ROW_COLUMNS)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and what they have to learn from over all processes."""

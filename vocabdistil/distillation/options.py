@@ -593,7 +593,7 @@ class DistillConfig(StudentOptions):
         Raises:
             VocabdistilError: they are no numbers, or none is above 0.
         """
-        kind = type(recipe.weights)
+        kind: Any = type(recipe.weights)
         weights = kind.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
         values = asdict(weights).values()
         fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)

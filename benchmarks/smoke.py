@@ -75,6 +75,12 @@ def calls(device: torch.device) -> Iterator[Call]:
         yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
     for combine in ("sum", "logsumexp"):
         yield _call("remapped_kl", combine, [made(64, 50)], [made(64, 60)], table, combine=combine)
+    ids = [torch.randint(40, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
+    for divergence in ("kl", "total_variation"):
+        logits, options = ([made(4, width, 50)], [made(4, 16, 60)]), {"divergence": divergence, "temperature": 2.0}
+        yield _call("span_likelihood", divergence, *logits, *ids, pairs, **options)
+        hidden, weight, teacher = made(4, width, 24), made(50, 24), [made(4, 16, 48), made(60, 48)]
+        yield _call("linear_span_likelihood", divergence, [hidden, weight], teacher, *ids, pairs, **options)
     yield _call("relation_loss", "4 heads", [made(4, width, 64)], [made(4, 16, 128)], pairs, heads=4)
     yield _call("contrastive", "64", [made(4, width, 64)], [made(4, 16, 64)], pairs)
 

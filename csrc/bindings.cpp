@@ -99,6 +99,41 @@ void linear_matched_kl(const PyLinearSide& student, const PyLinearSide& teacher,
                          at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), threads});
 }
 
+// Addresses of the ids and of which of them are needed; of the log-probabilities and what the backward pass takes.
+using PyTokens = std::tuple<Address, Address>;
+using PyOdds = std::tuple<Address, Address, Address>;
+
+vd::Tokens tokens(const PyTokens& x) { return {at<const int64_t>(std::get<0>(x)), at<const uint8_t>(std::get<1>(x))}; }
+vd::TokenOddsOut odds(const PyOdds& x) {
+  return {at<void>(std::get<0>(x)), at<void>(std::get<1>(x)), at<void>(std::get<2>(x))};
+}
+
+void log_prob_fwd(const PyRows& logits, const PyTokens& of, const PyOdds& out, int threads) {
+  const Released released;
+  vd::log_prob_fwd({matrix(logits), tokens(of), odds(out), threads});
+}
+
+void log_prob_bwd(const PyRows& logits, const PyTokens& of, const PyOdds& from, Address grad, Address grad_logits,
+                  int threads) {
+  const Released released;
+  vd::log_prob_bwd({matrix(logits), tokens(of), odds(from), at<const void>(grad), at<void>(grad_logits), threads});
+}
+
+void linear_log_prob_fwd(const PyRows& hidden, const PyRows& weight, Address bias, const PyTokens& of,
+                         const PyOdds& out, int threads) {
+  const Released released;
+  vd::linear_log_prob_fwd({{matrix(hidden), matrix(weight), at<const void>(bias), tokens(of)}, odds(out), threads});
+}
+
+void linear_log_prob_bwd(const PyRows& hidden, const PyRows& weight, Address bias, const PyTokens& of,
+                         const PyOdds& from, Address grad, int64_t budget, Address grad_hidden, Address grad_weight,
+                         Address grad_bias, int threads) {
+  const Released released;
+  vd::linear_log_prob_bwd({{matrix(hidden), matrix(weight), at<const void>(bias), tokens(of)}, odds(from),
+                           at<const void>(grad), budget, at<void>(grad_hidden), at<void>(grad_weight),
+                           at<void>(grad_bias), threads});
+}
+
 void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
                  Address t_end, Address rows, int64_t mapped, Address shapes, int64_t buckets, Address ids,
                  Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
@@ -127,6 +162,10 @@ PyMethodDef operations[] = {
     function<&span_loss>("span_loss"),
     function<&matched_kl>("matched_kl"),
     function<&linear_matched_kl>("linear_matched_kl"),
+    function<&log_prob_fwd>("log_prob_fwd"),
+    function<&log_prob_bwd>("log_prob_bwd"),
+    function<&linear_log_prob_fwd>("linear_log_prob_fwd"),
+    function<&linear_log_prob_bwd>("linear_log_prob_bwd"),
     function<&remapped_kl>("remapped_kl"),
     function<&relation_loss>("relation_loss"),
     {},

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <mutex>
 #include <new>
 #include <tuple>
@@ -80,6 +82,31 @@ class Block {
 
   std::size_t size_, capacity_ = 0;
   void* data_ = nullptr;
+};
+
+// One block for several arrays, each of which begins a cache line and is as long as is said.
+template <class T>
+class Arrays {
+ public:
+  using Parts = std::initializer_list<std::pair<T**, std::int64_t>>;
+
+  Arrays(Parts parts) : memory_(total(parts) * sizeof(T)) {
+    T* at = static_cast<T*>(memory_.data());
+    for (const auto& part : parts) {
+      *part.first = at;
+      at += aligned(part.second);
+    }
+  }
+
+ private:
+  static std::int64_t aligned(std::int64_t size) { return (size + 63) / 64 * 64; }
+  static std::int64_t total(Parts parts) {
+    std::int64_t sum = 0;
+    for (const auto& part : parts) sum += aligned(part.second);
+    return sum;
+  }
+
+  const Block memory_;
 };
 
 }  // namespace vocabdistil

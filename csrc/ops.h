@@ -120,6 +120,55 @@ struct LinearMatchedKlArgs {
   int threads;
 };
 
+// A token for each row, of those rows that need one.
+struct Tokens {
+  const int64_t* ids;     // [rows]
+  const uint8_t* needed;  // [rows]: 0 or 1
+};
+
+// The log-probability of each row's token, and what the backward pass takes from the forward pass: the probability of a
+// logit z is share * exp(z - shift). 0 for rows that need none. All [rows], accumulation dtype.
+struct TokenOddsOut {
+  void *log_prob, *shift, *share;
+};
+
+// Of logits. Raises std::invalid_argument for a needed id that is none of the columns.
+struct LogProbArgs {
+  Rows logits;
+  Tokens tokens;
+  TokenOddsOut out;
+  int threads;
+};
+struct LogProbBwdArgs {
+  Rows logits;
+  Tokens tokens;
+  TokenOddsOut of;
+  const void* grad;   // [rows], accumulation dtype
+  void* grad_logits;  // contiguous, the shape and dtype of the logits
+  int threads;
+};
+
+// Of the logits hidden weight^T + bias, of which those of all rows are formed at as many columns as `budget` bytes have
+// room for, and at no fewer than fill a few tiles.
+struct LinearTokens {
+  Rows hidden, weight;  // [rows, dim], [vocabulary, dim]
+  const void* bias;     // [vocabulary], accumulation dtype, or nullptr
+  Tokens tokens;
+};
+struct LinearLogProbArgs {
+  LinearTokens tokens;
+  TokenOddsOut out;
+  int threads;
+};
+struct LinearLogProbBwdArgs {
+  LinearTokens tokens;
+  TokenOddsOut of;
+  const void* grad;  // [rows], accumulation dtype
+  int64_t budget;
+  void *grad_hidden, *grad_weight, *grad_bias;  // contiguous, accumulation dtype, all of it written, or nullptr
+  int threads;
+};
+
 // A remap table as the kernel reads it: the non-empty rows sorted by length; within the rows of one length, which lie
 // side by side, entry i of piece k is ids[k * count + i].
 struct RemapPlan {
@@ -166,6 +215,10 @@ void span_mean_bwd(const SpanMeanBwdArgs&);
 void span_loss(const SpanLossArgs&);
 void matched_kl(const MatchedKlArgs&);
 void linear_matched_kl(const LinearMatchedKlArgs&);
+void log_prob_fwd(const LogProbArgs&);
+void log_prob_bwd(const LogProbBwdArgs&);
+void linear_log_prob_fwd(const LinearLogProbArgs&);
+void linear_log_prob_bwd(const LinearLogProbBwdArgs&);
 void remapped_kl(const RemappedKlArgs&);
 void relation_loss(const RelationLossArgs&);
 const char* active_isa();

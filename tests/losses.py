@@ -32,6 +32,7 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
     matched, many = make_matched(WIDTH, WIDTH, 7), make_matched(20, 20, 11)
     table = vd.RemapTable([0, 2, 2, 5], [0, 3, 1, 1, 4], student_vocab_size=WIDTH, unk_id=0, pad_id=0)
     square, ours, theirs = randn(WIDTH, WIDTH), randn(20, WIDTH, seed=4), randn(20, WIDTH, seed=6)
+    about_their_own = {"student_shift": 0, "teacher_shift": 0, "temperature": 2.0}
     return {
         **{
             divergence: partial(module.span_loss, divergence=divergence)
@@ -45,6 +46,13 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
             s, ours.to(s.dtype), t, theirs.to(t.dtype), many, pairs=pairs
         ),
         "remapped_kl": lambda s, t, pairs: module.remapped_kl(s, t, table, pairs=pairs),
+        "span_likelihood": lambda s, t, pairs: module.span_likelihood(
+            s, t, torch.arange(len(s)) % WIDTH, torch.arange(len(t)) % 7, pairs, **about_their_own
+        ),
+        "linear_span_likelihood": lambda s, t, pairs: module.linear_span_likelihood(
+            s, ours.to(s.dtype), t, theirs.to(t.dtype), torch.arange(len(s)) % 20, torch.arange(len(t)) % 20, pairs,
+            **about_their_own,
+        ),
         "contrastive": module.contrastive,
         "relation_loss": lambda s, t, pairs: module.relation_loss(s[None], t[None], pairs, heads=3),
         "attention_loss": partial(_maps, module),

@@ -16,11 +16,13 @@ from benchmarks import (
     collate,
     harness,
     linear_matched_kl,
+    linear_span_likelihood,
     matched_kl,
     relation_loss,
     remap,
     remapped_kl,
     report,
+    span_likelihood,
     span_loss,
     span_mean,
 )
@@ -187,6 +189,17 @@ def test_linear_matched_kl_providers_agree(dtype, monkeypatch):
     absent = {name: error for name, error in errors.items() if error}
     assert set(absent) - {"orda"} == {"liger-jsd", "liger-kl", "fla"}
     assert all(error.startswith(report.UNAVAILABLE) for error in absent.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_span_likelihood_providers_agree(dtype):
+    shape = {"batch": 2, "length": 9, "v_s": 20, "v_t": 60, "dtype": dtype}
+    linear = functools.partial(linear_span_likelihood.build, **shape, d_s=6, d_t=8)
+    for operation, make in (("span_likelihood", functools.partial(span_likelihood.build, **shape)),
+                            ("linear_span_likelihood", linear)):  # fmt: skip
+        case = Case("tiny", make, dtype, ("fwd+bwd",))
+        rows = harness.run_case(operation, case, CPU, ["reference", "full-logits", "ours"], quick=True)
+        assert len(rows) == 3 and not any(row["error"] for row in rows)
 
 
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])

@@ -72,6 +72,13 @@ def test_linear_matched_kl(tmp_path: Path) -> None:
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 
+def test_log_prob(tmp_path: Path) -> None:
+    isa = native.module().active_isa()
+    names = ("log_prob", "linear_log_prob", "tiles")
+    sources = ["tests/native/fuzz_log_prob.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
+    run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
+
+
 def test_relation_loss(tmp_path: Path) -> None:
     isa = native.module().active_isa()
     sources = ["tests/native/fuzz_relation.cpp", "csrc/cpu/relation_loss.cpp", "csrc/cpu/tiles.cpp"]

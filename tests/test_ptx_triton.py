@@ -26,7 +26,7 @@ from tests.span_loss_backend import (  # noqa: E402, F401
 from tests.span_mean_backend import test_span_mean_against_float64 as span_mean_against_float64  # noqa: E402
 from tests.span_mean_backend import test_span_mean_of_layers  # noqa: E402, F401
 from tests.spans import make_pairs  # noqa: E402
-from tests.triton_interpreted import check_matched_kl, check_remapped_kl  # noqa: E402
+from tests.triton_interpreted import check_log_prob, check_matched_kl, check_remapped_kl  # noqa: E402
 from tests.vocabularies import make_matched, randn  # noqa: E402
 
 OPERATIONS = {
@@ -35,6 +35,7 @@ OPERATIONS = {
     "remap": ["measure", "remap"],
     "matched_kl": ["matched_kl"],
     "remapped_kl": ["remapped_kl"],
+    "log_prob": ["log_prob_fwd", "log_prob_bwd"],
     "relation_loss": ["relation_loss"],
 }
 pytestmark = [
@@ -123,6 +124,16 @@ def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch):
     check_matched_kl.compare(
         student, teacher, make_matched(1100, 2104, 900), pairs=pairs, unmatched="rest", reduction="none"
     )
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(50, BF16), (1040, F32)], ids=str)
+def test_span_likelihood(columns, dtype, monkeypatch):
+    monkeypatch.setattr(check_log_prob.kernels, "TURN", 1024)
+    check_log_prob.compare(check_log_prob.make(dtype, batch=1, v_s=columns, v_t=columns + 16), "triton")
+
+
+def test_span_likelihood_of_hidden_states():
+    check_log_prob.compare(check_log_prob.make(linear=True, batch=1), "triton")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ _Strides: TypeAlias = Sequence[int]
 _Rows: TypeAlias = tuple[int, _Address, int, int, int]
 # hidden, weight, and the addresses of bias, lengths and ids.
 _LinearSide: TypeAlias = tuple[_Rows, _Rows, _Address, _Address, _Address]
+# Addresses of the ids and of which are needed; of log_prob, shift and share.
+_Tokens: TypeAlias = tuple[_Address, _Address]
+_Odds: TypeAlias = tuple[_Address, _Address, _Address]
 # Address, bytes per item, row stride.
 _View: TypeAlias = tuple[_Address, int, int]
 # Address, bytes per item, address of the mask, length.
@@ -50,6 +53,17 @@ def linear_matched_kl(
     student: _LinearSide, teacher: _LinearSide, matched: int, unmatched: int, temperature: float, budget: int,
     scale: _Address, loss: _Address, total: _Address, grad_hidden: _Address, grad_weight: _Address,
     grad_bias: _Address, threads: int, /,
+) -> None: ...  # fmt: skip
+def log_prob_fwd(logits: _Rows, tokens: _Tokens, out: _Odds, threads: int, /) -> None: ...
+def log_prob_bwd(
+    logits: _Rows, tokens: _Tokens, of: _Odds, grad: _Address, grad_logits: _Address, threads: int, /
+) -> None: ...
+def linear_log_prob_fwd(
+    hidden: _Rows, weight: _Rows, bias: _Address, tokens: _Tokens, out: _Odds, threads: int, /
+) -> None: ...
+def linear_log_prob_bwd(
+    hidden: _Rows, weight: _Rows, bias: _Address, tokens: _Tokens, of: _Odds, grad: _Address, budget: int,
+    grad_hidden: _Address, grad_weight: _Address, grad_bias: _Address, threads: int, /,
 ) -> None: ...  # fmt: skip
 def remapped_kl(
     student: _Rows, teacher: _Rows, s_start: _Address, s_end: _Address, t_start: _Address, t_end: _Address,

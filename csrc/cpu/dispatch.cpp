@@ -6,15 +6,19 @@
 
 namespace vocabdistil {
 
-#define VD_DECLARE(isa)                               \
-  namespace isa {                                     \
-  void span_mean_fwd(const SpanMeanArgs&);            \
-  void span_mean_bwd(const SpanMeanBwdArgs&);         \
-  void span_loss(const SpanLossArgs&);                \
-  void matched_kl(const MatchedKlArgs&);              \
-  void linear_matched_kl(const LinearMatchedKlArgs&); \
-  void remapped_kl(const RemappedKlArgs&);            \
-  void relation_loss(const RelationLossArgs&);        \
+#define VD_DECLARE(isa)                                  \
+  namespace isa {                                        \
+  void span_mean_fwd(const SpanMeanArgs&);               \
+  void span_mean_bwd(const SpanMeanBwdArgs&);            \
+  void span_loss(const SpanLossArgs&);                   \
+  void matched_kl(const MatchedKlArgs&);                 \
+  void linear_matched_kl(const LinearMatchedKlArgs&);    \
+  void log_prob_fwd(const LogProbArgs&);                 \
+  void log_prob_bwd(const LogProbBwdArgs&);              \
+  void linear_log_prob_fwd(const LinearLogProbArgs&);    \
+  void linear_log_prob_bwd(const LinearLogProbBwdArgs&); \
+  void remapped_kl(const RemappedKlArgs&);               \
+  void relation_loss(const RelationLossArgs&);           \
   }
 VD_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -31,11 +35,16 @@ struct Kernels {
   void (*span_loss)(const SpanLossArgs&);
   void (*matched_kl)(const MatchedKlArgs&);
   void (*linear_matched_kl)(const LinearMatchedKlArgs&);
+  void (*log_prob_fwd)(const LogProbArgs&);
+  void (*log_prob_bwd)(const LogProbBwdArgs&);
+  void (*linear_log_prob_fwd)(const LinearLogProbArgs&);
+  void (*linear_log_prob_bwd)(const LinearLogProbBwdArgs&);
   void (*remapped_kl)(const RemappedKlArgs&);
   void (*relation_loss)(const RelationLossArgs&);
 };
 #define VD_KERNELS(isa) \
   Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::linear_matched_kl, \
+          isa::log_prob_fwd, isa::log_prob_bwd, isa::linear_log_prob_fwd, isa::linear_log_prob_bwd, \
           isa::remapped_kl, isa::relation_loss}
 
 Kernels choose() {
@@ -67,6 +76,10 @@ void span_mean_bwd(const SpanMeanBwdArgs& args) { kernels().span_mean_bwd(args);
 void span_loss(const SpanLossArgs& args) { kernels().span_loss(args); }
 void matched_kl(const MatchedKlArgs& args) { kernels().matched_kl(args); }
 void linear_matched_kl(const LinearMatchedKlArgs& args) { kernels().linear_matched_kl(args); }
+void log_prob_fwd(const LogProbArgs& args) { kernels().log_prob_fwd(args); }
+void log_prob_bwd(const LogProbBwdArgs& args) { kernels().log_prob_bwd(args); }
+void linear_log_prob_fwd(const LinearLogProbArgs& args) { kernels().linear_log_prob_fwd(args); }
+void linear_log_prob_bwd(const LinearLogProbBwdArgs& args) { kernels().linear_log_prob_bwd(args); }
 void remapped_kl(const RemappedKlArgs& args) { kernels().remapped_kl(args); }
 void relation_loss(const RelationLossArgs& args) { kernels().relation_loss(args); }
 const char* active_isa() { return kernels().isa; }

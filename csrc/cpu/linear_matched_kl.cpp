@@ -1,41 +1,15 @@
-// Rows in chunks. The logits of a chunk lie transposed, in panels of as many rows as a tile has columns, as
-// [panel][column][row]: so the products read the weights row by row where they lie, by the index, and each row has a
-// lane, down which its softmax runs. Threads share out the tasks of one step after the other: the logits, with the sums
-// of exponentials of each block of columns; the sums of each row; the logits' gradient, in the memory of the student's
-// logits; its product with the hidden states, and with the weight. The exponentials are formed twice rather than kept:
-// those of rows that are close have lost what the rows differ by. Formulas: vocabdistil/reference/matched_kl.py.
+// Rows in chunks, whose logits lie in panels, as [panel][column][row] (panels.h). Threads share out the tasks of one
+// step after the other: the logits, with the sums of exponentials of each block of columns; the sums of each row; the
+// logits' gradient, in the memory of the student's logits; its product with the hidden states, and with the weight. The
+// exponentials are formed twice rather than kept: those of rows that are close have lost what the rows differ by.
+// Formulas: vocabdistil/reference/matched_kl.py.
 #include "../block.h"
 #include "matched.h"
-#include "tiles.h"
+#include "panels.h"
 
 namespace vocabdistil {
 namespace VD_ISA {
 namespace {
-
-constexpr int64_t kBlockColumns = 12 * kTileRows;  // whose sums are taken together, while they lie in the cache
-constexpr int64_t kGroup = 8;                      // panels of a task
-constexpr int64_t kDepth = 256;                    // columns of a panel's gradient that stay in the cache for all dims
-
-// Rows `ids` of a weight at columns [from, from + width): where they lie, or converted into scratch [count, width].
-template <class Acc>
-void find_rows(const Rows& weight, const int32_t* ids, int64_t count, int64_t from, int64_t width, const Acc** rows,
-               std::vector<Acc>& scratch) {
-  with_type(weight.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* base = static_cast<const T*>(weight.data) + from;
-    if constexpr (std::is_same_v<T, Acc>) {
-      for (int64_t i = 0; i < count; ++i) rows[i] = base + ids[i] * weight.stride;
-    } else {
-      scratch.resize(count * width);
-      for (int64_t i = 0; i < count; ++i) {
-        const T* __restrict row = base + ids[i] * weight.stride;
-        Acc* __restrict out = scratch.data() + i * width;
-        for (int64_t k = 0; k < width; ++k) out[k] = static_cast<Acc>(load(row[k]));
-        rows[i] = out;
-      }
-    }
-  });
-}
 
 // What a block of columns leaves behind for each row of a panel. Of a block of -inf logits only, the sums are 0.
 template <class Acc>
@@ -70,17 +44,6 @@ void add_bias(Acc* __restrict z, int64_t count, const int32_t* ids, const Acc* b
     VD_SIMD for (int64_t r = 0; r < kTileColumns<Acc>; ++r)  // of a sum of no rows none, even if it is infinite
       z[i * kTileColumns<Acc> + r] += lengths[r] == 0 ? Acc{0} : b * lengths[r];
   }
-}
-
-// Largest value down each lane; a NaN is left to the sums.
-template <class Acc>
-void tops(const Acc* __restrict z, int64_t count, Acc* __restrict top) {
-  constexpr int64_t w = kTileColumns<Acc>;
-  Acc m[w];
-  for (int64_t r = 0; r < w; ++r) m[r] = -std::numeric_limits<Acc>::infinity();
-  for (int64_t i = 0; i < count; ++i)
-    VD_SIMD for (int64_t r = 0; r < w; ++r) m[r] = z[i * w + r] > m[r] ? z[i * w + r] : m[r];
-  for (int64_t r = 0; r < w; ++r) top[r] = m[r];
 }
 
 // The sums of exponentials of one side's logits.
@@ -183,21 +146,12 @@ class Sweep {
     x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
     const int64_t partials = static_cast<int64_t>(blocks_.size()) * panels_;
     Acc *partial = nullptr, *slopes = nullptr;
-    const std::pair<Acc**, int64_t> parts[] = {
+    const Arrays<Acc> memory{
         {&s_, step * width_},    {&t_, step * a_.matched}, {&xs_, step * ds},
         {&xt_, step * dt},       {&x_, step * x_stride_},  {&lengths_, 2 * step},
         {&partial, partials * static_cast<int64_t>(sizeof(Partial<Acc>) / sizeof(Acc))},
         {&slopes, panels_ * static_cast<int64_t>(sizeof(Slopes<Acc>) / sizeof(Acc))},
     };
-    auto aligned = [](int64_t size) { return ceil_div(size, 64) * 64; };
-    int64_t total = 0;
-    for (const auto& part : parts) total += aligned(part.second);
-    const Block memory(total * sizeof(Acc));
-    Acc* at = static_cast<Acc*>(memory.data());
-    for (const auto& part : parts) {
-      *part.first = at;
-      at += aligned(part.second);
-    }
     partial_ = reinterpret_cast<Partial<Acc>*>(partial);
     slopes_ = reinterpret_cast<Slopes<Acc>*>(slopes);
     for (begin_ = 0; begin_ < rows; begin_ += step) {
@@ -216,17 +170,18 @@ class Sweep {
       if (!wanted_) continue;
       each_block([&](int64_t b, int64_t first, int64_t last) { gradient(b, first, last); });
       if (a_.grad_weight || a_.grad_bias)
-        parallel_tasks(ceil_div(width_, kBlockColumns), threads_, [&](int64_t i) { weight_grad(i * kBlockColumns); });
+        parallel_tasks(ceil_div(width_, kBlockColumns), threads_,
+                       [&](int64_t i) { weight_grad_of(i * kBlockColumns); });
       if (a_.grad_hidden) {
         const int64_t strips = ceil_div(ds, kStrip);
-        parallel_tasks(panels_ * strips, threads_, [&](int64_t i) { hidden_grad(i / strips, i % strips * kStrip); });
+        parallel_tasks(strips * groups, threads_,
+                       [&](int64_t i) { hidden_grad_of(i / groups * kStrip, i % groups * kGroup); });
       }
     }
   }
 
  private:
   static constexpr int64_t kW = kTileColumns<Acc>;
-  static constexpr int64_t kStrip = 8 * kTileRows;  // dims of a task of hidden_grad
 
   struct Columns {
     int64_t begin, end;
@@ -270,21 +225,10 @@ class Sweep {
   // The rows of a panel: transposed [dim][row] for the logits, and the student's as they are for the weight's gradient.
   void pack(int64_t panel) const {
     const int64_t rows = in_panel(panel), first = begin_ + panel * kW;
-    auto transpose = [&](const Rows& x, Acc* out, Acc* copy) {
-      with_type(x.dtype, [&](auto type) {
-        using T = decltype(type);
-        std::fill_n(out, x.columns * kW, Acc{0});
-        if (copy) std::fill_n(copy, kW * x_stride_, Acc{0});
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* row = static_cast<const T*>(x.data) + (first + r) * x.stride;
-          for (int64_t k = 0; k < x.columns; ++k) out[k * kW + r] = static_cast<Acc>(load(row[k]));
-          for (int64_t k = 0; copy && k < x.columns; ++k) copy[r * x_stride_ + k] = static_cast<Acc>(load(row[k]));
-        }
-      });
-    };
     const LinearSide &s = a_.student, &t = a_.teacher;
-    transpose(s.hidden, xs_ + panel * s.hidden.columns * kW, x_ + panel * kW * x_stride_);
-    transpose(t.hidden, xt_ + panel * t.hidden.columns * kW, nullptr);
+    auto row_of = [&](int64_t r) { return first + r; };
+    pack_panel(s.hidden, rows, row_of, xs_ + panel * s.hidden.columns * kW, x_ + panel * kW * x_stride_, x_stride_);
+    pack_panel<Acc>(t.hidden, rows, row_of, xt_ + panel * t.hidden.columns * kW, nullptr, 0);
     for (const LinearSide* side : {&s, &t}) {
       const Acc* given = static_cast<const Acc*>(side->lengths);
       Acc* out = lengths(panel, side == &s);
@@ -299,15 +243,9 @@ class Sweep {
     const int64_t dim = side.hidden.columns;
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
-    find_rows(side.weight, ids, count, 0, dim, rows, scratch);
-    for_row_tiles(0, count, [&](int m, int64_t i) {
-      for (int64_t panel = first; panel < last; ++panel) {
-        Acc* out = to(panel) + i * kW;
-        const int n = vectors(panel);
-        tile_in_parts<Acc>(m, n, rows + i, dim, packed + panel * dim * kW, kW, {out, kW});
-        for (int r = 0; r < m; ++r) std::fill(out + r * kW + n * kLanes<Acc>, out + (r + 1) * kW, Acc{0});
-      }
-    });
+    find_rows(side.weight, count, [&](int64_t i) { return ids[i]; }, 0, dim, rows, scratch);
+    for (int64_t panel = first; panel < last; ++panel)
+      panel_logits(rows, count, dim, packed + panel * dim * kW, vectors(panel), to(panel));
   }
 
   void logits(int64_t block, int64_t first, int64_t last) const {
@@ -472,30 +410,12 @@ class Sweep {
   }
 
   // Columns [first, first + kBlockColumns): their gradient over all rows of the chunk times those rows' hidden states.
-  void weight_grad(int64_t first) const {
-    const int64_t dim = a_.student.hidden.columns, panel_size = width_ * kW;
+  void weight_grad_of(int64_t first) const {
     const int64_t last = std::min(width_, first + kBlockColumns);
     const bool add = begin_ > 0;
-    if (Acc* grad = static_cast<Acc*>(a_.grad_weight)) {
-      for (int64_t j = 0; j < dim; j += kW) {
-        const int n = vectors_of<Acc>(dim - j);
-        const int64_t columns = std::min(kW, dim - j);
-        for_row_tiles(first, last, [&](int m, int64_t i) {
-          const Acc* rows[kTileRows];
-          for (int r = 0; r < m; ++r) {
-            rows[r] = student(0, i + r);
-            for (int v = 0; v < n; ++v) __builtin_prefetch(grad + s_ids_[i + r] * dim + j + v * kLanes<Acc>, 1);
-          }
-          alignas(64) Acc sum[kTileRows * kW];
-          tile_of_rows<Acc>(m, n, rows, 0, panels_, panel_size, kW, x_ + j, x_stride_, {sum, kW});
-          for (int r = 0; r < m; ++r) {
-            const Acc* __restrict from = sum + r * kW;
-            Acc* __restrict out = grad + s_ids_[i + r] * dim + j;
-            for (int64_t k = 0; k < columns; ++k) out[k] = add ? out[k] + from[k] : from[k];
-          }
-        });
-      }
-    }
+    if (Acc* grad = static_cast<Acc*>(a_.grad_weight))
+      weight_grad(student(0, first), last - first, panels_, width_ * kW, x_, x_stride_, a_.student.hidden.columns,
+                  [&](int64_t i) { return s_ids_[first + i]; }, add, grad);
     if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
       for (int64_t i = first; i < last; ++i) {
         Acc total = add ? grad[s_ids_[i]] : Acc{0};
@@ -511,22 +431,17 @@ class Sweep {
     }
   }
 
-  // Dims [from, from + kStrip) of the gradient of a panel's rows.
-  void hidden_grad(int64_t panel, int64_t from) const {
-    const int64_t dim = a_.student.hidden.columns, width = std::min(kStrip, dim - from);
-    const Acc* rows[kDepth];
-    std::vector<Acc> scratch;
-    alignas(64) Acc sum[kStrip * kW] = {};
-    for (int64_t begin = 0; begin < width_; begin += kDepth) {
-      const int64_t count = std::min(kDepth, width_ - begin);
-      find_rows(a_.student.weight, s_ids_.data() + begin, count, from, width, rows, scratch);
-      for_row_tiles(0, width, [&](int m, int64_t j) {
-        tile_of_columns<Acc>(m, vectors(panel), rows, j, count, student(panel, begin), kW, {sum + j * kW, kW, true});
-      });
-    }
-    Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + panel * kW) * dim + from;
-    for (int64_t r = 0; r < in_panel(panel); ++r)
-      for (int64_t j = 0; j < width; ++j) grad[r * dim + j] = sum[j * kW + r];
+  // Dims [from, from + kStrip) of the gradient of the rows of panels [first, first + kGroup).
+  void hidden_grad_of(int64_t from, int64_t first) const {
+    const int64_t dim = a_.student.hidden.columns;
+    hidden_grad<Acc>(
+        a_.student.weight, width_, [&](int64_t i) { return s_ids_[i]; }, from, student(first, 0),
+        std::min(kGroup, panels_ - first), width_ * kW, [&](int64_t panel) { return vectors(first + panel); },
+        [&](int64_t panel, int64_t width, const Acc* sum) {
+          Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + (first + panel) * kW) * dim + from;
+          for (int64_t r = 0; r < in_panel(first + panel); ++r)
+            for (int64_t j = 0; j < width; ++j) grad[r * dim + j] = sum[j * kW + r];
+        });
   }
 
   const LinearMatchedKlArgs& a_;

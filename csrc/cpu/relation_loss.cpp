@@ -112,7 +112,7 @@ void one_head(const RelationLossArgs& a, const int64_t* pairs, int64_t count, in
   const int64_t blocks = ceil_div(count, most), step = ceil_div(count, blocks);
 
   Acc *packed_s, *packed_t, *s, *t, *spare, *x, *rows;
-  const std::pair<Acc**, int64_t> parts[] = {
+  const Arrays<Acc> memory{
       {&packed_s, HeadRows<Acc>::size(count, dim)},
       {&packed_t, HeadRows<Acc>::size(count, a.teacher_dim / a.heads)},
       {&s, step * stride},
@@ -121,14 +121,6 @@ void one_head(const RelationLossArgs& a, const int64_t* pairs, int64_t count, in
       {&x, a.grad ? count * x_stride : 0},
       {&rows, 4 * stride},
   };
-  int64_t total = 0;
-  for (const auto& part : parts) total += part.second;
-  const Block memory(total * sizeof(Acc));
-  Acc* at = static_cast<Acc*>(memory.data());
-  for (const auto& part : parts) {
-    *part.first = at;
-    at += part.second;
-  }
   const HeadRows<Acc> student(a.student, a.student_dim, a.heads, head, pairs, count, packed_s);
   const HeadRows<Acc> teacher(a.teacher, a.teacher_dim, a.heads, head, pairs, count, packed_t);
   const Softmax<Acc> of_s{rows, rows + stride}, of_t{rows + 2 * stride, rows + 3 * stride};

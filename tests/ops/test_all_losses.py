@@ -37,7 +37,8 @@ def test_any_two_dtypes_go_together(name, student, teacher):
     assert loss.dtype == (torch.float64 if torch.float64 in (student, teacher) else torch.float32)
     # What the test itself computes in half precision, or the teacher's product in it, is rounded there.
     coarse = [x for x in (student, teacher) if x in (torch.bfloat16, torch.float16)]
-    coarse = coarse if name in ("attention_loss", "layers", "linear_matched_kl", "projected") else []
+    rounded = ("attention_loss", "layers", "linear_matched_kl", "linear_span_likelihood", "projected")
+    coarse = coarse if name in rounded else []
     factor = 8 if coarse else 1
     assert_norm_close(loss.detach(), want.detach(), coarse[0] if coarse else torch.float32, "loss", factor)
     finest = student if student.itemsize < 4 else torch.float32
@@ -101,7 +102,7 @@ def test_a_second_derivative_is_refused_and_not_zero(name):
         torch.autograd.functional.hvp(lambda x: LOSSES[name](x, teacher, pairs), student.detach(), grad.detach())
 
 
-@pytest.mark.parametrize("name", ["kl", "projected", "matched_kl", "linear_matched_kl"])
+@pytest.mark.parametrize("name", ["kl", "projected", "matched_kl", "linear_matched_kl", "span_likelihood"])
 def test_the_reference_has_second_derivatives(name):
     student, teacher, pairs = inputs(torch.float64, torch.float64, count=3)
     assert torch.autograd.gradgradcheck(lambda x: REFERENCE[name](x, teacher, pairs), student)

@@ -29,14 +29,14 @@ def test_the_chunks_keep_within_the_budget(rows, width, matched, d_t, d_s, limit
     monkeypatch.undo()
     traffic = 2 * (width * d_s + matched * d_t) + 4 * width * d_s
     fixed, per_row = traffic + 4 * rows * d_s, 4 * (width + matched) + 2 * width * (width > 16384)
-    step = sweep._rows_per_chunk(rows, fixed, traffic, per_row)
+    step = sweep.rows_per_chunk(rows, fixed, traffic, per_row)
     assert step % 128 == 0 and step >= 512
     assert 0.8 * limit < fixed + step * per_row <= limit
 
 
 @pytest.mark.parametrize("rows", [1, 15, 17, 129, 1000])
 def test_chunks_are_of_one_size(rows):
-    step = sweep._rows_per_chunk(rows, 0, 0, 1 << 20)
+    step = sweep.rows_per_chunk(rows, 0, 0, 1 << 20)
     assert 16 <= step <= 64 and step % 16 == 0
 
 

@@ -29,6 +29,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "relation_loss": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "linear_span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
     "remap": {"cpu": ("cpu",), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")

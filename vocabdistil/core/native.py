@@ -162,6 +162,51 @@ def linear_matched_kl(
     )  # fmt: skip
 
 
+# log_prob, shift, share: [N] in the accumulation dtype, TokenOddsOut of csrc/ops.h.
+TokenOdds = tuple[Tensor, Tensor, Tensor]
+
+
+def _tokens(ids: Tensor, needed: Tensor) -> tuple[int, int]:
+    return ids.data_ptr(), needed.data_ptr()
+
+
+def _odds(of: TokenOdds) -> tuple[int, int, int]:
+    return of[0].data_ptr(), of[1].data_ptr(), of[2].data_ptr()
+
+
+def log_prob_fwd(logits: Tensor, ids: Tensor, needed: Tensor, out: TokenOdds) -> None:
+    """Logits [N, V], unit column stride; ids: int64 [N]; needed: bool [N]. Raises ValueError for bad ids, as do all of
+    these."""
+    module().log_prob_fwd(_rows(logits), _tokens(ids, needed), _odds(out), torch.get_num_threads())
+
+
+def log_prob_bwd(logits: Tensor, ids: Tensor, needed: Tensor, of: TokenOdds, grad: Tensor, out: Tensor) -> None:
+    """grad: [N] in the accumulation dtype; out: contiguous, like the logits, every row written."""
+    module().log_prob_bwd(
+        _rows(logits), _tokens(ids, needed), _odds(of), grad.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def linear_log_prob_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, needed: Tensor, out: TokenOdds
+) -> None:
+    """hidden [N, D], weight [V, D], unit column stride; bias [V] in the accumulation dtype or None."""
+    module().linear_log_prob_fwd(
+        _rows(hidden), _rows(weight), _address(bias), _tokens(ids, needed), _odds(out), torch.get_num_threads()
+    )
+
+
+def linear_log_prob_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, needed: Tensor, of: TokenOdds, grad: Tensor,
+    budget: int, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """grads: of hidden, weight and bias, contiguous, in the accumulation dtype, or None."""
+    module().linear_log_prob_bwd(
+        _rows(hidden), _rows(weight), _address(bias), _tokens(ids, needed), _odds(of), grad.data_ptr(), budget,
+        *(_address(g) for g in grads), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def remapped_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor], logsumexp: bool,
     temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,

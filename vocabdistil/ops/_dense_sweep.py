@@ -33,11 +33,11 @@ def _padded(columns: int) -> int:
     return -(-columns // _ALIGNED) * _ALIGNED
 
 
-def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def row_buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty(rows, _padded(columns), dtype=dtype)[:, :columns]
 
 
-def _rows_per_chunk(count: int, fixed: int, traffic: int, per_row: int) -> int:
+def rows_per_chunk(count: int, fixed: int, traffic: int, per_row: int) -> int:
     """fixed: bytes that a chunk's size does not change; traffic: those of them that every chunk reads or writes."""
     left = max(BUDGET, int(_TIMES * traffic)) - fixed
     most = max(left // per_row, 16)
@@ -95,7 +95,7 @@ def dense_sweep(
     return total, loss, grad_hidden, grad_weight, grad_bias
 
 
-def _unit(scale: Tensor, temperature: float) -> Tensor:
+def unit_of(scale: Tensor, temperature: float) -> Tensor:
     """Float16 has no room for what one logit of many counts in a mean over many rows: its gradients are formed of a
     size near 1, in units of this, and brought down to their own size in float32."""
     largest = scale.abs().amax().clamp(min=1e-30) if scale.numel() else scale.new_ones(())
@@ -131,7 +131,7 @@ def _sweep(
     grad_hidden = scale.new_empty(student.shape if hidden_grad else 0)
     d_weight = scale.new_empty((width, student.shape[1]) if weight_grad else 0)
     d_bias = scale.new_zeros(width if bias_grad else 0)
-    unit = _unit(scale, temperature) if narrow == torch.float16 else None
+    unit = unit_of(scale, temperature) if narrow == torch.float16 else None
     row_scale = scale if unit is None else scale / unit
 
     size = scale.element_size()
@@ -143,14 +143,14 @@ def _sweep(
     fixed = traffic + size * grad_hidden.numel()
     if narrow != dtype and not native_products(student.device)[1]:
         fixed += size * d_weight.numel()  # a product beside it, which is then added
-    step = min(_rows_per_chunk(count, fixed, traffic, per_row), count) if count else 0
-    s_buffer, t_buffer = (_buffer(scale, step, n, dtype) for n in (width, num_matched))
+    step = min(rows_per_chunk(count, fixed, traffic, per_row), count) if count else 0
+    s_buffer, t_buffer = (row_buffer(scale, step, n, dtype) for n in (width, num_matched))
     d_buffer = None
     if wanted and in_place:  # the gradient of a row takes the front of its logits
         d_buffer = s_buffer.as_strided((step, _padded(width)), s_buffer.stride()).view(narrow)[:, :width]
     elif wanted:
-        d_buffer = _buffer(scale, step, width, narrow)
-    rest_buffer = _buffer(scale, step, _REST_COLUMNS, dtype) if whole else None
+        d_buffer = row_buffer(scale, step, width, narrow)
+    rest_buffer = row_buffer(scale, step, _REST_COLUMNS, dtype) if whole else None
 
     def turn(part: slice) -> None:
         n = part.stop - part.start

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("vocabdistil", "DEF")
+
+
+def without_autocast(impl: Callable) -> Callable:
+    """Products are to be as precise as the kernels beside them: autocast would round them to half."""
+
+    @functools.wraps(impl)
+    def exact(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return impl(*args)
+
+    return exact
 
 
 def define(schema: str, impl: Callable, fake: Callable) -> Callable:

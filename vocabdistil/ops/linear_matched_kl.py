@@ -20,7 +20,7 @@ from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
 from ._gradient import hand_out, once_differentiable
-from ._library import define
+from ._library import define, without_autocast
 from .matched_kl import pair_count, row_scale
 from .span_mean import native_rows, pooled_rows
 
@@ -73,18 +73,12 @@ def _fake(
     )  # fmt: skip
 
 
-def _without_autocast(*args):
-    """The products are to be as precise as the row kernel: autocast would round them to half."""
-    with torch.autocast(args[0].device.type, enabled=False):
-        return _impl(*args)
-
-
 _op = define(
     "linear_matched_kl(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor? student_lengths, "
     "Tensor teacher, Tensor teacher_weight, Tensor? teacher_bias, Tensor? teacher_lengths, Tensor student_ids, "
     "Tensor teacher_ids, Tensor scale, int unmatched, float temperature, str backend, bool hidden_grad, "
     "bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _without_autocast,
+    without_autocast(_impl),
     _fake,
 )
 

@@ -1,11 +1,25 @@
-"""span_likelihood: public function. Formula: ``reference/span_likelihood.py``."""
+"""span_likelihood: public function, made of log_prob. Formula: ``reference/span_likelihood.py``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..alignment.spans import SpanPairs
+from ..core import checks
+from ..core.dispatch import resolve
+from ..reference._common import reduce_pairs
+from ..reference.span_likelihood import (
+    binary_divergence,
+    counting_pairs,
+    likelihood_pairs,
+    predicted,
+    rows_of_pairs,
+)
 from ..reference.span_likelihood import span_likelihood as reference_span_likelihood
+from .linear_matched_kl import pool_rows
+from .log_prob import log_prob
 
 
 def span_likelihood(
@@ -45,17 +59,54 @@ def span_likelihood(
         student_shift, teacher_shift: 1, or 0 for a side whose row i is about token i, as in a masked model.
         reduction: ``"batchmean"`` (divided by the number of pairs that are not left out), ``"sum"`` or ``"none"``
             (``[P]``).
-        backend: ``"reference"``; None chooses by device.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
         The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, value or device, named in the text; ids out of
-            range in a span that counts.
+            range in a span that counts (on a GPU, where nobody waits to see them, the loss is NaN).
     """
-    return reference_span_likelihood(
-        student_logits, teacher_logits, student_ids, teacher_ids, pairs, temperature=temperature, divergence=divergence,
-        pair_weights=pair_weights, student_shift=student_shift, teacher_shift=teacher_shift, reduction=reduction,
-        backend=backend,
+    checks.check_columns(student_logits, "student_logits")
+    checks.check_columns(teacher_logits, "teacher_logits")
+    checks.check_sides(student_logits, "student_logits", teacher_logits, "teacher_logits")
+    shifts = student_shift, teacher_shift
+    shifted = likelihood_pairs(
+        student_logits, teacher_logits, student_ids, teacher_ids, pairs, pair_weights, "logits", shifts, temperature,
+        divergence, reduction,
     )  # fmt: skip
+    choice = resolve("span_likelihood", student_logits.device, backend)
+    if choice == "reference":
+        return reference_span_likelihood(
+            student_logits, teacher_logits, student_ids, teacher_ids, pairs, temperature=temperature,
+            divergence=divergence, pair_weights=pair_weights, student_shift=student_shift, teacher_shift=teacher_shift,
+            reduction=reduction,
+        )  # fmt: skip
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    return loss_of_tokens(
+        lambda ids, needed: log_prob(student, ids, needed, "student", choice),
+        lambda ids, needed: log_prob(teacher, ids, needed, "teacher", choice),
+        student_ids, teacher_ids, shifted, pair_weights, shifts, temperature, divergence, reduction,
+    )  # fmt: skip
+
+
+LogProbs = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_of_tokens(
+    student: LogProbs, teacher: LogProbs, student_ids: Tensor, teacher_ids: Tensor, pairs: SpanPairs,
+    pair_weights: Tensor | None, shifts: tuple[int, int], temperature: float, divergence: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """The loss from what gives the log-probabilities ``[N]`` of tokens ``[N]`` at the rows that are needed, bool
+    ``[N]``."""
+    valid = counting_pairs(pairs, pair_weights)
+
+    def of_spans(log_probs: LogProbs, ids: Tensor, shift: int, start: Tensor, end: Tensor) -> Tensor:
+        needed = rows_of_pairs(start, end, valid, ids.numel())
+        return pool_rows(log_probs(predicted(ids, shift), needed)[:, None], start, end, "sum", None)[:, 0]
+
+    log_s = of_spans(student, student_ids, shifts[0], pairs.student_start, pairs.student_end)
+    log_t = of_spans(teacher, teacher_ids, shifts[1], pairs.teacher_start, pairs.teacher_end)
+    loss = binary_divergence(log_s, log_t, temperature, divergence)
+    return reduce_pairs(loss, valid, pairs.num_nonempty, reduction, pair_weights)

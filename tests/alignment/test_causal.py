@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import vocabdistil as vd
 from tests._families import FAMILIES
@@ -110,6 +112,18 @@ def test_every_family(name):
     spelled_by_teacher = "".join(token for row, _ in said for token in row).replace("Ġ", "")
     assert spelled_by_teacher == "hewalkedhome<|im_end|>I?<|im_end|>"
     assert batch["counts"]["tokens"] >= sum(len(tokens) for _, tokens in said)
+
+
+def test_white_space_before_the_end_may_be_unknown():
+    """WordPiece has no line feed either, but drops it."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "home": 3, "who": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|."), "isolated")
+    student = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    student.chat_template = "{% for m in messages %}{{ m['content'] }}\n</s>{% endfor %}"
+    said = {"messages": [{"role": "user", "content": "who"}, {"role": "assistant", "content": "home"}]}
+    batch = vd.CausalCollator(chat_tokenizer("byte-level", TURNS), student)([said])
+    assert batch["labels"].tolist() == [[-100, -100, -100, 3, 0, 2]]
+    assert batch["pairs"].student_start.tolist() == [3, 5]
 
 
 def test_nothing_to_learn():

@@ -180,7 +180,8 @@ def _closing(
         after = np.flatnonzero(start < 0)
         after = after[after > np.flatnonzero(start >= 0).max(initial=-1)]
         after = after if len(text.text[: text.learned[-1][1]].encode()) == last else after[:0]
-    special, data = set(source.info.special.values()), text.text.encode()
+    # White space may be unknown.
+    special, data = set(source.info.special.values()) - {source.info.unk_id}, text.text.encode()
     for at in after:
         if int(ids[at]) in special:
             return int(at), int(after[0])

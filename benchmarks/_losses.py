@@ -20,6 +20,11 @@ def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = tor
     return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
+def as_truth(x: Tensor) -> Tensor:
+    """Numbers as float64; ids as they are."""
+    return x.double() if x.is_floating_point() else x
+
+
 def loss_problem(
     operation: str,
     tensors: Sequence[Tensor],
@@ -43,7 +48,7 @@ def loss_problem(
     tensors = [x.requires_grad_(i < learned) for i, x in enumerate(tensors)]
 
     def truth() -> list[Tensor]:
-        wide = [x.detach().double().requires_grad_(i < learned) for i, x in enumerate(tensors)]
+        wide = [as_truth(x.detach()).requires_grad_(i < learned) for i, x in enumerate(tensors)]
         if not rowwise:
             total = reference(*wide, *arguments, **options)
             total.backward()

@@ -30,27 +30,29 @@ LARGE = {"batch": 4, "length": 784, "v_s": 128256, "v_t": 151936, "d_s": 256, "d
 
 def inputs(
     device: torch.device, batch: int, length: int, v_s: int, v_t: int, d_s: int, d_t: int, dtype: torch.dtype
-) -> tuple[list[Tensor], list[Any]]:
-    arguments, shape = span_likelihood.texts(device, batch, length, v_s, v_t)
+) -> tuple[list[Tensor], vd.SpanPairs]:
+    (student_ids, teacher_ids), pairs, shape = span_likelihood.texts(device, batch, length, v_s, v_t)
     make = functools.partial(randn, device=device, dtype=dtype)
-    tensors = [make(*shape, d_s, seed=1), make(v_s, d_s, seed=3) / d_s**0.5]
-    return [*tensors, make(batch, length, d_t, seed=2), make(v_t, d_t, seed=4) / d_t**0.5], arguments
+    student = [make(*shape, d_s, seed=1), make(v_s, d_s, seed=3) / d_s**0.5, student_ids]
+    return [*student, make(batch, length, d_t, seed=2), make(v_t, d_t, seed=4) / d_t**0.5, teacher_ids], pairs
 
 
-def full_logits(x: Tensor, w: Tensor, y: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    return span_likelihood.full_logits(lambda: x @ w.t(), lambda: y @ v.t(), *arguments)
+def full_logits(
+    x: Tensor, w: Tensor, student_ids: Tensor, y: Tensor, v: Tensor, teacher_ids: Tensor, pairs: vd.SpanPairs
+) -> Tensor:
+    return span_likelihood.full_logits(lambda: x @ w.t(), student_ids, lambda: y @ v.t(), teacher_ids, pairs)
 
 
-def rivals(tensors: list[Tensor], arguments: list) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    return {"full-logits": lambda: full_logits(*tensors, *arguments)}, {}
+def rivals(tensors: list[Tensor], pairs: vd.SpanPairs) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    return {"full-logits": lambda: full_logits(*tensors, pairs)}, {}
 
 
 def build(device: torch.device, **shape: Any) -> Problem:
-    tensors, arguments = inputs(device, **shape)
-    x, w, y, v = tensors
+    tensors, pairs = inputs(device, **shape)
+    x, w, _, y, v, _ = tensors
     size = x.element_size() * (2 * x.numel() + 2 * w.numel() + y.numel() + v.numel())
-    others = functools.partial(rivals, arguments=arguments)
-    return loss_problem(OPERATION, tensors, 2, arguments, {}, size, rivals=others)
+    options = {"temperature": span_likelihood.TEMPERATURE}
+    return loss_problem(OPERATION, tensors, 2, [pairs], options, size, rivals=functools.partial(rivals, pairs=pairs))
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -64,12 +66,13 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def step(provider: str) -> None:
     """One step of the large case in this process: seconds, and the peak of all its memory."""
-    tensors, arguments = inputs(torch.device("cpu"), **LARGE)
+    tensors, pairs = inputs(torch.device("cpu"), **LARGE)
     for x in tensors[:2]:
         x.requires_grad_()
-    loss = vd.linear_span_likelihood if provider == "ours" else full_logits
+    ours = functools.partial(vd.linear_span_likelihood, temperature=span_likelihood.TEMPERATURE)
+    loss = ours if provider == "ours" else full_logits
     start = time.perf_counter()
-    value = loss(*tensors, *arguments)
+    value = loss(*tensors, pairs)
     value.backward()
     seconds = time.perf_counter() - start
     unit = 1024 if sys.platform.startswith("linux") else 1

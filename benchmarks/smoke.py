@@ -15,6 +15,7 @@ from torch import Tensor
 import vocabdistil as vd
 from vocabdistil.core import dispatch
 
+from ._losses import as_truth
 from .harness import ALLOWED, OURS_FROM_HALF, judge, random_pairs, worst_error
 
 __all__ = ["Call", "calls", "smoke"]
@@ -31,7 +32,7 @@ class Call:
     Attributes:
         run: of the module that has it (``vocabdistil`` or its reference), the leaves and ``backend=``.
         leaves: tensors that get a gradient.
-        rest: other floating tensors, which the reference reads as float64.
+        rest: other tensors; the reference reads those of numbers as float64.
     """
 
     operation: str
@@ -77,10 +78,11 @@ def calls(device: torch.device) -> Iterator[Call]:
         yield _call("remapped_kl", combine, [made(64, 50)], [made(64, 60)], table, combine=combine)
     ids = [torch.randint(40, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
     for divergence in ("kl", "total_variation"):
-        logits, options = ([made(4, width, 50)], [made(4, 16, 60)]), {"divergence": divergence, "temperature": 2.0}
-        yield _call("span_likelihood", divergence, *logits, *ids, pairs, **options)
-        hidden, weight, teacher = made(4, width, 24), made(50, 24), [made(4, 16, 48), made(60, 48)]
-        yield _call("linear_span_likelihood", divergence, [hidden, weight], teacher, *ids, pairs, **options)
+        options = {"divergence": divergence, "temperature": 2.0}
+        rest = [ids[0], made(4, 16, 60), ids[1]]
+        yield _call("span_likelihood", divergence, [made(4, width, 50)], rest, pairs, **options)
+        hidden, weight, rest = made(4, width, 24), made(50, 24), [ids[0], made(4, 16, 48), made(60, 48), ids[1]]
+        yield _call("linear_span_likelihood", divergence, [hidden, weight], rest, pairs, **options)
     yield _call("relation_loss", "4 heads", [made(4, width, 64)], [made(4, 16, 128)], pairs, heads=4)
     yield _call("contrastive", "64", [made(4, width, 64)], [made(4, 16, 64)], pairs)
 
@@ -104,7 +106,7 @@ def smoke(device: torch.device) -> int:
     wrong = 0
     for call in calls(device):
         wide = [leaf.to(torch.float64, copy=True).requires_grad_() for leaf in call.leaves]
-        truth = call.run(vd.reference, wide, [x.double() for x in call.rest], None)
+        truth = call.run(vd.reference, wide, [as_truth(x) for x in call.rest], None)
         truth.sum().backward()
         want = [truth.detach(), *(leaf.grad for leaf in wide)]
         for backend in dispatch.TABLE[call.operation][device.type]:

@@ -15,25 +15,28 @@ from ._losses import loss_problem, randn
 from .harness import Case, Problem, random_pairs
 
 OPERATION = "span_likelihood"
+TEMPERATURE = 100.0  # as in the code of the paper
 
 
-def texts(device: torch.device, batch: int, length: int, v_s: int, v_t: int) -> tuple[list, tuple[int, int]]:
+def texts(
+    device: torch.device, batch: int, length: int, v_s: int, v_t: int
+) -> tuple[list[Tensor], vd.SpanPairs, tuple[int, int]]:
     """Ids of both sides and pairs, of ``length`` tokens of the teacher, and the shape of the student's batch."""
     pairs, shape = random_pairs(batch, length, device)
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(v_s, shape, generator=g), torch.randint(v_t, (batch, length), generator=g)
-    return [x.to(device) for x in ids] + [pairs], shape
+    return [x.to(device) for x in ids], pairs, shape
 
 
 def of_spans(logits: Tensor, ids: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """The cross entropy of every token, added up by spans, over T = 100."""
+    """The cross entropy of every token, added up by spans, over the temperature."""
     each = -F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten().roll(-1), reduction="none")
     total = F.pad(each.double().cumsum(0), (1, 0))  # of the rows, each of which predicts the token after it
-    return (total[end.long() - 1] - total[start.long() - 1]) / 100
+    return (total[end.long() - 1] - total[start.long() - 1]) / TEMPERATURE
 
 
 def full_logits(
-    student: Callable[[], Tensor], teacher: Callable[[], Tensor], student_ids: Tensor, teacher_ids: Tensor,
+    student: Callable[[], Tensor], student_ids: Tensor, teacher: Callable[[], Tensor], teacher_ids: Tensor,
     pairs: vd.SpanPairs,
 ) -> Tensor:  # fmt: skip
     """What people write, with the teacher's logits gone before the student's are there."""
@@ -46,18 +49,18 @@ def full_logits(
     return (log_t.exp() * (log_t - log_s) + rest).mean().float()
 
 
-def rivals(tensors: list[Tensor], arguments: list) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    student, teacher = tensors
-    return {"full-logits": lambda: full_logits(lambda: student, lambda: teacher, *arguments)}, {}
+def rivals(tensors: list[Tensor], pairs: vd.SpanPairs) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    student, student_ids, teacher, teacher_ids = tensors
+    return {"full-logits": lambda: full_logits(lambda: student, student_ids, lambda: teacher, teacher_ids, pairs)}, {}
 
 
 def build(device: torch.device, batch: int, length: int, v_s: int, v_t: int, dtype: torch.dtype) -> Problem:
-    arguments, shape = texts(device, batch, length, v_s, v_t)
+    (student_ids, teacher_ids), pairs, shape = texts(device, batch, length, v_s, v_t)
     make = functools.partial(randn, device=device, dtype=dtype)
-    tensors = [make(*shape, v_s, seed=1), make(batch, length, v_t, seed=2)]
-    size = dtype.itemsize * (2 * tensors[0].numel() + tensors[1].numel())
-    others = functools.partial(rivals, arguments=arguments)
-    return loss_problem(OPERATION, tensors, 1, arguments, {}, size, rivals=others)
+    student, teacher = make(*shape, v_s, seed=1), make(batch, length, v_t, seed=2)
+    size = dtype.itemsize * (2 * student.numel() + teacher.numel())
+    tensors, options = [student, student_ids, teacher, teacher_ids], {"temperature": TEMPERATURE}
+    return loss_problem(OPERATION, tensors, 1, [pairs], options, size, rivals=functools.partial(rivals, pairs=pairs))
 
 
 def cases(device: torch.device) -> Iterator[Case]:

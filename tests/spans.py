@@ -23,3 +23,9 @@ def make_pairs(
     student = side(3)
     teacher = student if same else side(2)
     return vd.SpanPairs(*student[:2], *teacher[:2]), student[2], teacher[2]
+
+
+def pairs_list(pairs: vd.SpanPairs) -> list[tuple[int, int, int, int]]:
+    """Start and end of each pair's spans: the student's, then the teacher's."""
+    fields = (pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end)
+    return list(zip(*(field.tolist() for field in fields), strict=True))

@@ -362,7 +362,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("trim", {"teacher": ["@bert", "@bert"]}, "--teacher: expected one, got 2"),
     ("trim", {"draft": True}, "--draft: expected a decoder to make a draft head of, got bert"),
-    ("distill", {"teacher": "@decoder"}, "--teacher: .*has model_type 'gpt2'; expected an encoder"),
+    ("distill", {"teacher": "@decoder"}, "--student: expected the folder of a decoder, as the teacher is .*, got none"),
     *(
         (command, {"teacher" if command == "trim" else "model": f"@{place}"}, message)
         for command in ("trim", "evaluate")

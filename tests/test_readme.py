@@ -23,7 +23,7 @@ from vocabdistil.models.students import PRESETS
 README = Path(__file__).parent.parent / "README.md"
 SET_UP = ("pip install -e . && vocabdistil demo", 'pip install -e ".[test]" && python -m pytest')
 # A model that must be downloaded; a small one of its kind stands in for it.
-DECODER = "Qwen/Qwen3-0.6B"
+DECODER, TAUGHT = "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_blocks_run_in_order(blocks, demo_folder, capsys):
 def test_the_commands_for_decoders_run(blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in plain_text()), encoding="utf-8")
-    (block,) = (block for _, block in blocks if DECODER in block)
+    block, taught = (block for _, block in blocks if DECODER in block)
     for command in block.splitlines():
         program, *arguments = shlex.split(command.replace(DECODER, str(tiny_decoder("qwen3"))))
         arguments[arguments.index("--vocab-size") + 1] = "420"
@@ -74,6 +74,11 @@ def test_the_commands_for_decoders_run(blocks, tmp_path, monkeypatch):
     assert len(AutoModelForCausalLM.from_pretrained("small-qwen").get_input_embeddings().weight) == 420
     head = load_file("draft-head/model.safetensors")
     assert len(head["lm_head.weight"]) == len(head["d2t"]) == int(head["t2d"].sum()) == 420
+    program, *arguments = shlex.split(
+        taught.replace(DECODER, str(tiny_decoder("qwen3"))).replace(TAUGHT, str(tiny_decoder("gpt2")))
+    )
+    assert program == "vocabdistil" and cli.main([*arguments, "--steps", "2", "--batch-size", "4"]) == 0
+    assert AutoModelForCausalLM.from_pretrained("taught").config.model_type == "gpt2"
 
 
 def test_the_set_up_commands_stand_alone(blocks):

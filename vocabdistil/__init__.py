@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .alignment.align import align
     from .alignment.batch import AlignedBatch
     from .alignment.cache import AlignedDataset, cache_aligned
+    from .alignment.causal import CausalCollator
     from .alignment.collator import AlignmentCollator
     from .alignment.coverage import Coverage, CoverageReport, coverage
     from .alignment.methods import boundary_pairs, match_pairs
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from .alignment.vocab import MatchedVocab
     from .core.backends import backends
     from .distillation.batches import DistillCollator
+    from .distillation.causal_trainer import CausalDistillTrainer
     from .distillation.folder import DistillResult
     from .distillation.job import distill
     from .distillation.model import DistillModel
     from .distillation.objective import Objective
     from .distillation.options import DistillConfig, TeacherConfig, TrimConfig
     from .distillation.pretraining import train_teacher
-    from .distillation.recipes import LossWeights, Recipe
+    from .distillation.recipes import CausalWeights, LossWeights, Recipe
     from .distillation.runs import DistillTrainingArguments
     from .distillation.trainer import DistillTrainer
     from .distillation.trim import trim
@@ -52,6 +54,9 @@ _HOMES = {
     "AlignedDataset": "alignment.cache",
     "AlignmentCollator": "alignment.collator",
     "AlignmentPicture": "alignment.picture",
+    "CausalCollator": "alignment.causal",
+    "CausalDistillTrainer": "distillation.causal_trainer",
+    "CausalWeights": "distillation.recipes",
     "Coverage": "alignment.coverage",
     "CoverageReport": "alignment.coverage",
     "DistillCollator": "distillation.batches",
@@ -119,6 +124,9 @@ __all__ = [
     "AlignedDataset",
     "AlignmentCollator",
     "AlignmentPicture",
+    "CausalCollator",
+    "CausalDistillTrainer",
+    "CausalWeights",
     "Coverage",
     "CoverageReport",
     "DistillCollator",

@@ -25,12 +25,12 @@ def _line(values: Iterable[Any]) -> str:
     return text.getvalue()
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
     """Adds a row, which is on the disk when this returns: in one piece, after whatever a killed run left behind."""
-    line = _line(row[name] for name in COLUMNS)
+    line = _line(row[name] for name in columns)
     with open(path, "ab+") as file:
         if not file.tell():
-            line = _line(COLUMNS) + line
+            line = _line(columns) + line
         else:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line
@@ -39,7 +39,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The whole rows of a file, none if there is no file.
 
     Raises:
@@ -50,8 +50,8 @@ def read(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = [row for row in reader if None not in row and None not in row.values()]
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path}: expected the columns {','.join(COLUMNS)}")
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"{path}: expected the columns {','.join(columns)}")
     return rows
 
 

@@ -16,7 +16,7 @@ from tests.models.tiny_teachers import texts, tiny_teacher
 from tests.runs import PRESET
 from vocabdistil.alignment.coverage import Coverage
 from vocabdistil.evaluation import metrics as schema
-from vocabdistil.evaluation.metrics import DistillMetrics, DraftMetrics, TrimMetrics
+from vocabdistil.evaluation.metrics import CausalMetrics, DistillMetrics, DraftMetrics, TrimMetrics
 
 
 def unlike(value: Any, kind: Any, place: str = "metrics") -> list[str]:
@@ -98,6 +98,13 @@ def test_distill_writes_what_is_documented(way, tmp_path):
         options |= {"student": tiny_teacher("bert"), "vocab_size": None}
     made = vd.distill(teacher=teacher, text=LINES, out=tmp_path / "student", **options)
     assert unlike(json.loads((made.path / "metrics.json").read_text()), DistillMetrics) == []
+
+
+def test_a_taught_decoder_writes_what_is_documented(tmp_path):
+    options = {"steps": 2, "batch_size": 4, "max_length": 32, "held_out": 0.2, "quiet": True}
+    sides = {"teacher": tiny_decoder("llama-3"), "student": tiny_decoder("gemma")}
+    made = vd.distill(**sides, text=LINES, out=tmp_path / "student", **options)
+    assert unlike(json.loads((made.path / "metrics.json").read_text()), CausalMetrics) == []
 
 
 def test_the_settings_are_the_options(tmp_path):

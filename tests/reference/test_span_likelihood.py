@@ -47,7 +47,7 @@ PAIRS = SpanPairs([0, 1, 3, 4], [1, 3, 4, 6], [0, 1, 2, 3], [1, 2, 3, 5])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 100.0])
 def test_by_hand(divergence, temperature):
     each = span_likelihood(
-        STUDENT, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS, temperature=temperature, divergence=divergence,
+        STUDENT, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS, temperature=temperature, divergence=divergence,
         reduction="none",
     )  # fmt: skip
     # p_s(0 after 3) p_s(1 after 3 0) against p_t(3 after 1), and p_s(2 | 3 0 1) against p_t(0 | 1 3).
@@ -55,7 +55,7 @@ def test_by_hand(divergence, temperature):
     want = [0.0, *(divergence_of(q**power, r**power, divergence) for q, r in ((0.4, 0.5 * 0.25), (0.75, 0.4))), 0.0]
     torch.testing.assert_close(each, torch.tensor(want, dtype=F64), rtol=1e-12, atol=1e-15)
     options = {"temperature": temperature, "divergence": divergence}
-    mean = span_likelihood(STUDENT, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS, **options)
+    mean = span_likelihood(STUDENT, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS, **options)
     assert mean.item() == pytest.approx(sum(want) / 2, rel=1e-12)  # of the two pairs that are predicted
 
 
@@ -65,11 +65,11 @@ def test_a_span_from_the_beginning_counts_where_its_first_token_is_predicted_the
     student = of_shares([[0.2, 0.2, 0.5, 0.1]])
     ids = torch.tensor([[0, 3]]), torch.tensor([[2]])
     pairs = SpanPairs([0], [1], [0], [2])
-    loss = span_likelihood(student, teacher, ids[1], ids[0], pairs, student_shift=0, teacher_shift=0, temperature=1.0)
+    loss = span_likelihood(student, ids[1], teacher, ids[0], pairs, student_shift=0, teacher_shift=0, temperature=1.0)
     assert loss.item() == pytest.approx(divergence_of(0.5 * 0.4, 0.5, "kl"), rel=1e-12)
-    assert span_likelihood(student, teacher, ids[1], ids[0], pairs, student_shift=0).item() == 0
+    assert span_likelihood(student, ids[1], teacher, ids[0], pairs, student_shift=0).item() == 0
     second = SpanPairs([0], [1], [1], [2])
-    loss = span_likelihood(student, teacher, ids[1], ids[0], second, student_shift=0, temperature=1.0)
+    loss = span_likelihood(student, ids[1], teacher, ids[0], second, student_shift=0, temperature=1.0)
     assert loss.item() == pytest.approx(divergence_of(0.1, 0.5, "kl"), rel=1e-12)
 
 
@@ -77,9 +77,9 @@ def test_what_is_left_out_is_not_read():
     student, teacher = STUDENT.clone(), TEACHER.clone()
     student[0, 3], student[1], teacher[0, 2], teacher[1] = (float("nan"),) * 4
     student.requires_grad_()
-    loss = span_likelihood(student, teacher, STUDENT_IDS, TEACHER_IDS, PAIRS)
+    loss = span_likelihood(student, STUDENT_IDS, teacher, TEACHER_IDS, PAIRS)
     loss.backward()
-    assert_close(loss, span_likelihood(STUDENT, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS), LOSS, F64)
+    assert_close(loss, span_likelihood(STUDENT, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS), LOSS, F64)
     assert student.grad.isfinite().all() and not student.grad[0, 3].any() and not student.grad[1].any()
     assert student.grad[0, :3].any(-1).all()
 
@@ -88,13 +88,13 @@ def test_a_weight_of_0_leaves_a_pair_out():
     student = STUDENT.clone()
     student[0, 2] = float("nan")
     weights = torch.tensor([1.0, 3.0, 0.0, 1.0], dtype=F64)
-    each = span_likelihood(STUDENT, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS, reduction="none")
+    each = span_likelihood(STUDENT, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS, reduction="none")
     for reduction, want in (("none", each * weights), ("sum", 3 * each[1]), ("batchmean", 3 * each[1] / 2)):
         options = {"pair_weights": weights, "reduction": reduction}
-        assert_close(span_likelihood(student, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS, **options), want, LOSS, F64)
+        assert_close(span_likelihood(student, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS, **options), want, LOSS, F64)
     learned = weights.clone().requires_grad_()
     options = {"pair_weights": learned, "reduction": "sum"}
-    span_likelihood(STUDENT, TEACHER, STUDENT_IDS, TEACHER_IDS, PAIRS, **options).backward()
+    span_likelihood(STUDENT, STUDENT_IDS, TEACHER, TEACHER_IDS, PAIRS, **options).backward()
     assert_close(learned.grad, each, LOSS, F64)
 
 
@@ -103,10 +103,10 @@ def test_a_perfect_pair_is_0(divergence):
     logits, ids = rows(10, 7, dtype=torch.float32).view(2, 5, 7), torch.arange(10).view(2, 5) % 7
     pairs = SpanPairs([1, 3, 7], [3, 5, 8], [1, 3, 7], [3, 5, 8])
     leaf = logits.clone().requires_grad_()
-    loss = span_likelihood(leaf, logits, ids, ids, pairs, divergence=divergence)
+    loss = span_likelihood(leaf, ids, logits, ids, pairs, divergence=divergence)
     loss.backward()
     assert loss.item() == 0 and leaf.grad.abs().max() < 1e-9
-    assert span_likelihood(2 * logits, logits, ids, ids, pairs, divergence=divergence).item() > 0
+    assert span_likelihood(2 * logits, ids, logits, ids, pairs, divergence=divergence).item() > 0
 
 
 def naive(z_s, z_t, ids_s, ids_t, pairs, temperature, divergence):
@@ -133,7 +133,7 @@ def test_against_products_of_probabilities(dtype, divergence, reduction):
     each = naive(student.double(), teacher.double(), ids_s, ids_t, pairs, 3.0, divergence)
     want = {"none": each, "sum": each.sum(), "batchmean": each.sum() / 3}[reduction]
     options = {"temperature": 3.0, "divergence": divergence, "student_shift": 0, "teacher_shift": 0}
-    got = span_likelihood(student, teacher, ids_s, ids_t, pairs, reduction=reduction, **options)
+    got = span_likelihood(student, ids_s, teacher, ids_t, pairs, reduction=reduction, **options)
     assert got.dtype == (F64 if dtype == F64 else torch.float32)
     assert_close(got, want, LOSS, dtype)
 
@@ -147,7 +147,7 @@ def test_gradcheck(divergence):
 
     def loss(student, weights):
         return span_likelihood(
-            student.view(2, 5, 6), teacher, ids, torch.arange(8).view(2, 4) % 5, pairs, temperature=2.0,
+            student.view(2, 5, 6), ids, teacher, torch.arange(8).view(2, 4) % 5, pairs, temperature=2.0,
             divergence=divergence, pair_weights=weights, reduction="none",
         )  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_gradcheck(divergence):
 
 def test_the_teacher_gets_no_gradient():
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
-    span_likelihood(student, teacher, STUDENT_IDS, TEACHER_IDS, PAIRS).backward()
+    span_likelihood(student, STUDENT_IDS, teacher, TEACHER_IDS, PAIRS).backward()
     assert teacher.grad is None and student.grad.any()
 
 
@@ -194,7 +194,7 @@ def test_a_sure_token_keeps_its_digits():
     ids, pairs = torch.tensor([[0]]), SpanPairs([0], [1], [0], [1])
     options = {"student_shift": 0, "teacher_shift": 0, "temperature": 1.0}
     rest = math.exp(-50)
-    loss = span_likelihood(student, teacher, ids, ids, pairs, divergence="total_variation", **options)
+    loss = span_likelihood(student, ids, teacher, ids, pairs, divergence="total_variation", **options)
     assert loss.item() == pytest.approx(2 * rest, rel=1e-9)
 
 
@@ -204,7 +204,7 @@ def test_rows_of_minus_infinity_alone_have_no_gradient():
     student.requires_grad_()
     teacher, ids = rows(3, 4, 1).view(1, 3, 4), torch.tensor([[0, 1, 2]])
     pairs = SpanPairs([1, 2], [2, 3], [1, 2], [2, 3])
-    each = span_likelihood(student, teacher, ids, ids, pairs, reduction="none")
+    each = span_likelihood(student, ids, teacher, ids, pairs, reduction="none")
     each[0].backward()
     assert each[1].isinf() and student.grad.isfinite().all()
 
@@ -212,7 +212,7 @@ def test_rows_of_minus_infinity_alone_have_no_gradient():
 def test_one_token_alone_is_sure():
     ones = torch.zeros(1, 3, 1, dtype=F64, requires_grad=True)
     ids, pairs = torch.zeros(1, 3, dtype=torch.int64), SpanPairs([1], [3], [1], [3])
-    loss = span_likelihood(ones, ones, ids, ids, pairs)
+    loss = span_likelihood(ones, ids, ones, ids, pairs)
     loss.backward()
     assert loss.item() == 0 and not ones.grad.any()
 
@@ -225,13 +225,13 @@ def test_hidden_states_and_output_layers(dtype):
     hidden, weight, bias = (rows(*shape, seed, dtype, True) for seed, shape in enumerate([(10, 3), (9, 3), (1, 9)]))
     teacher, teacher_weight = rows(8, 2, 5, dtype), rows(11, 2, 6, dtype)
     loss = linear_span_likelihood(
-        hidden.view(2, 5, 3), weight, teacher.view(2, 4, 2), teacher_weight, ids_s, ids_t, pairs, student_bias=bias[0]
+        hidden.view(2, 5, 3), weight, ids_s, teacher.view(2, 4, 2), teacher_weight, ids_t, pairs, student_bias=bias[0]
     )
     got = torch.autograd.grad(loss, (hidden, weight, bias))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     logits = (wide[0] @ wide[1].t() + wide[2]).view(2, 5, 9)
     others = (teacher.double() @ teacher_weight.double().t()).view(2, 4, 11)
-    want = span_likelihood(logits, others, ids_s, ids_t, pairs)
+    want = span_likelihood(logits, ids_s, others, ids_t, pairs)
     assert_close(loss, want, LOSS, dtype)
     for a, b in zip(got, torch.autograd.grad(want, wide), strict=True):
         assert_close(a, b, VALUE, dtype)
@@ -241,6 +241,6 @@ def test_hidden_states_and_output_layers(dtype):
 def test_nothing_that_counts(pairs):
     student = rows(10, 6, grad=True)
     ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
-    loss = span_likelihood(student.view(2, 5, 6), rows(8, 5).view(2, 4, 5), *ids, pairs)
+    loss = span_likelihood(student.view(2, 5, 6), ids[0], rows(8, 5).view(2, 4, 5), ids[1], pairs)
     loss.backward()
     assert loss.item() == 0 and not student.grad.any()

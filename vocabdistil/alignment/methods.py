@@ -240,9 +240,12 @@ def new_side(
 
 
 def locate(
-    texts: list[str], source: Known, name: str, max_length: int | None, by_word: bool
+    texts: list[str], source: Known, name: str, max_length: int | None, by_word: bool, template: bool = True
 ) -> tuple[Any, Tokens]:
     """The tokens of each text, and where they lie in it.
+
+    Args:
+        template: whether the tokenizer puts its special tokens around a text.
 
     The fast encoding tells no offsets, and mostly they are not needed: the tokens spell the text in one way
     only. Where they do not (unknown tokens and normalized text, unless there is one way still), the text is encoded
@@ -260,16 +263,17 @@ def locate(
         first, last = 0, min(_TRIAL, len(texts))
         while side is None or first < last:
             whole = numbered or source.needs_offsets
-            encodings = (backend.encode_batch if whole else backend.encode_batch_fast)(texts[first:last])
+            encode_batch = backend.encode_batch if whole else backend.encode_batch_fast
+            encodings = encode_batch(texts[first:last], add_special_tokens=template)
             size = sum(map(len, texts[first:last]))
             threads = thread_count(size)
             if side is None:
-                ends = template_ends(backend, encodings)
+                ends = template_ends(backend, encodings) if template else (0, 0)
                 limit = -1 if max_length is None else max_length
                 side = new_side(source, len(texts), ends, limit, at_spaces, places)
             missing = side.read(texts, range(first, last), encodings, numbered, True, whole, threads)
             if missing and not whole:
-                encodings = backend.encode_batch([texts[b] for b in missing])
+                encodings = backend.encode_batch([texts[b] for b in missing], add_special_tokens=template)
                 side.read(texts, missing, encodings, numbered, False, True, threads)
             if first < last:
                 source.needs_offsets = sum(map(len, map(texts.__getitem__, missing))) > _WORTH_ASKING * size

@@ -23,6 +23,7 @@ from .errors import MOST_THREADS, is_real, need, need_place, need_text, need_who
 __all__ = [
     "FAMILIES",
     "METHODS",
+    "ROW_COLUMNS",
     "SEED",
     "TEXT_FILES",
     "TEXT_FORMATS",
@@ -53,6 +54,8 @@ __all__ = [
 # Kinds of tokenizers that can be trained, and ways to align two; what implements them stands in other wings.
 FAMILIES = ("wordpiece", "byte-bpe", "bpe", "unigram")
 METHODS = ("boundary", "word", "match", "reduce")
+# Of the rows that a causal model is trained on, in the form that TRL's SFT has them.
+ROW_COLUMNS = ("text", "messages", "prompt", "completion")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -7,14 +7,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..core.errors import VocabdistilError, utf8
+from ..core.options import ROW_COLUMNS
 
-__all__ = ["COLUMN", "read_examples", "rows_of"]
+__all__ = ["COLUMN", "as_row", "read_examples", "rows_of"]
 
 # What holds the text, where there are rows.
 COLUMN = "text"
@@ -121,20 +122,21 @@ def _unpacked(path: Path) -> BinaryIO:
     return next(openers, lambda path: open(path, "rb"))(path)
 
 
-def read_examples(path: Path, unit: str) -> Iterator[str]:
+def read_examples(path: Path, unit: str, rows: bool = False) -> Iterator[str]:
     """The training examples of a file, in order, stripped, never empty; read as far as they are asked for.
 
     Args:
         path: plain text, UTF-8 or, with a byte order mark, UTF-16; JSON lines, each an object with a string ``"text"``;
             either of them compressed by gzip or zstd; or Parquet with a column ``"text"``.
         unit: of plain text: ``"line"`` or ``"paragraph"``, lines joined by a space until a blank one.
+        rows: examples are JSON objects: of JSON lines also such as have a prompt with its completion, or messages.
 
     Raises:
         VocabdistilError: it cannot be read, is damaged or of another kind, or needs a package that is not there.
     """
     try:
         if _start(path).startswith(_PARQUET):
-            yield from _of_rows(_parquet(path), path, "row")
+            yield from _wrapped(_of_rows(_parquet(path), path, "row"), rows)
             return
         with _unpacked(path) as file:
             encoding = _encoding(file.read(_HEAD), path)
@@ -145,15 +147,41 @@ def read_examples(path: Path, unit: str) -> Iterator[str]:
                 return
             lines = chain([first], lines)
             if _named_rows(path) or _text_in(first[1]) is not None:
-                yield from _of_rows(((number, line) for number, line in lines if line.strip()), path, "line")
+                filled = ((number, line) for number, line in lines if line.strip())
+                yield from _whole_rows(filled, path) if rows else _of_rows(filled, path, "line")
             else:
-                yield from _plain((line for _, line in lines), unit)
+                yield from _wrapped(_plain((line for _, line in lines), unit), rows)
     except (EOFError, zlib.error) as error:
         raise VocabdistilError.of("text", f"{path} is damaged: {error}") from None
     except OSError as error:
         # Of damage there is no number of the system's.
         problem = f"cannot read {path}: {error.strerror}" if error.strerror else f"{path} is damaged: {error}"
         raise VocabdistilError.of("text", problem) from None
+
+
+def _wrapped(texts: Iterator[str], rows: bool) -> Iterator[str]:
+    return (as_row({COLUMN: text}) or "" for text in texts) if rows else texts
+
+
+def as_row(row: Any) -> str | None:
+    """What a causal model is trained on of a mapping, as JSON without the other columns; None where there is nothing.
+    """
+    kept = {name: row[name] for name in ROW_COLUMNS if row.get(name) is not None} if isinstance(row, Mapping) else {}
+    return json.dumps(kept, ensure_ascii=False) if kept.keys() & {COLUMN, "messages", "completion"} else None
+
+
+def _whole_rows(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[str]:
+    for number, line in lines:
+        try:
+            row = as_row(json.loads(line))
+        except (ValueError, RecursionError):
+            row = None
+        if row is None:
+            expected = f"a JSON object with {', '.join(map(repr, ROW_COLUMNS[:2]))}, or a prompt and its completion"
+            raise VocabdistilError.of("text", f"{path}:{number}: expected {expected}, got {line.strip()[:60]}")
+        if not utf8(row):
+            raise VocabdistilError.of("text", f"{path}, line {number}: expected text that UTF-8 can hold")
+        yield row
 
 
 def _encoding(head: bytes, path: Path) -> str:

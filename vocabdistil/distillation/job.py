@@ -57,7 +57,7 @@ from .recipes import RECIPES, LossWeights
 from .run_folder import Diverged, Interrupted, OtherRun, RunFolder, checkpoint_step, last_checkpoint
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, not_whitened
 from .teacher_cache import TeacherCache
-from .text import GivenTexts, TextFiles, open_text, sample_text
+from .text import GivenTexts, TextFiles, sample_text
 from .text_store import TextSplit, TextStore, split_text, stored
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ _DIVERGED = "the training diverged, the student's losses are not finite; try a s
 def distill(config: DistillConfig | None = None, **options: Any) -> DistillResult:
     """Distils a teacher into a student with a smaller vocabulary of its own, and writes the student to a folder.
 
+    A teacher that is a decoder teaches the decoder in ``student``, whatever the vocabulary of that, see
+    :class:`vocabdistil.CausalDistillTrainer`.
+
     Args:
         config: everything; or give the fields of :class:`DistillConfig` by name.
 
@@ -96,6 +99,10 @@ def distill(config: DistillConfig | None = None, **options: Any) -> DistillResul
         result.metrics["after"]["cosine"]
     """
     config = configured(DistillConfig, config, options)
+    if config.teaches_decoder:
+        from .causal_job import distill_causal
+
+        return distill_causal(config)
     run = _Run.begin(config, Processes.join(config.device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.folder.held())
@@ -238,7 +245,7 @@ class _Run:
         which is read into that folder."""
         say = Reporter(asked.quiet or not processes.main)
         looked = processes.lead(asked.look, send=False)
-        given = looked if processes.main else open_text(asked.text, asked.unit)
+        given = looked if processes.main else asked.open_text()
         sources = load_sources(asked)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
         checkpoint = load_student(asked.student, asked) if asked.student is not None else None

@@ -3,6 +3,7 @@ import."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -19,11 +20,21 @@ from ..core.options import METHODS, Choice, Files, Flag, Kind, Option, Place, Te
 from ..evaluation.options import TimeBatch, TimeLength, check_timing
 from ..evaluation.tables import read_scored
 from ..models.architectures import is_decoder
-from ..models.folders import look_at_model, transformer_folder
+from ..models.folders import look_at_model, peek_config, transformer_folder
 from ..models.presets import PRESETS, Preset
 from ..models.shapes import check_layers, keep_layers, narrow_shape
 from .cache_manifest import cache_folders, look_at_cache
-from .recipes import LAYER_MAPS, LOGITS, RECIPES, SCHEDULES, LossWeights, Recipe
+from .recipes import (
+    CAUSAL_RECIPES,
+    LAYER_MAPS,
+    LOGITS,
+    RECIPES,
+    SCHEDULES,
+    CausalWeights,
+    LossWeights,
+    Recipe,
+    parse_weights,
+)
 from .run_folder import check_out, look_at_run, need_makeable, partial_of
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
@@ -77,7 +88,7 @@ _WHITEN_HELP = (
 _Whiten = kinds.Real("a number from 0 to below 1", high=1, closed=True)
 _RECIPE_HELP = (
     f"what is learned and how: {kinds.listed(list(RECIPES))} (default auto: masked where student and teacher have an "
-    "MLM head, else embedding)"
+    f"MLM head, else embedding); of a decoder: {kinds.listed(list(CAUSAL_RECIPES))} (default auto: the first)"
 )
 _DRAFT_HELP = (
     "of a decoder: a draft head instead of a student, its output layer for so many tokens, with the maps d2t and t2d"
@@ -90,7 +101,7 @@ _WORST_HELP = (
 )
 _WEIGHTS_HELP = (
     f"{', '.join(field.name for field in fields(LossWeights))}: what differs from the recipe's; logits and mlm need an "
-    "MLM head"
+    f"MLM head; of a decoder {', '.join(field.name for field in fields(CausalWeights))}"
 )
 _ARGUMENTS_HELP = (
     "more of transformers.TrainingArguments: report_to=tensorboard,gradient_checkpointing=true,fsdp=true ..."
@@ -101,6 +112,10 @@ _HOW = {
     "dataloader_prefetch_factor", "ddp_timeout", "deepspeed", "fsdp", "fsdp_config", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "logging_dir", "report_to", "run_name",
 }  # fmt: skip
+# Options that mean nothing for decoders.
+_OF_ENCODERS = (
+    "whiten", "logits", "layer_map", "train_projection", "cache_teacher", "dev", "prompt", "teacher_weights",
+)  # fmt: skip
 _LOGITS_HELP = f"where output distributions are learned: {kinds.listed(LOGITS)} (default: match if possible)"
 
 
@@ -267,7 +282,7 @@ class StudentOptions:
         Raises:
             VocabdistilError: ``out`` must not be written, or what is to be read is not there.
         """
-        text = open_text(self.text, self.unit)
+        text = self.open_text()
         look_at_run(Path(self.out), self.overwrite, self.inputs(text), getattr(self, "resume", None))
         if isinstance(text, TextFiles):
             text.look()
@@ -276,7 +291,7 @@ class StudentOptions:
             look_at_tokenizer(source, "vocabulary")
         found = {
             name: [
-                look_at_model(source, name, self.trust_remote_code, name == "teacher", decoders and name == "teacher")
+                look_at_model(source, name, self.trust_remote_code, name == "teacher", decoders)
                 for source in sources
             ]
             for name, sources in models.items()
@@ -284,6 +299,10 @@ class StudentOptions:
         if found["teacher"][0] is not None:
             self.kept_layers(found["teacher"][0])
         return text
+
+    def open_text(self) -> TextFiles | GivenTexts:
+        """The text, to be read."""
+        return open_text(self.text, self.unit)
 
     def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
         """Which of the teacher's layers the student keeps.
@@ -360,7 +379,11 @@ class TrimConfig(StudentOptions):
 
 @dataclass
 class DistillConfig(StudentOptions):
-    """Everything that :func:`distill` needs to know: :class:`StudentOptions`, and of the training:
+    """Everything that :func:`distill` needs to know: :class:`StudentOptions`, and of the training.
+
+    The teacher may be a decoder; then ``student`` is one too, with a vocabulary of its own, ``text`` may hold
+    conversations (JSON lines as :class:`vocabdistil.CausalCollator` reads them), and options of vocabularies, bodies,
+    hidden states and vectors do not apply.
 
     Attributes:
         recipe: what is learned and how, a name of :data:`vocabdistil.distillation.recipes.RECIPES`: ``"auto"``:
@@ -402,7 +425,7 @@ class DistillConfig(StudentOptions):
         resume: continue from ``out + ".partial"``, which holds the run while it lasts.
     """
 
-    recipe: Annotated[str, Option(Choice(names=("auto", *RECIPES)), _RECIPE_HELP)] = "auto"
+    recipe: Annotated[str, Option(Choice(names=("auto", *RECIPES, *CAUSAL_RECIPES)), _RECIPE_HELP)] = "auto"
     whiten: Annotated[
         float | None,
         Option(_Whiten, _WHITEN_HELP.format("the recipe's, where it can be done and 100 dev pairs are not against it")),
@@ -434,7 +457,7 @@ class DistillConfig(StudentOptions):
         float | None,
         Option(kinds.Real("a number above 0, from 1e-18 to 1e18", 1e-18, 1e18), f"of both kinds of KL {_ASK}"),
     ] = None
-    weights: Annotated[LossWeights | str, Option(Kind(metavar="NAME=X,..."), _WEIGHTS_HELP)] = ""
+    weights: Annotated[LossWeights | CausalWeights | str, Option(Kind(metavar="NAME=X,..."), _WEIGHTS_HELP)] = ""
     logits: Annotated[str | None, Option(Choice(names=LOGITS), _LOGITS_HELP)] = None
     teacher_weights: Annotated[
         Sequence[float] | None, Option(kinds.Numbers(), "of the teachers (default: alike)")
@@ -464,9 +487,11 @@ class DistillConfig(StudentOptions):
     ] = ""
     resume: _Resume = False
 
+    decoders: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
-            LossWeights.parse(self.weights)
+            parse_weights(self.weights)
         self.other_arguments  # noqa: B018, for what it raises
         if self.vocabulary is None and self.family is not None:
             self.vocabulary = "train"
@@ -492,9 +517,10 @@ class DistillConfig(StudentOptions):
             need(self.student is None or value is None, name, own, value)
         alone = self.minutes is None or self.steps is None
         need(alone, "minutes", f"none where {spell('steps')} says how long", self.minutes)
-        given = isinstance(self.weights, (str, LossWeights))
+        given = isinstance(self.weights, (str, LossWeights, CausalWeights))
         need(given, "weights", "LossWeights or their text form", type(self.weights).__name__)
-        self.recipe_weights(RECIPES.get(self.recipe, RECIPES["masked"]))
+        recipes = CAUSAL_RECIPES if self.names_decoders else RECIPES
+        self.recipe_weights(recipes.get(self.recipe, recipes["likelihood" if self.names_decoders else "masked"]))
         if self.teacher_weights is not None:
             shares = self.teacher_weights
             listed = isinstance(shares, (list, tuple)) and len(shares) == len(names_of(self.teacher))
@@ -530,13 +556,50 @@ class DistillConfig(StudentOptions):
             need(bool(field_name.strip() and sign), name, "NAME=VALUE with commas between them", field_name)
         return {field_name.strip(): _value_of(text.strip()) for field_name, _, text in parts}
 
-    def recipe_weights(self, recipe: Recipe) -> LossWeights:
+    @functools.cached_property
+    def teaches_decoder(self) -> bool:
+        """Whether the teacher is a decoder."""
+        return is_decoder(peek_config(names_of(self.teacher)[0]))
+
+    def open_text(self) -> TextFiles | GivenTexts:
+        return open_text(self.text, self.unit, rows=self.teaches_decoder)
+
+    def _check_decoder(self) -> None:
+        """Raises VocabdistilError for what a decoder cannot learn."""
+        kind = "a decoder"
+        need(self.student is not None, "student", f"the folder of a decoder, as the teacher is {kind}", "none")
+        causal = self.recipe in ("auto", *CAUSAL_RECIPES)
+        need(causal, "recipe", f"{kinds.listed(list(CAUSAL_RECIPES))}, as the teacher is {kind}", self.recipe)
+        fine = self.names_decoders or not self.weights
+        need(fine, "weights", f"{', '.join(f.name for f in fields(CausalWeights))} for {kind}", self.weights)
+        need(len(names_of(self.teacher)) == 1, "teacher", "one, as it is a decoder", len(names_of(self.teacher)))
+        for name in _OF_ENCODERS:
+            value = getattr(self, name)
+            need(not value, name, f"none for {kind}", value)
+
+    @property
+    def names_decoders(self) -> bool:
+        """Whether recipe or weights are those of decoders."""
+        weights = parse_weights(self.weights) if isinstance(self.weights, str) else self.weights
+        return self.recipe in CAUSAL_RECIPES or isinstance(weights, CausalWeights)
+
+    def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
+        """As :meth:`StudentOptions.kept_layers`; of a decoder all."""
+        if not is_decoder(teacher):
+            own = f"of an encoder ({teacher.model_type})"
+            need(self.recipe not in CAUSAL_RECIPES, "recipe", f"one {own}", self.recipe)
+            need(not self.names_decoders, "weights", f"those {own}", self.weights)
+            return super().kept_layers(teacher, default)
+        return keep_layers(teacher)
+
+    def recipe_weights(self, recipe: Recipe) -> Any:
         """What each loss counts under a recipe.
 
         Raises:
             VocabdistilError: they are no numbers, or none is above 0.
         """
-        weights = LossWeights.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
+        kind: Any = type(recipe.weights)
+        weights = kind.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
         values = asdict(weights).values()
         fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
         need(fine, "weights", "numbers of at least 0, one above", weights)
@@ -574,6 +637,8 @@ class DistillConfig(StudentOptions):
         return self.vocab_size
 
     def look(self) -> TextFiles | GivenTexts:
+        if self.teaches_decoder:
+            self._check_decoder()
         if self.cache_teacher is not None and importlib.util.find_spec("pyarrow") is None:
             raise VocabdistilError.of("cache_teacher", "needs pyarrow; pip install vocabdistil[cache]")
         text = super().look()

@@ -7,10 +7,23 @@ A recipe gives every option of :class:`vocabdistil.DistillConfig` that its user 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 from ..core.errors import VocabdistilError
 
-__all__ = ["LAYER_MAPS", "LOGITS", "RECIPES", "SCHEDULES", "LossWeights", "Recipe"]
+__all__ = [
+    "CAUSAL_RECIPES",
+    "LAYER_MAPS",
+    "LOGITS",
+    "RECIPES",
+    "SCHEDULES",
+    "CausalWeights",
+    "LossWeights",
+    "Recipe",
+    "parse_weights",
+]
+
+_Kind = TypeVar("_Kind", bound="_Weights")
 
 SCHEDULES = ("linear", "cosine", "constant")
 LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
@@ -18,8 +31,27 @@ LAYER_MAPS = ("last", "skip", "average", "average_all", "kept")
 LOGITS = ("match", "reduce", "reduce-map", "none")
 
 
+class _Weights:
+    """What each loss counts, by name: what is common to such classes."""
+
+    @classmethod
+    def parse(cls: type[_Kind], text: str, base: _Kind | None = None) -> _Kind:
+        """From ``"kl=2,mlm=0.5"``; what is not named stays as in ``base``, by default as the class has it."""
+        found = {}
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = part.partition("=")
+            if name not in names:
+                raise VocabdistilError.of("weights", f"unknown loss {name!r}; expected {', '.join(names)}")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                raise VocabdistilError.of("weights", f"{name}: expected a number, got {value!r}") from None
+        return replace(base or cls(), **found)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class LossWeights:
+class LossWeights(_Weights):
     """What each loss counts; 0 leaves it out. The formulas stand in ``vocabdistil.reference``.
 
     Attributes:
@@ -46,25 +78,29 @@ class LossWeights:
     logits: float = 0.0
     mlm: float = 0.0
 
-    @classmethod
-    def parse(cls, text: str, base: LossWeights | None = None) -> LossWeights:
-        """From ``"kl=2,mlm=0.5"``; what is not named stays as in ``base``, by default 0."""
-        found = {}
-        names = [f.name for f in fields(cls)]
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, _, value = part.partition("=")
-            if name not in names:
-                raise VocabdistilError.of("weights", f"unknown loss {name!r}; expected {', '.join(names)}")
-            try:
-                found[name] = float(value)
-            except ValueError:
-                raise VocabdistilError.of("weights", f"{name}: expected a number, got {value!r}") from None
-        return replace(base or cls(), **found)
-
     @property
     def needs_head(self) -> bool:
         """Whether only an MLM head can learn all of it."""
         return self.logits > 0 or self.mlm > 0
+
+
+@dataclass(frozen=True)
+class CausalWeights(_Weights):
+    """What each loss of a causal student counts; 0 leaves it out.
+
+    Attributes:
+        lm: cross-entropy of the next token, a mean over what is learned.
+        likelihood: divergence of the likelihoods of span pairs, a mean over them:
+            :func:`vocabdistil.linear_span_likelihood`.
+        matched: KL of the distributions of the next token over the tokens that both sides have, where a pair begins on
+            both, a mean over pairs: :func:`vocabdistil.linear_matched_kl`.
+        gold: the loss of TRL's GOLD, which makes all logits: :func:`vocabdistil.reference.gold_loss`.
+    """
+
+    lm: float = 0.0
+    likelihood: float = 0.0
+    matched: float = 0.0
+    gold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +126,7 @@ class Recipe:
     """
 
     source: str
-    weights: LossWeights
+    weights: LossWeights | CausalWeights
     reduce: bool = False
     layer_map: str = "last"
     temperature: float = 2.0
@@ -149,3 +185,30 @@ RECIPES: dict[str, Recipe] = {
         preset="small",
     ),
 }
+
+# Of students that are decoders; the first is what they learn by if nobody says. All their layers are there.
+CAUSAL_RECIPES: dict[str, Recipe] = {
+    "likelihood": Recipe(
+        "arXiv 2503.20083, beside the text",
+        CausalWeights(lm=1.0, likelihood=100.0),
+        temperature=1.0,
+        lr_whole=5e-5,
+        schedule="cosine",
+        batch_size=16,
+    ),
+    "next-token": Recipe(
+        "the next token over the tokens that both have, beside the text",
+        CausalWeights(lm=1.0, matched=1.0),
+        temperature=1.0,
+        lr_whole=5e-5,
+        schedule="cosine",
+        batch_size=16,
+    ),
+}
+
+
+def parse_weights(text: str) -> LossWeights | CausalWeights:
+    """Weights of either kind of student, by the first loss that is named."""
+    first = text.partition(",")[0].partition("=")[0].strip()
+    kind = CausalWeights if first in {f.name for f in fields(CausalWeights)} else LossWeights
+    return kind.parse(text)

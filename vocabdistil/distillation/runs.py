@@ -31,6 +31,7 @@ from .weights import load_weights, save_weights
 __all__ = [
     "DistillTrainingArguments",
     "SeededTrainer",
+    "StepTrainer",
     "fit",
     "seconds_per_step",
     "training_arguments",
@@ -52,15 +53,14 @@ _WORKERS = 2
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-class SeededTrainer(Trainer):
-    """``transformers.Trainer`` that draws everything random in a step from the seed and the step's number.
+class StepTrainer(Trainer):
+    """``transformers.Trainer`` whose losses are parts of the loss of a whole step, however its texts are cut into
+    batches, accumulated and spread over processes.
 
-    Subclasses compute the loss with ``self.step_seed`` and report its parts with :meth:`note`.
-
-    What it needs to know is in a :class:`DistillTrainingArguments`, or in any ``TrainingArguments``.
+    Subclasses divide by the :meth:`totals` of a step and report the parts of the loss with :meth:`note`.
     """
 
-    # Losses are parts of those of the whole step already: by these names transformers 5 and 4 ask for it.
+    # By these names transformers 5 and 4 ask whether losses are parts already.
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +68,51 @@ class SeededTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._steps_noted = 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._steps_noted += bool(batches)
+        return batches, items
+
+    def totals(self, counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the batches of a step have to learn from, by name, over all processes.
+
+        Args:
+            counts: of each batch in this process.
+        """
+        totals = {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
+        if self.args.world_size == 1 or not totals:
+            return totals
+        # On the device, where nothing waits for them.
+        device = self.args.device
+        mine = torch.stack([torch.as_tensor(value, device=device).double() for value in totals.values()])
+        return dict(zip(totals, self.accelerator.reduce(mine, "sum"), strict=True))
+
+    def note(self, terms: dict[str, Tensor]) -> None:
+        """Adds the losses of one batch to the means over steps that the next log entry shows."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._sums and "loss" in logs:
+            means = torch.stack([value.float() for value in self._sums.values()]) / self._steps_noted
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, "mean")
+            logs.update({name: round(value, 5) for name, value in zip(self._sums, means.tolist(), strict=True)})
+            self._sums, self._steps_noted = {}, 0
+        super().log(logs, *args, **kwargs)
+
+
+class SeededTrainer(StepTrainer):
+    """``transformers.Trainer`` that draws everything random in a step from the seed and the step's number.
+
+    Subclasses compute the loss with ``self.step_seed``.
+
+    What it needs to know is in a :class:`DistillTrainingArguments`, or in any ``TrainingArguments``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._micro = (-1, 0)
         self.step_seed = self.seed_of(0)
 
@@ -89,24 +134,9 @@ class SeededTrainer(Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         step, micro = self._micro
         self._micro = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
-        self._steps_noted += self._micro[1] == 0
         self.step_seed = self.seed_of(self._micro[1])
         torch.manual_seed(self.step_seed)
         return super().training_step(model, *args, **kwargs)
-
-    def note(self, terms: dict[str, Tensor]) -> None:
-        """Adds the losses of one batch to the means over steps that the next log entry shows."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._sums and "loss" in logs:
-            means = torch.stack([value.float() for value in self._sums.values()]) / self._steps_noted
-            if self.args.world_size > 1:
-                means = self.accelerator.reduce(means, "mean")
-            logs.update({name: round(value, 5) for name, value in zip(self._sums, means.tolist(), strict=True)})
-            self._sums, self._steps_noted = {}, 0
-        super().log(logs, *args, **kwargs)
 
     @property
     def _run_folder(self) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import VocabdistilError, need, need_place, utf8
-from .formats import COLUMN, read_examples, rows_of
+from .formats import COLUMN, as_row, read_examples, rows_of
 
 __all__ = [
     "COUNTED",
@@ -45,6 +45,7 @@ class TextFiles:
             ``"text"``; either of them compressed by gzip or zstd; or Parquet with a column ``"text"``.
         unit: of plain text: ``"line"``: every non-blank line is one example; ``"paragraph"``: lines are joined by a
             space until a blank line. Examples are stripped, never empty.
+        rows: examples are JSON objects, as a causal model is trained on, see :func:`.formats.read_examples`.
 
     Raises:
         VocabdistilError: a file is missing or not a file; while reading: it is damaged or of another kind, needs a
@@ -52,12 +53,12 @@ class TextFiles:
             (with its number), or holds nothing but white space.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], unit: str = "line") -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike], unit: str = "line", rows: bool = False) -> None:
         if unit not in ("line", "paragraph"):
             raise VocabdistilError.of("unit", f"expected 'line' or 'paragraph', got {unit!r}")
         if not paths:
             raise VocabdistilError.of("text", "expected at least one file")
-        self.paths, self.unit = [Path(path) for path in paths], unit
+        self.paths, self.unit, self.rows = [Path(path) for path in paths], unit, rows
         for given, path in zip(paths, self.paths, strict=True):
             need_place(given, "text", "a file")
             if not path.exists():
@@ -68,14 +69,14 @@ class TextFiles:
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             found = None
-            for found in read_examples(path, self.unit):
+            for found in read_examples(path, self.unit, self.rows):
                 yield found
             self._need_some(found, path)
 
     def look(self) -> None:
         """Raises VocabdistilError for a file that is empty or begins with what is no text, without reading all."""
         for path in self.paths:
-            self._need_some(next(read_examples(path, self.unit), None), path)
+            self._need_some(next(read_examples(path, self.unit, self.rows), None), path)
 
     def stamp(self) -> list[Any]:
         """What is the same only as long as the files are.
@@ -83,7 +84,7 @@ class TextFiles:
         Raises:
             VocabdistilError: one of them is gone.
         """
-        found: list[Any] = [self.unit]
+        found: list[Any] = [self.unit, "rows"] if self.rows else [self.unit]
         for path in self.paths:
             try:
                 status = path.stat()
@@ -105,17 +106,22 @@ class GivenTexts:
 
     Examples are stripped, blank ones left out. An iterator can be read once only.
 
+    Args:
+        rows: examples are JSON objects, as those of :class:`TextFiles`.
+
     Raises:
         VocabdistilError: something else among them (when it is reached), or nothing but white space.
     """
 
-    def __init__(self, texts: Iterable[Any]) -> None:
-        self.texts = texts
+    def __init__(self, texts: Iterable[Any], rows: bool = False) -> None:
+        self.texts, self.rows = texts, rows
 
     def __iter__(self) -> Iterator[str]:
         found = False
-        for i, item in rows_of(self.texts) or enumerate(self.texts):
+        for i, item in (None if self.rows else rows_of(self.texts)) or enumerate(self.texts):
             text = item.get(COLUMN) if isinstance(item, Mapping) else item
+            if self.rows and (isinstance(item, Mapping) or text):
+                text = as_row(item if isinstance(item, Mapping) else {COLUMN: text})
             if not isinstance(text, str):
                 raise VocabdistilError.of(
                     "text",
@@ -159,24 +165,25 @@ def files_of(text: TextSource) -> list[str | os.PathLike] | None:
     return list(text) if isinstance(text, (list, tuple)) and all(map(_is_path, text)) else None
 
 
-def open_text(text: TextSource, unit: str = "line") -> TextFiles | GivenTexts:
+def open_text(text: TextSource, unit: str = "line", rows: bool = False) -> TextFiles | GivenTexts:
     """Text to read.
 
     Args:
         text: a file or a list of files; or texts: a list, a data set or another iterable of strings, or of rows with a
             column ``"text"``. Strings that all name files are files.
         unit: what one example of a file is, see :class:`TextFiles`.
+        rows: examples are JSON objects, see there.
 
     Raises:
         VocabdistilError: a table, of which no one knows which column is meant; see :class:`TextFiles` and
             :class:`GivenTexts`.
     """
     if (files := files_of(text)) is not None:
-        return TextFiles(files, unit)
+        return TextFiles(files, unit, rows)
     # A data frame iterates over the names of its columns.
     if isinstance(text, Mapping) or hasattr(text, "columns") or not isinstance(text, Iterable):
         raise VocabdistilError.of("text", f"expected files or a list of texts, got {type(text).__name__}")
-    return GivenTexts(text)
+    return GivenTexts(text, rows)
 
 
 def read_text(paths: Sequence[str | os.PathLike], unit: str = "line") -> list[str]:

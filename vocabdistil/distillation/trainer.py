@@ -42,18 +42,8 @@ class DistillTrainer(SeededTrainer):
         for micro, batch in enumerate(batches):
             batch = self.objective.mask(batch, self.seed_of(micro))
             ready.append(batch if "counts" in batch else batch | {"counts": counts_of(batch)})
-        counts = [batch["counts"] for batch in ready]
-        totals = {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
-        self._totals = self._over_processes(totals)
+        self._totals = self.totals([batch["counts"] for batch in ready])
         return ready, self._totals
-
-    def _over_processes(self, totals: dict[str, Any]) -> dict[str, Any]:
-        """Their sums; on the device, where nothing waits for them, if there are several."""
-        if self.args.world_size == 1 or not totals:
-            return totals
-        device = self.args.device
-        mine = torch.stack([torch.as_tensor(value, device=device).double() for value in totals.values()])
-        return dict(zip(totals, self.accelerator.reduce(mine, "sum"), strict=True))
 
     def compute_loss(
         self,

@@ -13,7 +13,7 @@ import yaml
 from ..core.names import display_names
 from .report import NEXT_TOKENS, draft_line, held_out_rows
 
-__all__ = ["draft_card", "model_card"]
+__all__ = ["causal_card", "draft_card", "model_card"]
 
 
 def model_card(
@@ -76,6 +76,44 @@ def draft_card(
         f"{draft_line(metrics['draft'], metrics['held_out_texts'])}.",
         "## How it was made",
         _data(metrics, files),
+        *([_block(*made)] if made else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def causal_card(
+    name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
+) -> str:
+    """The card of a decoder that another one taught; arguments as those of :func:`model_card`."""
+    settings, bits = metrics["settings"], metrics["bits_per_byte"]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": _known_bases([metrics["student"]]),
+        "language": [_line(code) for code in settings.get("language") or ()],
+        "license": _line(settings.get("license") or ""),
+        "text_files": [_line(Path(file).name) for file in files or ()],
+        "tags": ["vocabdistil", "distillation"],
+    }
+    use = [
+        "from transformers import pipeline",
+        f'write = pipeline("text-generation", model={json.dumps(name, ensure_ascii=False)})',
+        'print(write("One text", max_new_tokens=20)[0]["generated_text"])',
+    ]
+    names = ", ".join(_code(file) for file in display_names(metrics["teacher"]))
+    weights = ", ".join(f"{loss} {value:g}" for loss, value in metrics["weights"].items() if value)
+    texts = ", ".join(_code(Path(file).name) for file in files) if files else "given in Python"
+    parts = [
+        _front_block(front),
+        f"# {_named(name)}",
+        f"{_code(metrics['student'])}, taught by vocabdistil from {names}, which reads text in other tokens.",
+        "## Use",
+        _block("python", "\n".join(use)),
+        "## Scores",
+        f"Bits per byte of held-out text ({metrics['held_out_texts']} texts; less is better):",
+        _table(("", "teacher", "before", "after"), [("", *(f"{bits[k]:.4f}" for k in ("teacher", "before", "after")))]),
+        "## How it was made",
+        f"Text: {texts}; {metrics['train_texts']:,} texts to train on. Losses: {weights}.",
         *([_block(*made)] if made else []),
     ]
     return "\n\n".join(parts) + "\n"

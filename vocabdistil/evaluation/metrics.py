@@ -1,9 +1,9 @@
 """What ``metrics.json`` of a student's folder says: every key, its type and its meaning.
 
 :class:`TrimMetrics` is that of :func:`vocabdistil.trim`, and :class:`DraftMetrics` where it made a draft head,
-:class:`DistillMetrics` that of :func:`vocabdistil.distill`. A key that is ``NotRequired`` is there if what it says
-applies; every other one is always there. A new key needs its line here: a test compares the files of both commands with
-these types.
+:class:`DistillMetrics` that of :func:`vocabdistil.distill`, and :class:`CausalMetrics` of a decoder. A key that is
+``NotRequired`` is there if what it says applies; every other one is always there. A new key needs its line here: a test
+compares the files of both commands with these types.
 """
 
 # Annotations stay what they are instead of strings: TypedDict looks into them for NotRequired.
@@ -13,6 +13,8 @@ from typing_extensions import NotRequired, TypedDict
 
 __all__ = [
     "Architecture",
+    "CausalBits",
+    "CausalMetrics",
     "CoverageFigures",
     "DistillMetrics",
     "DraftFigures",
@@ -431,3 +433,55 @@ class DistillMetrics(_Metrics):
     checkups: list[dict[str, float]]
     mixed: dict[str, float]
     share: float
+
+
+class CausalBits(TypedDict):
+    """Bits per byte of held-out text.
+
+    Attributes:
+        teacher: of the teacher.
+        before, after: of the student, untaught and taught.
+    """
+
+    teacher: float
+    before: float
+    after: float
+
+
+class CausalMetrics(TypedDict):
+    """``metrics.json`` of :func:`vocabdistil.distill` of a decoder.
+
+    Attributes:
+        teacher: its name or folder, in a list of one.
+        student: the folder that the run went on from.
+        command: ``"distill"``.
+        settings: every option by its name, but for the text.
+        recipe, weights: its name, and what each loss counted.
+        architecture: the student's class.
+        steps, lr, best_step, train_texts, held_out_texts, seed, train_seconds, files: as in :class:`DistillMetrics`.
+        checkups: what was seen at step 0 and at every checkpoint: ``step``, and as ``loss`` bits per byte, on other
+            held-out text than the figures.
+        max_length: tokens of a text that the teacher and the student read.
+        coverage: how the vocabularies correspond on held-out text.
+        bits_per_byte: what both are worth.
+    """
+
+    teacher: list[str]
+    student: str
+    command: Literal["distill"]
+    settings: dict[str, Any]
+    recipe: str
+    weights: dict[str, float]
+    architecture: str
+    steps: int
+    lr: float
+    best_step: int
+    checkups: list[dict[str, float]]
+    train_texts: int
+    held_out_texts: int
+    max_length: list[int]
+    seed: int
+    coverage: CoverageFigures
+    bits_per_byte: CausalBits
+    train_seconds: float
+    files: list[str]

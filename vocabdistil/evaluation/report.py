@@ -334,6 +334,11 @@ def mixed_line(share: float) -> str:
     return f"The student keeps {share:.0%} of the way from its start to the trained weights"
 
 
+def bits_line(teacher: float, student: float, texts: int) -> str:
+    """What teacher and student are worth before training."""
+    return f"Held-out bits per byte ({many(texts, 'text')}): teacher {teacher:.4f}, student {student:.4f}"
+
+
 def no_steps_line(minutes: float, gone: float, seconds: float) -> str:
     """That a budget is too short to learn anything in, and nothing is trained."""
     return (

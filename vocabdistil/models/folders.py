@@ -18,7 +18,7 @@ from ..core.errors import VocabdistilError
 from .architectures import ARCHITECTURES
 from .sentence_settings import find, read_settings
 
-__all__ = ["look_at_model", "need_known", "stated_licence", "transformer_folder"]
+__all__ = ["look_at_model", "need_known", "peek_config", "stated_licence", "transformer_folder"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -89,6 +89,19 @@ def look_at_model(
         raise VocabdistilError.of(argument, problem)
     whole = all(isinstance(settings.get(field), int) for field in ARCHITECTURES[kind].fields if field)
     return SimpleNamespace(**settings) if whole else None
+
+
+def peek_config(source: str | os.PathLike) -> Any:
+    """What a model's configuration says of its kind; nothing where it cannot be read, which is for others to say."""
+    try:
+        file = Path(check_source(source, "teacher"), "config.json")
+        if not file.parent.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(os.fspath(source), file.name))
+        return SimpleNamespace(model_type=json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except LOADING_ERRORS:
+        return SimpleNamespace(model_type=None)
 
 
 def transformer_folder(source: str | os.PathLike, argument: str = "teacher") -> str:

@@ -16,15 +16,15 @@ from .span_likelihood import loss_of_tokens
 def linear_span_likelihood(
     student_hidden: Tensor,
     student_weight: Tensor | nn.Linear,
+    student_ids: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor | nn.Linear,
-    student_ids: Tensor,
     teacher_ids: Tensor,
     pairs: SpanPairs,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 100.0,
+    temperature: float = 1.0,
     divergence: str = "kl",
     pair_weights: Tensor | None = None,
     student_shift: int = 1,
@@ -67,7 +67,7 @@ def linear_span_likelihood(
     choice = resolve("linear_span_likelihood", student_hidden.device, backend)
     if choice == "reference":
         return reference_linear_span_likelihood(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, student_ids, teacher_ids, pairs,
+            student_hidden, student_weight, student_ids, teacher_hidden, teacher_weight, teacher_ids, pairs,
             student_bias=student_bias, teacher_bias=teacher_bias, temperature=temperature, divergence=divergence,
             pair_weights=pair_weights, student_shift=student_shift, teacher_shift=teacher_shift, reduction=reduction,
         )  # fmt: skip

@@ -24,12 +24,12 @@ from .log_prob import log_prob
 
 def span_likelihood(
     student_logits: Tensor,
-    teacher_logits: Tensor,
     student_ids: Tensor,
+    teacher_logits: Tensor,
     teacher_ids: Tensor,
     pairs: SpanPairs,
     *,
-    temperature: float = 100.0,
+    temperature: float = 1.0,
     divergence: str = "kl",
     pair_weights: Tensor | None = None,
     student_shift: int = 1,
@@ -52,7 +52,8 @@ def span_likelihood(
             anything.
         pairs: aligned spans of tokens, over flattened positions ``b * L + i``, as :func:`align` or a collator makes
             them. Texts have to be padded behind.
-        temperature: ``T > 0``, as in the paper's code 100; the loss is of the order of ``1 / T``.
+        temperature: ``T > 0``. The paper's code takes 100, by which unlikely spans count as much as likely ones; the
+            loss is then of the order of ``1 / T``.
         divergence: ``"kl"`` or ``"total_variation"``.
         pair_weights: ``[P]``, what each pair counts; may require gradients. The rows of a pair with weight 0 are not
             read.
@@ -79,7 +80,7 @@ def span_likelihood(
     choice = resolve("span_likelihood", student_logits.device, backend)
     if choice == "reference":
         return reference_span_likelihood(
-            student_logits, teacher_logits, student_ids, teacher_ids, pairs, temperature=temperature,
+            student_logits, student_ids, teacher_logits, teacher_ids, pairs, temperature=temperature,
             divergence=divergence, pair_weights=pair_weights, student_shift=student_shift, teacher_shift=teacher_shift,
             reduction=reduction,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from vocabdistil.alignment.masking import MaskedTokens, mask_tokens, masking_pro
 from vocabdistil.reference.attention_loss import attention_loss, attention_mse
 from vocabdistil.reference.contrastive import contrastive
 from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
+from vocabdistil.reference.gold import gold_loss
 from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
 from vocabdistil.reference.linear_matched_kl import linear_matched_kl
 from vocabdistil.reference.linear_span_likelihood import linear_span_likelihood
@@ -34,6 +35,7 @@ __all__ = [
     "contrastive",
     "distilbert",
     "ensemble_distribution",
+    "gold_loss",
     "layer_map",
     "layer_mean",
     "linear_matched_kl",

@@ -1,0 +1,310 @@
+"""The job of decoders: a teacher and a student with vocabularies of their own, and a text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.causal import CausalCollator
+from ..alignment.conversations import rendered
+from ..alignment.coverage import coverage
+from ..alignment.vocab import MatchedVocab
+from ..core.console import Reporter
+from ..core.errors import VocabdistilError, need, printable
+from ..core.options import names_of
+from ..core.processes import launched
+from ..evaluation import report
+from ..evaluation.bits_per_byte import bits_per_byte
+from ..evaluation.card import causal_card
+from ..models.architectures import move
+from ..models.causal import check_causal, most_positions
+from ..models.teachers import Teacher, load_teacher
+from ..models.vocabularies import save_tokenizer
+from .batches import to_device
+from .causal_trainer import CausalDistillTrainer
+from .checkups import Checkups
+from .command import command_of
+from .folder import DistillResult
+from .options import MOST_READ, DistillConfig
+from .order import TrainingOrder
+from .recipes import CAUSAL_RECIPES
+from .run_folder import Diverged, RunFolder, checkpoint_step, last_checkpoint
+from .runs import SeededTrainer, fit, seconds_per_step, training_arguments
+from .text import files_of
+from .text_store import split_text, stored
+
+__all__ = ["distill_causal"]
+
+# Held-out rows: of which checkpoints are chosen by, and of which figures are reported.
+_CHOOSING, _REPORTED = 256, 512
+
+
+class _JobTrainer(CausalDistillTrainer, SeededTrainer):
+    """Everything random follows from seed and step, and checkpoints say when they are whole."""
+
+
+@dataclass
+class _Rows:
+    """Rows of the text's store for a collator: JSON again."""
+
+    collator: CausalCollator
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        with _said_of_text():
+            return self.collator([json.loads(feature["text"]) for feature in features])
+
+
+@contextlib.contextmanager
+def _said_of_text() -> Iterator[None]:
+    """What is wrong with a row, or with a template for it, is said in one line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise VocabdistilError.of("text", f"{error}") from None
+
+
+def distill_causal(config: DistillConfig) -> DistillResult:
+    """:func:`vocabdistil.distill` of a decoder.
+
+    Raises:
+        VocabdistilError: bad input; nothing is left half-written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
+    """
+    started = time.monotonic()
+    need(launched() == 1, "teacher", "an encoder where several processes were started", "a decoder")
+    text = config.look()
+    teacher, student = (
+        load_teacher(name, argument, trust_remote_code=config.trust_remote_code, decoders=True)
+        for name, argument in ((names_of(config.teacher)[0], "teacher"), (os.fspath(config.student or ""), "student"))
+    )
+    for name, model in (("teacher", teacher), ("student", student)):
+        need(model.causal_lm is not None, name, "a decoder, as the other side is one", model.name)
+        check_causal(model.causal_lm, name, len(model.tokenizer))
+        begins = model.tokenizer.bos_token or model.tokenizer.eos_token
+        need(bool(begins), name, "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
+    folder = RunFolder.open(config.out, config.identity(), config.resume, config.overwrite)
+    with folder.held():
+        return _Run(config, teacher, student, folder, started).finish(text)
+
+
+class _Run:
+    """A run; what its stages found is in the folder's record, for one that is resumed."""
+
+    def __init__(
+        self, config: DistillConfig, teacher: Teacher, student: Teacher, folder: RunFolder, started: float
+    ) -> None:
+        self.config, self.teacher, self.student, self.folder = config, teacher, student, folder
+        name = next(iter(CAUSAL_RECIPES)) if config.recipe == "auto" else config.recipe
+        self.recipe_name, self.recipe = name, CAUSAL_RECIPES[name]
+        self.weights = config.recipe_weights(self.recipe)
+        self.batch_size = config.batch_size or self.recipe.batch_size
+        self.lr = config.lr or self.recipe.lr_whole
+        self.say, self.started = Reporter(config.quiet), started
+        on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        lengths = config.max_length, config.student_max_length or 2 * config.max_length
+        models = teacher.causal_lm, student.causal_lm
+        self.lengths = [min(n, most_positions(m) or n) for n, m in zip(lengths, models, strict=True)]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.folder.record
+
+    def finish(self, text: Any) -> DistillResult:
+        config, say = self.config, self.say
+        say.status("Reading the text")
+        split = split_text(stored(text, self.folder, quiet=config.quiet), config.held_out, config.seed,
+                           most=_CHOOSING + _REPORTED)  # fmt: skip
+        chosen_by = max(3, len(split.held_out) // 3)
+        rows = [json.loads(row) for row in split.held_out]
+        choosing, held_out = rows[:chosen_by], rows[chosen_by:]
+        covered = self.coverage(held_out)
+        teacher: Any = move(self.teacher.whole, self.device)
+        student: Any = move(self.student.whole, self.device)
+        # Its file may be of half the precision, in which the small steps of training would be lost.
+        dtype = student.dtype
+        student.float().requires_grad_(True)
+        if "before" not in self.record:
+            say.status("Evaluating teacher and student")
+            self.folder.store(
+                teacher=self.bits(teacher, self.teacher.tokenizer, held_out, self.lengths[0], "teacher"),
+                before=self.bits(student, self.student.tokenizer, held_out, self.lengths[1]),
+                start=self.bits(student, self.student.tokenizer, choosing, self.lengths[1]),
+            )
+        say.print(report.bits_line(self.record["teacher"], self.record["before"], len(held_out)))
+        trainer = self.trainer(split.train)
+        checkpoint = last_checkpoint(self.folder.path) if config.resume else None
+        checkups = Checkups(
+            self.folder.path,
+            student,
+            lambda: self.examine(student, choosing),
+            config.save_every,
+            config.patience,
+            {"loss": self.record["start"]},
+            checkpoint_step(checkpoint),
+            lambda step, row: say.print(f"step {step}: {row['loss']:.4f} bits per byte"),
+        )
+        if checkups.ended_early:  # and was stopped before it was written
+            trainer.args.max_steps = checkpoint_step(checkpoint)
+        trainer.add_callback(checkups)
+        seconds = fit(trainer, say, checkpoint)
+        checkups.restore()
+        after = self.bits(student, self.student.tokenizer, held_out, self.lengths[1])
+        counts = len(split.train), len(held_out)
+        return self.write(student.to(dtype), covered, trainer, checkups, seconds, after, counts)
+
+    def coverage(self, rows: list[Any]) -> dict[str, Any]:
+        """How the vocabularies correspond on what is learned of held-out rows."""
+        tokenizers = self.teacher.tokenizer, self.student.tokenizer
+        texts = [part for row in rows for part in _learned(row, self.teacher.tokenizer, "teacher") if part.strip()]
+        matched = MatchedVocab.from_tokenizers(*tokenizers)
+        found = coverage(texts, *tokenizers, ["boundary"], matched=matched)
+        self.say.print(*report.coverage_tables((self.teacher.name, self.student.name), tokenizers, found))
+        return found.as_dict()
+
+    def bits(self, model: Any, tokenizer: Any, rows: list[Any], length: int, side: str = "student") -> float:
+        """Bits per byte: of texts, or of what is learned of completions and conversations after what stands before."""
+        if all(row.keys() == {"text"} for row in rows):
+            found = bits_per_byte(model, tokenizer, [row["text"] for row in rows], length)
+        else:
+            found = _bits_of_learned(model, tokenizer, rows, length, self.device, side)
+        if not math.isfinite(found):
+            raise Diverged.of("lr", "the training diverged, the student's losses are not finite; try a smaller one")
+        return found
+
+    def examine(self, model: Any, rows: list[Any]) -> dict[str, float]:
+        return {"loss": self.bits(model, self.student.tokenizer, rows, self.lengths[1])}
+
+    def trainer(self, texts: Sequence[str]) -> _JobTrainer:
+        config, recipe = self.config, self.recipe
+        collator = _Rows(CausalCollator(self.teacher.tokenizer, self.student.tokenizer, self.lengths))
+
+        def made(steps: int) -> _JobTrainer:
+            arguments = training_arguments(
+                self.folder.path, steps=steps, batch_size=self.batch_size, lr=self.lr, seed=config.seed,
+                warmup=recipe.warmup if config.warmup is None else config.warmup,
+                schedule=config.schedule or recipe.schedule, accumulate=config.accumulate,
+                weight_decay=config.weight_decay, save_every=config.save_every, log_every=config.log_every,
+                bf16=config.precision == "bf16", device=self.device, others=config.other_arguments,
+            )  # fmt: skip
+            size = self.batch_size * config.accumulate
+            return _JobTrainer(
+                self.student.causal_lm, arguments, teacher=self.teacher.causal_lm,
+                teacher_tokenizer=self.teacher.tokenizer, processing_class=self.student.tokenizer,
+                weights=self.weights, temperature=config.temperature or recipe.temperature, data_collator=collator,
+                train_dataset=TrainingOrder(texts, size, steps, config.seed),
+            )  # fmt: skip
+
+        if "steps" not in self.record:
+            self.plan(texts, made(1), collator)
+        steps, size = self.record["steps"], self.batch_size * config.accumulate
+        self.say.print(report.plan_line(steps, size, len(texts), self.record["seconds_per_step"]))
+        return made(steps)
+
+    def plan(self, texts: Sequence[str], trainer: _JobTrainer, collator: _Rows) -> None:
+        """How many steps, and how long each takes; stored."""
+        config, size = self.config, self.batch_size * self.config.accumulate
+        exact, count = config.minutes is not None, 22 if config.minutes is not None else 5
+        order = TrainingOrder(texts, self.batch_size, count, config.seed)
+        batches = ([order[i] for i in range(k * self.batch_size, (k + 1) * self.batch_size)] for k in range(count))
+        model: Any = self.student.causal_lm
+
+        def loss_of(batch: Sequence[Any]) -> Tensor:
+            rows = to_device(collator(batch), self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = trainer.compute_loss(model, rows)
+            assert isinstance(loss, Tensor)
+            return loss
+
+        with torch.random.fork_rng():
+            seconds = seconds_per_step(loss_of, model, batches, 20.0 if exact else 5.0) * config.accumulate
+        model.zero_grad()
+        steps = config.steps or max(1, round(config.epochs * len(texts) / size))
+        if config.minutes is not None:
+            left = config.minutes * 60 - (time.monotonic() - self.started)
+            steps = max(report.FEW_STEPS, int(left / seconds))  # fewer teach nothing
+        need(steps <= MOST_READ // size, "epochs", "fewer", config.epochs)
+        self.folder.store(steps=steps, seconds_per_step=seconds)
+
+    def write(
+        self, model: Any, covered: dict[str, Any], trainer: _JobTrainer, checkups: Checkups, seconds: float,
+        after: float, texts: tuple[int, int],
+    ) -> DistillResult:  # fmt: skip
+        """Figures, folder, and what is said at the end."""
+        config, folder = self.config, self.folder
+        metrics: dict[str, Any] = {
+            "teacher": [self.teacher.name],
+            "student": self.student.name,
+            "command": "distill",
+            "settings": config.settings(),
+            "recipe": self.recipe_name,
+            "weights": asdict(self.weights),
+            "architecture": type(model).__name__,
+            "steps": trainer.state.global_step,
+            "lr": self.lr,
+            "best_step": checkups.best["step"],
+            "checkups": checkups.rows,
+            "train_texts": texts[0],
+            "held_out_texts": texts[1],
+            "max_length": self.lengths,
+            "seed": config.seed,
+            "coverage": covered,
+            "bits_per_byte": {"teacher": self.record["teacher"], "before": self.record["before"], "after": after},
+            "train_seconds": round(seconds, 1),
+        }
+        with open(folder.path / "training_log.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        final = folder.begin_result()
+        move(model, "cpu").save_pretrained(final)
+        save_tokenizer(self.student.tokenizer, final)
+        for log in folder.path.glob("*.jsonl"):
+            (final / log.name).write_bytes(log.read_bytes())
+        given = files_of(config.text)
+        files = None if given is None else [os.fspath(path) for path in given]
+        card = causal_card(Path(config.out).resolve().name, metrics, files, command_of("distill", config, files))
+        (final / "README.md").write_text(printable(card), encoding="utf-8")
+        out = folder.publish(final, metrics)
+        best = metrics["best_step"]
+        which = "" if best == metrics["steps"] else f"; the best was step {best}, which is kept"
+        bits = f"{self.record['before']:.4f} -> {after:.4f} (teacher {self.record['teacher']:.4f})"
+        self.say.print(f"Held-out bits per byte {bits}")
+        self.say.print(f"{metrics['steps']} steps in {seconds:.0f} s{which}. The student is {folder.place}")
+        return DistillResult(out, metrics)
+
+
+def _learned(row: Any, tokenizer: Any, side: str) -> list[str]:
+    """What is learned of a row."""
+    with _said_of_text():
+        found = rendered(row, tokenizer, side, "row")
+    return [found.text[start:end] for start, end in found.learned]
+
+
+@torch.no_grad()
+def _bits_of_learned(
+    model: nn.Module, tokenizer: Any, rows: list[Any], length: int, device: torch.device, side: str
+) -> float:
+    """Of what is learned, with what ends it, after all that stands before it, in rows that are not too long."""
+    collator, bits, size, training = CausalCollator(tokenizer, tokenizer, length + 1), 0.0, 0, model.training
+    model.eval()
+    for row in rows:
+        parts = _learned(row, tokenizer, side)
+        batch = collator([row])
+        ids, wanted = batch["input_ids"].to(device), batch["labels"][0, 1:].to(device)
+        kept = wanted != -100
+        if ids.shape[1] <= length:
+            log_p = model(input_ids=ids, use_cache=False).logits[0, :-1][kept].float().log_softmax(-1)
+            bits -= float(log_p.gather(1, wanted[kept][:, None]).sum(dtype=torch.float64)) / math.log(2)
+            size += sum(len(part.encode()) for part in parts)
+    model.train(training)
+    need(size > 0, "max_length", f"room for some of the held-out text of the {side}", length)
+    return bits / size

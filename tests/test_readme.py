@@ -74,9 +74,9 @@ def test_the_commands_for_decoders_run(blocks, tmp_path, monkeypatch):
     assert len(AutoModelForCausalLM.from_pretrained("small-qwen").get_input_embeddings().weight) == 420
     head = load_file("draft-head/model.safetensors")
     assert len(head["lm_head.weight"]) == len(head["d2t"]) == int(head["t2d"].sum()) == 420
-    program, *arguments = shlex.split(
-        taught.replace(DECODER, str(tiny_decoder("qwen3"))).replace(TAUGHT, str(tiny_decoder("gpt2")))
-    )
+    for name, folder in ((DECODER, tiny_decoder("qwen3")), (TAUGHT, tiny_decoder("gpt2"))):
+        taught = taught.replace(name, str(folder))
+    program, *arguments = shlex.split(taught.replace("\\\n", " "))
     assert program == "vocabdistil" and cli.main([*arguments, "--steps", "2", "--batch-size", "4"]) == 0
     assert AutoModelForCausalLM.from_pretrained("taught").config.model_type == "gpt2"
 

@@ -46,6 +46,7 @@ WEIGHTS = {
     "likelihood": "lm=1,likelihood=100",
     "matched": "lm=1,matched=1",
     "gold": "lm=1,gold=1",
+    "both": "lm=1,likelihood=100,matched=1",
 }
 HELD_OUT = 512
 _LENGTH = 128
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     names = [*WEIGHTS, "teacher"]
     p.add_argument("--only", nargs="+", choices=names, default=list(WEIGHTS), help="default: all students")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=150)
+    p.add_argument("--steps", type=int, default=100)
     p.add_argument("--teacher-steps", type=int, default=600)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and train nothing")

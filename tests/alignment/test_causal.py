@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 import vocabdistil as vd
 from tests._families import FAMILIES
 from tests.chats import BRACKETS, TURNS, chat_tokenizer
+from tests.models.tiny_decoders import gpt2_bytes, llama2_bpe, mistral_unigram
+from vocabdistil.alignment.conversations import rendered
 
 ROWS = [
     {"text": "I walk home. "},
@@ -148,3 +150,42 @@ def test_bad_input(options, rows, kind, said):
     tokenizer = chat_tokenizer("llama")
     with pytest.raises(kind, match=said):
         vd.CausalCollator(tokenizer, tokenizer, **options)(rows)
+
+
+def learned(tokenizer, row):
+    """The tokens that have labels."""
+    labels = vd.CausalCollator(tokenizer, tokenizer, 64)([row])["labels"][0]
+    return spelled(tokenizer, labels[labels != -100])
+
+
+def test_the_end_is_learned_where_it_is_the_unknown_token_too():
+    tokenizer = gpt2_bytes()
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id
+    batch = vd.CausalCollator(tokenizer, tokenizer)([{"text": "I walk home."}])
+    assert batch["labels"][0, -1] == tokenizer.eos_token_id
+    assert batch["pairs"].student_end.max() == batch["input_ids"].numel()
+
+
+def test_an_end_that_a_text_has_is_not_doubled():
+    tokenizer = gpt2_bytes()
+    ids = vd.CausalCollator(tokenizer, tokenizer)([{"text": f"I walk{tokenizer.eos_token}"}])["input_ids"][0]
+    assert (ids == tokenizer.eos_token_id).sum() == 1 + (ids[0] == tokenizer.bos_token_id)
+
+
+@pytest.mark.parametrize("make", [llama2_bpe, mistral_unigram])
+def test_the_first_word_of_an_answer_is_learned_with_the_space_of_the_template(make):
+    tokenizer = make()
+    row = {"messages": [{"role": "user", "content": "who"}, {"role": "assistant", "content": "lightness lightness"}]}
+    said = tokenizer.convert_tokens_to_string(learned(tokenizer, row))
+    assert said.replace("</s>", "").split() == ["lightness", "lightness"]
+
+
+def test_templates_get_the_tools_and_may_strip_line_breaks():
+    turns = "{% for m in messages %}<|im_start|>{{ m['content'].lstrip('\n') }}{% endfor %}"
+    template = "{{ tools[0]['function']['name'] if tools else '' }}" + turns
+    tokenizer = chat_tokenizer("byte-level", template)
+    row = {"messages": [{"role": "assistant", "content": "\n  walk"}]}
+    row["tools"] = [{"type": "function", "function": {"name": "home"}}]
+    text = rendered(row, tokenizer, "student", "row")
+    assert text.text == "home<|im_start|>  walk"
+    assert [text.text[a:b] for a, b in text.learned] == ["walk"]

@@ -52,7 +52,7 @@ class CausalCollator:
     the completion, or what the assistant says, and the token that ends it: the end of the text, which is put behind it
     where the tokenizer does not, or the special token that the chat template has there. Templates differ between the
     sides, so that only what is learned is aligned, and where it ends. A token that is partly of something else is in no
-    pair, and learned if it begins in what is learned.
+    pair, and learned if it begins in what is learned, or in white space before what the assistant says.
 
     Args:
         teacher, student: ``transformers`` fast tokenizers, or names of models or folders that have one.
@@ -143,11 +143,13 @@ def _row(text: Rendered, ids: np.ndarray, start: np.ndarray, end: np.ndarray, so
     Args:
         start, end: the bytes of the text that each token covers; -1 and anything where it covers none.
     """
-    if not text.chat and (not len(ids) or start[-1] >= 0) and (last := _end_of_text(source.info)) is not None:
-        ids, start, end = (np.append(x, value) for x, value in ((ids, last), (start, -1), (end, -1)))
+    ending = None if text.chat else _end_of_text(source.info)
+    if ending is not None and (not len(ids) or start[-1] >= 0 and ids[-1] != ending):
+        ids, start, end = (np.append(x, value) for x, value in ((ids, ending), (start, -1), (end, -1)))
     somewhere = start >= 0
     end = np.where(somewhere, end, -1)
     row = _Row(ids, np.zeros_like(start), np.zeros_like(start), np.zeros(len(ids), bool), np.zeros(len(ids), bool))
+    data = text.text.encode()
     before = 0  # bytes learned of the parts that are done, and one for the end of each
     for part in text.learned:
         first, last = (len(text.text[:at].encode()) for at in part)
@@ -156,6 +158,8 @@ def _row(text: Rendered, ids: np.ndarray, start: np.ndarray, end: np.ndarray, so
         row.end[touched] = before + np.minimum(end[touched], last) - first
         begins = somewhere & (start >= first) & (start < last)
         row.label |= begins
+        if text.chat:  # a template's space may stand in the first token of what the assistant says
+            row.label |= somewhere & (start >= len(data[:first].rstrip())) & (start < first) & (end > first)
         row.inside |= begins & (end <= last)
         before += last - first + 1
         if (closing := _closing(text, last, ids, start, end, source)) is not None:
@@ -180,8 +184,9 @@ def _closing(
         after = np.flatnonzero(start < 0)
         after = after[after > np.flatnonzero(start >= 0).max(initial=-1)]
         after = after if len(text.text[: text.learned[-1][1]].encode()) == last else after[:0]
-    # White space may be unknown.
-    special, data = set(source.info.special.values()) - {source.info.unk_id}, text.text.encode()
+    # White space may be unknown; and what is unknown may be the end, in one token as GPT-2 has it.
+    ends = {source.info.roles.get("eos"), source.info.roles.get("sep")}
+    special, data = set(source.info.special.values()) - ({source.info.unk_id} - ends), text.text.encode()
     for at in after:
         if int(ids[at]) in special:
             return int(at), int(after[0])

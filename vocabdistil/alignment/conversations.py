@@ -38,7 +38,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
 
     Args:
         row: a text; or a mapping with ``"messages"`` (what is learned are those of the assistant), with ``"prompt"``
-            and ``"completion"``, both strings or both messages (the completion is learned), or with ``"text"``.
+            and ``"completion"``, both strings or both messages (the completion is learned), or with ``"text"``;
+            ``"tools"``, if there, are for the template.
         side, name: of the tokenizer and of the row, for errors.
 
     Raises:
@@ -55,7 +56,7 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
         learned = [message["role"] == "assistant" for message in messages]
         if not any(learned):
             raise ValueError(f"{name}['messages']: expected one of the assistant's, got none")
-        return _chat(messages, learned, tokenizer, side, name)
+        return _chat(messages, learned, row.get("tools"), tokenizer, side, name)
     if row.get("completion") is not None:
         prompt: Any = row.get("prompt")
         completion = row["completion"]
@@ -65,7 +66,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
             return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
         before = _messages(prompt, f"{name}['prompt']")
         after = _messages(completion, f"{name}['completion']")
-        return _chat(before + after, [False] * len(before) + [True] * len(after), tokenizer, side, name)
+        learned = [False] * len(before) + [True] * len(after)
+        return _chat(before + after, learned, row.get("tools"), tokenizer, side, name)
     if row.get("text") is not None:
         check_text(row["text"], f"{name}['text']")
         return Rendered(row["text"], ((0, len(row["text"])),))
@@ -84,7 +86,7 @@ def _messages(messages: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 def _chat(
-    messages: list[Mapping[str, Any]], learned: list[bool], tokenizer: Any, side: str, name: str
+    messages: list[Mapping[str, Any]], learned: list[bool], tools: Any, tokenizer: Any, side: str, name: str
 ) -> Rendered:
     """Where a chat template puts what is learned is seen where it puts marks in its place; it may strip white space."""
     if getattr(tokenizer, "chat_template", None) is None:
@@ -92,7 +94,7 @@ def _chat(
 
     def render(messages: list[Any]) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name}: the {side}'s chat template refuses the messages: {error}") from None
 
@@ -104,8 +106,8 @@ def _chat(
     fits = text.startswith(fixed[0]) and sorted(order) == list(range(len(messages)))
     for i, after in zip(order, fixed[1:], strict=True):
         content = messages[i]["content"]
-        ways = (content, content.rstrip(), content.lstrip(), content.strip())
-        shown = next((way for way in ways if text.startswith(way + after, at)), None)
+        ways = [part(chars) for chars in ("\n", None) for part in (content.rstrip, content.lstrip, content.strip)]
+        shown = next((way for way in (content, *ways) if text.startswith(way + after, at)), None)
         if not fits or shown is None:
             fits = False
             break

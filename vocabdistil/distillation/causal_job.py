@@ -23,6 +23,7 @@ from ..core.console import Reporter
 from ..core.errors import VocabdistilError, need, printable
 from ..core.options import names_of
 from ..core.processes import launched
+from ..core.progress import counted
 from ..evaluation import report
 from ..evaluation.bits_per_byte import bits_per_byte
 from ..evaluation.card import causal_card
@@ -41,7 +42,7 @@ from .recipes import CAUSAL_RECIPES
 from .run_folder import Diverged, RunFolder, checkpoint_step, last_checkpoint
 from .runs import SeededTrainer, fit, seconds_per_step, training_arguments
 from .text import files_of
-from .text_store import split_text, stored
+from .text_store import TextSplit, split_text, stored
 
 __all__ = ["distill_causal"]
 
@@ -80,8 +81,8 @@ def distill_causal(config: DistillConfig) -> DistillResult:
         VocabdistilError: bad input; nothing is left half-written.
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint has been saved.
     """
-    started = time.monotonic()
     need(launched() == 1, "teacher", "an encoder where several processes were started", "a decoder")
+    say = Reporter(config.quiet)
     text = config.look()
     teacher, student = (
         load_teacher(name, argument, trust_remote_code=config.trust_remote_code, decoders=True)
@@ -94,14 +95,14 @@ def distill_causal(config: DistillConfig) -> DistillResult:
         need(bool(begins), name, "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
     folder = RunFolder.open(config.out, config.identity(), config.resume, config.overwrite)
     with folder.held():
-        return _Run(config, teacher, student, folder, started).finish(text)
+        return _Run(config, teacher, student, folder, say).finish(text)
 
 
 class _Run:
     """A run; what its stages found is in the folder's record, for one that is resumed."""
 
     def __init__(
-        self, config: DistillConfig, teacher: Teacher, student: Teacher, folder: RunFolder, started: float
+        self, config: DistillConfig, teacher: Teacher, student: Teacher, folder: RunFolder, say: Reporter
     ) -> None:
         self.config, self.teacher, self.student, self.folder = config, teacher, student, folder
         name = next(iter(CAUSAL_RECIPES)) if config.recipe == "auto" else config.recipe
@@ -109,7 +110,7 @@ class _Run:
         self.weights = config.recipe_weights(self.recipe)
         self.batch_size = config.batch_size or self.recipe.batch_size
         self.lr = config.lr or self.recipe.lr_whole
-        self.say, self.started = Reporter(config.quiet), started
+        self.say = say
         on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
         lengths = config.max_length, config.student_max_length or 2 * config.max_length
@@ -126,8 +127,9 @@ class _Run:
         split = split_text(stored(text, self.folder, quiet=config.quiet), config.held_out, config.seed,
                            most=_CHOOSING + _REPORTED)  # fmt: skip
         chosen_by = max(3, len(split.held_out) // 3)
+        self.check_rows(split)
         rows = [json.loads(row) for row in split.held_out]
-        choosing, held_out = rows[:chosen_by], rows[chosen_by:]
+        choosing, held_out = self.fitting(rows[:chosen_by]), self.fitting(rows[chosen_by:])
         covered = self.coverage(held_out)
         teacher: Any = move(self.teacher.whole, self.device)
         student: Any = move(self.student.whole, self.device)
@@ -136,10 +138,17 @@ class _Run:
         student.float().requires_grad_(True)
         if "before" not in self.record:
             say.status("Evaluating teacher and student")
+            of_teacher = self.bits(teacher, self.teacher.tokenizer, held_out, self.lengths[0], "teacher")
+            started = time.monotonic()
+            before = self.bits(student, self.student.tokenizer, held_out, self.lengths[1])
+            evaluated = time.monotonic()
+            start = self.bits(student, self.student.tokenizer, choosing, self.lengths[1])
             self.folder.store(
-                teacher=self.bits(teacher, self.teacher.tokenizer, held_out, self.lengths[0], "teacher"),
-                before=self.bits(student, self.student.tokenizer, held_out, self.lengths[1]),
-                start=self.bits(student, self.student.tokenizer, choosing, self.lengths[1]),
+                teacher=of_teacher,
+                before=before,
+                start=start,
+                evaluation_seconds=evaluated - started,
+                checkup_seconds=time.monotonic() - evaluated,
             )
         say.print(report.bits_line(self.record["teacher"], self.record["before"], len(held_out)))
         trainer = self.trainer(split.train)
@@ -159,9 +168,43 @@ class _Run:
         trainer.add_callback(checkups)
         seconds = fit(trainer, say, checkpoint)
         checkups.restore()
+        student.to(dtype)  # as it is saved
         after = self.bits(student, self.student.tokenizer, held_out, self.lengths[1])
         counts = len(split.train), len(held_out)
-        return self.write(student.to(dtype), covered, trainer, checkups, seconds, after, counts)
+        return self.write(student, covered, trainer, checkups, seconds, after, counts)
+
+    def check_rows(self, split: TextSplit) -> None:
+        """Raises VocabdistilError for a row that a chat template of either side cannot show, before anything is
+        trained."""
+        if "checked" in self.record:
+            return
+        tokenizers = {"teacher": self.teacher.tokenizer, "student": self.student.tokenizer}
+        for part in (split.train, split.held_out):
+            for line in counted(part, "Looking at the rows", self.config.quiet):
+                row = json.loads(line)
+                for side, tokenizer in tokenizers.items():
+                    with _said_of_text():
+                        rendered(row, tokenizer, side, f"the row {line[:60]}...")
+        self.folder.store(checked=True)
+
+    def fitting(self, rows: list[Any]) -> list[Any]:
+        """Of held-out rows those that both sides can read whole, so that both are measured on the same; texts alone are
+        read in parts, so all of them."""
+        if _are_texts(rows):
+            return rows
+        tokenizers = self.teacher.tokenizer, self.student.tokenizer
+        collator = CausalCollator(*tokenizers, [length + 1 for length in self.lengths])
+
+        def fits(row: Any) -> bool:
+            batch = collator([row])
+            sides = batch["teacher"]["input_ids"], batch["input_ids"]
+            return all(ids.shape[1] <= length for ids, length in zip(sides, self.lengths, strict=True))
+
+        kept = list(filter(fits, rows))
+        if len(kept) < len(rows):
+            self.say.print(f"{len(kept)} of {report.many(len(rows), 'held-out row')} fit in {self.lengths} tokens")
+        need(bool(kept), "max_length", "room for some of the held-out rows", self.lengths)
+        return kept
 
     def coverage(self, rows: list[Any]) -> dict[str, Any]:
         """How the vocabularies correspond on what is learned of held-out rows."""
@@ -174,7 +217,7 @@ class _Run:
 
     def bits(self, model: Any, tokenizer: Any, rows: list[Any], length: int, side: str = "student") -> float:
         """Bits per byte: of texts, or of what is learned of completions and conversations after what stands before."""
-        if all(row.keys() == {"text"} for row in rows):
+        if _are_texts(rows):
             found = bits_per_byte(model, tokenizer, [row["text"] for row in rows], length)
         else:
             found = _bits_of_learned(model, tokenizer, rows, length, self.device, side)
@@ -195,6 +238,7 @@ class _Run:
                 warmup=recipe.warmup if config.warmup is None else config.warmup,
                 schedule=config.schedule or recipe.schedule, accumulate=config.accumulate,
                 weight_decay=config.weight_decay, save_every=config.save_every, log_every=config.log_every,
+                least_warmup=report.FEW_STEPS if config.warmup is None else 0,
                 bf16=config.precision == "bf16", device=self.device, others=config.other_arguments,
             )  # fmt: skip
             size = self.batch_size * config.accumulate
@@ -231,9 +275,12 @@ class _Run:
         model.zero_grad()
         steps = config.steps or max(1, round(config.epochs * len(texts) / size))
         if config.minutes is not None:
-            left = config.minutes * 60 - (time.monotonic() - self.started)
-            steps = max(report.FEW_STEPS, int(left / seconds))  # fewer teach nothing
-        need(steps <= MOST_READ // size, "epochs", "fewer", config.epochs)
+            # What is to come after training takes as long as the same did before it; fewer steps teach nothing.
+            checkup = self.record["checkup_seconds"]
+            left = config.minutes * 60 - self.say.seconds - self.record["evaluation_seconds"] - checkup
+            steps = max(report.FEW_STEPS, int(left / (seconds + checkup / config.save_every)))
+        argument = "epochs" if config.minutes is None else "minutes"
+        need(steps <= MOST_READ // size, argument, "fewer", getattr(config, argument))
         self.folder.store(steps=steps, seconds_per_step=seconds)
 
     def write(
@@ -282,6 +329,10 @@ class _Run:
         return DistillResult(out, metrics)
 
 
+def _are_texts(rows: list[Any]) -> bool:
+    return all(row.keys() == {"text"} for row in rows)
+
+
 def _learned(row: Any, tokenizer: Any, side: str) -> list[str]:
     """What is learned of a row."""
     with _said_of_text():
@@ -293,18 +344,16 @@ def _learned(row: Any, tokenizer: Any, side: str) -> list[str]:
 def _bits_of_learned(
     model: nn.Module, tokenizer: Any, rows: list[Any], length: int, device: torch.device, side: str
 ) -> float:
-    """Of what is learned, with what ends it, after all that stands before it, in rows that are not too long."""
-    collator, bits, size, training = CausalCollator(tokenizer, tokenizer, length + 1), 0.0, 0, model.training
+    """Of what is learned, with what ends it, after all that stands before it."""
+    collator, bits, size, training = CausalCollator(tokenizer, tokenizer, length), 0.0, 0, model.training
     model.eval()
     for row in rows:
         parts = _learned(row, tokenizer, side)
         batch = collator([row])
         ids, wanted = batch["input_ids"].to(device), batch["labels"][0, 1:].to(device)
         kept = wanted != -100
-        if ids.shape[1] <= length:
-            log_p = model(input_ids=ids, use_cache=False).logits[0, :-1][kept].float().log_softmax(-1)
-            bits -= float(log_p.gather(1, wanted[kept][:, None]).sum(dtype=torch.float64)) / math.log(2)
-            size += sum(len(part.encode()) for part in parts)
+        log_p = model(input_ids=ids, use_cache=False).logits[0, :-1][kept].float().log_softmax(-1)
+        bits -= float(log_p.gather(1, wanted[kept][:, None]).sum(dtype=torch.float64)) / math.log(2)
+        size += sum(len(part.encode()) for part in parts)
     model.train(training)
-    need(size > 0, "max_length", f"room for some of the held-out text of the {side}", length)
-    return bits / size
+    return bits / max(size, 1)

@@ -104,6 +104,9 @@ class CausalDistillTrainer(StepTrainer):
         args = TrainingArguments("tmp_trainer") if args is None else args
         # Several GPUs are for several processes: batches of span pairs cannot be split by torch.nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
+        accelerator: Any = args.accelerator_config
+        if accelerator.dispatch_batches is None:  # nor can they be sent from one process to others
+            accelerator.dispatch_batches = False
         super().__init__(model, args, data_collator, processing_class=student_tokenizer, **others)
         matched = MatchedVocab.from_tokenizers(teacher_tokenizer, student_tokenizer).to(self.args.device)
         self.objective = CausalObjective(weights, matched, likelihood_temperature, temperature, unmatched)

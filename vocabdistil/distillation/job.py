@@ -132,6 +132,11 @@ def _cache_folders(config: ResolvedConfig, teachers: Sequence[Teacher], mode: st
     return list(zip(cache_folders(config.cache_teacher, len(teachers)), teachers, strict=True))
 
 
+def _finite(score: float) -> float:
+    """A correlation, -1 where there is none: JSON has no NaN, and nothing is worse."""
+    return score if math.isfinite(score) else -1.0
+
+
 def _device(config: DistillConfig, processes: Processes) -> torch.device:
     """What a process trains on."""
     on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
@@ -289,10 +294,14 @@ class _Run:
         """Of what the teachers gave before, as they are now."""
         config, whitened = self.config, self.record["whitened"]
         about = f"{config.whiten} on {self.texts.digest}, at most {config.max_length} tokens, seed {config.seed}"
-        self.caches = [
-            TeacherCache.open(folder, teacher, whitening=about if teacher.name in whitened else "none")
-            for folder, teacher in self.cached
-        ]
+        self.set_whitened({})  # they are known by the weights of their files
+        try:
+            self.caches = [
+                TeacherCache.open(folder, teacher, whitening=about if teacher.name in whitened else "none")
+                for folder, teacher in self.cached
+            ]
+        finally:
+            self.set_whitened(whitened)
         return self.caches
 
     @property
@@ -366,7 +375,8 @@ class _Run:
             self.folder.store(whitened=ways[chosen], whitening_scores=finite)
         whitened, student = self.record["whitened"], students[chosen]
         if found := self.record["whitening_scores"]:
-            self.say.print(report.whitening_line(found, bool(whitened)))
+            what = "student starts from" if student.kept_layers else "teacher has"
+            self.say.print(report.whitening_line(what, found, bool(whitened)))
         if whitened:
             self.say.print(report.whitened_line(whitened))
         for name, problem in self.unwhitened.items():
@@ -739,7 +749,8 @@ class _Run:
         trainer.add_callback(checkups)
         seconds = fit(trainer, self.say, checkpoint, processes=self.processes)
         gather()
-        checkups.restore()
+        if self.processes.main:
+            checkups.restore()
         return _Fitted(trainer.state.log_history, checkups, seconds, lr, trainer.state.global_step)
 
     def arguments(self, lr: float, steps: int, device: torch.device) -> DistillTrainingArguments:
@@ -803,11 +814,14 @@ class _Run:
 
         Args:
             projection: stands behind the pooling, where the teacher's folder says how vectors are made.
+
+        Returns:
+            -1, the least, where there is none, as all vectors are alike.
         """
         assert self.dev is not None
         reader.prompt, settings = self.teachers[0].prompt, self.sources[0].sentence
         behind = projection if projection is not None and settings is not None else ()
-        return pairs_score(reader, self.dev, self.config.max_length, settings, *behind)["spearman"]
+        return _finite(pairs_score(reader, self.dev, self.config.max_length, settings, *behind)["spearman"])
 
     def begun(self, student: Student, training: _Training) -> _Begun | None:
         """The student before its training, if it may end between that and what training makes of it: then its score,
@@ -830,7 +844,7 @@ class _Run:
 
         theirs = similarities(source.teacher)
 
-        return self._begun(training, lambda: float(regression(similarities(training.as_teacher()), theirs)[1]))
+        return self._begun(training, lambda: _finite(float(regression(similarities(training.as_teacher()), theirs)[1])))
 
     def _begun(
         self, training: _Training, score: Callable[[], float], known: tuple[float, float] | None = None

@@ -44,7 +44,9 @@ def mix(
     def blend(share: float) -> None:
         for name, value in model.state_dict().items():
             if name in start and value.is_floating_point():
-                value.copy_(trained[name].lerp(start[name].to(value.device), 1 - share))
+                # Training may have been in half the precision.
+                begin = start[name].to(value.device)
+                value.copy_(trained[name].to(begin.dtype).lerp(begin, 1 - share))
 
     found = {SHARES[0]: start_score}
     for share in SHARES[1:]:

@@ -299,6 +299,9 @@ def try_arguments(others: Mapping[str, Any], device: torch.device) -> None:
             SeededTrainer(model=nn.Linear(1, 1), args=arguments).create_optimizer()
         except (ValueError, RuntimeError, ImportError, AttributeError) as error:
             raise VocabdistilError.of(_OTHERS, f"{error}") from None
+        plugin: Any = getattr(arguments, "deepspeed_plugin", None)
+        # One process alone looks at the student, which has to have all of it.
+        need(plugin is None or plugin.zero_stage < 3, _OTHERS, "DeepSpeed's ZeRO up to stage 2", "stage 3")
 
 
 def seconds_per_step(
@@ -319,6 +322,9 @@ def seconds_per_step(
     for batch in batches:
         before = time.perf_counter()
         loss_of(batch).backward()
+        for p in trained:
+            if p.grad is not None:
+                p.grad.zero_()  # one that is not finite would stay in the weights whatever the rate
         optimizer.step()
         optimizer.zero_grad()
         if torch.cuda.is_available():

@@ -342,8 +342,8 @@ def bits_line(teacher: float, student: float, texts: int) -> str:
 def no_steps_line(minutes: float, gone: float, seconds: float) -> str:
     """That a budget is too short to learn anything in, and nothing is trained."""
     return (
-        f"Nothing is trained: {gone / 60:.2g} of {minutes:g} minutes are gone, and what comes after training leaves no "
-        f"room for {FEW_STEPS} steps; a hundred would take {100 * seconds / 60:.2g} more"
+        f"Nothing is trained: {gone / 60:,.1f} of {minutes:g} minutes are gone, and what comes after training leaves "
+        f"no room for {FEW_STEPS} steps; a hundred would take {100 * seconds / 60:,.1f} more"
     )
 
 
@@ -371,12 +371,16 @@ def whitened_line(whitened: dict[str, float]) -> str:
     )
 
 
-def whitening_line(scores: Sequence[float | None], kept: bool) -> str:
-    """Which start is kept: from a whitened teacher, and if there was time from one that is not."""
-    line = f"On the dev pairs the student starts from {_figure(scores[0])} (Spearman) if its teacher is whitened"
+def whitening_line(what: str, scores: Sequence[float | None], kept: bool) -> str:
+    """Which start is kept: from a whitened teacher, and if there was time from one that is not.
+
+    Args:
+        what: has the scores.
+    """
+    line = f"On the dev pairs the {what} {_figure(scores[0])} (Spearman) if the teacher is whitened"
     if len(scores) == 1:
         return f"{line}; there is no time to see whether it is better if not"
-    return f"{line}, from {_figure(scores[1])} if not: it is {'' if kept else 'not '}whitened"
+    return f"{line}, {_figure(scores[1])} if not: it is {'' if kept else 'not '}whitened"
 
 
 def baseline_lines(baselines: dict[str, dict[str, float]], before: dict[str, float]) -> list[str]:

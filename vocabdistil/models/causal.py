@@ -48,12 +48,18 @@ def read_causal(model: nn.Module, inputs: dict[str, Tensor], called: nn.Module |
     found: list[Readout] = []
 
     def keep(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found.append(Readout(args[0], layer.weight, getattr(layer, "bias", None)))
-        return args[0][:, :1], *args[1:]
+        hidden, weight = args[0], layer.weight
+        # Norms under autocast give float32, which the layer would read as what its weight is.
+        read = hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden
+        found.append(Readout(read, weight, getattr(layer, "bias", None)))
+        return hidden[:, :1], *args[1:]
 
     layer: Any = model.get_output_embeddings()  # type: ignore[operator]
     with _hooked(layer.register_forward_pre_hook, keep):
         (called or model)(**inputs, use_cache=False)
+    weight = found[-1].weight
+    if type(weight) in (Tensor, nn.Parameter) and weight.numel() and not weight.untyped_storage().size():
+        raise VocabdistilError("the output layer is gone after the forward pass: FSDP must shard layers alone")
     return found[-1]
 
 
@@ -85,6 +91,7 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     need(not getattr(model.config, "is_encoder_decoder", False), name, expected, f"{kind}, an encoder with a decoder")
     need(not hasattr(layer, "base_layer"), name, "an output layer without adapters", "one that has some")
     size = layer.weight.shape[0]
+    need(layer.weight.device.type != "meta", name, "an output layer in memory", "one that is offloaded")
     need(size >= tokens, name, f"an output layer for the {tokens} tokens of its tokenizer", f"one for {size}")
     given: list[Tensor] = []
     told: list[Tensor] = []

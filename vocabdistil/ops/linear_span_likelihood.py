@@ -36,8 +36,9 @@ def linear_span_likelihood(
     :func:`vocabdistil.reference.span_likelihood`.
 
     The logits are never all there: the forward pass keeps three numbers per row, the backward pass forms them again, on
-    a CPU those of all rows at as many tokens as 8 MiB hold (at least a block of 72 to 108). Rows of no span take no
-    work. Gradients are accumulated in float32 (float64 for float64), the same bits for any number of threads.
+    a CPU those of all rows at as many tokens as 8 MiB hold (at least a block of 72 to 108). Of rows in no span a CPU
+    computes nothing. Gradients are accumulated in float32 (float64 for float64), the same bits for any number of
+    threads.
 
     Args:
         student_hidden: ``[B, L_s, D_s]``: last hidden states of a causal model; float32, float64, bfloat16 or float16.

@@ -69,5 +69,5 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
 
 LOSSES = losses()
 # Those with a `scale`, and those that follow the spans of pairs.
-SCALABLE = sorted(set(LOSSES) - {"attention_loss", "similarity_loss"})
+SCALABLE = sorted(set(LOSSES) - {"attention_loss", "similarity_loss", "span_likelihood", "linear_span_likelihood"})
 SPANNING = sorted(set(LOSSES) - {"pooled_loss", "similarity_loss"})

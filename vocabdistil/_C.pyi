@@ -92,8 +92,8 @@ def cuda_span_loss(
     s_dtype: int, s_data: _Addresses, s_stride: _Strides, s_rows: int, s_coef: _Address, grad: _Addresses,
     t_dtype: int, t_data: _Addresses, t_stride: _Strides, t_rows: int, t_coef: _Address, s_start: _Address,
     s_end: _Address, t_start: _Address, t_end: _Address, pairs: int, dim: int, divergence: int, mean: bool,
-    temperature: float, beta: float, base: float, weights: _Address, upstream: _Address, loss: _Address,
-    total: _Address, stream: _Address, /,
+    temperature: float, beta: float, base: float, weights: _Address, upstream: _Address, formed: _Address,
+    loss: _Address, total: _Address, parts: _Address, stream: _Address, /,
 ) -> None: ...  # fmt: skip
 
 # The remap table.

@@ -66,7 +66,7 @@ def test_a_teacher_is_whitened_if_the_dev_pairs_rank_better(
     a, b = student_of(found), student_of(said)
     assert all(torch.equal(a[name], b[name]) for name in b)
     plain, white = ("-" if isnan(score) else f"{score:.4f}" for score in scores)
-    line = f"starts from {white} (Spearman) if its teacher is whitened, from {plain} if not"
+    line = f"starts from {white} (Spearman) if the teacher is whitened, {plain} if not"
     assert line in (printed := capsys.readouterr().out)
     assert ("are whitened on the text" in printed) == kept
 

@@ -42,7 +42,7 @@ def test_a_student_of_its_own_vocabulary(tmp_path):
     made = vd.distill(**given)
     bits = made.metrics["bits_per_byte"]
     assert bits["after"] < bits["before"]
-    assert made.metrics["recipe"] == "likelihood" and made.metrics["steps"] == 6
+    assert made.metrics["recipe"] == "next-token" and made.metrics["steps"] == 6
     held = {row["step"]: row["loss"] for row in made.metrics["checkups"]}
     assert list(held) == [0, 2, 4, 6] and held[made.metrics["best_step"]] == min(held.values())
     student, tokenizer = AutoModelForCausalLM.from_pretrained(made.path), AutoTokenizer.from_pretrained(made.path)
@@ -89,10 +89,10 @@ def test_conversations(tmp_path, packed_in):
     if packed_in == "file":
         text = tmp_path / "chats.jsonl"
         text.write_text("\n".join(json.dumps(row | {"source": "x"}) for row in CHATS), encoding="utf-8")
-    made = vd.distill(**options(tmp_path / "out", text=text, recipe="next-token"))
+    made = vd.distill(**options(tmp_path / "out", text=text, recipe="likelihood"))
     bits = made.metrics["bits_per_byte"]
     assert bits["after"] < bits["before"] and all(map(math.isfinite, bits.values()))
-    assert made.metrics["weights"] == {"lm": 1.0, "likelihood": 0.0, "matched": 1.0, "gold": 0.0}
+    assert made.metrics["weights"] == {"lm": 1.0, "likelihood": 100.0, "matched": 0.0, "gold": 0.0}
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_on_the_command_line(tmp_path, capsys):
     for words in ("in both", "Held-out bits per byte (", "Training: 2 steps of 4 texts", "The student is in"):
         assert words in said
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["weights"] == {"lm": 1.0, "likelihood": 50.0, "matched": 0.0, "gold": 0.0}
+    assert metrics["weights"] == {"lm": 1.0, "likelihood": 50.0, "matched": 1.0, "gold": 0.0}
     assert main(["distill", *sides, *rest, "--quiet", "--overwrite", "--batch-size", "4"]) == 0
     assert capsys.readouterr().out == ""
 
@@ -118,7 +118,7 @@ def test_on_the_command_line(tmp_path, capsys):
         ({"student": lambda: tiny_teacher("bert")}, "^student: expected a decoder, as the other side is one"),
         (ENCODER | {"recipe": "likelihood"}, r"^recipe: expected one of an encoder \(bert\)"),
         (ENCODER | {"weights": "lm=1"}, r"^weights: expected those of an encoder \(bert\)"),
-        ({"recipe": "embedding"}, "^recipe: expected likelihood or next-token"),
+        ({"recipe": "embedding"}, "^recipe: expected next-token or likelihood"),
         ({"weights": "kl=1"}, "^weights: expected lm, likelihood, matched, gold"),
         ({"whiten": 0.3}, "^whiten: expected none for a decoder"),
         ({"prompt": "q: "}, "^prompt: expected none for a decoder"),

@@ -71,7 +71,7 @@ class CausalDistillTrainer(StepTrainer):
         processing_class: Any,
         teacher: Any = None,
         teacher_tokenizer: Any = None,
-        weights: CausalWeights | str = "lm=1,likelihood=100",
+        weights: CausalWeights | str = "lm=1,matched=1",
         max_length: int | Sequence[int] = 1024,
         packed: bool = False,
         likelihood_temperature: float = 100.0,

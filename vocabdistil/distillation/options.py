@@ -520,7 +520,7 @@ class DistillConfig(StudentOptions):
         given = isinstance(self.weights, (str, LossWeights, CausalWeights))
         need(given, "weights", "LossWeights or their text form", type(self.weights).__name__)
         recipes = CAUSAL_RECIPES if self.names_decoders else RECIPES
-        self.recipe_weights(recipes.get(self.recipe, recipes["likelihood" if self.names_decoders else "masked"]))
+        self.recipe_weights(recipes.get(self.recipe, recipes["next-token" if self.names_decoders else "masked"]))
         if self.teacher_weights is not None:
             shares = self.teacher_weights
             listed = isinstance(shares, (list, tuple)) and len(shares) == len(names_of(self.teacher))

@@ -186,19 +186,20 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-# Of students that are decoders; the first is what they learn by if nobody says. All their layers are there.
+# Of students that are decoders; the first is what they learn by if nobody says, as benchmarks/decoders finds it best.
+# All their layers are there.
 CAUSAL_RECIPES: dict[str, Recipe] = {
-    "likelihood": Recipe(
-        "arXiv 2503.20083, beside the text",
-        CausalWeights(lm=1.0, likelihood=100.0),
+    "next-token": Recipe(
+        "the next token over the tokens that both have, beside the text",
+        CausalWeights(lm=1.0, matched=1.0),
         temperature=1.0,
         lr_whole=5e-5,
         schedule="cosine",
         batch_size=16,
     ),
-    "next-token": Recipe(
-        "the next token over the tokens that both have, beside the text",
-        CausalWeights(lm=1.0, matched=1.0),
+    "likelihood": Recipe(
+        "arXiv 2503.20083, beside the text",
+        CausalWeights(lm=1.0, likelihood=100.0),
         temperature=1.0,
         lr_whole=5e-5,
         schedule="cosine",

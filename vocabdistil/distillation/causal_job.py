@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from ..alignment.conversations import rendered
 from ..alignment.coverage import coverage
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need, printable
+from ..core.errors import VocabdistilError, need
 from ..core.options import names_of
 from ..core.processes import launched
 from ..core.progress import counted
 from ..evaluation import report
-from ..evaluation.bits_per_byte import bits_per_byte
+from ..evaluation.bits_per_byte import bits_per_byte, need_start
 from ..evaluation.card import causal_card
 from ..models.architectures import move
 from ..models.causal import check_causal, most_positions
@@ -34,14 +35,12 @@ from ..models.vocabularies import save_tokenizer
 from .batches import to_device
 from .causal_trainer import CausalDistillTrainer
 from .checkups import Checkups
-from .command import command_of
-from .folder import DistillResult
+from .folder import DistillResult, write_card
 from .options import MOST_READ, DistillConfig
 from .order import TrainingOrder
 from .recipes import CAUSAL_RECIPES
 from .run_folder import Diverged, RunFolder, checkpoint_step, last_checkpoint
 from .runs import SeededTrainer, fit, seconds_per_step, training_arguments
-from .text import files_of
 from .text_store import TextSplit, split_text, stored
 
 __all__ = ["distill_causal"]
@@ -91,8 +90,7 @@ def distill_causal(config: DistillConfig) -> DistillResult:
     for name, model in (("teacher", teacher), ("student", student)):
         need(model.causal_lm is not None, name, "a decoder, as the other side is one", model.name)
         check_causal(model.causal_lm, name, len(model.tokenizer))
-        begins = model.tokenizer.bos_token or model.tokenizer.eos_token
-        need(bool(begins), name, "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
+        need_start(model.tokenizer, name)
     folder = RunFolder.open(config.out, config.identity(), config.resume, config.overwrite)
     with folder.held():
         return _Run(config, teacher, student, folder, say).finish(text)
@@ -316,10 +314,7 @@ class _Run:
         save_tokenizer(self.student.tokenizer, final)
         for log in folder.path.glob("*.jsonl"):
             (final / log.name).write_bytes(log.read_bytes())
-        given = files_of(config.text)
-        files = None if given is None else [os.fspath(path) for path in given]
-        card = causal_card(Path(config.out).resolve().name, metrics, files, command_of("distill", config, files))
-        (final / "README.md").write_text(printable(card), encoding="utf-8")
+        write_card(final, config, "distill", partial(causal_card, Path(config.out).resolve().name, metrics))
         out = folder.publish(final, metrics)
         best = metrics["best_step"]
         which = "" if best == metrics["steps"] else f"; the best was step {best}, which is kept"

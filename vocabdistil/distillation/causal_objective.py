@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..alignment.spans import SpanPairs
+from ..alignment.spans import SpanPairs, at_least_one
 from ..alignment.vocab import MatchedVocab
 from ..models.causal import Readout
 from ..ops import linear_matched_kl, linear_span_likelihood
@@ -63,7 +63,7 @@ class CausalObjective:
         """
         weights, found = self.weights, {}
         if weights.lm:
-            found["lm"] = _cross_entropy(student, batch["labels"]) / _at_least_one(totals["tokens"])
+            found["lm"] = _cross_entropy(student, batch["labels"]) / at_least_one(totals["tokens"])
         if teacher is None:
             return found
         pairs: SpanPairs = batch["pairs"]
@@ -84,16 +84,12 @@ class CausalObjective:
         if weights.gold:
             logits = _logits(*student), _logits(*teacher)
             found["gold"] = gold_loss(*logits, *ids, self.matched, pairs, temperature=self.temperature, **common)
-        count = _at_least_one(totals["pairs"])
+        count = at_least_one(totals["pairs"])
         return {name: value if name == "lm" else value / count for name, value in found.items()}
 
     def loss(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Their weighted sum."""
         return torch.stack([getattr(self.weights, name) * value for name, value in terms.items()]).sum()
-
-
-def _at_least_one(count: Any) -> Any:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _first_tokens(pairs: SpanPairs) -> SpanPairs:

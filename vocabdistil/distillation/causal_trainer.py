@@ -14,7 +14,7 @@ from ..alignment.causal import CausalCollator
 from ..alignment.loading import tokenizer_of
 from ..alignment.vocab import MatchedVocab
 from ..core.checks import UNMATCHED, check_choice, check_temperature
-from ..core.errors import VocabdistilError, is_real, need
+from ..core.errors import is_real, need
 from ..core.options import ROW_COLUMNS
 from ..models.causal import Readout, check_causal, most_positions, read_causal
 from .causal_objective import CausalObjective, causal_inputs
@@ -116,7 +116,6 @@ class CausalDistillTrainer(StepTrainer):
             # What was spread over devices or quantized stays where it is.
             if not (getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)):
                 teacher.to(self.args.device)
-        self._totals: dict[str, Any] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the collator reads; the model reads none of them."""
@@ -128,29 +127,13 @@ class CausalDistillTrainer(StepTrainer):
         self._totals = self.totals([batch["counts"] for batch in batches])
         return batches, self._totals
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """In training the batch's part of the loss of its step, else its own loss."""
-        # Not every version of transformers hands on what get_batch_samples gave.
-        totals = self._totals if model.training else None
+    def part_of_step(
+        self, model: nn.Module, inputs: dict[str, Any], totals: dict[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         student = read_causal(self.accelerator.unwrap_model(model), causal_inputs(inputs), model)
         teacher = self.teach(inputs) if self.objective.needs_teacher else None
-        try:
-            terms = self.objective.terms(student, teacher, inputs, inputs["counts"] if totals is None else totals)
-        except VocabdistilError as error:
-            raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
-        if totals is not None:
-            # Gradients of several processes are averaged.
-            terms = {name: value * self.args.world_size for name, value in terms.items()}
-            self.note(terms)
-        loss = self.objective.loss(terms)
-        return (loss, {"terms": terms}) if return_outputs else loss
+        terms = self.objective.terms(student, teacher, inputs, inputs["counts"] if totals is None else totals)
+        return self.objective.loss(terms), terms
 
     @torch.no_grad()
     def teach(self, inputs: dict[str, Any]) -> Readout:

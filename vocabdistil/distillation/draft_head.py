@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.console import Reporter
-from ..core.errors import need, printable
+from ..core.errors import need
 from ..core.files import write_json
 from ..core.options import names_of
 from ..evaluation.bits_per_byte import rows_from_start
@@ -21,12 +21,11 @@ from ..models.draft_vocabulary import draft_ids, draft_maps
 from ..models.folders import stated_licence
 from ..models.named_tokens import named_ids
 from ..models.vocabularies import count_tokens
-from .command import command_of
-from .folder import DistillResult
+from .folder import DistillResult, write_card
 from .options import VOCAB_SIZE, TrimConfig
 from .run_folder import RunFolder
 from .student import Source
-from .text import Digested, GivenTexts, Prefixed, TextFiles, files_of, sample_text
+from .text import Digested, GivenTexts, Prefixed, TextFiles, sample_text
 from .text_store import watched
 
 __all__ = ["make_draft_head"]
@@ -84,11 +83,8 @@ def make_draft_head(
     tensors = {"lm_head.weight": weight[ids.to(weight.device)].cpu().contiguous(), "d2t": d2t, "t2d": t2d}
     save_file(tensors, final / "model.safetensors", metadata={"format": "pt"})
     write_json(final / "config.json", _settings(config, source, len(ids), weight))
-    given = files_of(config.text)
-    files = None if given is None else [os.fspath(path) for path in given]
-    made, stated = command_of("trim", config, files), stated_licence(names_of(config.teacher))
-    card = draft_card(folder.out.resolve().name, metrics, files, made, stated)
-    (final / "README.md").write_text(printable(card), encoding="utf-8")
+    stated = stated_licence(names_of(config.teacher))
+    write_card(final, config, "trim", partial(draft_card, folder.out.resolve().name, metrics, stated=stated))
     out = folder.publish(final, metrics)
     say.print(draft_line(metrics["draft"], len(held)), f"The draft head is {folder.place}")
     return DistillResult(out, metrics)

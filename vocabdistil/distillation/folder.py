@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .run_folder import RunFolder
 from .student import Source, Student
 from .text import files_of
 
-__all__ = ["DistillResult", "write_student"]
+__all__ = ["DistillResult", "write_card", "write_student"]
 
 
 @dataclass
@@ -70,10 +71,20 @@ def write_student(
         save_file(projections, final / "projection.safetensors")
     for log in folder.path.glob("*.jsonl"):
         shutil.copy(log, final)
+    stated = stated_licence(names_of(options.teacher))
+    card = partial(model_card, folder.out.resolve().name, metrics, stated=stated)
+    write_card(final, options, metrics["command"], card)
+    return folder.publish(final, metrics)
+
+
+def write_card(final: Path, options: StudentOptions, command: str, card: Callable[..., str]) -> None:
+    """``README.md`` of a folder.
+
+    Args:
+        command: that made it.
+        card: of the files of the text and of how the command is written.
+    """
     given = files_of(options.text)
     files = None if given is None else [os.fspath(path) for path in given]
-    made = command_of(metrics["command"], options, files)
-    stated = stated_licence(names_of(options.teacher))
-    card = model_card(folder.out.resolve().name, metrics, files, made, stated)
-    (final / "README.md").write_text(printable(card), encoding="utf-8")
-    return folder.publish(final, metrics)
+    text = card(files, command_of(command, options, files))
+    (final / "README.md").write_text(printable(text), encoding="utf-8")

@@ -65,12 +65,11 @@ class _MlmTrainer(SeededTrainer):
         super().__init__(*args, **kwargs)
         self.probabilities, self.mask_id = probabilities, mask_id
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def part_of_step(
+        self, model: nn.Module, inputs: dict[str, Any], totals: dict[str, Any] | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = _mlm(model, inputs, self.probabilities, self.mask_id, self.step_seed)
-        self.note({"mlm": loss})
-        return (loss, {}) if return_outputs else loss
+        return loss, {"mlm": loss}
 
 
 def _mlm(

@@ -57,7 +57,7 @@ class StepTrainer(Trainer):
     """``transformers.Trainer`` whose losses are parts of the loss of a whole step, however its texts are cut into
     batches, accumulated and spread over processes.
 
-    Subclasses divide by the :meth:`totals` of a step and report the parts of the loss with :meth:`note`.
+    Subclasses keep the :meth:`totals` of a step when its batches are there, and divide by them in :meth:`part_of_step`.
     """
 
     # By these names transformers 5 and 4 ask whether losses are parts already.
@@ -68,6 +68,7 @@ class StepTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._steps_noted = 0
+        self._totals: dict[str, Any] | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -87,6 +88,35 @@ class StepTrainer(Trainer):
         device = self.args.device
         mine = torch.stack([torch.as_tensor(value, device=device).double() for value in totals.values()])
         return dict(zip(totals, self.accelerator.reduce(mine, "sum"), strict=True))
+
+    def part_of_step(
+        self, model: nn.Module, inputs: dict[str, Any], totals: dict[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and what it is made of, as parts of the step with these totals; None: of its own."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """In training the batch's part of the loss of its step, else its own loss."""
+        # Not every version of transformers hands on what get_batch_samples gave.
+        totals = self._totals if model.training else None
+        try:
+            loss, terms = self.part_of_step(model, inputs, totals)
+        except VocabdistilError as error:
+            raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
+        if totals is not None:
+            # Gradients of several processes are averaged.
+            size = self.args.world_size
+            loss, terms = loss * size, {name: value * size for name, value in terms.items()}
+        if model.training:
+            self.note(terms)
+        return (loss, {"terms": terms}) if return_outputs else loss
 
     def note(self, terms: dict[str, Tensor]) -> None:
         """Adds the losses of one batch to the means over steps that the next log entry shows."""

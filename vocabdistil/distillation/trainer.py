@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import VocabdistilError
 from ..core.seeds import mix_seed
 from .hiding import counts_of
 from .objective import Objective
@@ -32,7 +31,6 @@ class DistillTrainer(SeededTrainer):
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
-        self._totals: dict[str, Any] | None = None
         self._evaluated = 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -45,29 +43,11 @@ class DistillTrainer(SeededTrainer):
         self._totals = self.totals([batch["counts"] for batch in ready])
         return ready, self._totals
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """In training the batch's part of the loss of its step, else its own loss."""
-        # Not every version of transformers hands on what get_batch_samples gave.
-        totals = self._totals if model.training else None
-        step = partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=totals)
-        try:
-            loss, terms = model(step=step)
-        except VocabdistilError as error:
-            raise VocabdistilError(f"{error} at step {self.state.global_step + 1}") from None
-        if totals is not None:
-            # Gradients of several processes are averaged.
-            size = self.args.world_size
-            loss, terms = loss * size, {name: value * size for name, value in terms.items()}
-        if model.training:
-            self.note(terms)
-        return (loss, {"terms": terms}) if return_outputs else loss
+    def part_of_step(
+        self, model: nn.Module, inputs: dict[str, Any], totals: dict[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = model(step=partial(self.objective.loss, batch=inputs, seed=self.step_seed, totals=totals))
+        return loss, terms
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluated = 0  # so that the same is hidden every time

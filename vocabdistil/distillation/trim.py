@@ -11,8 +11,7 @@ from ..alignment.coverage import coverage
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import need
-from ..evaluation.bits_per_byte import start_token
+from ..evaluation.bits_per_byte import need_start
 from ..evaluation.next_tokens import compare_decoders
 from ..evaluation.predictions import agreement
 from ..evaluation.report import (
@@ -72,8 +71,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
     if source.teacher.causal_lm is not None:
-        start = start_token(source.teacher.tokenizer)
-        need(start is not None, "teacher", "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
+        need_start(source.teacher.tokenizer, "teacher")
     not_whitened(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..alignment.collator import pad
 from ..alignment.families import backend_of, plain_settings
+from ..core.errors import need
 
-__all__ = ["LOGITS_AT_ONCE", "bits_per_byte", "rows_from_start", "start_token"]
+__all__ = ["LOGITS_AT_ONCE", "bits_per_byte", "need_start", "rows_from_start", "start_token"]
 
 # Logits that exist at a time: 512 MiB of float32.
 LOGITS_AT_ONCE = 1 << 27
@@ -81,6 +82,12 @@ def bits_per_byte(
 def start_token(tokenizer: Any) -> int | None:
     """The id of the token after which a text begins: BOS, else EOS, which ends the text before; None without either."""
     return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+
+
+def need_start(tokenizer: Any, argument: str) -> None:
+    """Raises VocabdistilError where the tokenizer of a decoder has no :func:`start_token`."""
+    found = start_token(tokenizer) is not None
+    need(found, argument, "a decoder whose tokenizer has a bos_token or an eos_token", "neither")
 
 
 def rows_from_start(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

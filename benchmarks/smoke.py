@@ -75,7 +75,12 @@ def calls(device: torch.device) -> Iterator[Call]:
         hidden, weight, teacher = made(64, 24), made(50, 24), [made(64, 48), made(60, 48)]
         yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
     for combine in ("sum", "logsumexp"):
-        yield _call("remapped_kl", combine, [made(64, 50)], [made(64, 60)], table, combine=combine)
+        for top_k in (None, 7):
+            options = {"combine": combine, "top_k": top_k}
+            name = f"{combine}{f' of the {top_k} largest' if top_k else ''}"
+            yield _call("remapped_kl", name, [made(64, 50)], [made(64, 60)], table, **options)
+            hidden, weight, teacher = made(64, 24), made(50, 24), [made(64, 48), made(60, 48)]
+            yield _call("linear_remapped_kl", name, [hidden, weight], teacher, table, **options)
     ids = [torch.randint(40, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
     for divergence in ("kl", "total_variation"):
         options = {"divergence": divergence, "temperature": 2.0}

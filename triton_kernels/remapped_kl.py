@@ -33,7 +33,7 @@ FEW = 2  # where there are not enough for all programs
 RESIDENT = 2  # programs of a multiprocessor, of 8 warps each
 REGISTERS = 128  # of a thread, so that as many find room; what of the pairs' numbers spills is read outside the loops
 SLICE = 256  # rows of the table, or segments, side by side: four numbers of a tile per thread
-WINDOW = 2048  # rows of the table that are sorted by length: the teacher's columns that they read are still in L1
+WINDOW = 4096  # rows of the table that are sorted by length: the teacher's columns that they read are still in L1
 SEGMENT = 64  # pieces of a segment at least
 SEARCH = 64  # rows of the table whose teacher's logits are compared at a time with 16 numbers each
 

@@ -258,9 +258,10 @@ def test_bad_input_is_named(change, error, text):
 
 def test_gather_plan_of_the_gpu_holds_the_table():
     kernels = pytest.importorskip("vocabdistil.triton_kernels.remapped_kl", reason="triton is not installed")
-    table = make_table(700, 60, longest=9)
+    table = make_table(2500, 60, longest=9)
     table.ids[::3] = 5  # in so many rows that its list is cut
-    plan = kernels.make_gather_plan(table.indptr, table.ids, 60)
+    weights = torch.arange(1.0, len(table.ids) + 1)  # of each entry another
+    plan = kernels.make_gather_plan(table.indptr.long(), table.ids.long(), weights, 60)
     height = kernels.SLICE
 
     def lists(at, values, count):
@@ -269,7 +270,7 @@ def test_gather_plan_of_the_gpu_holds_the_table():
         for o in range(count):
             begin, end = at[o // height].item(), at[o // height + 1].item()
             column = values[begin:end].view(-1, height)[:, o % height]
-            entries.append(column[column >= 0].tolist())
+            entries.append(column[column >= 0].tolist() if values.dtype == torch.int32 else column[column > 0].tolist())
         return entries
 
     rows = plan.rows.tolist()
@@ -277,7 +278,15 @@ def test_gather_plan_of_the_gpu_holds_the_table():
     found.pop(-1, None)
     want = [table.ids[a:b].tolist() for a, b in zip(table.indptr[:-1], table.indptr[1:], strict=True)]
     assert found == {v: pieces for v, pieces in enumerate(want) if pieces}
+    entries = lists(plan.pieces_at, plan.weights, len(rows))
+    assert all(table.ids[int(e) - 1] == j for row, of in zip(rows, entries, strict=True) if row >= 0
+               for e, j in zip(of, found[row], strict=True))  # fmt: skip
     uses = lists(plan.uses_at, plan.uses, plan.owners.numel())
+    of_uses = lists(plan.uses_at, plan.use_weights, plan.owners.numel())
+    for o, (at, numbers) in enumerate(zip(uses, of_uses, strict=True)):
+        for i, e in zip(at, numbers, strict=True):
+            v = rows[i]
+            assert table.ids[int(e) - 1] == plan.owners[o] and table.indptr[v] < e <= table.indptr[v + 1]
     assert max(map(len, uses)) == kernels.SEGMENT
     for j in range(60):
         segments = plan.segments[plan.of[j] : plan.of[j + 1]].tolist()

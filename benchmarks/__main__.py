@@ -21,7 +21,7 @@ import torch
 from . import goals, report, smoke, static
 
 OPERATIONS = (
-    "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "span_likelihood",
+    "span_mean", "span_loss", "matched_kl", "linear_matched_kl", "remapped_kl", "linear_remapped_kl", "span_likelihood",
     "linear_span_likelihood", "contrastive", "pooled_loss", "similarity_loss", "relation_loss", "attention_loss",
     "remap", "align", "collate",
 )  # fmt: skip

@@ -88,7 +88,7 @@ sanitize() {
     fi
     for tool in memcheck racecheck synccheck; do
         for operation in span_mean span_loss matched_kl remapped_kl relation_loss linear_matched_kl span_likelihood \
-            linear_span_likelihood remap; do
+            linear_span_likelihood linear_remapped_kl remap; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool-$operation" compute-sanitizer --tool "$tool" \
                 --report-api-errors no --error-exitcode 1 "$PYTHON" -m benchmarks.launches small "$operation" || failed=1
         done
@@ -141,8 +141,8 @@ bench() {
         measured bench results.csv span_mean --case b8-l256-d768 --providers ours
         return
     fi
-    for name in span_mean linear_matched_kl matched_kl remapped_kl relation_loss contrastive remap pooled_loss \
-        similarity_loss attention_loss span_likelihood linear_span_likelihood span_loss; do
+    for name in span_mean linear_matched_kl matched_kl remapped_kl linear_remapped_kl relation_loss contrastive remap \
+        pooled_loss similarity_loss attention_loss span_likelihood linear_span_likelihood span_loss; do
         measured "bench-$name" results.csv "$name" || failed=1
     done
     goals results.csv

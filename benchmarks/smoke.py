@@ -88,7 +88,12 @@ def calls(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Call]:  # no
         hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
         yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
     for combine in ("sum", "logsumexp"):
-        yield _call("remapped_kl", combine, [made(64, v_s)], [made(64, v_t)], table, combine=combine)
+        for top_k in (None, 7):
+            options = {"combine": combine, "top_k": top_k}
+            name = f"{combine}{f' of the {top_k} largest' if top_k else ''}"
+            yield _call("remapped_kl", name, [made(64, v_s)], [made(64, v_t)], table, **options)
+            hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
+            yield _call("linear_remapped_kl", name, [hidden, weight], teacher, table, **options)
     ids = [torch.randint(sizes.matched, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
     for divergence in ("kl", "total_variation"):
         options = {"divergence": divergence, "temperature": 2.0}

@@ -134,16 +134,33 @@ void linear_log_prob_bwd(const PyRows& hidden, const PyRows& weight, Address bia
                            at<void>(grad_bias), threads});
 }
 
+// Rows and how many, shapes and how many, ids, the transposed table, and weights of both.
+using PyPlan = std::tuple<Address, int64_t, Address, int64_t, Address, Address, Address, Address, Address>;
+
+vd::RemapPlan plan(const PyPlan& x) {
+  return {at<const int32_t>(std::get<0>(x)), std::get<1>(x), at<const int32_t>(std::get<2>(x)), std::get<3>(x),
+          at<const int32_t>(std::get<4>(x)), at<const int32_t>(std::get<5>(x)), at<const int32_t>(std::get<6>(x)),
+          at<const void>(std::get<7>(x)),    at<const void>(std::get<8>(x))};
+}
+
 void remapped_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
-                 Address t_end, Address rows, int64_t mapped, Address shapes, int64_t buckets, Address ids,
-                 Address indptr, Address pieces_of, int64_t pairs, bool logsumexp, double temperature, Address scale,
-                 Address loss, Address total, Address grad, int threads) {
+                 Address t_end, const PyPlan& of, int64_t pairs, bool logsumexp, int64_t top_k, int remainder,
+                 double temperature, Address scale, Address loss, Address total, Address grad, int threads) {
   const Released released;
-  vd::remapped_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
-                   {at<const int32_t>(rows), mapped, at<const int32_t>(shapes), buckets, at<const int32_t>(ids),
-                    at<const int32_t>(indptr), at<const int32_t>(pieces_of)},
-                   pairs, logsumexp, temperature, at<const void>(scale), at<void>(loss), at<void>(total),
-                   at<void>(grad), threads});
+  vd::remapped_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end), plan(of), pairs,
+                   logsumexp, top_k, static_cast<vd::Unmatched>(remainder), temperature, at<const void>(scale),
+                   at<void>(loss), at<void>(total), at<void>(grad), threads});
+}
+
+void linear_remapped_kl(const PyLinearSide& student, const PyLinearSide& teacher, const PyPlan& of, int64_t columns,
+                        bool logsumexp, int64_t top_k, int remainder, double temperature, int64_t budget,
+                        Address scale, Address loss, Address total, Address grad_hidden, Address grad_weight,
+                        Address grad_bias, int threads) {
+  const Released released;
+  vd::linear_remapped_kl({linear_side(student), linear_side(teacher), plan(of), columns, logsumexp, top_k,
+                          static_cast<vd::Unmatched>(remainder), temperature, budget, at<const void>(scale),
+                          at<void>(loss), at<void>(total), at<void>(grad_hidden), at<void>(grad_weight),
+                          at<void>(grad_bias), threads});
 }
 
 void relation_loss(int dtype, Address student, Address teacher, int64_t pairs, int64_t student_dim, int64_t teacher_dim,
@@ -167,6 +184,7 @@ PyMethodDef operations[] = {
     function<&linear_log_prob_fwd>("linear_log_prob_fwd"),
     function<&linear_log_prob_bwd>("linear_log_prob_bwd"),
     function<&remapped_kl>("remapped_kl"),
+    function<&linear_remapped_kl>("linear_remapped_kl"),
     function<&relation_loss>("relation_loss"),
     {},
 };

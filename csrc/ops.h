@@ -179,6 +179,8 @@ struct RemapPlan {
   const int32_t* ids;        // [nnz]: student ids
   const int32_t* indptr;     // [student columns + 1]: the transposed table
   const int32_t* pieces_of;  // [nnz]: positions in `rows` that the student id is a piece of
+  // What the entries count, or their logs for logsumexp, as `ids` and as `pieces_of`; accumulation dtype, null for 1.
+  const void *weights, *weights_of;
 };
 
 // KL over the mapped teacher tokens and its gradient for the student's logits, in one pass.
@@ -188,11 +190,32 @@ struct RemappedKlArgs {
   RemapPlan plan;
   int64_t pairs;
   bool logsumexp;
+  int64_t top_k;        // 0: all
+  Unmatched remainder;  // what becomes of those outside
   double temperature;
   const void* scale;  // [pairs], accumulation dtype
   void* loss;         // [pairs], accumulation dtype, unscaled
   void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
   void* grad;         // contiguous, the student's shape and dtype, or nullptr
+  int threads;
+};
+
+// remapped_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the rows
+// of both weights that the table names take, if that is more), and the gradients for the student's. The plan's ids are
+// positions in the `columns` ids of the student's side; the teacher's side has no ids, and neither has lengths.
+struct LinearRemappedKlArgs {
+  LinearSide student, teacher;
+  RemapPlan plan;
+  int64_t columns;
+  bool logsumexp;
+  int64_t top_k;        // 0: all
+  Unmatched remainder;  // what becomes of those outside
+  double temperature;
+  int64_t budget;
+  const void* scale;  // [rows], accumulation dtype; a row of scale 0 has loss 0
+  void* loss;         // [rows], accumulation dtype, unscaled
+  void* total;        // [1], accumulation dtype: sum_p scale[p] * loss[p]
+  void *grad_hidden, *grad_weight, *grad_bias;  // contiguous, accumulation dtype, all of it written, or nullptr
   int threads;
 };
 
@@ -220,6 +243,7 @@ void log_prob_bwd(const LogProbBwdArgs&);
 void linear_log_prob_fwd(const LinearLogProbArgs&);
 void linear_log_prob_bwd(const LinearLogProbBwdArgs&);
 void remapped_kl(const RemappedKlArgs&);
+void linear_remapped_kl(const LinearRemappedKlArgs&);
 void relation_loss(const RelationLossArgs&);
 const char* active_isa();
 

@@ -50,6 +50,9 @@ def losses(module: ModuleType = vd) -> dict[str, Loss]:
             s, ours.to(s.dtype), t, theirs.to(t.dtype), many, pairs=pairs, **options
         ),
         "remapped_kl": lambda s, t, pairs, **options: module.remapped_kl(s, t, table, pairs=pairs, **options),
+        "linear_remapped_kl": lambda s, t, pairs, **options: module.linear_remapped_kl(
+            s, ours.to(s.dtype), t, theirs.to(t.dtype), table, pairs=pairs, top_k=2, **options
+        ),
         "span_likelihood": lambda s, t, pairs: module.span_likelihood(
             s, torch.arange(len(s)) % WIDTH, t, torch.arange(len(t)) % 7, pairs, **about_their_own
         ),

@@ -17,6 +17,7 @@ from benchmarks import (
     harness,
     launches,
     linear_matched_kl,
+    linear_remapped_kl,
     linear_span_likelihood,
     matched_kl,
     relation_loss,
@@ -212,6 +213,17 @@ def test_remapped_kl_providers_agree(dtype, uneven, combine, monkeypatch):
     )
     rows = harness.run_case("remapped_kl", case, CPU, ["reference", "ours"], quick=True)
     assert len(rows) == 2 and not any(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_linear_remapped_kl_providers_agree(top_k, monkeypatch):
+    monkeypatch.setattr(_losses, "TRUTH_ROWS", 4)
+    make = functools.partial(
+        linear_remapped_kl.build, rows=9, v_t=60, v_s=20, d_t=8, d_s=6, top_k=top_k, dtype=torch.float32
+    )
+    case = Case("tiny", make, torch.float32, ("fwd+bwd",))
+    rows = harness.run_case("linear_remapped_kl", case, CPU, ["reference", "full-logits", "ours"], quick=True)
+    assert len(rows) == 3 and not any(row["error"] for row in rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

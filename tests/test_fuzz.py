@@ -72,6 +72,12 @@ def test_linear_matched_kl(tmp_path: Path) -> None:
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 
+def test_linear_remapped_kl(tmp_path: Path) -> None:
+    isa = native.module().active_isa()
+    sources = ["tests/native/fuzz_linear_remapped.cpp", "csrc/cpu/linear_remapped_kl.cpp", "csrc/cpu/tiles.cpp"]
+    run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
+
+
 def test_log_prob(tmp_path: Path) -> None:
     isa = native.module().active_isa()
     names = ("log_prob", "linear_log_prob", "tiles")

@@ -15,7 +15,7 @@ from tests.numbers_backend import (  # noqa: F401
     test_linear_divergences_at_any_temperature,
 )
 from tests.ops import test_span_likelihood
-from tests.remapped_kl_backend import make_table
+from tests.remapped_kl_backend import make_table, make_weights
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched
@@ -189,6 +189,33 @@ def test_remapped_kl_against_float64(paired, combine, dtype):
     pairs, n_s, n_t = (pairs.to("cuda"), n_s, n_t) if paired else (None, 300, 300)
     student, teacher = (torch.randn(n, v, device="cuda").to(dtype) for n, v in ((n_s, 700), (n_t, 9000)))
     check_row_loss("remapped_kl", student, teacher, table, 3.0, pairs=pairs, combine=combine, temperature=1.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("remainder", ["rest", "drop", "renormalize"])
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+def test_remapped_kl_with_weights_and_top_k(combine, remainder, dtype):
+    table = make_table(9000, 700, longest=9)
+    student, teacher = (torch.randn(300, v, device="cuda").to(dtype) for v in (700, 9000))
+    options = {"entry_weights": make_weights(table), "top_k": 50, "remainder": remainder, "combine": combine}
+    check_row_loss("remapped_kl", student, teacher, table, 3.0, temperature=1.7, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"combine": "logsumexp"}], ids=str)
+def test_linear_remapped_kl_against_float64(options, dtype):
+    table, tensors = make_table(9000, 700, longest=9), linear_tensors(500, 700, 9000, 64, 96, dtype)
+
+    def all_of(module, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_(i < 2) for i, x in enumerate(tensors)]
+        loss = module.linear_remapped_kl(*leaves, table, temperature=1.7, **options)
+        loss.backward()
+        return loss.detach(), leaves[0].grad, leaves[1].grad
+
+    got, again = (all_of(vd, dtype) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    for value, want in zip(got, all_of(vd.reference, torch.float64), strict=True):
+        assert_norm_close(value, want, value.dtype, str(options), 10 if value.dtype == torch.float32 else 2)
 
 
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])

@@ -17,6 +17,7 @@ from tests import relation_loss_backend as relations  # noqa: E402
 from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
 from tests.remap_backend import test_equals_the_native_code as equals_the_native_code  # noqa: E402
 from tests.remap_backend import test_ids_outside_the_table  # noqa: E402, F401
+from tests.remapped_kl_backend import make_weights  # noqa: E402
 from tests.span_loss_backend import (  # noqa: E402, F401
     DIVERGENCES,
     compare,
@@ -137,15 +138,21 @@ def test_span_likelihood_of_hidden_states():
 
 
 @pytest.mark.parametrize(
-    ("combine", "dtype", "small"), [("sum", F32, True), ("sum", F32, False), ("logsumexp", BF16, True)], ids=str
-)
-def test_remapped_kl(combine, dtype, small, monkeypatch):
+    ("combine", "dtype", "small", "top"),
+    [
+        ("sum", F32, True, None), ("sum", F32, False, None), ("logsumexp", BF16, True, None),
+        ("logsumexp", F32, True, "rest"), ("sum", BF16, True, "renormalize"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_remapped_kl(combine, dtype, small, top, monkeypatch):
     for name, value in check_remapped_kl.SMALL.items() if small else ():
         monkeypatch.setattr(check_remapped_kl.kernels, name, value)
     pairs, n_s, n_t = make_pairs(10, seed=3, gaps=True, empty=True)
     student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
     table = check_remapped_kl.make_table(90, 40, seed=int(small))  # another, as what is made of a table is kept
-    check_remapped_kl.compare(student, teacher, table, pairs=pairs, combine=combine)
+    options = {} if top is None else {"top_k": 5, "remainder": top, "entry_weights": make_weights(table)}
+    check_remapped_kl.compare(student, teacher, table, pairs=pairs, combine=combine, **options)
 
 
 def test_remapped_kl_does_not_hide_nan(monkeypatch):

@@ -125,37 +125,33 @@ def test_log_prob(name, columns, dtype, bias, capability):
         assert re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and len(re.findall(r"ld\.global\.b16", ptx)) <= 1
 
 
-VECTORS = (
-    "start", "end", "student_start", "student_end", "t_start", "t_end", "row_ids", "pieces_at", "pieces", "uses_at",
-    "uses", "owners", "of", "segments",
-)  # fmt: skip
-SIZES = (
-    "p0", "pairs", "rows", "s_rows", "t_rows", "stride", "columns", "slices", "per", "parts", "count",
-)  # fmt: skip
-WIDE = ("out", "pooled", "z", "stats", "upstream", "formed", "merged", "slope", "scale", "loss", "sums")
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    ("spans", "upstream", "dtype"), [(False, False, "fp32"), (True, True, "bf16"), (True, False, "fp64")]
-)
-@pytest.mark.parametrize("name", ["pool", "combine", "merge", "close", "slope", "gather", "write"])
-def test_remapped_kl(name, spans, upstream, dtype, capability):
-    kernel = getattr(remapped_kl, f"{name}_kernel")
+    ("spans", "upstream", "remainder", "pairs", "dtype"),
+    [
+        (False, False, None, 4, "fp32"), (True, True, None, 4, "bf16"), (True, False, None, 4, "fp64"),
+        (False, True, 1, 4, "bf16"), (True, True, 2, 2, "fp32"), (False, False, 0, 4, "fp64"),
+    ],
+)  # fmt: skip
+def test_remapped_kl(spans, upstream, remainder, pairs, dtype, capability):
+    kernel = remapped_kl.kernel
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     constants = {
-        "ACC": matched_kl.accumulator(DTYPES[accumulator]), "PAIRS": remapped_kl.PAIRS, "SLICE": remapped_kl.SLICE,
-        "BLOCK": 32, "LOGSUMEXP": not spans, "GRAD": True, "PARTS": remapped_kl.PARTS,
+        "ACC": matched_kl.accumulator(DTYPES[accumulator]), "PAIRS": pairs, "SLICE": remapped_kl.SLICE,
+        "SEARCH": remapped_kl.SEARCH, "LOGSUMEXP": not spans, "REMAINDER": remainder,
     }  # fmt: skip
-    absent = [] if spans else ["start", "end", "student_start", "student_end", "t_start", "t_end"]
+    absent = [] if spans else ["s_start", "s_end", "t_start", "t_end"]
     absent += [] if upstream else ["upstream", "formed"]
-    constants = {k: v for k, v in {**constants, **dict.fromkeys(absent)}.items() if k in kernel.arg_names}
+    absent += [] if remainder else ["weights", "use_weights"]
+    constants |= dict.fromkeys(absent)
+    sizes = ("pairs", "s_rows", "t_rows", "s_stride", "t_stride", "columns", "slices", "segment_slices", "top_k")
+    floats = ("weights", "use_weights", "scratch", "scale", "loss", "upstream", "formed")
     types = {
-        **dict.fromkeys(VECTORS, "*i32"), **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(WIDE, f"*{accumulator}"),
-        **dict.fromkeys(("student", "teacher", "grad"), f"*{dtype}"),
+        **dict.fromkeys(kernel.arg_names, "*i32"), **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(floats, f"*{accumulator}"), **dict.fromkeys(("student", "teacher", "grad"), f"*{dtype}"),
         "temperature": "*fp64" if dtype == "fp64" else "fp32",
     }  # fmt: skip
     signature = {n: types[n] for n in kernel.arg_names if n not in constants}
-    ptx = compile(kernel, signature, constants, capability, num_warps=8 if "SLICE" in constants else 4)
-    if dtype == "fp32" and name in ("combine", "gather"):  # what an id of the table fetches
+    ptx = compile(kernel, signature, constants, capability, num_warps=8, maxnreg=remapped_kl.REGISTERS)
+    if dtype == "fp32" and pairs == 4:  # what an id of the table fetches
         assert re.search(r"ld\.global\.v4\.b32", ptx)

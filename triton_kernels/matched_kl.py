@@ -99,20 +99,19 @@ def _log_ratio(a, less_a, count_a, b, less_b, count_b):
 
 
 @triton.jit
-def _with_rest(
-    kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, a, less_a, count_a, b, less_b, count_b,
-    DROP: tl.constexpr,
+def with_rest(
+    kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, a, b, rest_ratio, DROP: tl.constexpr
 ):  # fmt: skip
     """The divergence with the unmatched classes, and what its gradient is formed of: ``own`` (see ``with_unmatched`` of
     csrc/cpu/matched.h), and what the teacher's matched and the student's unmatched exponentials count besides.
 
     kl, ratio: of the matched columns alone, and log of the student's sum over the teacher's. z, a, b: the sums of the
-    matched columns, and of the other ones of student (u) and teacher (v)."""
+    matched columns, and of the other ones of student (u) and teacher (v); rest_ratio: log(a / b)."""
     teacher_odds = (shift_t - shift_v) * inverse + tl.log(z_t / b)  # log of the matched mass over the other
     student_odds = (shift_s - shift_u) * inverse + tl.log(z_s / a)
     # What these differ by, with the digits that their difference has not where the sides are close.
     apart = ((shift_s - shift_t) - (shift_u - shift_v)) * inverse
-    apart += ratio - _log_ratio(a, less_a, count_a, b, less_b, count_b)
+    apart += ratio - rest_ratio
     log_mass, log_rest = -_softplus(-teacher_odds), -_softplus(teacher_odds)
     mass, rest = tl.exp(log_mass), tl.exp(log_rest)
     up, down = rest * apart, -mass * apart
@@ -370,10 +369,10 @@ def _row(
     if UNMATCHED == 0:
         value, shift_u = kl, shift_s
     else:
-        value, own, add_t, by_u = _with_rest(
-            kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, less_u, count_u, z_v, less_v,
-            count_v, UNMATCHED == 2,
-        )  # fmt: skip
+        rest_ratio = _log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
+        value, own, add_t, by_u = with_rest(
+            kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v, rest_ratio, UNMATCHED == 2
+        )
         by_s = tl.where((z_t == 0) & (z_s != 0), own / z_s, own * by_s)
         by_t = own * by_t + add_t
 

@@ -9,6 +9,8 @@ from typing import TypeAlias
 _Address: TypeAlias = int
 _Addresses: TypeAlias = Sequence[int]
 _Strides: TypeAlias = Sequence[int]
+# rows and how many, shapes and how many, ids, indptr, pieces_of, weights, weights_of.
+_Plan: TypeAlias = tuple[_Address, int, _Address, int, _Address, _Address, _Address, _Address, _Address]
 # Dtype code, address, row stride, rows, columns.
 _Rows: TypeAlias = tuple[int, _Address, int, int, int]
 # hidden, weight, and the addresses of bias, lengths and ids.
@@ -67,9 +69,13 @@ def linear_log_prob_bwd(
 ) -> None: ...  # fmt: skip
 def remapped_kl(
     student: _Rows, teacher: _Rows, s_start: _Address, s_end: _Address, t_start: _Address, t_end: _Address,
-    rows: _Address, mapped: int, shapes: _Address, buckets: int, ids: _Address, indptr: _Address, pieces_of: _Address,
-    pairs: int, logsumexp: bool, temperature: float, scale: _Address, loss: _Address, total: _Address, grad: _Address,
-    threads: int, /,
+    of: _Plan, pairs: int, logsumexp: bool, top_k: int, remainder: int, temperature: float, scale: _Address,
+    loss: _Address, total: _Address, grad: _Address, threads: int, /,
+) -> None: ...  # fmt: skip
+def linear_remapped_kl(
+    student: _LinearSide, teacher: _LinearSide, of: _Plan, columns: int, logsumexp: bool, top_k: int, remainder: int,
+    temperature: float, budget: int, scale: _Address, loss: _Address, total: _Address, grad_hidden: _Address,
+    grad_weight: _Address, grad_bias: _Address, threads: int, /,
 ) -> None: ...  # fmt: skip
 def relation_loss(
     dtype: int, student: _Address, teacher: _Address, pairs: int, student_dim: int, teacher_dim: int, heads: int,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .ops.attention_loss import attention_loss
     from .ops.contrastive import contrastive
     from .ops.linear_matched_kl import linear_matched_kl
+    from .ops.linear_remapped_kl import linear_remapped_kl
     from .ops.linear_span_likelihood import linear_span_likelihood
     from .ops.matched_kl import matched_kl
     from .ops.pooled_loss import pooled_loss
@@ -85,6 +86,7 @@ _HOMES = {
     "distill": "distillation.job",
     "evaluate": "evaluation.tasks",
     "linear_matched_kl": "ops.linear_matched_kl",
+    "linear_remapped_kl": "ops.linear_remapped_kl",
     "linear_span_likelihood": "ops.linear_span_likelihood",
     "match_pairs": "alignment.methods",
     "matched_kl": "ops.matched_kl",
@@ -155,6 +157,7 @@ __all__ = [
     "distill",
     "evaluate",
     "linear_matched_kl",
+    "linear_remapped_kl",
     "linear_span_likelihood",
     "loyalty",
     "match_pairs",

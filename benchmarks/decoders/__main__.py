@@ -45,6 +45,7 @@ WEIGHTS = {
     "text": "lm=1",
     "likelihood": "lm=1,likelihood=100",
     "matched": "lm=1,matched=1",
+    "remapped": "lm=1,remapped=1",
     "gold": "lm=1,gold=1",
     "both": "lm=1,likelihood=100,matched=1",
 }

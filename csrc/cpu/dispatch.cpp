@@ -18,6 +18,7 @@ namespace vocabdistil {
   void linear_log_prob_fwd(const LinearLogProbArgs&);    \
   void linear_log_prob_bwd(const LinearLogProbBwdArgs&); \
   void remapped_kl(const RemappedKlArgs&);               \
+  void linear_remapped_kl(const LinearRemappedKlArgs&);  \
   void relation_loss(const RelationLossArgs&);           \
   }
 VD_DECLARE(baseline)
@@ -40,12 +41,13 @@ struct Kernels {
   void (*linear_log_prob_fwd)(const LinearLogProbArgs&);
   void (*linear_log_prob_bwd)(const LinearLogProbBwdArgs&);
   void (*remapped_kl)(const RemappedKlArgs&);
+  void (*linear_remapped_kl)(const LinearRemappedKlArgs&);
   void (*relation_loss)(const RelationLossArgs&);
 };
 #define VD_KERNELS(isa) \
   Kernels{#isa, isa::span_mean_fwd, isa::span_mean_bwd, isa::span_loss, isa::matched_kl, isa::linear_matched_kl, \
           isa::log_prob_fwd, isa::log_prob_bwd, isa::linear_log_prob_fwd, isa::linear_log_prob_bwd, \
-          isa::remapped_kl, isa::relation_loss}
+          isa::remapped_kl, isa::linear_remapped_kl, isa::relation_loss}
 
 Kernels choose() {
 #if defined(__x86_64__)
@@ -81,6 +83,7 @@ void log_prob_bwd(const LogProbBwdArgs& args) { kernels().log_prob_bwd(args); }
 void linear_log_prob_fwd(const LinearLogProbArgs& args) { kernels().linear_log_prob_fwd(args); }
 void linear_log_prob_bwd(const LinearLogProbBwdArgs& args) { kernels().linear_log_prob_bwd(args); }
 void remapped_kl(const RemappedKlArgs& args) { kernels().remapped_kl(args); }
+void linear_remapped_kl(const LinearRemappedKlArgs& args) { kernels().linear_remapped_kl(args); }
 void relation_loss(const RelationLossArgs& args) { kernels().relation_loss(args); }
 const char* active_isa() { return kernels().isa; }
 

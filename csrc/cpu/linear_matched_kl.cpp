@@ -4,113 +4,11 @@
 // exponentials are formed twice rather than kept: those of rows that are close have lost what the rows differ by.
 // Formulas: vocabdistil/reference/matched_kl.py.
 #include "../block.h"
-#include "matched.h"
-#include "panels.h"
+#include "panel_sums.h"
 
 namespace vocabdistil {
 namespace VD_ISA {
 namespace {
-
-// What a block of columns leaves behind for each row of a panel. Of a block of -inf logits only, the sums are 0.
-template <class Acc>
-struct Partial {
-  static constexpr int64_t kRows = kTileColumns<Acc>;
-  // top: the largest logit. s, t: sum exp((x - top) / T). dot: sum exp(t) (t - s) of the shifted, divided logits. less:
-  // of unmatched logits, see ExpSum.
-  Acc top_s[kRows], top_t[kRows], s[kRows], t[kRows], dot[kRows], less[kRows];
-};
-
-// What the gradient of a panel's rows is formed of.
-template <class Acc>
-struct Slopes {
-  static constexpr int64_t kRows = kTileColumns<Acc>;
-  Acc top_s[kRows], top_t[kRows], top_rest[kRows];  // what the logits are shifted by, each class by its own
-  Acc student[kRows], teacher[kRows], rest[kRows];  // factors: see Outcome
-  Acc mean[kRows], scale[kRows], close[kRows];      // of close rows (1, others 0): see close_rows
-
-  bool any_close() const {
-    return std::any_of(close, close + kRows, [](Acc is) { return is != 0; });
-  }
-  // Of row r at a matched column with logits s and t. es, et: their exponentials.
-  Step<Acc> step(int64_t r, Acc s, Acc t, Acc es, Acc et, Acc inv_temperature) const {
-    return step_of(et, es, scale[r], ((s - t) - (top_s[r] - top_t[r])) * inv_temperature + mean[r]);
-  }
-};
-
-template <class Acc>
-void add_bias(Acc* __restrict z, int64_t count, const int32_t* ids, const Acc* bias, const Acc* __restrict lengths) {
-  for (int64_t i = 0; bias && i < count; ++i) {
-    const Acc b = bias[ids[i]];
-    VD_SIMD for (int64_t r = 0; r < kTileColumns<Acc>; ++r)  // of a sum of no rows none, even if it is infinite
-      z[i * kTileColumns<Acc> + r] += lengths[r] == 0 ? Acc{0} : b * lengths[r];
-  }
-}
-
-// The sums of exponentials of one side's logits.
-template <class Acc>
-void sum_one(const Acc* __restrict z, int64_t count, const Acc* top, Acc inv_temperature, Acc* __restrict sum,
-             Acc* __restrict less) {
-  constexpr int64_t w = kTileColumns<Acc>;
-  Acc shift[w];
-  for (int64_t r = 0; r < w; ++r) shift[r] = shift_of(top[r]);
-  auto add_up = [&](Acc* __restrict out, auto&& of) {
-    Acc total[w] = {};
-    for (int64_t i = 0; i < count; ++i)
-      VD_SIMD for (int64_t r = 0; r < w; ++r) total[r] += of((z[i * w + r] - shift[r]) * inv_temperature);
-    std::copy_n(total, w, out);
-  };
-  add_up(sum, [](Acc x) { return exp_nonpositive(x); });
-  bool near_count = false;
-  for (int64_t r = 0; r < w; ++r) {
-    less[r] = sum[r] - static_cast<Acc>(count);
-    near_count |= ExpSum::is_near_count(less[r], static_cast<Acc>(count));
-  }
-  if (near_count) add_up(less, [](Acc x) { return less_one(x); });
-}
-
-// Of both sides.
-template <class Acc>
-void sum_two(const Acc* __restrict s, const Acc* __restrict t, int64_t count, Acc inv_temperature, Partial<Acc>& out) {
-  constexpr int64_t w = kTileColumns<Acc>;
-  Acc shift_s[w], shift_t[w], apart[w], sum_s[w], sum_t[w], dot[w];
-  for (int64_t r = 0; r < w; ++r) {
-    shift_s[r] = shift_of(out.top_s[r]);
-    shift_t[r] = shift_of(out.top_t[r]);
-    apart[r] = shift_t[r] - shift_s[r];
-    sum_s[r] = sum_t[r] = dot[r] = 0;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc *__restrict x = s + i * w, *__restrict y = t + i * w;
-    VD_SIMD for (int64_t r = 0; r < w; ++r) {
-      const Acc es = exp_nonpositive((x[r] - shift_s[r]) * inv_temperature);
-      const Acc et = exp_nonpositive((y[r] - shift_t[r]) * inv_temperature);
-      const Acc term = et * (((y[r] - x[r]) - apart[r]) * inv_temperature);
-      sum_s[r] += es;
-      sum_t[r] += et;
-      dot[r] += et == 0 ? Acc{0} : term;  // no mass, no contribution, even where the difference is infinite
-    }
-  }
-  for (int64_t r = 0; r < w; ++r) out.s[r] = sum_s[r], out.t[r] = sum_t[r], out.dot[r] = dot[r];
-}
-
-// A class of logits of one row (one side's matched or unmatched ones) over all its blocks: the largest, and the sum
-// of exponentials shifted by it.
-struct Class {
-  double top = -std::numeric_limits<double>::infinity();
-  ExpSum of;  // `less` and `count` of unmatched logits only
-
-  void meet(double other) { top = other > top ? other : top; }
-  // Adds the sums of a block, and returns what turns its exponentials into those shifted by the largest.
-  double add(double block_top, double sum, double less, double count, double inv_temperature) {
-    const bool none = block_top == -std::numeric_limits<double>::infinity();
-    const double low = (block_top - top) * inv_temperature, weight = none ? 0 : std::exp(low);
-    of.add(weight * sum, count == 0 ? 0 : weight * less + count * (none ? -1 : std::expm1(low)), count);
-    return weight;
-  }
-  Rest<double> rest(double inv_temperature) const {
-    return {shift_of(top) * inv_temperature + of.log(), of.sum == 0 ? 0 : 1 / of.sum};
-  }
-};
 
 template <class Acc>
 class Sweep {
@@ -183,13 +81,6 @@ class Sweep {
  private:
   static constexpr int64_t kW = kTileColumns<Acc>;
 
-  struct Columns {
-    int64_t begin, end;
-    bool student, teacher;
-
-    bool matched() const { return student && teacher; }
-  };
-
   // The matched columns of a side and, where the unmatched ones count, those.
   std::vector<int32_t> columns(const char* name, const LinearSide& side, bool distinct) const {
     std::vector<int32_t> all(side.ids, side.ids + a_.matched);
@@ -249,7 +140,7 @@ class Sweep {
   }
 
   void logits(int64_t block, int64_t first, int64_t last) const {
-    const Columns c = blocks_[block];
+    const ColumnBlock c = blocks_[block];
     const int64_t count = c.end - c.begin;
     const int32_t *s_ids = s_ids_.data() + c.begin, *t_ids = t_ids_.data() + c.begin;
     const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
@@ -281,95 +172,19 @@ class Sweep {
     }
   }
 
-  // The sums of row r of a panel over its blocks; s, t: its matched and its unmatched logits.
-  Sums sums_of(int64_t panel, int64_t r, Class (&s)[2], Class (&t)[2]) const {
-    const double inv_temperature = 1 / a_.temperature;
-    const int64_t blocks = static_cast<int64_t>(blocks_.size());
-    for (int64_t b = 0; b < blocks; ++b) {
-      const bool rest = !blocks_[b].matched();
-      if (blocks_[b].student) s[rest].meet(static_cast<double>(partial(b, panel).top_s[r]));
-      if (blocks_[b].teacher) t[rest].meet(static_cast<double>(partial(b, panel).top_t[r]));
-    }
-    double dot = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const Partial<Acc>& p = partial(b, panel);
-      const bool rest = !blocks_[b].matched();
-      const double count = rest ? static_cast<double>(blocks_[b].end - blocks_[b].begin) : 0;
-      const double less = rest ? static_cast<double>(p.less[r]) : 0;
-      const double top_s = static_cast<double>(p.top_s[r]), top_t = static_cast<double>(p.top_t[r]);
-      if (blocks_[b].student) s[rest].add(top_s, static_cast<double>(p.s[r]), less, count, inv_temperature);
-      if (!blocks_[b].teacher) continue;
-      const double weight = t[rest].add(top_t, static_cast<double>(p.t[r]), less, count, inv_temperature);
-      if (!rest && weight != 0 && p.t[r] != 0) {
-        const double moved = (top_t - t[0].top) - (shift_of(top_s) - shift_of(s[0].top));
-        dot += weight * (static_cast<double>(p.dot[r]) + static_cast<double>(p.t[r]) * moved * inv_temperature);
-      }
-    }
-    return {s[0].of.sum, t[0].of.sum, dot};
-  }
-
-  // Of each close row of a panel the sum of Step.rest.
-  void close_sums(int64_t panel, double* total) const {
-    const Slopes<Acc>& p = slopes_[panel];
-    const Acc inv_temperature = static_cast<Acc>(1 / a_.temperature);
-    std::fill_n(total, kW, 0.0);
-    for (int64_t begin = 0; begin < a_.matched; begin += kBlockColumns) {
-      const int64_t end = std::min(a_.matched, begin + kBlockColumns);
-      Acc sum[kW] = {};
-      for (int64_t i = begin; i < end; ++i) {
-        const Acc *__restrict s = student(panel, i), *__restrict t = teacher(panel, i);
-        VD_SIMD for (int64_t r = 0; r < kW; ++r) {
-          const Acc es = exp_nonpositive((s[r] - p.top_s[r]) * inv_temperature);
-          const Acc et = exp_nonpositive((t[r] - p.top_t[r]) * inv_temperature);
-          sum[r] += p.step(r, s[r], t[r], es, et, inv_temperature).rest;
-        }
-      }
-      for (int64_t r = 0; r < kW; ++r) total[r] += static_cast<double>(sum[r]);
-    }
-  }
-
   // The loss of each row of a panel from its blocks' sums, and what its gradient is formed of.
   void sums(int64_t panel) const {
-    const double inv_temperature = 1 / a_.temperature;
-    const Acc* scale = static_cast<const Acc*>(a_.scale) + begin_ + panel * kW;
-    Acc* loss = static_cast<Acc*>(a_.loss) + begin_ + panel * kW;
-    Slopes<Acc>& out = slopes_[panel];
-    out = {};
-    Sums z[kW];
-    Rest<double> rest_s[kW];
-    double rest_t[kW], close[kW];
-    for (int64_t r = 0; r < in_panel(panel); ++r) {
-      Class s[2], t[2];
-      z[r] = sums_of(panel, r, s, t);
-      rest_s[r] = s[1].rest(inv_temperature);
-      rest_t[r] = t[1].rest(inv_temperature).log_sum;
-      out.top_s[r] = static_cast<Acc>(shift_of(s[0].top));
-      out.top_t[r] = static_cast<Acc>(shift_of(t[0].top));
-      out.top_rest[r] = static_cast<Acc>(shift_of(s[1].top));
-      if (scale[r] == 0 || !is_close(divergence_of(z[r]), z[r])) continue;
-      out.close[r] = 1;
-      out.mean[r] = static_cast<Acc>(z[r].dot / z[r].t);
-      out.scale[r] = static_cast<Acc>(std::exp(z[r].dot / z[r].t));
-    }
-    if (out.any_close()) close_sums(panel, close);
-    for (int64_t r = 0; r < in_panel(panel); ++r) {
-      const Divergent row = out.close[r] != 0 ? close_sum(close[r], z[r]) : divergence_of(z[r]);
-      const Outcome<double> of =
-          whole_ ? with_unmatched<double>(row, z[r], static_cast<double>(out.top_s[r]) * inv_temperature,
-                                          static_cast<double>(out.top_t[r]) * inv_temperature, rest_s[r], rest_t[r],
-                                          a_.unmatched == Unmatched::drop)
-                 : Outcome<double>{row.loss, row.student, row.teacher, 0};
-      loss[r] = scale[r] == 0 ? Acc{0} : static_cast<Acc>(of.loss * a_.temperature * a_.temperature);
-      // Rounded once: what is wrong with a factor is wrong with all of its columns.
-      const double factor = a_.temperature * static_cast<double>(scale[r]);
-      out.student[r] = static_cast<Acc>(factor * of.student);
-      out.teacher[r] = static_cast<Acc>(factor * of.teacher);
-      out.rest[r] = static_cast<Acc>(factor * of.rest);
-    }
+    const int64_t at = begin_ + panel * kW;
+    const PanelDivergence of{a_.temperature, whole_, a_.unmatched == Unmatched::drop};
+    finish_rows<Acc>(of, blocks_, &partial(0, panel), in_panel(panel), static_cast<const Acc*>(a_.scale) + at,
+                     static_cast<Acc*>(a_.loss) + at, slopes_[panel], [&](double* total) {
+                       close_sums<Acc, false>(slopes_[panel], student(panel, 0), teacher(panel, 0), a_.matched, nullptr,
+                                              static_cast<Acc>(1 / a_.temperature), total);
+                     });
   }
 
   void gradient(int64_t block, int64_t first, int64_t last) const {
-    const Columns c = blocks_[block];
+    const ColumnBlock c = blocks_[block];
     for (int64_t panel = first; c.student && panel < last; ++panel) {
       const Slopes<Acc> p = slopes_[panel];  // a copy, which the gradient's memory cannot be taken for
       Acc* s = student(panel, c.begin);
@@ -444,7 +259,7 @@ class Sweep {
   const std::vector<int32_t> s_ids_, t_ids_;
   const int64_t width_;  // columns of the student whose logits are formed
   const bool wanted_;
-  std::vector<Columns> blocks_;
+  std::vector<ColumnBlock> blocks_;
   int threads_ = 1;
   // The chunk: its rows [begin_, begin_ + count_) in panels of kW, and its memory.
   int64_t begin_ = 0, count_ = 0, panels_ = 0, x_stride_ = 0;

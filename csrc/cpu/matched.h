@@ -1,5 +1,5 @@
 // The divergence over a matched vocabulary from the sums of exponentials, and the check of its ids: shared by
-// matched_kl and linear_matched_kl. Formulas: vocabdistil/reference/matched_kl.py.
+// matched_kl, linear_matched_kl and remapped_kl. Formulas: vocabdistil/reference/matched_kl.py.
 #pragma once
 
 #include "softmax.h"
@@ -40,6 +40,26 @@ struct Rest {
   double log_sum;
   Acc inv_sum;
 };
+
+// Turns the unmatched logits of one side into exp((x - top) / T); `again` brings them back.
+template <class Acc, class Again>
+Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature, Again&& again) {
+  const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
+  const double sum = sum_in_blocks<Acc>(count, [=](int64_t i) {
+    return x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
+  });
+  double less = sum - static_cast<double>(count);
+  if (ExpSum::is_near_count(less, static_cast<double>(count))) {
+    again();
+    less = sum_in_blocks<Acc>(count, [=](int64_t i) {
+      const Acc low = (x[i] - shift) * inv_temperature;
+      x[i] = exp_nonpositive(low);
+      return less_one(low);
+    });
+  }
+  const ExpSum total{sum, less, static_cast<double>(count)};
+  return {static_cast<double>(shift) / temperature + total.log(), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};
+}
 
 // log of the matched and of the unmatched share of a row.
 struct Shares {

@@ -6,26 +6,6 @@ namespace vocabdistil {
 namespace VD_ISA {
 namespace {
 
-// Turns the unmatched logits of one side into exp((x - top) / T); `again` brings them back.
-template <class Acc, class Again>
-Rest<Acc> exp_rest(Acc* __restrict x, int64_t count, Acc top, double temperature, Again&& again) {
-  const Acc shift = shift_of(top), inv_temperature = static_cast<Acc>(1 / temperature);
-  const double sum = sum_in_blocks<Acc>(count, [=](int64_t i) {
-    return x[i] = exp_nonpositive((x[i] - shift) * inv_temperature);
-  });
-  double less = sum - static_cast<double>(count);
-  if (ExpSum::is_near_count(less, static_cast<double>(count))) {
-    again();
-    less = sum_in_blocks<Acc>(count, [=](int64_t i) {
-      const Acc low = (x[i] - shift) * inv_temperature;
-      x[i] = exp_nonpositive(low);
-      return less_one(low);
-    });
-  }
-  const ExpSum total{sum, less, static_cast<double>(count)};
-  return {static_cast<double>(shift) / temperature + total.log(), static_cast<Acc>(sum == 0 ? 0 : 1 / sum)};
-}
-
 template <class Acc>
 void run(const MatchedKlArgs& a) {
   const OwnSpans student_spans(kStudentSpans, a.student_spans, a.pairs, a.student.rows);

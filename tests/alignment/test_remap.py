@@ -218,6 +218,21 @@ def test_masked_ids_are_not_looked_at(table: RemapTable) -> None:
     assert out.input_ids.tolist() == table.remap(torch.tensor([[3, 4]])).input_ids.tolist()
 
 
+def test_projection_weights() -> None:
+    """A student token's probability is shared out among the teacher's tokens that it is a piece of."""
+    table = RemapTable([0, 2, 2, 3, 5, 6], [0, 1, 0, 2, 0, 1], student_vocab_size=4, unk_id=3, pad_id=3)
+    assert table.projection_weights().tolist() == [0.5, 0.0, 0.5, 1.0, 0.0, 1.0]
+    torch.testing.assert_close(
+        table.projection_weights(0.5), torch.tensor([1 / 2.5, 1 / 3, 1 / 2.5, 1, 0.5 / 2.5, 2 / 3], dtype=torch.float64)
+    )
+    for weights in (table.projection_weights(), table.projection_weights(1)):
+        sums = torch.zeros(4, dtype=torch.float64).index_add_(0, table.ids.long(), weights)
+        torch.testing.assert_close(sums, torch.tensor([1.0, 1, 1, 0], dtype=torch.float64))
+    for decay in (-0.1, 1.5, float("nan"), "0", True):
+        with pytest.raises(ValueError, match="^decay: expected a number from 0 to 1, got"):
+            table.projection_weights(decay)
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 7), (3, 0)])
 def test_nothing_to_remap(table: RemapTable, shape: tuple[int, int]) -> None:
     out = table.remap(torch.zeros(shape, dtype=torch.int64))

@@ -92,7 +92,7 @@ def test_conversations(tmp_path, packed_in):
     made = vd.distill(**options(tmp_path / "out", text=text, recipe="likelihood"))
     bits = made.metrics["bits_per_byte"]
     assert bits["after"] < bits["before"] and all(map(math.isfinite, bits.values()))
-    assert made.metrics["weights"] == {"lm": 1.0, "likelihood": 100.0, "matched": 0.0, "gold": 0.0}
+    assert made.metrics["weights"] == {"lm": 1.0, "likelihood": 100.0, "matched": 0.0, "remapped": 0.0, "gold": 0.0}
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_on_the_command_line(tmp_path, capsys):
     for words in ("in both", "Held-out bits per byte (", "Training: 2 steps of 4 texts", "The student is in"):
         assert words in said
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["weights"] == {"lm": 1.0, "likelihood": 50.0, "matched": 1.0, "gold": 0.0}
+    assert metrics["weights"] == {"lm": 1.0, "likelihood": 50.0, "matched": 1.0, "remapped": 0.0, "gold": 0.0}
     assert main(["distill", *sides, *rest, "--quiet", "--overwrite", "--batch-size", "4"]) == 0
     assert capsys.readouterr().out == ""
 
@@ -119,7 +119,7 @@ def test_on_the_command_line(tmp_path, capsys):
         (ENCODER | {"recipe": "likelihood"}, r"^recipe: expected one of an encoder \(bert\)"),
         (ENCODER | {"weights": "lm=1"}, r"^weights: expected those of an encoder \(bert\)"),
         ({"recipe": "embedding"}, "^recipe: expected next-token or likelihood"),
-        ({"weights": "kl=1"}, "^weights: expected lm, likelihood, matched, gold"),
+        ({"weights": "kl=1"}, "^weights: expected lm, likelihood, matched, remapped, gold"),
         ({"whiten": 0.3}, "^whiten: expected none for a decoder"),
         ({"prompt": "q: "}, "^prompt: expected none for a decoder"),
         ({"student": lambda: tiny_decoder("gemma2")}, "^student: expected a model whose logits are those"),

@@ -1,6 +1,7 @@
 """The trainer of causal students."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.chats import BRACKETS, TURNS, chat_tokenizer, small_gpt2, small_llama
 from tests.spans import pairs_list
 from vocabdistil.core.errors import VocabdistilError
 
-EVERY = "lm=0.5,likelihood=100,matched=2,gold=3"
+EVERY = "lm=0.5,likelihood=100,matched=2,remapped=1.5,gold=3"
 TEXTS = ["I walk home.", "they walked home and I too", "東 he walks", "who are you walking with?"]
 CHATS = [
     {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": text}]} for text in TEXTS
@@ -44,7 +45,7 @@ def trainer_of(sides, folder, rows=ROWS, model=None, **options):
     )
 
 
-def direct(batch, student, teacher, matched):
+def direct(batch, student, teacher, matched, table):
     """The losses by their definitions, from all logits, one pair after the other."""
     z_s = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
     taught = batch["teacher"]
@@ -52,7 +53,9 @@ def direct(batch, student, teacher, matched):
         z_t = teacher(input_ids=taught["input_ids"], attention_mask=taught["attention_mask"]).logits.log_softmax(-1)
     lm = cross_entropy(z_s[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     sides = [(z_s, batch["input_ids"]), (z_t, taught["input_ids"])]
-    likelihood, kl = [], []
+    first_piece = [(v, table.rows(v)[0]) for v in range(len(table)) if table.rows(v)]
+    known = [v for v, _ in first_piece]
+    likelihood, kl, remapped = [], [], []
     for spans in pairs_list(batch["pairs"]):
         logs, firsts = [], []
         for (z, ids), (start, end) in zip(sides, (spans[:2], spans[2:]), strict=True):
@@ -63,20 +66,26 @@ def direct(batch, student, teacher, matched):
         likelihood.append(q * (q / r).log() + (1 - q) * ((1 - q) / (1 - r)).log())
         p_s, p_t = firsts[0][matched.student_ids].softmax(0), firsts[1][matched.teacher_ids].softmax(0)
         kl.append((p_t * (p_t / p_s).log()).sum())
-    return {"lm": lm, "likelihood": torch.stack(likelihood).mean(), "matched": torch.stack(kl).mean()}
+        # The student's probability of a piece, in equal parts to the teacher's tokens that begin with it.
+        pieces = torch.tensor([j for _, j in first_piece])
+        r = firsts[0].exp()[pieces] / pieces.bincount()[pieces]
+        q = firsts[1][known].softmax(0)
+        remapped.append((q * (q * r.sum() / r).log()).sum())
+    means = {"likelihood": likelihood, "matched": kl, "remapped": remapped}
+    return {"lm": lm, **{name: torch.stack(values).mean() for name, values in means.items()}}
 
 
 @pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["text", "chat"])
 def test_a_step_is_what_all_logits_say(sides, tmp_path, rows):
     sides = (*sides[:2], *(copy.deepcopy(model).double().eval() for model in sides[2:]))
     student = sides[3]
-    trainer = trainer_of(sides, tmp_path, model=student, weights="lm=0.5,likelihood=100,matched=2")
+    trainer = trainer_of(sides, tmp_path, model=student, weights="lm=0.5,likelihood=100,matched=2,remapped=3")
     batch = trainer.data_collator(rows)
     loss, found = trainer.compute_loss(student.eval(), batch, return_outputs=True)
-    terms = direct(batch, student, sides[2], trainer.objective.matched)
+    terms = direct(batch, student, sides[2], trainer.objective.matched, trainer.objective.table)
     for name, value in terms.items():
         torch.testing.assert_close(found["terms"][name], value, rtol=1e-9, atol=1e-12)
-    expected = 0.5 * terms["lm"] + 100 * terms["likelihood"] + 2 * terms["matched"]
+    expected = 0.5 * terms["lm"] + 100 * terms["likelihood"] + 2 * terms["matched"] + 3 * terms["remapped"]
     weights = [p for p in student.parameters() if p.requires_grad]
     for ours, theirs in zip(*(torch.autograd.grad(x, weights) for x in (loss, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
@@ -97,10 +106,14 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(sides, tmp_path):
     """The case in which a shift that is off by one shows."""
     same = chat_tokenizer("llama")
     model = small_llama(len(same))
-    trainer = trainer_of((same, same, model, model), tmp_path, weights="likelihood=1,matched=1,gold=1")
+    trainer = trainer_of((same, same, model, model), tmp_path, weights="likelihood=1,matched=1,remapped=1,gold=1")
+    # Without the tokens of bytes, which share their letter with another token.
+    ids = torch.arange(len(same) + 1)
+    table = vd.RemapTable(ids, ids[:-1], student_vocab_size=len(same), unk_id=0, pad_id=0)
+    trainer.objective = replace(trainer.objective, table=table)
     student = copy.deepcopy(model).eval()
     terms = trainer.compute_loss(student, trainer.data_collator(ROWS), return_outputs=True)[1]["terms"]
-    assert terms.keys() == {"likelihood", "matched", "gold"}
+    assert terms.keys() == {"likelihood", "matched", "remapped", "gold"}
     assert all(abs(value.item()) < 1e-6 for value in terms.values())
 
 
@@ -119,7 +132,7 @@ def test_text_alone_needs_no_teacher(sides, tmp_path):
 
 def losses_of(trainer):
     trainer.train()
-    names = ("lm", "likelihood", "matched", "gold")
+    names = ("lm", "likelihood", "matched", "remapped", "gold")
     return [[log["loss"], *(log[name] for name in names)] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -212,7 +225,7 @@ def test_no_more_is_read_than_a_model_can(sides, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weights": "mlm=1"}, "^weights: unknown loss 'mlm'; expected lm, likelihood, matched, gold"),
+        ({"weights": "mlm=1"}, "^weights: unknown loss 'mlm'; expected lm, likelihood, matched, remapped, gold"),
         ({"weights": "lm=0"}, "^weights: expected numbers of at least 0, one above"),
         ({"weights": 3}, "^weights: expected CausalWeights or their text form, got int"),
         ({"unmatched": "none"}, "^unmatched: expected one of"),

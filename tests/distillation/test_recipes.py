@@ -87,11 +87,11 @@ def test_weights_are_a_part_of_their_losses(scene):
             continue
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
-        if type(node).__name__ in ("_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"):
+        if type(node).__name__ in ("_SpanLossBackward", "LinearLossBackward", "RowLossBackward"):
             node.register_prehook(lambda grads, node=node: met.__setitem__(node, grads[0]))
     loss.backward()
     model.zero_grad(set_to_none=True)
-    assert {type(node).__name__ for node in met} == {"_SpanLossBackward", "_LinearMatchedKLBackward", "RowLossBackward"}
+    assert {type(node).__name__ for node in met} == {"_SpanLossBackward", "LinearLossBackward", "RowLossBackward"}
     assert all(grad == 1 for grad in met.values())
 
 

@@ -157,8 +157,9 @@ bool one_case() {
         break;
       default:
         VD_ISA::remapped_kl({s.view(), t.view(), s_spans.view(), t_spans.view(),
-                     {table.data(), matched, shape.data(), 1, table.data(), indptr.data(), table.data()}, pairs,
-                     static_cast<bool>(pick(0, 1)), 2, scale.data(), loss.data(), total.data(), s_grad, threads});
+                     {table.data(), matched, shape.data(), 1, table.data(), indptr.data(), table.data(), nullptr,
+                      nullptr},
+                     pairs, static_cast<bool>(pick(0, 1)), pick(0, 3), static_cast<Unmatched>(pick(0, 2)), 2, scale.data(), loss.data(), total.data(), s_grad, threads});
     }
   } catch (const std::invalid_argument&) {
     refused = true;

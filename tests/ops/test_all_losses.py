@@ -38,8 +38,8 @@ def test_any_two_dtypes_go_together(name, student, teacher):
     assert loss.dtype == (torch.float64 if torch.float64 in (student, teacher) else torch.float32)
     # What the test itself computes in half precision, or the teacher's product in it, is rounded there.
     coarse = [x for x in (student, teacher) if x in (torch.bfloat16, torch.float16)]
-    rounded = ("attention_loss", "layers", "linear_matched_kl", "linear_span_likelihood", "projected")
-    coarse = coarse if name in rounded else []
+    rounded = name.startswith("linear_") or name in ("attention_loss", "layers", "projected")
+    coarse = coarse if rounded else []
     factor = 8 if coarse else 1
     assert_norm_close(loss.detach(), want.detach(), coarse[0] if coarse else torch.float32, "loss", factor)
     finest = student if student.itemsize < 4 else torch.float32
@@ -103,7 +103,9 @@ def test_a_second_derivative_is_refused_and_not_zero(name):
         torch.autograd.functional.hvp(lambda x: LOSSES[name](x, teacher, pairs), student.detach(), grad.detach())
 
 
-@pytest.mark.parametrize("name", ["kl", "projected", "matched_kl", "linear_matched_kl", "span_likelihood"])
+@pytest.mark.parametrize(
+    "name", ["kl", "projected", "matched_kl", "linear_matched_kl", "linear_remapped_kl", "span_likelihood"]
+)
 def test_the_reference_has_second_derivatives(name):
     student, teacher, pairs = inputs(torch.float64, torch.float64, count=3)
     assert torch.autograd.gradgradcheck(lambda x: REFERENCE[name](x, teacher, pairs), student)
@@ -190,7 +192,7 @@ def test_pairs_made_in_a_compiled_function(name):
     torch.testing.assert_close(gradient, torch.autograd.grad(want, student)[0])
 
 
-WEIGHED = ["matched_kl", "remapped_kl", "linear_matched_kl"]
+WEIGHED = ["matched_kl", "remapped_kl", "linear_matched_kl", "linear_remapped_kl"]
 
 
 def logit_losses(module):
@@ -201,6 +203,7 @@ def logit_losses(module):
         "matched_kl": lambda s, t, **o: module.matched_kl(s, t, matched, **o),
         "remapped_kl": lambda s, t, **o: module.remapped_kl(s, t, table, **o),
         "linear_matched_kl": lambda s, t, **o: module.linear_matched_kl(s, layer, t, layer, matched, **o),
+        "linear_remapped_kl": lambda s, t, **o: module.linear_remapped_kl(s, layer, t, layer, table, top_k=2, **o),
     }
 
 
@@ -306,7 +309,7 @@ def test_a_scale_counts_in_every_reduction_and_backend(name, scale):
 
 def test_a_scale_beside_learned_pair_weights():
     leaf, teacher, pairs = inputs()
-    for name in ("kl", "matched_kl", "remapped_kl", "linear_matched_kl"):
+    for name in ("kl", *WEIGHED):
         weights = torch.rand(len(pairs), requires_grad=True)
         plain = LOSSES[name](leaf, teacher, pairs, pair_weights=weights)
         for scale in (4.0, torch.tensor(4.0)):

@@ -10,7 +10,7 @@ import torch
 import vocabdistil as vd
 from tests.compiling import assert_compiles
 from tests.remapped_kl_backend import *  # noqa: F403
-from tests.remapped_kl_backend import COMBINES, DTYPES, compare, make_table, run
+from tests.remapped_kl_backend import COMBINES, DTYPES, INF, REMAINDERS, compare, make_table, make_weights, run
 from tests.spans import make_pairs
 from tests.vocabularies import randn
 
@@ -35,6 +35,16 @@ def test_pairs(combine, reduction, dtype):
     pairs, n_s, n_t = make_pairs(31, seed=3, gaps=True, empty=True)
     student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 90, seed=2, dtype=dtype)
     compare(student, teacher, make_table(90, 40), pairs=pairs, combine=combine, reduction=reduction, temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_any_top_k(combine, remainder, dtype):
+    table = make_table(200, 60, seed=3)
+    student, teacher = randn(6, 60, seed=1, dtype=dtype), randn(6, 200, seed=2, dtype=dtype, scale=2)
+    for top_k in (1, 2, 7, 100, 1000):
+        compare(student, teacher, table, top_k=top_k, combine=combine, remainder=remainder, temperature=1.7)
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -66,6 +76,15 @@ def test_gradcheck(combine, with_pairs):
         )
 
 
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("remainder", REMAINDERS)
+def test_gradcheck_of_weights_and_top_k(remainder, combine):
+    student = randn(4, 6, dtype=torch.float64).requires_grad_()
+    teacher, table = randn(4, 9, seed=1, dtype=torch.float64), make_table(9, 6)
+    options = {"entry_weights": make_weights(table), "combine": combine, "top_k": 3, "remainder": remainder}
+    assert torch.autograd.gradcheck(lambda s: vd.remapped_kl(s, teacher, table, temperature=1.5, **options), (student,))
+
+
 def test_strided_inputs():
     table = make_table(20, 12)
     flat_s, flat_t = randn(10, 12, seed=1), randn(10, 20, seed=2)
@@ -84,17 +103,19 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("top_k", [None, 20])
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_bit_identical_for_any_number_of_threads(threads, combine):
+def test_bit_identical_for_any_number_of_threads(threads, combine, top_k):
     pairs, n_s, n_t = make_pairs(200, seed=9, gaps=True)
     student, teacher, table = randn(n_s, 300, seed=1), randn(n_t, 2000, seed=2), make_table(2000, 300)
+    options = {"pairs": pairs, "combine": combine, "entry_weights": make_weights(table), "top_k": top_k}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = run(vd, student, teacher, table, pairs=pairs, combine=combine)
+        expected = run(vd, student, teacher, table, **options)
         torch.set_num_threads(threads)
         for _ in range(2):
-            loss, grad = run(vd, student, teacher, table, pairs=pairs, combine=combine)
+            loss, grad = run(vd, student, teacher, table, **options)
             assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
     finally:
         torch.set_num_threads(before)
@@ -102,12 +123,16 @@ def test_bit_identical_for_any_number_of_threads(threads, combine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
-def test_compiles_as_one_graph(dtype, reduction):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_compiles_as_one_graph(dtype, reduction, weighted):
     pairs, n_s, n_t = make_pairs(12, seed=4)
     student, teacher, table = randn(n_s, 24, dtype=dtype), randn(n_t, 30, seed=1, dtype=dtype), make_table(30, 24)
 
+    given = {"entry_weights": make_weights(table), "top_k": 7} if weighted else {}
+
     def loss(s):
-        return (vd.remapped_kl(s * 2, teacher, table, pairs=pairs, temperature=2.0, reduction=reduction) * 3).sum()
+        loss = vd.remapped_kl(s * 2, teacher, table, pairs=pairs, temperature=2.0, reduction=reduction, **given)
+        return (loss * 3).sum()
 
     assert_compiles(loss, student)
 
@@ -117,8 +142,10 @@ def test_opcheck():
     spans = [pairs.student_start, pairs.student_end, pairs.teacher_start, pairs.teacher_end]
     table = make_table(10, 8)
     for student in (randn(n_s, 8), randn(n_s, 16)[:, :8]):
-        args = (student, randn(n_t, 10), spans, table.indptr, table.ids, torch.rand(9), True, 2.0, "cpu", True)
-        torch.library.opcheck(torch.ops.vocabdistil.remapped_kl.default, args)
+        for weights, top_k in ((None, 0), (make_weights(table), 3)):
+            args = (student, randn(n_t, 10), spans, table.indptr, table.ids, weights, torch.rand(9))
+            args += (True, top_k, 1, 2.0, "cpu", True)
+            torch.library.opcheck(torch.ops.vocabdistil.remapped_kl.default, args)
 
 
 def test_tables_are_told_apart():
@@ -130,6 +157,31 @@ def test_tables_are_told_apart():
     assert torch.equal(vd.remapped_kl(student, teacher, table), first)
     table.ids.copy_((table.ids + 1) % 6)  # a table changed in place is another table
     compare(student, teacher, table)
+    weights = make_weights(table)
+    for combine in COMBINES:  # one reads the weights, the other their logs
+        compare(student, teacher, table, entry_weights=weights, combine=combine)
+        compare(student.double(), teacher.double(), table, entry_weights=weights, combine=combine)
+    weights.mul_(torch.linspace(1, 2, len(weights)))
+    compare(student, teacher, table, entry_weights=weights)
+
+
+def test_a_projection_of_probabilities():
+    """What X-Token projects: ``KL(p_t || W p_s)`` of a matrix whose columns add up to 1."""
+    student, teacher = randn(4, 6, dtype=torch.float64), randn(4, 9, seed=1, dtype=torch.float64)
+    dense = torch.rand(9, 6, dtype=torch.float64) * (torch.rand(9, 6) < 0.5)
+    dense[:6] += torch.eye(6)
+    dense = dense[dense.sum(1) > 0]
+    dense /= dense.sum(0)
+    sparse = dense.to_sparse_csr()
+    table = SimpleNamespace(indptr=sparse.crow_indices(), ids=sparse.col_indices())
+    teacher = teacher[:, : len(dense)]
+    for temperature in (1.0, 2.0):
+        q, r = (teacher / temperature).softmax(1), (student / temperature).softmax(1) @ dense.t()
+        want = temperature**2 * (q * (q / r).log()).sum(1).mean()
+        got = temperature**2 * vd.remapped_kl(
+            student / temperature, teacher / temperature, table, entry_weights=sparse.values(), combine="logsumexp"
+        )
+        torch.testing.assert_close(got, want)
 
 
 def test_a_real_table():
@@ -180,6 +232,17 @@ BAD = [
     ({"table": SimpleNamespace(indptr=torch.tensor([0, 1, 2]), ids=TABLE.ids)}, ValueError, r"table\.indptr"),
     ({"table": SimpleNamespace(indptr=torch.tensor([0, 4, 3]), ids=TABLE.ids)}, ValueError, r"table\.indptr"),
     ({"combine": "mean"}, ValueError, "combine"),
+    ({"entry_weights": [1, 1, 1]}, TypeError, "entry_weights"),
+    ({"entry_weights": torch.ones(3, dtype=torch.int64)}, TypeError, "entry_weights"),
+    ({"entry_weights": torch.ones(2)}, ValueError, r"entry_weights: expected one per entry of the table \(3\), got 2"),
+    ({"entry_weights": torch.tensor([1, INF, 1])}, ValueError, "entry_weights: expected finite values, got inf"),
+    (
+        {"entry_weights": torch.tensor([1, -1.0, 1]), "combine": "logsumexp"}, ValueError,
+        "entry_weights: expected no negative value with combine='logsumexp', got -1.0",
+    ),
+    ({"top_k": 0}, ValueError, "top_k: expected a number from 1 on, or None, got 0"),
+    ({"top_k": 2.0}, TypeError, "top_k"),
+    ({"remainder": "mean"}, ValueError, "remainder"),
     ({"temperature": 0.0}, ValueError, "temperature"),
     ({"reduction": "mean"}, ValueError, "reduction"),
     ({"backend": "cuda"}, ValueError, "backend"),

@@ -36,13 +36,14 @@ def logits(seed, requires_grad=True):
 
 
 def call(name, module, student, teacher, **options):
-    if name == "linear_matched_kl":
+    known = TABLE if "remapped" in name else MATCHED
+    if name.startswith("linear"):
         weight = torch.eye(V)
-        return module.linear_matched_kl(student, weight, teacher, weight, MATCHED, **options)
-    return getattr(module, name)(student, teacher, TABLE if name == "remapped_kl" else MATCHED, **options)
+        return getattr(module, name)(student, weight, teacher, weight, known, **options)
+    return getattr(module, name)(student, teacher, known, **options)
 
 
-LOSSES = ("matched_kl", "linear_matched_kl", "remapped_kl")
+LOSSES = ("matched_kl", "linear_matched_kl", "remapped_kl", "linear_remapped_kl")
 
 
 @pytest.mark.parametrize("module", [vd, vd.reference], ids=["kernel", "reference"])
@@ -115,7 +116,7 @@ def test_what_cannot_be_shifted_is_refused(name, module):
         for bad in kinds:
             with pytest.raises(error, match=r"^teacher_shift: expected 0 or 1, got"):
                 call(name, module, student, teacher, pairs=pairs_by_hand(), teacher_shift=bad)
-    kind = "hidden" if name == "linear_matched_kl" else "logits"
+    kind = "hidden" if name.startswith("linear") else "logits"
     with pytest.raises(ValueError, match=rf"^student_{kind}: expected shape \[B, L, .\] beside student_shift=1"):
         call(name, module, student.flatten(0, 1), teacher, pairs=pairs_by_hand(), student_shift=1)
 

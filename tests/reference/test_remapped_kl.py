@@ -71,6 +71,58 @@ def test_gradcheck(combine):
     )
 
 
+WEIGHTS = torch.tensor([0.5, 2.0, 0.25, 1.0, 0.0, 3.0, 0.0], dtype=F64)  # the row [4] counts for nothing
+
+
+@pytest.mark.parametrize("remainder", ["rest", "drop", "renormalize"])
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+def test_weights_and_top_k_equal_a_loop(combine, remainder):
+    z_s, z_t = rows(4, 5, grad=True), rows(4, 5, seed=1)
+    dense = torch.zeros(5, 5, dtype=F64)
+    for v, (a, b) in enumerate(zip(TABLE.indptr, TABLE.indptr[1:], strict=False)):
+        for e in range(int(a), int(b)):
+            dense[v, TABLE.ids[e]] += WEIGHTS[e]
+    dense = dense[[0, 2, 3]]
+    losses, expected = [], []
+    for top_k in (1, 2, 3, 9):
+        losses.append(
+            remapped_kl(
+                z_s, z_t, TABLE, entry_weights=WEIGHTS, combine=combine, top_k=top_k, remainder=remainder,
+                temperature=1.8, reduction="none",
+            )  # fmt: skip
+        )
+        each = []
+        for s, t in zip(z_s, z_t[:, [0, 2, 3]], strict=True):
+            z = dense @ s if combine == "sum" else (dense @ s.exp()).log()
+            q, r = torch.softmax(t / 1.8, 0), torch.softmax(z / 1.8, 0)
+            order = t.argsort(descending=True)
+            inside, outside = order[:top_k], order[top_k:]
+            if remainder == "renormalize":
+                q, r = (x[inside] / x[inside].sum() for x in (q, r))
+                inside, outside = torch.arange(len(q)), outside[:0]
+            kl = (q[inside] * (q[inside] / r[inside]).log()).sum()
+            if remainder == "rest" and len(outside):
+                kl = kl + q[outside].sum() * (q[outside].sum() / r[outside].sum()).log()
+            each.append(1.8**2 * kl)
+        expected.append(torch.stack(each))
+    assert_close(torch.stack(losses), torch.stack(expected), LOSS, F64)
+    (grad,) = torch.autograd.grad(sum(x.sum() for x in losses), z_s)
+    (expected_grad,) = torch.autograd.grad(sum(x.sum() for x in expected), z_s)
+    assert_close(grad, expected_grad, VALUE, F64)
+
+
+def test_top_k_by_hand():
+    # q = (1/2, 1/4, 1/4), r = (1/4, 1/4, 1/2): the most probable one, and the rest.
+    teacher, student = (torch.tensor([x], dtype=F64).log() for x in ([2.0, 1, 1], [1.0, 1, 2]))
+    table = remap([[0], [1], [2]])
+    rest = remapped_kl(student, teacher, table, top_k=1)
+    assert rest.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), abs=1e-14)
+    assert remapped_kl(student, teacher, table, top_k=1, remainder="drop").item() == pytest.approx(0.5 * math.log(2))
+    assert remapped_kl(student, teacher, table, top_k=1, remainder="renormalize").item() == 0
+    both = remapped_kl(student, teacher, table, top_k=2, remainder="renormalize")  # the second and third tie: all
+    assert both.item() == pytest.approx(remapped_kl(student, teacher, table).item(), abs=1e-14)
+
+
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])
 def test_rows_of_one_id_are_the_matched_vocabulary(combine):
     z_s, z_t = rows(4, 5), rows(4, 3, seed=1)
@@ -125,6 +177,8 @@ def test_teacher_gets_no_gradient():
         ((rows(3, 5), rows(3, 5), {}), {}, TypeError, r"table: expected a RemapTable \(an object with indptr\)"),
         ((rows(3, 5), rows(2, 5), TABLE), {}, ValueError, "student_logits: expected as many rows"),
         ((rows(3, 5), rows(3, 5), TABLE), {"combine": "max"}, ValueError, "combine: expected one of 'sum'"),
+        ((rows(3, 5), rows(3, 5), TABLE), {"entry_weights": torch.ones(2)}, ValueError, "entry_weights: expected one"),
+        ((rows(3, 5), rows(3, 5), TABLE), {"top_k": -1}, ValueError, "top_k: expected a number from 1 on"),
         ((rows(3, 5), rows(3, 5), TABLE), {"temperature": math.inf}, ValueError, "temperature: expected"),
     ],
 )

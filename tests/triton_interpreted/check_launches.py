@@ -50,6 +50,16 @@ def small(call):
     return call.operation != "contrastive" and (call.operation != "span_loss" or call.name.startswith("kl 264"))
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_remapped_kl_is_one_launch_in_each_direction(launches, top_k):
+    table = vd.RemapTable(torch.arange(61), torch.arange(60) % 50, student_vocab_size=50, unk_id=1, pad_id=0)
+    leaf = torch.randn(40, 50, requires_grad=True)
+    loss = 3 * vd.remapped_kl(leaf, torch.randn(40, 60), table, top_k=top_k, backend="triton")
+    assert launches[True]["kernel", "remapped_kl"] == 1
+    loss.backward()
+    assert launches[True]["kernel", "remapped_kl"] == 2
+
+
 def test_on_the_device_of_their_tensors(launches):
     for call in filter(small, calls(CPU)):
         launch(call, "triton")

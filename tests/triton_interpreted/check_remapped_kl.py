@@ -23,8 +23,10 @@ from tests.vocabularies import randn
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 
-# Tables are cut as a hundred times larger ones are, and pairs are taken eight at a time.
-SMALL = {"PAIRS": 8, "SLICE": 16, "WINDOW": 32, "SEGMENT": 3, "PARTS": 4, "BUDGET": 4 * 8 * 500}
+# Tables are cut as a hundred times larger ones are, and a program takes several groups of pairs.
+SMALL = {"SLICE": 16, "SEARCH": 8, "WINDOW": 32, "SEGMENT": 3, "BUDGET": 4 * 4 * 900, "RESIDENT": 2}
+
+
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +76,17 @@ def test_long_rows_and_frequent_pieces(combine):
     compare(randn(3, 40, scale=0.3), randn(3, 60, seed=1), SimpleNamespace(indptr=indptr, ids=ids), combine=combine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(("combine", "dtype"), [("sum", torch.bfloat16), ("logsumexp", torch.float32)], ids=str)
 def test_upstream_gradients_are_folded_in_once(combine, dtype):
-    table, teacher = make_table(90, 40), randn(6, 90, seed=2, dtype=dtype)
+    table, teacher = make_table(16, 9), randn(6, 16, seed=2, dtype=dtype)
     grads = []
     for upstream in (1.0, -4.0, 2.0**-30):
-        leaf = randn(6, 40, seed=1, dtype=dtype).requires_grad_()
+        leaf = randn(6, 9, seed=1, dtype=dtype).requires_grad_()
         vd.remapped_kl(leaf, teacher, table, combine=combine, backend="triton").backward(torch.tensor(upstream))
         grads.append(leaf.grad / upstream)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
     loss = partial(vd.remapped_kl, teacher_logits=teacher, table=table, combine=combine, backend="triton")
-    assert_guesses_the_upstream_gradient(loss, randn(6, 40, seed=1, dtype=dtype))
+    assert_guesses_the_upstream_gradient(loss, randn(6, 9, seed=1, dtype=dtype))
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -116,9 +117,9 @@ def test_bad_tables_are_named():
 
 
 def test_compiles_as_one_graph():
-    table, teacher = make_table(90, 40), randn(6, 90, seed=2, dtype=torch.bfloat16)
+    table, teacher = make_table(16, 9), randn(6, 16, seed=2, dtype=torch.bfloat16)
 
     def loss(x):
         return vd.remapped_kl(x * 2, teacher, table, backend="triton") * 3
 
-    assert_compiles(loss, randn(6, 40, dtype=torch.bfloat16))
+    assert_compiles(loss, randn(6, 9, dtype=torch.bfloat16))

@@ -298,6 +298,25 @@ class RemapTable:
         indptr, ids = self._vectors()
         return _restore, (indptr.numpy(), ids.numpy(), *self._numbers())
 
+    def projection_weights(self, decay: float = 0.0) -> Tensor:
+        """float64 ``[nnz]``: the ``entry_weights`` with which :func:`vocabdistil.remapped_kl` with
+        ``combine="logsumexp"`` projects the student's probabilities to the teacher's tokens.
+
+        Piece k of a row counts ``decay ** k``: with 0, the default, the first alone, which is what the student predicts
+        where both begin a token. The weights of each student token are divided by their sum, so that its probability is
+        shared out among the teacher's tokens that it is a piece of, and none gets lost.
+
+        Raises:
+            ValueError: ``decay`` outside [0, 1].
+        """
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
+        indptr, ids = (x.to(torch.int64) for x in self._vectors())
+        begin = torch.repeat_interleave(indptr[:-1], indptr.diff())
+        weights = float(decay) ** (torch.arange(ids.numel()) - begin).double()
+        sums = weights.new_zeros(self.student_vocab_size).index_add_(0, ids, weights)[ids]
+        return torch.where(sums > 0, weights / sums, 0.0)
+
     def rows(self, teacher_id: int) -> list[int]:
         """The student ids of one teacher token.
 

@@ -17,7 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .values import integer
+
 __all__ = [
+    "COMBINES",
     "DIVERGENCES",
     "Layers",
     "LIKELIHOOD_DIVERGENCES",
@@ -34,6 +37,7 @@ __all__ = [
     "check_beta",
     "check_choice",
     "check_columns",
+    "check_entry_weights",
     "check_float",
     "check_index_range",
     "check_keepable",
@@ -49,6 +53,7 @@ __all__ = [
     "check_temperature",
     "check_tensor",
     "check_token_ids",
+    "check_top_k",
     "check_weight_dtype",
     "compute_dtype",
 ]
@@ -62,6 +67,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "mse", "cosine")
 LIKELIHOOD_DIVERGENCES = ("kl", "total_variation")
+COMBINES = ("sum", "logsumexp")
 POOLINGS = ("mean", "sum")
 REDUCTIONS = ("batchmean", "sum", "none")
 UNMATCHED = ("renormalize", "rest", "drop")
@@ -327,7 +333,34 @@ def check_matched(matched: Matched, student_columns: int, teacher_columns: int) 
         raise ValueError("matched: expected at least one token in both vocabularies, got none")
 
 
-def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) -> None:
+def check_entry_weights(weights: Tensor | None, table: RemapLike, combine: str) -> None:
+    """One finite weight per entry of the table, none negative where its logarithm is needed; looked at only in host
+    memory and outside compilation."""
+    if weights is None:
+        return
+    check_float(weights, "entry_weights", dims=(1,))
+    if weights.numel() != table.ids.numel():
+        raise ValueError(
+            f"entry_weights: expected one per entry of the table ({table.ids.numel()}), got {weights.numel()}"
+        )
+    if torch.compiler.is_compiling() or weights.device.type != "cpu" or not weights.numel():
+        return
+    low, high = (float(v) for v in torch.aminmax(weights.detach()))
+    if not (-math.inf < low and high < math.inf):
+        raise ValueError(f"entry_weights: expected finite values, got {high if low > -math.inf else low}")
+    if combine == "logsumexp" and low < 0:
+        raise ValueError(f"entry_weights: expected no negative value with combine='logsumexp', got {low}")
+
+
+def check_top_k(top_k: int | None, remainder: str) -> None:
+    if top_k is not None and integer(top_k, "top_k") < 1:
+        raise ValueError(f"top_k: expected a number from 1 on, or None, got {top_k}")
+    check_choice(remainder, "remainder", UNMATCHED)
+
+
+def check_remap(
+    table: RemapLike, student_columns: int, teacher_columns: int, columns_of: str = "teacher_logits"
+) -> None:
     """A CSR table with a row per teacher column; further columns (padding of an output layer) are allowed."""
     for field in ("indptr", "ids"):
         if not hasattr(table, field):
@@ -335,9 +368,8 @@ def check_remap(table: RemapLike, student_columns: int, teacher_columns: int) ->
         check_index(getattr(table, field), f"table.{field}")
     rows = table.indptr.numel() - 1
     if not 0 <= rows <= teacher_columns:
-        raise ValueError(
-            f"table: expected at most {teacher_columns} rows (columns of teacher_logits), got {rows}"
-        )
+        kind = "rows" if columns_of == "teacher_weight" else "columns"
+        raise ValueError(f"table: expected at most {teacher_columns} rows ({kind} of {columns_of}), got {rows}")
     check_index_range(table.ids, "table.ids", student_columns)
 
 

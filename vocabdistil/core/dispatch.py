@@ -29,6 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "relation_loss": {"cpu": ("cpu",), "cuda": ("triton",)},
     "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "linear_remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
     "linear_span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
     "remap": {"cpu": ("cpu",), "cuda": ("triton", "torch")},

@@ -145,6 +145,10 @@ def matched_kl(
 LinearSide = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor]
 
 
+def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, ids: Tensor | None) -> tuple:
+    return _rows(hidden), _rows(weight), _address(bias), _address(lengths), _address(ids)
+
+
 def linear_matched_kl(
     student: LinearSide, teacher: LinearSide, unmatched: int, temperature: float, budget: int,
     scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
@@ -154,11 +158,8 @@ def linear_matched_kl(
     the weights and the hidden states in the accumulation dtype. Raises ValueError for bad ids.
     """
 
-    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, ids: Tensor) -> tuple:
-        return _rows(hidden), _rows(weight), _address(bias), _address(lengths), ids.data_ptr()
-
     module().linear_matched_kl(
-        side(*student), side(*teacher), student[4].numel(), unmatched, temperature, budget, scale.data_ptr(),
+        _side(*student), _side(*teacher), student[4].numel(), unmatched, temperature, budget, scale.data_ptr(),
         loss.data_ptr(), total.data_ptr(), *(_address(g) for g in grads), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -208,17 +209,40 @@ def linear_log_prob_bwd(
     )  # fmt: skip
 
 
+def _plan(plan: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """rows [M], shapes [B, 2], ids [nnz], indptr [columns + 1], pieces_of [nnz], int32; weights and weights_of [nnz] in
+    the accumulation dtype, or None: RemapPlan of csrc/ops.h."""
+    rows, shapes, ids, indptr, pieces_of, weights, weights_of = plan
+    assert rows is not None and shapes is not None
+    return (
+        rows.data_ptr(), rows.numel(), shapes.data_ptr(), shapes.shape[0],
+        *(_address(x) for x in (ids, indptr, pieces_of, weights, weights_of)),
+    )  # fmt: skip
+
+
 def remapped_kl(
-    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor], logsumexp: bool,
-    temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], plan: Sequence[Tensor | None], logsumexp: bool,
+    top_k: int, remainder: int, temperature: float, scale: Tensor, loss: Tensor, total: Tensor, grad: Tensor | None,
 ) -> None:  # fmt: skip
-    """As matched_kl; plan: rows [M], shapes [B, 2], ids [nnz], indptr [V_s + 1], pieces_of [nnz], int32 (RemapPlan)."""
-    rows, shapes, ids, indptr, pieces_of = plan
+    """As matched_kl; plan: see _plan; top_k: 0 for all."""
     module().remapped_kl(
-        _rows(student), _rows(teacher), *_addresses(spans), rows.data_ptr(), rows.numel(), shapes.data_ptr(),
-        shapes.shape[0], ids.data_ptr(), indptr.data_ptr(), pieces_of.data_ptr(), scale.numel(), logsumexp,
-        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), _address(grad),
-        torch.get_num_threads(),
+        _rows(student), _rows(teacher), *_addresses(spans), _plan(plan), scale.numel(), logsumexp, top_k, remainder,
+        temperature, scale.data_ptr(), loss.data_ptr(), total.data_ptr(), _address(grad), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear_remapped_kl(
+    student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor, Tensor, Tensor | None], columns: Tensor,
+    plan: Sequence[Tensor | None], logsumexp: bool, top_k: int, remainder: int, temperature: float, budget: int,
+    scale: Tensor, loss: Tensor, total: Tensor, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Each side: hidden [R, D] and weight [V, D] with unit column stride, bias [V] or None; columns: int32, those of
+    the student that the plan's ids are positions in; plan: see _plan; scale, loss, total, grads: as linear_matched_kl.
+    A row of scale 0 has loss 0."""
+    module().linear_remapped_kl(
+        _side(*student, None, columns), _side(*teacher, None, None), _plan(plan), columns.numel(), logsumexp, top_k,
+        remainder, temperature, budget, scale.data_ptr(), loss.data_ptr(), total.data_ptr(),
+        *(_address(g) for g in grads), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..alignment.remap import RemapTable
 from ..alignment.spans import SpanPairs, at_least_one
 from ..alignment.vocab import MatchedVocab
 from ..models.causal import Readout
-from ..ops import linear_matched_kl, linear_span_likelihood
+from ..ops import linear_matched_kl, linear_remapped_kl, linear_span_likelihood
 from ..reference.gold import gold_loss
 from .recipes import CausalWeights
 
@@ -38,8 +39,9 @@ class CausalObjective:
         weights: what each loss counts.
         matched: the tokens that both sides have, on the student's device.
         likelihood_temperature: tau of ``likelihood``: of the sums of log-probabilities of spans.
-        temperature: of the distributions of ``matched`` and ``gold``.
+        temperature: of the distributions of ``matched``, ``remapped`` and ``gold``.
         unmatched: what ``matched`` does with other tokens, see :func:`vocabdistil.matched_kl`.
+        table: for ``remapped``: a token of the teacher begins, for the student, with the first piece of its row.
     """
 
     weights: CausalWeights
@@ -47,6 +49,10 @@ class CausalObjective:
     likelihood_temperature: float = 100.0
     temperature: float = 1.0
     unmatched: str = "renormalize"
+    table: RemapTable | None = None
+
+    def __post_init__(self) -> None:
+        self._projection = None if self.table is None else self.table.projection_weights()
 
     @property
     def needs_teacher(self) -> bool:
@@ -76,11 +82,17 @@ class CausalObjective:
             found["likelihood"] = linear_span_likelihood(
                 *layers[:2], ids[0], *layers[2:], ids[1], pairs, temperature=self.likelihood_temperature, **biased
             )
+        first = _first_tokens(pairs)
         if weights.matched:
-            first = _first_tokens(pairs)
             found["matched"] = linear_matched_kl(
                 *layers, self.matched, pairs=first, temperature=self.temperature, unmatched=self.unmatched, **biased
             )
+        if weights.remapped:
+            assert self.table is not None
+            found["remapped"] = linear_remapped_kl(
+                *layers, self.table, pairs=first, entry_weights=self._projection, combine="logsumexp",
+                temperature=self.temperature, **biased,
+            )  # fmt: skip
         if weights.gold:
             logits = _logits(*student), _logits(*teacher)
             found["gold"] = gold_loss(*logits, *ids, self.matched, pairs, temperature=self.temperature, **common)

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..alignment.causal import CausalCollator
 from ..alignment.loading import tokenizer_of
+from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.checks import UNMATCHED, check_choice, check_temperature
 from ..core.errors import is_real, need
@@ -109,7 +110,8 @@ class CausalDistillTrainer(StepTrainer):
             accelerator.dispatch_batches = False
         super().__init__(model, args, data_collator, processing_class=student_tokenizer, **others)
         matched = MatchedVocab.from_tokenizers(teacher_tokenizer, student_tokenizer).to(self.args.device)
-        self.objective = CausalObjective(weights, matched, likelihood_temperature, temperature, unmatched)
+        table = RemapTable.from_tokenizers(teacher_tokenizer, student_tokenizer) if weights.remapped else None
+        self.objective = CausalObjective(weights, matched, likelihood_temperature, temperature, unmatched, table)
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()

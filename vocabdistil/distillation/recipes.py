@@ -94,12 +94,16 @@ class CausalWeights(_Weights):
             :func:`vocabdistil.linear_span_likelihood`.
         matched: KL of the distributions of the next token over the tokens that both sides have, where a pair begins on
             both, a mean over pairs: :func:`vocabdistil.linear_matched_kl`.
+        remapped: KL of the distributions of the next token over all tokens of the teacher, to which the student's
+            probabilities are projected, at the same places and a mean over the same pairs:
+            :func:`vocabdistil.linear_remapped_kl`.
         gold: the loss of TRL's GOLD, which makes all logits: :func:`vocabdistil.reference.gold_loss`.
     """
 
     lm: float = 0.0
     likelihood: float = 0.0
     matched: float = 0.0
+    remapped: float = 0.0
     gold: float = 0.0
 
 

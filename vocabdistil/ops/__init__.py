@@ -3,6 +3,7 @@
 from .attention_loss import attention_loss
 from .contrastive import contrastive
 from .linear_matched_kl import linear_matched_kl
+from .linear_remapped_kl import linear_remapped_kl
 from .linear_span_likelihood import linear_span_likelihood
 from .matched_kl import matched_kl
 from .pooled_loss import pooled_loss
@@ -17,6 +18,7 @@ __all__ = [
     "attention_loss",
     "contrastive",
     "linear_matched_kl",
+    "linear_remapped_kl",
     "linear_span_likelihood",
     "matched_kl",
     "pooled_loss",

@@ -100,7 +100,8 @@ class RowLoss(torch.autograd.Function):
     """A loss of which one pass of a private op gives each row's value and, for a scalar reduction, the gradient for
     the student's logits, the only array of its size.
 
-    ``op(student, teacher, spans, a, b, scale, *options, wanted) -> (total, loss, grad)`` with two index vectors a, b.
+    ``op(student, teacher, spans, *index, scale, *options, wanted) -> (total, loss, grad)`` with the index a, b and the
+    first ``further`` of ``rest``, vectors or None; the others are the spans.
     ``again``, where a backend has it, takes the same up to the options and ``grad, upstream, formed``: it writes the
     gradient with the upstream gradient folded in, unless ``formed``, one that it is already there with, is the same,
     which the device sees without the host waiting for it. Such an op takes one more argument: the upstream gradient to
@@ -108,15 +109,17 @@ class RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, op, again, student, teacher, a, b, scale, options, reduce, needed, *spans):
+    def forward(ctx, op, again, student, teacher, a, b, scale, options, reduce, needed, further, *rest):
+        # Dynamo takes a forward with two arguments in `rest` for one without a context: it counts them.
+        index, spans = (a, b, *rest[:further]), rest[further:]
         compiling = torch.compiler.is_compiling()
         early = formed_early(reduce, student) or (reduce and again is not None and not compiling)
         guess = ()
         if again is not None and early and needed and not compiling:
             guess = (next_upstream(op, scale, scale.dtype),)
-        total, loss, grad = op(student, teacher, spans, a, b, scale, *options, early and needed, *guess)
-        ctx.static = (op, again, options, early)
-        ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *spans)
+        total, loss, grad = op(student, teacher, spans, *index, scale, *options, early and needed, *guess)
+        ctx.static = (op, again, options, early, further)
+        ctx.save_for_backward(student, teacher, a, b, scale, *((grad,) if compiling else ()), *rest)
         if not compiling:  # not among the saved tensors: whoever takes it must be its only owner
             ctx.ready = (grad, *guess) if early else None
         return total if reduce else loss * scale
@@ -124,26 +127,69 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        op, again, options, early = ctx.static
-        student, teacher, a, b, scale, *spans = ctx.saved_tensors
+        op, again, options, early, further = ctx.static
+        student, teacher, a, b, scale, *rest = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
         if compiling:
-            ready, *spans = spans
+            ready, *rest = rest
         else:
             held, ctx.ready = ctx.ready, None
+        index, spans = (a, b, *rest[:further]), rest[further:]
 
         def compute() -> list[Tensor]:
             scaled = (scale * grad).expand_as(scale).contiguous()
-            return [op(student, teacher, spans, a, b, scaled, *options, True)[2]]
+            return [op(student, teacher, spans, *index, scaled, *options, True)[2]]
 
         if compiling and early:
             result = ready * grad.to(ready.dtype)
         elif early and again is not None:
             result, formed = held or (student.new_empty(student.shape), None)
-            again(student, teacher, spans, a, b, scale, *options, result, grad, formed)
+            again(student, teacher, spans, *index, scale, *options, result, grad, formed)
             note_upstream(op, grad)
         elif early and held is not None:
             (result,) = hand_out(held, grad, compute)
         else:
             (result,) = compute()
-        return None, None, result, *(None,) * (7 + len(spans))
+        return None, None, result, *(None,) * (8 + len(rest))
+
+
+class LinearLoss(torch.autograd.Function):
+    """A loss of logits ``h weight^T + bias`` that are never all there at once. The gradients of a scalar loss are
+    formed in the forward sweep, in the accumulation dtype: scaling by the upstream gradient and rounding to the
+    inputs' dtype happen once, in backward.
+
+    ``op(student, weight, bias, *rest, scale, *options, *wanted) -> (total, loss, grad, grad, grad)``, which gradients
+    are wanted as three bools.
+    """
+
+    @staticmethod
+    def forward(ctx, op, student, weight, bias, options, reduce, needed, scale, *rest):
+        ctx.static = (op, options, reduce, needed, len(rest))
+        wanted = needed if reduce else (False,) * 3
+        total, loss, *grads = op(student, weight, bias, *rest, scale, *options, *wanted)
+        compiling = torch.compiler.is_compiling()
+        ctx.save_for_backward(student, weight, bias, scale, *rest, *(grads if compiling else ()))
+        if not compiling:  # not among the saved tensors: whoever takes them must be their only owner
+            ctx.ready = grads if reduce else None
+        return total if reduce else loss * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        op, options, reduce, needed, count = ctx.static
+        student, weight, bias, scale, *rest = ctx.saved_tensors
+
+        def compute() -> list[Tensor]:
+            scaled = (scale * grad).expand_as(scale).contiguous()
+            return op(student, weight, bias, *rest[:count], scaled, *options, *needed)[2:]
+
+        if torch.compiler.is_compiling():
+            grads = [g * grad for g in rest[count:]] if reduce else compute()
+        else:
+            ready, ctx.ready = ctx.ready, None
+            grads = compute() if ready is None else hand_out(ready, grad, compute)
+        grads = [
+            g.to(x.dtype) if wanted else None
+            for g, x, wanted in zip(grads, (student, weight, bias), needed, strict=True)
+        ]
+        return None, *grads, *(None,) * (4 + count)

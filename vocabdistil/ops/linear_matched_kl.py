@@ -19,7 +19,7 @@ from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_
 from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
-from ._gradient import hand_out, once_differentiable
+from ._gradient import LinearLoss
 from ._library import define, without_autocast
 from ._scale import scalable, scaled
 from .matched_kl import pair_count, row_scale
@@ -82,43 +82,6 @@ _op = define(
     without_autocast(_impl),
     _fake,
 )
-
-
-class _LinearMatchedKL(torch.autograd.Function):
-    """The gradients of a scalar loss are formed in the forward sweep, in the accumulation dtype: scaling by the
-    upstream gradient and rounding to the inputs' dtype happen once, in backward."""
-
-    @staticmethod
-    def forward(ctx, student, weight, bias, options, reduce, needed, scale, *rest):
-        ctx.static = (options, reduce, needed)
-        wanted = needed if reduce else (False,) * 3
-        total, loss, *grads = _op(student, weight, bias, *rest, scale, *options, *wanted)
-        compiling = torch.compiler.is_compiling()
-        ctx.save_for_backward(student, weight, bias, scale, *rest, *(grads if compiling else ()))
-        if not compiling:  # not among the saved tensors: whoever takes them must be their only owner
-            ctx.ready = grads if reduce else None
-        return total if reduce else loss * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        options, reduce, needed = ctx.static
-        student, weight, bias, scale, *rest = ctx.saved_tensors
-
-        def compute() -> list[Tensor]:
-            scaled = (scale * grad).expand_as(scale).contiguous()
-            return _op(student, weight, bias, *rest[:7], scaled, *options, *needed)[2:]
-
-        if torch.compiler.is_compiling():
-            grads = [g * grad for g in rest[7:]] if reduce else compute()
-        else:
-            ready, ctx.ready = ctx.ready, None
-            grads = compute() if ready is None else hand_out(ready, grad, compute)
-        grads = [
-            g.to(x.dtype) if wanted else None
-            for g, x, wanted in zip(grads, (student, weight, bias), needed, strict=True)
-        ]
-        return *grads, *(None,) * 11
 
 
 @scalable
@@ -221,8 +184,8 @@ def linear_matched_kl(
     # Two names, not a loop: see matched_kl.
     student_ids = matched.student_ids.to(student.device, torch.int64)
     teacher_ids = matched.teacher_ids.to(student.device, torch.int64)
-    return _LinearMatchedKL.apply(
-        student, student_weight, student_bias,
+    return LinearLoss.apply(
+        _op, student, student_weight, student_bias,
         (native.UNMATCHED_CODES[unmatched], float(temperature), choice), reduction != "none", needed, each,
         student_lengths, teacher, teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(),
         teacher_lengths, student_ids, teacher_ids,

@@ -154,7 +154,7 @@ def matched_kl(
     teacher_ids = matched.teacher_ids.to(student.device, ids_dtype).contiguous()
     return RowLoss.apply(
         _op, None if choice == "cpu" else _again, native_rows(student), native_rows(teacher), student_ids, teacher_ids,
-        each, options, reduction != "none", torch.is_grad_enabled() and student.requires_grad, *spans,
+        each, options, reduction != "none", torch.is_grad_enabled() and student.requires_grad, 0, *spans,
     )  # fmt: skip
 
 

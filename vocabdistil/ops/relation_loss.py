@@ -108,7 +108,7 @@ def relation_loss(
         each = row_scale(pairs, s, reduction, dtype, scale) / len(students)
         term = RowLoss.apply(
             _of_rows, None, s, t, first, last, each, (heads, choice), reduction != "none",
-            torch.is_grad_enabled() and s.requires_grad,
+            torch.is_grad_enabled() and s.requires_grad, 0,
         )  # fmt: skip
         terms.append(term)
     return sum(terms[1:], terms[0])

@@ -13,6 +13,7 @@ from vocabdistil.reference.distilbert import DistilBertLoss, distilbert
 from vocabdistil.reference.gold import gold_loss
 from vocabdistil.reference.layers import LayerAssignment, layer_map, layer_mean
 from vocabdistil.reference.linear_matched_kl import linear_matched_kl
+from vocabdistil.reference.linear_remapped_kl import linear_remapped_kl
 from vocabdistil.reference.linear_span_likelihood import linear_span_likelihood
 from vocabdistil.reference.matched_kl import matched_kl
 from vocabdistil.reference.mlm import mlm_loss
@@ -39,6 +40,7 @@ __all__ = [
     "layer_map",
     "layer_mean",
     "linear_matched_kl",
+    "linear_remapped_kl",
     "linear_span_likelihood",
     "mask_tokens",
     "masking_probabilities",

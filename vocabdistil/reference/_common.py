@@ -134,6 +134,15 @@ def safe_log(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).log(), float("-inf"))
 
 
+def log_mass(log_p: Tensor) -> Tensor:
+    """``[P, M]`` -> ``[P, 1]``: logsumexp by hand, as torch's has a NaN gradient where all terms are -inf, and what is
+    left of a distribution may well have no mass."""
+    if not log_p.shape[1]:
+        return log_p.new_full((len(log_p), 1), float("-inf"))
+    top = log_p.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    return top + safe_log((log_p - top).exp().sum(-1, keepdim=True))
+
+
 def log_mixture(log_q: Tensor, log_r: Tensor, beta: float) -> Tensor:
     """``log(beta q + (1 - beta) r)``, -inf with gradient 0 where both are."""
     empty = (log_q == float("-inf")) & (log_r == float("-inf"))

@@ -11,10 +11,10 @@ from vocabdistil.core.checks import Matched
 from vocabdistil.reference._common import (
     excess_rows,
     kl_rows,
+    log_mass,
     log_softmax,
     pool_pairs,
     reduce_pairs,
-    safe_log,
     upcast,
 )
 
@@ -155,9 +155,4 @@ def matched_rows(
 def _with_rest(log_p: Tensor, ids: Tensor) -> Tensor:
     """``[P, V]`` log-probabilities -> ``[P, V_m + 1]``: the matched columns and the mass of all others."""
     is_matched = torch.zeros(log_p.shape[1], dtype=torch.bool, device=log_p.device).index_fill(0, ids, True)
-    others = log_p.masked_fill(is_matched, float("-inf"))
-    # logsumexp by hand: torch's has a NaN gradient where all terms are -inf, and the rest may well have no
-    # mass.
-    top = others.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    rest = top + safe_log((others - top).exp().sum(-1, keepdim=True))
-    return torch.cat([log_p[:, ids], rest], dim=-1)
+    return torch.cat([log_p[:, ids], log_mass(log_p.masked_fill(is_matched, float("-inf")))], dim=-1)

@@ -52,15 +52,28 @@ def _call(
     return Call(operation, name, run, leaves, rest)
 
 
-def calls(device: torch.device) -> Iterator[Call]:
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of both vocabularies and of what they share, and hidden sizes of both sides."""
+
+    student: int = 50
+    teacher: int = 60
+    matched: int = 40
+    student_dim: int = 24
+    teacher_dim: int = 48
+
+
+def calls(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Call]:  # noqa: B008 - frozen
+    """All losses with kernels, in their kinds."""
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     pairs, (batch, width) = random_pairs(4, 16, device, filled=0.7)
-    matched = vd.MatchedVocab(torch.arange(40), torch.arange(40)).to(device)
-    table = vd.RemapTable(torch.arange(61), torch.arange(60) % 50, student_vocab_size=50, unk_id=1, pad_id=0)
+    v_s, v_t, d_s, d_t = sizes.student, sizes.teacher, sizes.student_dim, sizes.teacher_dim
+    matched = vd.MatchedVocab(torch.arange(sizes.matched), torch.arange(sizes.matched)).to(device)
+    table = vd.RemapTable(torch.arange(v_t + 1), torch.arange(v_t) % v_s, student_vocab_size=v_s, unk_id=1, pad_id=0)
     # The kernels of a GPU take no float64.
     for dim, dtype in SPAN_SHAPES if device.type == "cuda" else (*SPAN_SHAPES, (768, torch.float64)):
         for divergence in ("kl", "reverse_kl", "jsd", "mse", "cosine"):
@@ -70,23 +83,24 @@ def calls(device: torch.device) -> Iterator[Call]:
     rows = made(4 * width, 264)
     yield _call("span_mean", "264", [rows], [], pairs.student_start, pairs.student_end)
     for unmatched in ("renormalize", "rest", "drop"):
-        logits = [made(64, 50)], [made(64, 60)]
+        logits = [made(64, v_s)], [made(64, v_t)]
         yield _call("matched_kl", unmatched, *logits, matched, unmatched=unmatched)
-        hidden, weight, teacher = made(64, 24), made(50, 24), [made(64, 48), made(60, 48)]
+        hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
         yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
     for combine in ("sum", "logsumexp"):
         for top_k in (None, 7):
             options = {"combine": combine, "top_k": top_k}
             name = f"{combine}{f' of the {top_k} largest' if top_k else ''}"
-            yield _call("remapped_kl", name, [made(64, 50)], [made(64, 60)], table, **options)
-            hidden, weight, teacher = made(64, 24), made(50, 24), [made(64, 48), made(60, 48)]
+            yield _call("remapped_kl", name, [made(64, v_s)], [made(64, v_t)], table, **options)
+            hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
             yield _call("linear_remapped_kl", name, [hidden, weight], teacher, table, **options)
-    ids = [torch.randint(40, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
+    ids = [torch.randint(sizes.matched, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
     for divergence in ("kl", "total_variation"):
         options = {"divergence": divergence, "temperature": 2.0}
-        rest = [ids[0], made(4, 16, 60), ids[1]]
-        yield _call("span_likelihood", divergence, [made(4, width, 50)], rest, pairs, **options)
-        hidden, weight, rest = made(4, width, 24), made(50, 24), [ids[0], made(4, 16, 48), made(60, 48), ids[1]]
+        rest = [ids[0], made(4, 16, v_t), ids[1]]
+        yield _call("span_likelihood", divergence, [made(4, width, v_s)], rest, pairs, **options)
+        hidden, weight = made(4, width, d_s), made(v_s, d_s)
+        rest = [ids[0], made(4, 16, d_t), made(v_t, d_t), ids[1]]
         yield _call("linear_span_likelihood", divergence, [hidden, weight], rest, pairs, **options)
     yield _call("relation_loss", "4 heads", [made(4, width, 64)], [made(4, 16, 128)], pairs, heads=4)
     yield _call("contrastive", "64", [made(4, width, 64)], [made(4, 16, 64)], pairs)

@@ -1,8 +1,9 @@
 """``python -m benchmarks static``: what the compiler says of every CUDA kernel, without a GPU: registers, spills,
 shared memory, and how many warps a multiprocessor then holds.
 
-``--spills FILE`` writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv;
-``--costs`` adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
+``--triton`` says it of the Triton kernels, as calls with the sizes of real models compile them; ``--spills FILE`` writes
+the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv and triton_spills.csv; ``--costs``
+adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).parent.parent / "csrc/cuda/kernels.cu"
 SPILLS = Path(__file__).parent / "spills.csv"
+TRITON_SPILLS = SPILLS.with_name("triton_spills.csv")
 ARCHITECTURES = (80, 90, 100)
 # What a multiprocessor has: bytes of shared memory, and how many blocks it holds. All have 65,536 registers, given out
 # by 256 to a warp, and hold 64 warps; a block takes 1 KB of shared memory besides its own.
@@ -78,26 +81,74 @@ def compile_ptx(source: Path, folder: Path, architecture: int) -> Path:
     return path
 
 
+def assemble(ptx: Path, target: str, ptxas: str | None = None) -> dict[str, dict[str, int]]:
+    """What ptxas, by default that of the toolkit, says of every kernel in a file of PTX, by its mangled name."""
+    ptxas = ptxas or find_tool("ptxas")
+    assert ptxas is not None
+    command = [ptxas, "-v", f"-arch={target}", str(ptx), "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    parts = re.split(r"Compiling entry function '(\w+)'", told.stderr + told.stdout)[1:]
+    patterns = {
+        "registers": r"Used (\d+) registers", "shared": r"(\d+) bytes smem", "stack": r"(\d+) bytes stack frame",
+        "spilled": r"(\d+) bytes spill stores",
+    }  # fmt: skip
+    return {
+        mangled: {key: int(match[1]) if (match := re.search(p, report)) else 0 for key, p in patterns.items()}
+        for mangled, report in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
 def usage(ptx: Path, architectures: Iterable[int] = ARCHITECTURES) -> list[Usage]:
     """Of every kernel in a file of PTX, compiled for each architecture, as the build does from sm_80 on."""
     text = ptx.read_text(encoding="utf-8")
     blocks = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", text))
     found = []
     for architecture in architectures:
-        ptxas = find_tool("ptxas")
-        assert ptxas is not None
-        command = [ptxas, "-v", f"-arch=sm_{architecture}", str(ptx), "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=True)
-        parts = re.split(r"Compiling entry function '(\w+)'", told.stderr + told.stdout)[1:]
-        for mangled, name, report in zip(parts[::2], kernel_names(parts[::2]), parts[1::2], strict=True):
-            numbers = {
-                key: int(match[1]) if (match := re.search(pattern, report)) else 0
-                for key, pattern in (
-                    ("registers", r"Used (\d+) registers"), ("shared", r"(\d+) bytes smem"),
-                    ("stack", r"(\d+) bytes stack frame"), ("spilled", r"(\d+) bytes spill stores"),
-                )
-            }  # fmt: skip
+        told = assemble(ptx, f"sm_{architecture}")
+        for (mangled, numbers), name in zip(told.items(), kernel_names(list(told)), strict=True):
             found.append(Usage(name, architecture, int(blocks.get(mangled, 256)), **numbers))
+    return sorted(found, key=lambda u: (u.kernel, u.architecture))
+
+
+def triton_usage(folder: Path, calls: Iterable[Any], architectures: Iterable[int] = ARCHITECTURES) -> list[Usage]:
+    """Of the Triton kernels that calls (benchmarks/smoke.py) launch, none of which runs: named by the kernel, the first
+    call that launches it, and how many such there were in this call before."""
+    import pytest
+    import torch
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    import vocabdistil as vd
+    from tests import cuda_on_host
+    from tests.ptx.launch import TritonLauncher
+    from vocabdistil.core import dispatch
+
+    class Compiler(TritonLauncher):
+        """Only looks at what would be launched."""
+
+        def launch(self, kernel: Any, *others: object) -> None:
+            seen.setdefault((kernel.metadata.name, kernel.asm["ptx"]), (name, kernel.metadata))
+
+    calls, found = list(calls), []
+    for architecture in architectures:
+        seen: dict[tuple[str, str], tuple[str, Any]] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            cuda_on_host.serve_the_host(patch)
+            Compiler(folder / "cache", architecture).install(patch)
+            for call in calls:
+                if "triton" not in dispatch.TABLE[call.operation]["cuda"] or call.leaves[0].dtype == torch.float64:
+                    continue
+                name = f"{call.operation} {call.name}"
+                leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+                call.run(vd, leaves, call.rest, "triton").sum().backward()
+        for i, ((kernel, code), (name, metadata)) in enumerate(seen.items()):
+            (path := folder / f"{i}.ptx").write_text(code, encoding="utf-8")
+            target = re.search(r"\.target (\w+)", code)
+            assert target is not None
+            (numbers,) = assemble(path, target[1], get_ptxas(architecture).path).values()
+            numbers["shared"] = metadata.shared  # asked for at the launch
+            before = sum(u.kernel.startswith(f"{kernel}, {name}") for u in found if u.architecture == architecture)
+            label = f"{kernel}, {name}{f', {before + 1}' if before else ''}"
+            found.append(Usage(label, architecture, 32 * metadata.num_warps, **numbers))
     return sorted(found, key=lambda u: (u.kernel, u.architecture))
 
 
@@ -178,20 +229,41 @@ def cost_table(folder: Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def triton_release() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def real_calls() -> Iterable[Any]:
+    """Of every loss, at the sizes of real models."""
+    import torch
+
+    from .smoke import Sizes, calls
+
+    return calls(torch.device("cpu"), Sizes(5031, 30522, 4700, 384, 768))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__)
     parser.add_argument("--spills", type=Path, metavar="FILE", help="also write the spills to this file")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels instead; takes minutes")
     parser.add_argument("--costs", action="store_true", help="also count what a pair costs; takes a C++ compiler")
     args = parser.parse_args(argv)
-    for tool in ("nvcc", "ptxas"):
+    if args.triton and args.costs:
+        parser.error("--costs: expected no --triton, got it")
+    for tool in () if args.triton else ("nvcc", "ptxas"):
         if find_tool(tool) is None:
             parser.error(f"{tool} is neither on the PATH nor in CUDA_HOME")
     with tempfile.TemporaryDirectory() as folder:
-        found = usage(compile_ptx(SOURCE, Path(folder), min(ARCHITECTURES)))
+        if args.triton:
+            found = triton_usage(Path(folder), real_calls())
+        else:
+            found = usage(compile_ptx(SOURCE, Path(folder), min(ARCHITECTURES)))
         costs = cost_table(Path(folder)) if args.costs else ""
     print(table(found))
     if costs:
         print(f"\n{costs}")
     if args.spills:
-        write_spills(found, args.spills, release())
+        write_spills(found, args.spills, triton_release() if args.triton else release())
     return 0

@@ -28,6 +28,19 @@ def known(found):
     return known
 
 
+def test_no_triton_kernel_spills_more_than_it_did(tmp_path):
+    """After a change for the better: ``python -m benchmarks static --triton --spills benchmarks/triton_spills.csv``."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from tests.ptx.launch import TritonLauncher
+
+    known = static.read_spills(static.TRITON_SPILLS, static.triton_release())
+    if known is None or not TritonLauncher.possible():
+        pytest.skip("benchmarks/triton_spills.csv is of another release of Triton")
+    found = static.triton_usage(tmp_path, static.real_calls(), [90])
+    assert not static.new_spills(found, known)
+    assert {key for key in known if key[1] == 90} <= {(u.kernel, u.architecture) for u in found}
+
+
 def test_no_kernel_spills_more_than_it_did(found, known):
     """After a change for the better: ``python -m benchmarks static --spills benchmarks/spills.csv``."""
     assert not static.new_spills(found, known)
@@ -59,6 +72,12 @@ def test_the_command_prints_the_table_and_writes_the_spills(tmp_path, capsys, mo
     assert capsys.readouterr().out == static.table(found) + "\n\nwhat it costs\n"
     assert static.read_spills(tmp_path / "spills.csv", "1.2") == {("other<1>", 90): 8}
     assert static.read_spills(tmp_path / "spills.csv", "1.3") is None
+    others = [replace(USAGE, kernel="loss_kernel, span_loss kl", spilled=4)]
+    monkeypatch.setattr(static, "triton_usage", lambda folder, calls: others)
+    monkeypatch.setattr(static, "triton_release", lambda: "3.0")
+    assert main(["static", "--triton", "--spills", str(tmp_path / "others.csv")]) == 0
+    assert capsys.readouterr().out == static.table(others) + "\n"
+    assert static.read_spills(tmp_path / "others.csv", "3.0") == {("loss_kernel, span_loss kl", 90): 4}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ TABLES = {
 
 def compile_span_loss(divergence, dtypes, dim, capability, layered=False):
     signature = LOSS | dict(zip(("student", "teacher", "grad"), (f"*{dtypes[i]}" for i in (0, 1, 0)), strict=True))
-    tile = rows.tile(dim, 16384)
+    tile = rows.tile(dim, 16384, heavy=divergence == native.DIVERGENCE_CODES["jsd"])
     layers = 3 if layered else 1
     constants = {
         "DIVERGENCE": divergence, "MEAN": True, "STUDENT_LAYERS": layers, "TEACHER_LAYERS": layers, "ALIGNED": True,

@@ -159,19 +159,22 @@ def one_stride(layers: Sequence[Tensor]) -> list[Tensor]:
     return [x.contiguous() for x in layers]
 
 
-def tile(dim: int, widest: int) -> dict[str, int | bool]:
+def tile(dim: int, widest: int, heavy: bool = False) -> dict[str, int | bool]:
     """Pairs and columns per program, and warps.
 
     Up to 1024 columns a program is one warp with at most 1024 elements per side, 32 per thread: two sides and a
     temporary stay in registers, reductions are shuffles without a barrier, and 16 to 20 such warps per multiprocessor
     keep about 64 KB of loads in flight, more than the 25 KB that latency times bandwidth asks for. Narrow rows share
-    the warp. Wider rows take 16 elements per thread, so that 4096 columns are 8 warps. By reasoning, not measured.
+    the warp. Wider rows take 16 elements per thread, so that 4096 columns are 8 warps. What is ``heavy``, as it keeps
+    more of every element, takes half as many per thread (``python -m benchmarks static --triton`` tells of spills). By
+    reasoning, not measured.
     """
-    block = min(triton.next_power_of_2(dim), widest)
+    block, share = min(triton.next_power_of_2(dim), widest), 2 if heavy else 1
+    warp = 1024 // share
     return {
-        "ROWS": max(1, 1024 // block),
+        "ROWS": max(1, warp // block),
         "BLOCK": block,
-        "num_warps": 1 if block <= 1024 else min(block // 512, 16),
+        "num_warps": max(1, block // warp) if block <= 1024 else min(block // 512, 16) * share,
         "enable_fp_fusion": True,
     }
 

@@ -240,7 +240,7 @@ def span_loss(
         for x in [*grads, *([] if total is None else [total])]:
             x.zero_()
         return
-    options = tile(dim, 16384)
+    options = tile(dim, 16384, heavy=divergence == JSD.value)
     with on_device(student[0]):
         loss_kernel[(triton.cdiv(pairs, options["ROWS"]),)](
             student[0], address_table(student), student_coef, rows, student[0].stride(0), spans[0], spans[1],

@@ -85,9 +85,8 @@ class Layer {
       if (grad_weight || grad_bias) {
         parallel_tasks(blocks, threads_, [&](int64_t block) {
           each_block(block, [&](int64_t column, int64_t count, const Acc* at) {
-            auto id = [&](int64_t i) { return column + i; };
             if (grad_weight)
-              weight_grad(at, count, panels_, width * kW, plain, stride, dim, id, false, grad_weight);
+              weight_grad(at, RowIds(column), count, panels_, width * kW, plain, stride, dim, false, grad_weight);
             for (int64_t i = 0; grad_bias && i < count; ++i) grad_bias[column + i] = sum_of(at + i * kW, width * kW);
           });
         });
@@ -96,15 +95,9 @@ class Layer {
       const int64_t tasks = ceil_div(panels_, kGroup);
       parallel_tasks(strips * tasks, threads_, [&](int64_t i) {
         const int64_t from = i / tasks * kStrip, first = i % tasks * kGroup;
-        hidden_grad<Acc>(
-            weight_, width, [&](int64_t k) { return begin + k; }, from, d + first * width * kW,
-            std::min(kGroup, panels_ - first), width * kW, [&](int64_t panel) { return vectors(first + panel); },
-            [&](int64_t panel, int64_t dims, const Acc* sum) {
-              for (int64_t r = 0; r < in_panel(first + panel); ++r) {
-                Acc* __restrict out = grad_hidden + needed_[(first + panel) * kW + r] * dim + from;
-                for (int64_t j = 0; j < dims; ++j) out[j] += sum[j * kW + r];
-              }
-            });
+        hidden_grad<Acc>(weight_, RowIds(begin), width, from, d + first * width * kW,
+                         std::min(kGroup * kW, rows_ - first * kW), width * kW,
+                         {grad_hidden, dim, RowIds(needed_.data() + first * kW), true});
       });
     }
   }
@@ -116,8 +109,8 @@ class Layer {
   int vectors(int64_t panel) const { return vectors_of<Acc>(in_panel(panel)); }
 
   void pack(int64_t panel, Acc* plain = nullptr, int64_t stride = 0) const {
-    pack_panel(hidden_, in_panel(panel), [&](int64_t r) { return needed_[panel * kW + r]; },
-               packed_ + panel * kW * hidden_.columns, plain, stride);
+    pack_panel(hidden_, RowIds(needed_.data() + panel * kW), in_panel(panel), packed_ + panel * kW * hidden_.columns,
+               plain, stride);
   }
 
   // f(panel, logits [count][row]) of columns [first, first + count); to(panel) is where they go.
@@ -126,7 +119,7 @@ class Layer {
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
     const int64_t dim = hidden_.columns;
-    find_rows(weight_, count, [&](int64_t i) { return column + i; }, 0, dim, rows, scratch);
+    find_rows(weight_, RowIds(column), count, 0, dim, rows, scratch);
     for (int64_t panel = first; panel < last; ++panel) {
       Acc* const z = to(panel);
       panel_logits(rows, count, dim, packed_ + panel * kW * dim, vectors(panel), z);

@@ -117,9 +117,9 @@ class Sweep {
   void pack(int64_t panel) const {
     const int64_t rows = in_panel(panel), first = begin_ + panel * kW;
     const LinearSide &s = a_.student, &t = a_.teacher;
-    auto row_of = [&](int64_t r) { return first + r; };
-    pack_panel(s.hidden, rows, row_of, xs_ + panel * s.hidden.columns * kW, x_ + panel * kW * x_stride_, x_stride_);
-    pack_panel<Acc>(t.hidden, rows, row_of, xt_ + panel * t.hidden.columns * kW, nullptr, 0);
+    pack_panel(s.hidden, RowIds(first), rows, xs_ + panel * s.hidden.columns * kW, x_ + panel * kW * x_stride_,
+               x_stride_);
+    pack_panel<Acc>(t.hidden, RowIds(first), rows, xt_ + panel * t.hidden.columns * kW, nullptr, 0);
     for (const LinearSide* side : {&s, &t}) {
       const Acc* given = static_cast<const Acc*>(side->lengths);
       Acc* out = lengths(panel, side == &s);
@@ -134,7 +134,7 @@ class Sweep {
     const int64_t dim = side.hidden.columns;
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
-    find_rows(side.weight, count, [&](int64_t i) { return ids[i]; }, 0, dim, rows, scratch);
+    find_rows(side.weight, RowIds(ids), count, 0, dim, rows, scratch);
     for (int64_t panel = first; panel < last; ++panel)
       panel_logits(rows, count, dim, packed + panel * dim * kW, vectors(panel), to(panel));
   }
@@ -229,8 +229,8 @@ class Sweep {
     const int64_t last = std::min(width_, first + kBlockColumns);
     const bool add = begin_ > 0;
     if (Acc* grad = static_cast<Acc*>(a_.grad_weight))
-      weight_grad(student(0, first), last - first, panels_, width_ * kW, x_, x_stride_, a_.student.hidden.columns,
-                  [&](int64_t i) { return s_ids_[first + i]; }, add, grad);
+      weight_grad(student(0, first), RowIds(s_ids_.data() + first), last - first, panels_, width_ * kW, x_, x_stride_,
+                  a_.student.hidden.columns, add, grad);
     if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
       for (int64_t i = first; i < last; ++i) {
         Acc total = add ? grad[s_ids_[i]] : Acc{0};
@@ -249,14 +249,9 @@ class Sweep {
   // Dims [from, from + kStrip) of the gradient of the rows of panels [first, first + kGroup).
   void hidden_grad_of(int64_t from, int64_t first) const {
     const int64_t dim = a_.student.hidden.columns;
-    hidden_grad<Acc>(
-        a_.student.weight, width_, [&](int64_t i) { return s_ids_[i]; }, from, student(first, 0),
-        std::min(kGroup, panels_ - first), width_ * kW, [&](int64_t panel) { return vectors(first + panel); },
-        [&](int64_t panel, int64_t width, const Acc* sum) {
-          Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + (first + panel) * kW) * dim + from;
-          for (int64_t r = 0; r < in_panel(first + panel); ++r)
-            for (int64_t j = 0; j < width; ++j) grad[r * dim + j] = sum[j * kW + r];
-        });
+    hidden_grad<Acc>(a_.student.weight, RowIds(s_ids_.data()), width_, from, student(first, 0),
+                     std::min(kGroup * kW, count_ - first * kW), width_ * kW,
+                     {static_cast<Acc*>(a_.grad_hidden), dim, RowIds(begin_ + first * kW), false});
   }
 
   const LinearMatchedKlArgs& a_;

@@ -150,10 +150,9 @@ class Sweep {
 
   void pack(int64_t panel) const {
     const int64_t rows = in_panel(panel), first = begin_ + panel * kW;
-    auto row_of = [&](int64_t r) { return first + r; };
-    pack_panel(a_.student.hidden, rows, row_of, xs_ + panel * a_.student.hidden.columns * kW,
+    pack_panel(a_.student.hidden, RowIds(first), rows, xs_ + panel * a_.student.hidden.columns * kW,
                x_ + panel * kW * x_stride_, x_stride_);
-    pack_panel<Acc>(a_.teacher.hidden, rows, row_of, xt_ + panel * a_.teacher.hidden.columns * kW, nullptr, 0);
+    pack_panel<Acc>(a_.teacher.hidden, RowIds(first), rows, xt_ + panel * a_.teacher.hidden.columns * kW, nullptr, 0);
   }
 
   // Rows ids[begin, end) of the weight times panels [first, last).
@@ -163,7 +162,7 @@ class Sweep {
     const Acc* bias = static_cast<const Acc*>(side.bias);
     const Acc* rows[kBlockColumns];
     std::vector<Acc> scratch;
-    find_rows(side.weight, count, [&](int64_t i) { return ids[begin + i]; }, 0, dim, rows, scratch);
+    find_rows(side.weight, RowIds(ids + begin), count, 0, dim, rows, scratch);
     for (int64_t panel = first; panel < last; ++panel) {
       Acc* __restrict z = out + (panel * columns + begin) * kW;
       panel_logits(rows, count, dim, packed + panel * dim * kW, vectors(panel), z);
@@ -341,8 +340,8 @@ class Sweep {
     const bool add = begin_ > 0;
     const int32_t* ids = a_.student.ids;
     if (Acc* grad = static_cast<Acc*>(a_.grad_weight))
-      weight_grad(student(0, first), last - first, panels_, width_ * kW, x_, x_stride_, a_.student.hidden.columns,
-                  [&](int64_t i) { return ids[first + i]; }, add, grad);
+      weight_grad(student(0, first), RowIds(ids + first), last - first, panels_, width_ * kW, x_, x_stride_,
+                  a_.student.hidden.columns, add, grad);
     if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
       for (int64_t i = first; i < last; ++i) {
         Acc total = add ? grad[ids[i]] : Acc{0};
@@ -361,14 +360,9 @@ class Sweep {
   // Dims [from, from + kStrip) of the gradient of the rows of panels [first, first + kGroup).
   void hidden_grad_of(int64_t from, int64_t first) const {
     const int64_t dim = a_.student.hidden.columns;
-    hidden_grad<Acc>(
-        a_.student.weight, width_, [&](int64_t i) { return a_.student.ids[i]; }, from, student(first, 0),
-        std::min(kGroup, panels_ - first), width_ * kW, [&](int64_t panel) { return vectors(first + panel); },
-        [&](int64_t panel, int64_t width, const Acc* sum) {
-          Acc* grad = static_cast<Acc*>(a_.grad_hidden) + (begin_ + (first + panel) * kW) * dim + from;
-          for (int64_t r = 0; r < in_panel(first + panel); ++r)
-            for (int64_t j = 0; j < width; ++j) grad[r * dim + j] = sum[j * kW + r];
-        });
+    hidden_grad<Acc>(a_.student.weight, RowIds(a_.student.ids), width_, from, student(first, 0),
+                     std::min(kGroup * kW, count_ - first * kW), width_ * kW,
+                     {static_cast<Acc*>(a_.grad_hidden), dim, RowIds(begin_ + first * kW), false});
   }
 
   const LinearRemappedKlArgs& a_;

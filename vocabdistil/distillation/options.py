@@ -232,8 +232,8 @@ class StudentOptions:
     unit: kinds.Unit = "line"
     seed: kinds.Seed = 0
     threads: kinds.Threads = None
-    time_batch: TimeBatch = 16
-    time_length: TimeLength = 512
+    time_batch: TimeBatch = 8
+    time_length: TimeLength = 128
     overwrite: _Overwrite = False
     quiet: _Quiet = False
 
@@ -353,8 +353,6 @@ class TrimConfig(StudentOptions):
 
     vocabulary: Annotated[str | os.PathLike, Option(_VOCABULARY, _VOCABULARY_HELP)] = "trim"
     draft: Annotated[bool, Option(Flag(), _DRAFT_HELP)] = False
-    time_batch: TimeBatch = 8
-    time_length: TimeLength = 128
 
     decoders: ClassVar[bool] = True
 

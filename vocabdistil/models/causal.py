@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError, need
 
-__all__ = ["Readout", "check_causal", "most_positions", "read_causal"]
+__all__ = ["Readout", "at_output_layer", "check_causal", "most_positions", "read_causal"]
 
 
 class Readout(NamedTuple):
@@ -37,30 +38,75 @@ def _hooked(register: Callable[[Callable], Any], hook: Callable) -> Iterator[Non
         handle.remove()
 
 
-def read_causal(model: nn.Module, inputs: dict[str, Tensor], called: nn.Module | None = None) -> Readout:
+def _output_layer(model: nn.Module) -> Any:
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    return getattr(layer, "_fsdp_wrapped_module", layer)  # whose weight is whole inside of FSDP's wrapper alone
+
+
+def _readout(layer: Any, hidden: Tensor) -> Readout:
+    weight = layer.weight
+    # Norms under autocast give float32, which the layer would read as what its weight is.
+    read = hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden
+    return Readout(read, weight, getattr(layer, "bias", None))
+
+
+def at_output_layer(
+    model: nn.Module, inputs: dict[str, Tensor], compute: Callable[[Readout], Tensor], called: nn.Module | None = None
+) -> Tensor:
+    """Runs a model once, whose output layer gives what is computed of its readout in place of logits, which then exist
+    of one position alone. Whatever spreads the weights over processes has those of the layer whole then, and again
+    when the gradient comes back.
+
+    Args:
+        model: as :func:`check_causal` wants it.
+        inputs: ``input_ids`` and ``attention_mask`` or ``position_ids``, ``[B, L]`` on its device.
+        compute: once.
+        called: what wraps the model, to be called in its place.
+
+    Returns:
+        What ``compute`` did.
+    """
+    hidden: list[Tensor] = []
+
+    def cut(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden.append(args[0])
+        return args[0][:, :1], *args[1:]
+
+    def instead(layer: Any, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return compute(_readout(layer, hidden.pop()))
+
+    layer = _output_layer(model)
+    first = partial(layer.register_forward_hook, prepend=True)  # before the one that takes the weights away again
+    with _hooked(layer.register_forward_pre_hook, cut), _hooked(first, instead):
+        return (called or model)(**inputs, use_cache=False)[0]
+
+
+def read_causal(model: nn.Module, inputs: dict[str, Tensor]) -> Readout:
     """Runs a model once; its output layer is given one position alone, so that there are no logits of the others.
 
     Args:
         model: as :func:`check_causal` wants it.
         inputs: ``input_ids`` and ``attention_mask`` or ``position_ids``, ``[B, L]`` on its device.
-        called: what wraps the model, to be called in its place; weights are those that it sees then.
+
+    Raises:
+        VocabdistilError: FSDP's wrapper of the first kind has spread the output layer again before it could be read.
     """
     found: list[Readout] = []
 
     def keep(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, weight = args[0], layer.weight
-        # Norms under autocast give float32, which the layer would read as what its weight is.
-        read = hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden
-        found.append(Readout(read, weight, getattr(layer, "bias", None)))
-        return hidden[:, :1], *args[1:]
+        found.append(_readout(layer, args[0]))
+        return args[0][:, :1], *args[1:]
 
-    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    layer = _output_layer(model)
     with _hooked(layer.register_forward_pre_hook, keep):
-        (called or model)(**inputs, use_cache=False)
-    weight = found[-1].weight
-    if type(weight) in (Tensor, nn.Parameter) and weight.numel() and not weight.untyped_storage().size():
-        raise VocabdistilError("the output layer is gone after the forward pass: FSDP must shard layers alone")
-    return found[-1]
+        model(**inputs, use_cache=False)
+    read = found[-1]
+    if hasattr(layer.weight, "full_tensor"):
+        bias = getattr(layer, "bias", None)
+        return Readout(read.hidden, layer.weight.full_tensor(), None if bias is None else bias.full_tensor())
+    if read.weight.numel() and not read.weight.untyped_storage().size():
+        raise VocabdistilError("the output layer is gone after the forward pass; spread it by fully_shard")
+    return read
 
 
 def most_positions(model: Any) -> int | None:

@@ -90,6 +90,8 @@ def distill_causal(config: DistillConfig) -> DistillResult:
         need(model.causal_lm is not None, name, "a decoder, as the other side is one", model.name)
         check_causal(model.causal_lm, name, len(model.tokenizer))
         need_start(model.tokenizer, name)
+    quantized = getattr(student.causal_lm, "is_quantized", False)
+    need(not quantized, "student", "weights in floating point", "quantized ones")
     if config.other_arguments:
         try_arguments(config.other_arguments, device_of(config, processes))
     folder = open_together(config, config.identity(), processes)

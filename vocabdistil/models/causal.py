@@ -136,6 +136,11 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     need(layer is not None, name, expected, f"{kind}, which has no output layer")
     need(not getattr(model.config, "is_encoder_decoder", False), name, expected, f"{kind}, an encoder with a decoder")
     need(not hasattr(layer, "base_layer"), name, "an output layer without adapters", "one that has some")
+    held = f"{type(layer.weight.data).__name__} of {str(layer.weight.dtype).removeprefix('torch.')}"
+    plain = layer.weight.is_floating_point() and (
+        type(layer.weight.data) is Tensor or hasattr(layer.weight, "full_tensor")
+    )
+    need(plain, name, "an output layer that is not quantized, whatever else is", f"one that holds a {held}")
     size = layer.weight.shape[0]
     need(layer.weight.device.type != "meta", name, "an output layer in memory", "one that is offloaded")
     need(size >= tokens, name, f"an output layer for the {tokens} tokens of its tokenizer", f"one for {size}")

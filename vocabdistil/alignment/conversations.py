@@ -40,7 +40,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
     Args:
         row: a text; or a mapping with ``"messages"`` (what is learned are those of the assistant), with ``"prompt"``
             and ``"completion"``, both strings or both messages (the completion is learned), or with ``"text"``;
-            ``"tools"``, if there, a list or JSON, and what ``"chat_template_kwargs"`` names are for the template.
+            ``"tools"``, if there, a list or JSON, and what ``"chat_template_kwargs"`` names are for the template. Or
+            what this function made of one for the same tokenizer.
         side, name: of the tokenizer and of the row, for errors.
 
     Raises:
@@ -48,6 +49,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
         ValueError: messages without a role or a text, none that is learned, a tokenizer without a chat template, a
             template that does not show them as they are.
     """
+    if isinstance(row, Rendered):
+        return row
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, Mapping):

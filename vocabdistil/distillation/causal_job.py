@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..alignment.causal import CausalCollator
-from ..alignment.conversations import rendered
+from ..alignment.conversations import Rendered, rendered
 from ..alignment.coverage import coverage
 from ..alignment.vocab import MatchedVocab
 from ..core.console import Reporter
-from ..core.errors import VocabdistilError, need
+from ..core.errors import need
 from ..core.options import names_of
 from ..core.processes import Processes
 from ..core.progress import counted
+from ..core.values import INT32_MAX
 from ..evaluation import report
 from ..evaluation.bits_per_byte import bits_per_byte, need_start
 from ..evaluation.card import causal_card
@@ -40,13 +42,16 @@ from .order import TrainingOrder
 from .recipes import CAUSAL_RECIPES
 from .run_folder import Diverged
 from .runs import DistillTrainingArguments, SeededTrainer, seconds_per_step, training_arguments, try_arguments
-from .text import GivenTexts, TextFiles
+from .text import GivenTexts, TextFiles, said_of_text
 from .text_store import TextSplit, split_text, stored
 
 __all__ = ["distill_causal"]
 
 # Held-out rows: of which checkpoints are chosen by, and of which figures are reported.
 _CHOOSING, _REPORTED = 256, 512
+# Rows whose tokens are counted where nobody says how many are read; the share of them that is to be read whole, in
+# multiples of so many tokens, but no more than that.
+_MEASURED, _WHOLE, _STEP, _LONGEST = 512, 0.95, 32, 1024
 
 
 class _JobTrainer(CausalDistillTrainer, SeededTrainer):
@@ -60,17 +65,8 @@ class _Rows:
     collator: CausalCollator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        with _said_of_text():
+        with said_of_text():
             return self.collator([json.loads(feature["text"]) for feature in features])
-
-
-@contextlib.contextmanager
-def _said_of_text() -> Iterator[None]:
-    """What is wrong with a row, or with a template for it, is said in one line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise VocabdistilError.of("text", f"{error}") from None
 
 
 def distill_causal(config: DistillConfig) -> DistillResult:
@@ -108,12 +104,14 @@ class _Run(JointRun):
         teacher, student: decoders.
         given: the text, to be read from where it is.
         split: the rows of the text, each as JSON.
+        lengths: tokens of a row that teacher and student read at most.
     """
 
     teacher: Teacher
     student: Teacher
     given: TextFiles | GivenTexts
     split: TextSplit = field(init=False)
+    lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -122,15 +120,13 @@ class _Run(JointRun):
         self.weights = config.recipe_weights(self.recipe)
         self.batch_size = config.batch_size or self.recipe.batch_size
         self.lr = config.lr or self.recipe.lr_whole
-        lengths = config.max_length, config.student_max_length or 2 * config.max_length
-        models = self.teacher.causal_lm, self.student.causal_lm
-        self.lengths = [min(n, most_positions(m) or n) for n, m in zip(lengths, models, strict=True)]
 
     def finish(self) -> DistillResult:
         say = self.say
         say.status("Reading the text")
         self.split = self.lead(self.read)
         self.lead(self.check_rows)
+        self.lengths = self.lead(self.read_lengths)
         choosing, held_out = self.lead(self.held_out)
         covered = self.lead(lambda: self.coverage(held_out))
         move(self.teacher.whole, self.device)
@@ -196,9 +192,30 @@ class _Run(JointRun):
             for line in counted(part, "Looking at the rows", self.config.quiet):
                 row = json.loads(line)
                 for side, tokenizer in tokenizers.items():
-                    with _said_of_text():
+                    with said_of_text():
                         rendered(row, tokenizer, side, f"the row {line[:60]}...")
         self.folder.store(checked=True)
+
+    def read_lengths(self) -> list[int]:
+        """As they were asked for; else as long as most rows are, up to what takes little memory; stored."""
+        config = self.config
+        if "lengths" not in self.record:
+            most = config.max_length or 0
+            lengths = [most, config.student_max_length or 2 * most]
+            if not all(lengths):
+                texts = self.split.train
+                measured = random.Random(config.seed).sample(texts, min(_MEASURED, len(texts)))
+                measure = _Rows(CausalCollator(self.teacher.tokenizer, self.student.tokenizer, INT32_MAX))
+                batches = [measure([{"text": text}]) for text in measured]
+                rows = [[batch["teacher"]["input_ids"].numel(), batch["input_ids"].numel()] for batch in batches]
+                sizes = np.quantile(rows, _WHOLE, axis=0, method="higher")
+                rounded = np.minimum(-(-sizes // _STEP) * _STEP, _LONGEST).astype(int).tolist()
+                lengths = [given or found for given, found in zip(lengths, rounded, strict=True)]
+                whole = float((np.array(rows) <= lengths).all(1).mean())
+                self.say.print(report.lengths_line(lengths, whole))
+            models = self.teacher.causal_lm, self.student.causal_lm
+            self.folder.store(lengths=[min(n, most_positions(m) or n) for n, m in zip(lengths, models, strict=True)])
+        return self.record["lengths"]
 
     def fitting(self, rows: list[Any]) -> list[Any]:
         """Of held-out rows those that both sides can read whole, so that both are measured on the same; texts alone are
@@ -222,7 +239,7 @@ class _Run(JointRun):
     def coverage(self, rows: list[Any]) -> dict[str, Any]:
         """How the vocabularies correspond on what is learned of held-out rows."""
         tokenizers = self.teacher.tokenizer, self.student.tokenizer
-        texts = [part for row in rows for part in _learned(row, self.teacher.tokenizer, "teacher") if part.strip()]
+        texts = [part for row in rows for part in _learned(row, self.teacher.tokenizer, "teacher")[1] if part.strip()]
         matched = MatchedVocab.from_tokenizers(*tokenizers)
         found = coverage(texts, *tokenizers, ["boundary"], matched=matched)
         self.say.print(*report.coverage_tables((self.teacher.name, self.student.name), tokenizers, found))
@@ -343,11 +360,11 @@ def _are_texts(rows: list[Any]) -> bool:
     return all(row.keys() == {"text"} for row in rows)
 
 
-def _learned(row: Any, tokenizer: Any, side: str) -> list[str]:
-    """What is learned of a row."""
-    with _said_of_text():
+def _learned(row: Any, tokenizer: Any, side: str) -> tuple[Rendered, list[str]]:
+    """A row as a tokenizer reads it, and what is learned of it."""
+    with said_of_text():
         found = rendered(row, tokenizer, side, "row")
-    return [found.text[start:end] for start, end in found.learned]
+    return found, [found.text[start:end] for start, end in found.learned]
 
 
 @torch.no_grad()
@@ -358,8 +375,8 @@ def _bits_of_learned(
     collator, bits, size, training = CausalCollator(tokenizer, tokenizer, length), 0.0, 0, model.training
     model.eval()
     for row in rows:
-        parts = _learned(row, tokenizer, side)
-        batch = collator([row])
+        found, parts = _learned(row, tokenizer, side)
+        batch = collator([found])
         ids, wanted = batch["input_ids"].to(device), batch["labels"][0, 1:].to(device)
         kept = wanted != -100
         log_p = model(input_ids=ids, use_cache=False).logits[0, :-1][kept].float().log_softmax(-1)

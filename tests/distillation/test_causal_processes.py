@@ -86,6 +86,25 @@ def sides_of(folder, tied):
     return teacher, student, small_llama(len(teacher) + 5), model.eval()
 
 
+def wrapped(model):
+    """By FSDP's first kind, with a wrapper of its own around every linear layer."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy, device = ModuleWrapPolicy({torch.nn.Linear}), torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+
+
+def gradients(model, way):
+    """Of the whole weights, by name."""
+    if way != "wrappers":
+        assert all(p.placements[0].is_shard() for p in model.parameters())
+        return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    with type(model).summon_full_params(model, with_grads=True):
+        named = model.named_parameters()
+        return {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in named}
+
+
 def spread(model, way):
     from torch.distributed.fsdp import fully_shard
 
@@ -104,13 +123,13 @@ def work(rank, tied, way, place):
     dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=WORLD)
     sides = sides_of(place, tied)
     trainer = trainer_of(sides, place)
-    model = spread(sides[3], way)
-    spread(trainer.teacher, way)
+    model = wrapped(sides[3]) if way == "wrappers" else spread(sides[3], way)
+    if way in WAYS:
+        spread(trainer.teacher, way)
     batch = trainer.data_collator(FEW)
     loss, found = trainer.compute_loss(model, batch, return_outputs=True)
     loss.backward()
-    assert all(p.placements[0].is_shard() for p in model.parameters())
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    grads = gradients(model, way)
     if rank == 0:
         torch.save((loss.detach(), found["terms"], grads), f"{place}/found.pt")
     dist.barrier()
@@ -118,8 +137,9 @@ def work(rank, tied, way, place):
 
 
 @needs_gloo
-@pytest.mark.parametrize(("tied", "way"), [(False, "layers"), (False, "output layer"), (True, "whole")])
-def test_weights_that_fsdp_spreads(tied, way, tmp_path):
+@pytest.mark.parametrize("way", [*WAYS, "wrappers"])
+def test_weights_that_fsdp_spreads(way, tmp_path):
+    tied = way == "whole"
     # Training a tokenizer does not always give the same one.
     chat_tokenizer("byte-level split", TURNS).save_pretrained(tmp_path / "teacher")
     chat_tokenizer("llama", BRACKETS).save_pretrained(tmp_path / "student")

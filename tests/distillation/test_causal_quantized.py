@@ -82,9 +82,10 @@ def test_a_folder_of_one(way, tmp_path):
         vd.distill(**options(tmp_path / "no", teacher=plain, student=tmp_path / "teacher"))
 
 
-def test_adapters_on_a_student_in_8_bits(tokenizers, tmp_path):
+@pytest.mark.parametrize("way", [bitsandbytes, four_bits])
+def test_adapters_on_a_quantized_student(way, tokenizers, tmp_path):
     peft = pytest.importorskip("peft")
-    model = quantized(tokenizers[1], bitsandbytes(), tmp_path / "student")
+    model = quantized(tokenizers[1], way(), tmp_path / "student")
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     sides = (*tokenizers, small_llama(len(tokenizers[0])), model)
     learns(trainer_of(sides, tmp_path, model=model, max_steps=6, learning_rate=1e-2))

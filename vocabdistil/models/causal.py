@@ -109,6 +109,20 @@ def read_causal(model: nn.Module, inputs: dict[str, Tensor]) -> Readout:
     return read
 
 
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluates a model but for its linear layers: those of bitsandbytes in 4 bits give no gradient any more after they
+    were evaluated on a CPU."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = module.training and isinstance(module, nn.Linear)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def most_positions(model: Any) -> int | None:
     """The tokens that a model can read, if its configuration says so."""
     config = model.config
@@ -153,15 +167,11 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
         return told[-1]
 
     ids = torch.tensor([[0, 1], [0, min(2, size - 1)]], device=layer.weight.device)
-    training = model.training
-    model.eval()
     try:
-        with _hooked(layer.register_forward_hook, other):
+        with _without_dropout(model), _hooked(layer.register_forward_hook, other):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise VocabdistilError.of(name, f"expected {expected}, got {kind}: {error}") from None
-    finally:
-        model.train(training)
     same = _alike(given[-1][0, 0], given[-1][1, 0])
     need(same, name, expected, f"{kind}, whose hidden states depend on what comes after them")
     plain = logits.shape == told[-1].shape and torch.equal(logits.float(), told[-1].float())
@@ -169,12 +179,10 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     if packed:
         row = {"input_ids": ids[:1].repeat(1, 2), "position_ids": torch.tensor([[0, 1, 0, 1]], device=ids.device)}
         try:
-            model.eval()
-            hidden = read_causal(model, row).hidden[0]
+            with _without_dropout(model):
+                hidden = read_causal(model, row).hidden[0]
         except TypeError:  # it takes no positions
             hidden = None
-        finally:
-            model.train(training)
         apart = hidden is not None and _alike(hidden[:2], hidden[2:])
         need(apart, "packed", "a model that keeps texts of one row apart by their positions", kind)
 

@@ -34,6 +34,7 @@ from ..models.architectures import move
 from ..models.causal import check_causal, most_positions
 from ..models.teachers import Teacher, load_teacher
 from .batches import to_device
+from .causal_rows import said_of_text
 from .causal_trainer import CausalDistillTrainer
 from .folder import DistillResult, write_card, write_model
 from .joint_run import Fitted, JointRun, device_of, look_together, open_together
@@ -42,7 +43,7 @@ from .order import TrainingOrder
 from .recipes import CAUSAL_RECIPES
 from .run_folder import Diverged
 from .runs import DistillTrainingArguments, SeededTrainer, seconds_per_step, training_arguments, try_arguments
-from .text import GivenTexts, TextFiles, said_of_text
+from .text import GivenTexts, TextFiles
 from .text_store import TextSplit, split_text, stored
 
 __all__ = ["distill_causal"]

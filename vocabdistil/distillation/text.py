@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +11,6 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from ..alignment.conversations import rendered
 from ..core.errors import VocabdistilError, need, need_place, utf8
 from .formats import COLUMN, as_row, read_examples, rows_of
 
@@ -22,13 +19,11 @@ __all__ = [
     "Digested",
     "GivenTexts",
     "Prefixed",
-    "RenderedRows",
     "TextFiles",
     "TextSource",
     "files_of",
     "open_text",
     "read_text",
-    "said_of_text",
     "sample_text",
 ]
 
@@ -152,41 +147,6 @@ class Prefixed:
 
     def __iter__(self) -> Iterator[str]:
         return (self.prompt + text for text in self.texts)
-
-
-@contextlib.contextmanager
-def said_of_text() -> Iterator[None]:
-    """What is wrong with a row, or with a template for it, is said in one line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise VocabdistilError.of("text", f"{error}") from None
-
-
-@dataclass
-class RenderedRows:
-    """Rows as a decoder reads them, to read as often as they can be: texts, and what the chat template of its tokenizer
-    makes of conversations, without the token before it that the tokenizer puts there itself.
-
-    Attributes:
-        rows: JSON objects.
-        tokenizer: of the teacher.
-
-    Raises:
-        VocabdistilError: while reading: a row that the chat template cannot show.
-    """
-
-    rows: Iterable[str]
-    tokenizer: Any
-
-    def __iter__(self) -> Iterator[str]:
-        begin = self.tokenizer.bos_token or ""
-        for row in self.rows:
-            with said_of_text():
-                found = rendered(json.loads(row), self.tokenizer, "teacher", f"the row {row[:60]}...")
-            text = found.text.removeprefix(begin) if found.chat else found.text
-            if text := text.strip():
-                yield text
 
 
 def _is_path(item: Any) -> bool:

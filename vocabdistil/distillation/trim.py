@@ -30,12 +30,13 @@ from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
 from ..models.named_tokens import named_ids
 from ..models.whitening import set_last_layer, whiten
+from .causal_rows import RenderedRows
 from .draft_head import make_draft_head
 from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
 from .student import Source, Student, load_sources, make_student, make_vocabulary, not_whitened
-from .text import Digested, Prefixed, RenderedRows, sample_text
+from .text import Digested, Prefixed, sample_text
 from .text_store import watched
 
 __all__ = ["trim"]

@@ -52,7 +52,7 @@ __all__ = ["distill_causal"]
 _CHOOSING, _REPORTED = 256, 512
 # Rows whose tokens are counted where nobody says how many are read; the share of them that is to be read whole, in
 # multiples of so many tokens, but no more than that.
-_MEASURED, _WHOLE, _STEP, _LONGEST = 512, 0.95, 32, 1024
+_MEASURED, _WHOLE, _STEP, _LONGEST = 512, 0.95, 32, 512
 
 
 class _JobTrainer(CausalDistillTrainer, SeededTrainer):
@@ -201,7 +201,7 @@ class _Run(JointRun):
         """As they were asked for; else as long as most rows are, up to what takes little memory; stored."""
         config = self.config
         if "lengths" not in self.record:
-            most = config.max_length or 0
+            most, rows = config.max_length or 0, []
             lengths = [most, config.student_max_length or 2 * most]
             if not all(lengths):
                 texts = self.split.train
@@ -212,10 +212,11 @@ class _Run(JointRun):
                 sizes = np.quantile(rows, _WHOLE, axis=0, method="higher")
                 rounded = np.minimum(-(-sizes // _STEP) * _STEP, _LONGEST).astype(int).tolist()
                 lengths = [given or found for given, found in zip(lengths, rounded, strict=True)]
-                whole = float((np.array(rows) <= lengths).all(1).mean())
-                self.say.print(report.lengths_line(lengths, whole))
             models = self.teacher.causal_lm, self.student.causal_lm
-            self.folder.store(lengths=[min(n, most_positions(m) or n) for n, m in zip(lengths, models, strict=True)])
+            lengths = [min(n, most_positions(m) or n) for n, m in zip(lengths, models, strict=True)]
+            if rows:
+                self.say.print(report.lengths_line(lengths, float((np.array(rows) <= lengths).all(1).mean())))
+            self.folder.store(lengths=lengths)
         return self.record["lengths"]
 
     def fitting(self, rows: list[Any]) -> list[Any]:

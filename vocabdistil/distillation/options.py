@@ -70,7 +70,7 @@ _HeldOut = Annotated[float, Option(kinds.Real("a share between 0 and 1", high=1)
 _SaveEvery = Annotated[int, Option(Whole(), "checkpoint every N steps")]
 _LogEvery = Annotated[int, Option(Whole(), "log every N steps")]
 _Resume = Annotated[bool, Option(Flag(), "continue an interrupted run")]
-_LENGTH_HELP = "teacher tokens (default: 128; of a decoder what 95% of the rows have, at most 1,024)"
+_LENGTH_HELP = "teacher tokens (default: 128; of a decoder what 95% of the rows have, at most 512)"
 _MODEL = Place("a folder or a model's name", metavar="DIR_OR_NAME")
 _ASK = "(default: the recipe's)"
 _VOCABULARY = Place("train, trim or a folder", metavar="train|trim|DIR")
@@ -199,7 +199,7 @@ class StudentOptions:
         trust_remote_code: run code that comes with a teacher.
         language, license: for the model card: codes of the languages, an identifier of the licence.
         max_length: tokens of a text that the teacher reads; None: 128, or of a decoder that is taught as many as 95% of
-            the rows have, at most 1,024.
+            the rows have, at most 512.
         unit: ``"line"`` or ``"paragraph"``, see :class:`vocabdistil.distillation.text.TextFiles`.
         seed: of everything random.
         threads: of torch on the CPU; None: leave it.

@@ -39,8 +39,8 @@ def tokenizers():
 
 def learns(trainer):
     trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert losses[-1] < losses[0]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["loss"] < logs[0]["loss"] and all(log["grad_norm"] > 0 for log in logs)
 
 
 def quantized(tokenizer, config, folder):

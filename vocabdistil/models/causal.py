@@ -111,11 +111,11 @@ def read_causal(model: nn.Module, inputs: dict[str, Tensor]) -> Readout:
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluates a model but for its linear layers: those of bitsandbytes in 4 bits give no gradient any more after they
-    were evaluated on a CPU."""
+    """Evaluates a model, but for its linear layers, which compute the same in training: those of bitsandbytes in 4 bits
+    give no gradient any more after they were evaluated on a CPU."""
     modes = {module: module.training for module in model.modules()}
     for module in modes:
-        module.training = module.training and isinstance(module, nn.Linear)
+        module.training = isinstance(module, nn.Linear)
     try:
         yield
     finally:

@@ -200,9 +200,9 @@ struct RemappedKlArgs {
   int threads;
 };
 
-// remapped_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the rows
-// of both weights that the table names take, if that is more), and the gradients for the student's. The plan's ids are
-// positions in the `columns` ids of the student's side; the teacher's side has no ids, and neither has lengths.
+// remapped_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the
+// rows of both weights that the table names take, if that is more), and the gradients for the student's. The plan's ids
+// are positions in the `columns` ids of the student's side; the teacher's side has no ids, and neither has lengths.
 struct LinearRemappedKlArgs {
   LinearSide student, teacher;
   RemapPlan plan;

@@ -105,10 +105,17 @@ def _chat(
     if not isinstance(others, Mapping):
         raise TypeError(f"{name}['chat_template_kwargs']: expected a mapping, got {type(others).__name__}")
 
+    if taken := sorted({"conversation", "tokenize", "tools"} & set(others)):
+        raise ValueError(f"{name}['chat_template_kwargs']: expected none of {', '.join(taken)}, got it")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError(f"{name}['tools']: expected a list or JSON, got {tools[:40]!r}") from None
+
     def render(messages: list[Any]) -> str:
         try:
-            tools = row.get("tools")
-            tools = json.loads(tools) if isinstance(tools, str) else tools
             return tokenizer.apply_chat_template(messages, **others, tools=tools, tokenize=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name}: the {side}'s chat template refuses the messages: {error}") from None

@@ -26,7 +26,7 @@ def said_of_text() -> Iterator[None]:
 @dataclass
 class RenderedRows:
     """Rows as a decoder reads them, to read as often as they can be: texts, and what the chat template of its tokenizer
-    makes of conversations, without the token before it that the tokenizer puts there itself.
+    makes of conversations, without the token of the text's beginning in front.
 
     Attributes:
         rows: JSON objects.

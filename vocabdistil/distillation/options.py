@@ -451,7 +451,9 @@ class DistillConfig(StudentOptions):
     ] = None
     batch_size: Annotated[int | None, Option(_BATCH, f"texts per step {_ASK}")] = None
     accumulate: Annotated[int, Option(_BATCH, "batches of one step")] = 1
-    student_max_length: Annotated[int | None, Option(Whole(2), "student tokens (default: twice the teacher's)")] = None
+    student_max_length: Annotated[
+        int | None, Option(Whole(2), "student tokens (default: twice the teacher's, or measured)")
+    ] = None
     lr: Annotated[float | None, Option(_RATE, f"peak learning rate {_ASK}")] = None
     warmup: Annotated[
         float | None,

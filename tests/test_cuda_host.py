@@ -11,6 +11,7 @@ import torch
 
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
+from tests.matched_kl_backend import *  # noqa: F403
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_mean_backend import *  # noqa: F403
 from vocabdistil.core import native

@@ -14,6 +14,17 @@ from benchmarks import static
 from benchmarks.static import find_tool
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
+from tests.matched_kl_backend import (  # noqa: F401
+    test_a_gradient_of_logits_that_is_there_is_left_alone,
+    test_every_element_of_the_results_is_written,
+    test_few_columns_and_all_mass_on_one,
+    test_ids_out_of_range_are_not_followed,
+    test_minus_infinity_and_far_apart,
+    test_no_pairs_clear_the_gradient,
+    test_one_vocabulary_within_the_other,
+    test_spans_of_logits_that_make_no_sense_stay_inside,
+    test_strides_and_no_rows,
+)
 from tests.ptx.launch import ROOT, compile_cuda, launching, span_loss_cost
 from tests.ptx.memory import Failure
 from tests.span_loss_backend import (  # noqa: F401
@@ -32,8 +43,11 @@ from tests.span_loss_backend import (  # noqa: F401
     test_zero_pairs_clear_the_gradient,
 )
 from tests.span_mean_backend import *  # noqa: F403
+from tests.matched_kl_backend import DTYPES, UNMATCHED
+from tests.matched_kl_backend import compare as compare_logits
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
+from tests.vocabularies import make_matched, randn
 from vocabdistil.core import native
 from vocabdistil.ops.span_mean import pooled_rows
 
@@ -87,6 +101,33 @@ def test_layers_weights_and_an_upstream_gradient(dim, reduction, backend, device
         backend, device, students, teachers, pairs, upstream, reduction=reduction, divergence="reverse_kl",
         student_layer_weights=[1.0, 2.0, 0.5], pair_weights=torch.rand(6),
     )  # fmt: skip
+
+
+# Packs of both sides, of the student's alone, and no packs; rows of one turn of a block and of more.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_t", "v_m"), [(24, 64, 20), (24, 61, 20), (19, 64, 13), (600, 700, 500), (2800, 40, 30)])
+def test_matched_kl(v_s, v_t, v_m, unmatched, dtype, backend, device):
+    student, teacher = randn(2, v_s, seed=1, dtype=dtype, scale=2), randn(2, v_t, seed=2, dtype=dtype, scale=2)
+    compare_logits(student, teacher, make_matched(v_s, v_t, v_m), backend, device, unmatched=unmatched, temperature=1.7)
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_t", "pooling"), [(40, 64, "mean"), (37, 50, "sum")])
+def test_matched_kl_of_pairs(v_s, v_t, pooling, unmatched, backend, device):
+    pairs, n_s, n_t = make_pairs(5, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, v_s, seed=1, dtype=BF16), randn(n_t, v_t, seed=2)
+    options = {"pairs": pairs, "pooling": pooling, "unmatched": unmatched, "reduction": "none"}
+    compare_logits(student, teacher, make_matched(v_s, v_t, 30), backend, device, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e4])
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize("columns", [296, 300])
+def test_matched_kl_of_close_rows(columns, unmatched, temperature, backend, device):
+    student = randn(2, columns, seed=1)
+    teacher, matched = student + 1e-3 * randn(2, columns, seed=2), vd.MatchedVocab(*[torch.arange(200)] * 2)
+    compare_logits(student, teacher, matched, backend, device, unmatched=unmatched, temperature=temperature)
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(264, BF16), (768, BF16), (1024, BF16), (768, F32), (4096, BF16)], ids=str)
@@ -143,6 +184,9 @@ def test_rows_that_are_close(backend, device):
 
 def every_kernel(backend: str, device: str) -> None:
     pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
+    for columns in (7, 8):
+        student, teacher = randn(n_s, columns, seed=1), randn(n_t, columns, seed=2)
+        compare_logits(student, teacher, make_matched(columns, columns, 5), backend, device, pairs, unmatched="rest")
     for dim in (7, 8, 520, 1000):
         for divergence in ("kl", "jsd"):
             compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence=divergence)

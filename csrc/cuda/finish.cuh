@@ -64,7 +64,9 @@ const char* finish(FinishArgs a, float* parts, cudaStream_t stream) {
   a.per = kTotalPairs;
   a.parts = std::max<int64_t>(ceil_div(a.losses, a.per), 1);
   if (!parts) return launch_finish(a, stream);
-  const FinishArgs second{parts, nullptr, a.parts, a.parts, 1, a.base, a.total};
+  FinishArgs second{};
+  second.loss = parts, second.losses = second.per = a.parts, second.parts = 1;
+  second.base = a.base, second.total = a.total;
   a.total = parts, a.base = 1;
   const char* error = launch_finish(a, stream);
   return error ? error : launch_finish(second, stream);

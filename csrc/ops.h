@@ -270,7 +270,7 @@ struct GpuMatchedKlArgs {
   Rows student, teacher;
   Spans student_spans, teacher_spans;  // start == nullptr: row p with row p
   GpuMatchedTables tables;
-  int64_t pairs;
+  int64_t matched, pairs;
   Unmatched unmatched;
   bool mean;
   double temperature;

@@ -102,9 +102,9 @@ def cuda_matched_tables(
 ) -> None: ...  # fmt: skip
 def cuda_matched_kl(
     student: _Rows, teacher: _Rows, s_start: _Address, s_end: _Address, t_start: _Address, t_end: _Address,
-    teacher_of: _Address, student_of: _Address, teacher_matched: _Address, pairs: int, unmatched: int, mean: bool,
-    temperature: float, scale: _Address, upstream: _Address, formed: _Address, loss: _Address, total: _Address,
-    parts: _Address, grad: _Address, stream: _Address, /,
+    teacher_of: _Address, student_of: _Address, teacher_matched: _Address, matched: int, pairs: int, unmatched: int,
+    mean: bool, temperature: float, scale: _Address, upstream: _Address, formed: _Address, loss: _Address,
+    total: _Address, parts: _Address, grad: _Address, stream: _Address, /,
 ) -> None: ...  # fmt: skip
 
 # The remap table.

@@ -13,9 +13,9 @@ namespace cuda {
 namespace {
 
 // Columns of a thread at a time: adjacent, 16 bytes or 32, where rows allow it, else as many apart as the block has
-// threads. Three blocks of 256 threads, as many as the registers of a multiprocessor hold, have 8 sectors of each thread
-// in flight, several times what latency times bandwidth asks for.
-constexpr int kColumns = 8, kMostThreads = 256, kBlocks = 3;
+// threads. Two blocks of 10 warps, 5 to each quarter of a multiprocessor, leave 96 registers to a thread, have 8 sectors
+// of each in flight, several times what latency times bandwidth asks for, and shared memory for 28,000 columns each.
+constexpr int kColumns = 8, kMostThreads = 320, kBlocks = 2;
 
 struct LogitSide {
   const char* data;
@@ -30,6 +30,7 @@ struct MatchedArgs {
   const int32_t* teacher_of;           // [student columns], -1 where there is none
   const int32_t* student_of;           // [teacher columns], read with the unmatched classes only, as the next
   const int8_t* teacher_matched;       // [teacher columns]
+  int matched;  // how many columns are
   Unmatched unmatched;
   bool mean, teacher_aligned;
   int kept;  // the teacher's logits of so many of the student's columns stay in shared memory, a number of turns
@@ -157,8 +158,10 @@ struct Row {
 template <bool kPacked>
 __device__ void teacher_rest(const MatchedArgs& a, Group& group, const Span& span, float* kept, Class& result) {
   constexpr int kAhead = 4;  // turns that a row is asked for ahead: a thread alone has 16 bytes of it in flight
-  float top = -INFINITY;
-  Class rest{0, 0, 0, 0};
+  constexpr int8_t kOutside = 2;
+  const float count = static_cast<float>(a.teacher.columns - a.matched);
+  float top = -INFINITY, sum = 0;
+  Class rest;
 #pragma unroll 1
   for (bool again = false;; again = true) {
 #pragma unroll 1
@@ -169,46 +172,44 @@ __device__ void teacher_rest(const MatchedArgs& a, Group& group, const Span& spa
         prefetch(a.teacher.data + span.start * a.teacher.stride + ahead * a.teacher.item);
       int8_t matched[kColumns];
       float x[kColumns];
-      entries<kPacked>(matched, a.teacher_matched, columns, int8_t{1});
+      entries<kPacked>(matched, a.teacher_matched, columns, kOutside);
       pooled<kPacked>(x, a.teacher, span, a.mean, columns);
       if (again) {
 #pragma unroll
         for (int k = 0; k < kColumns; ++k)
-          if (!matched[k]) rest.less += less_one((x[k] - rest.shift) * a.temperature.inverse);
+          if (!matched[k]) sum += less_one((x[k] - top) * a.temperature.inverse);
         continue;
       }
       float high = top;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        if (!matched[k]) {
-          high = fmaxf(high, x[k]);
-        } else if (columns.inside(k)) {
+        if (matched[k] == 1) {
           const int d = a.student_of[columns.at(k)];
-          if (d >= 0 && d < a.kept) kept[d] = x[k];
+          if (static_cast<unsigned>(d) < static_cast<unsigned>(a.kept)) kept[d] = x[k];
         }
+        if (matched[k]) x[k] = -INFINITY;
+        high = fmaxf(high, x[k]);
       }
       const float shift = shift_of(high);
-      if (high > top) rest.sum *= exp2_flushed((top - shift) * a.temperature.in_log2);
+      if (high > top) sum *= exp2_flushed((top - shift) * a.temperature.in_log2);
       top = high;
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        if (matched[k]) continue;
-        rest.sum += exp2_flushed((x[k] - shift) * a.temperature.in_log2);
-        rest.count += 1;
-      }
+      for (int k = 0; k < kColumns; ++k) sum += exp2_flushed((x[k] - shift) * a.temperature.in_log2);
     }
-    if (again) break;
+    if (again) {
+      group.sum(sum);
+      rest.less = sum;
+      break;
+    }
     float highest = top;
     group.max(highest);
-    rest.shift = shift_of(highest);
-    rest.sum *= exp2_flushed((top - rest.shift) * a.temperature.in_log2);
-    group.sum(rest.sum, rest.count);
+    highest = shift_of(highest);
+    sum *= exp2_flushed((top - highest) * a.temperature.in_log2);
+    group.sum(sum);
+    rest = {highest, sum, sum - count, count};
     if (!rest.near_count()) break;
+    top = highest, sum = 0;
   }
-  if (rest.near_count())
-    group.sum(rest.less);
-  else
-    rest.less = rest.sum - rest.count;
   result = rest;
   __syncthreads();
 }
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) matched_kernel(const __
 #pragma unroll 1
   for (Sweep sweep = Sweep::tops;;) {
     const float from = sweep == Sweep::tops ? -INFINITY : 0;
-    float of_s = from, of_t = from, of_rest = from, far = 0, near = 0, count = 0;
+    float of_s = from, of_t = from, of_rest = from, far = 0, near = 0;
 #pragma unroll 1
     for (int base = 0; base < a.student.columns; base += columns_at_once()) {
       const Columns columns = columns_of<kPacked>(base, a.student.columns);
@@ -338,8 +339,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) matched_kernel(const __
       }
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        if (!columns.inside(k)) x[k] = -INFINITY;
-        if (ids[k] < 0) q[k] = -INFINITY;
+        if (ids[k] >= 0) continue;
+        q[k] = -INFINITY;
+        if (!whole || !columns.inside(k)) x[k] = -INFINITY;  // of a column that does not count, which may be NaN
       }
       if (sweep == Sweep::tops) {
 #pragma unroll
@@ -356,29 +358,36 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) matched_kernel(const __
           if (ids[k] < 0 && columns.inside(k)) of_rest += less_one((x[k] - shift_rest) * inverse);
         continue;
       }
+      if (sweep == Sweep::sums) {
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        const bool matched = ids[k] >= 0;
-        const float low_s = x[k] - (matched ? shift_s : shift_rest), low_t = q[k] - shift_t;
-        const float exp_s = exp2_flushed(low_s * in_log2), exp_t = exp2_flushed(low_t * in_log2);
-        const float above = ((q[k] - x[k]) - (shift_t - shift_s)) * inverse;
-        if (sweep == Sweep::sums) {
-          of_s += matched ? exp_s : 0;
-          of_rest += matched ? 0 : exp_s;
-          count += !matched && columns.inside(k);
+        for (int k = 0; k < kColumns; ++k) {
+          const float low_s = x[k] - (ids[k] < 0 ? shift_rest : shift_s), low_t = q[k] - shift_t;
+          const float exp_s = exp2_flushed(low_s * in_log2), exp_t = exp2_flushed(low_t * in_log2);
+          of_s += ids[k] < 0 ? 0 : exp_s;
           of_t += exp_t;
           if (exp_t != 0) {  // no mass, no contribution, even where the difference is infinite
-            far += exp_t * ((low_t - low_s) * inverse);
-            near += exp_t * above;
+            far += exp_t * (low_t - low_s);
+            near += exp_t * ((q[k] - x[k]) - (shift_t - shift_s));
           }
+          x[k] = exp_s;
         }
+        if (!whole) continue;
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) of_rest += ids[k] < 0 ? x[k] : 0;
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        const float exp_s = exp2_flushed((x[k] - (ids[k] < 0 ? shift_rest : shift_s)) * in_log2);
+        const float exp_t = exp2_flushed((q[k] - shift_t) * in_log2);
         float own = exp_s;
-        if (close && matched) {
+        if (close && ids[k] >= 0) {
+          const float above = ((q[k] - x[k]) - (shift_t - shift_s)) * inverse;
           const Step step = step_of(exp_t, exp_s, row.tilt, row.mean - above);
           own = step.first;
           of_s += step.rest;
         }
-        x[k] = matched ? out.by_s * own - out.by_t * exp_t : whole ? out.by_rest * own : 0;
+        x[k] = ids[k] < 0 ? out.by_rest * own : out.by_s * own - out.by_t * exp_t;
       }
       if (sweep == Sweep::gradient) store_slopes<kPacked>(x, a, student, columns);
     }
@@ -390,13 +399,14 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) matched_kernel(const __
       next = Sweep::sums;
     } else if (sweep == Sweep::sums) {
       group.sum(of_s, of_t, far);
-      group.sum(of_rest, near, count);
+      group.sum(of_rest, near);
+      const float count = static_cast<float>(a.student.columns - a.matched);
       row.s = {shift_s, of_s, 0, 0}, row.t = {shift_t, of_t, 0, 0};
       row.rest_s = {shift_rest, of_rest, of_rest - count, count};
       // Of logits that are far apart their differences are rounded less after they are shifted, of close ones before.
-      const float mean = near / of_t, ratio = logf(of_s / of_t);
+      const float mean = near * inverse / of_t, ratio = logf(of_s / of_t);
       row.mean = mean, row.tilt = expf(mean), row.ratio = ratio;
-      out = {far / of_t + ratio, 1 / of_s, 1 / of_t, 0};
+      out = {far * inverse / of_t + ratio, 1 / of_s, 1 / of_t, 0};
       close = out.loss < kClose && of_t != 0;
       next = whole && near_count(of_rest, count) ? Sweep::lacks : close ? Sweep::close : Sweep::gradient;
     } else if (sweep == Sweep::lacks) {
@@ -476,9 +486,10 @@ const char* shared_memory(int64_t& bytes) {
 
 template <bool kPacked>
 const char* launch_matched(MatchedArgs a, int64_t pairs, cudaStream_t stream) {
-  // Two turns of a block's columns, so that narrow rows leave no threads idle and more blocks share a multiprocessor.
-  const int threads = std::min(round_up(ceil_div(a.student.columns, 2 * kColumns), 32), kMostThreads);
-  const int64_t turn = threads * kColumns, turns = ceil_div(a.student.columns, turn);
+  // As few turns as the largest block takes, and then no more threads than these keep busy.
+  const int64_t turns = ceil_div(a.student.columns, kColumns * kMostThreads);
+  const int threads = round_up(ceil_div(a.student.columns, kColumns * turns), 32);
+  const int64_t turn = threads * kColumns;
   int64_t room = 0;
   if (const char* error = shared_memory(room)) return error;
   a.kept = static_cast<int>(turn * std::min<int64_t>(turns, room / (turn * sizeof(float))));
@@ -515,7 +526,7 @@ const char* matched_kl(const GpuMatchedKlArgs& x) {
   if (x.student.columns > kMostColumns || x.teacher.columns > kMostColumns)
     return "matched_kl: expected at most 2^30 columns";
   const MatchedArgs a{side_of(x.student), side_of(x.teacher), x.student_spans, x.teacher_spans, x.tables.teacher_of,
-                      x.tables.student_of, x.tables.teacher_matched, x.unmatched, x.mean && x.student_spans.start,
+                      x.tables.student_of, x.tables.teacher_matched, static_cast<int>(x.matched), x.unmatched, x.mean && x.student_spans.start,
                       aligned(side_of(x.teacher)), 0, temperature_of(x.temperature), x.scale, x.upstream, x.formed,
                       x.loss, x.grad};
   const int64_t bytes = x.student.columns * a.student.item;

@@ -52,7 +52,7 @@ inline bool elsewhere(cudaStream_t given) { return !stream || given != stream; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // A small grid, so that blocks loop, and little shared memory, so that what it does not hold is read again.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 3 * (1024 + 2048 + 8192);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 2 * (1024 + 2048 + 8192);
   return cudaSuccess;
 }
 template <class Args>

@@ -341,7 +341,7 @@ def cuda_matched_kl(
     with _cuda_stream(student.device) as stream:
         parts = None if total is None or loss is None else total_parts(loss)
         module().cuda_matched_kl(
-            _rows(student), _rows(teacher), *_addresses(spans), *map(_address, tables), scale.numel(), unmatched, mean,
-            temperature, scale.data_ptr(), _address(upstream), _address(formed), _address(loss), _address(total),
-            _address(parts), _address(grad), stream,
+            _rows(student), _rows(teacher), *_addresses(spans), *map(_address, tables), student_ids.numel(),
+            scale.numel(), unmatched, mean, temperature, scale.data_ptr(), _address(upstream), _address(formed),
+            _address(loss), _address(total), _address(parts), _address(grad), stream,
         )  # fmt: skip

@@ -71,8 +71,8 @@ void tables(Address student_ids, bool wide_student, Address teacher_ids, bool wi
 
 void matched(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
              Address t_end, Address teacher_of, Address student_of, Address teacher_matched, int64_t count,
-             int64_t pairs, int unmatched, bool mean, double temperature, Address scale, Address upstream, Address formed,
-             Address loss, Address total, Address parts, Address grad, Address stream) {
+             int64_t pairs, int unmatched, bool mean, double temperature, Address scale, Address upstream,
+             Address formed, Address loss, Address total, Address parts, Address grad, Address stream) {
   const Released released;
   check(matched_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
                     {at<int32_t>(teacher_of), at<int32_t>(student_of), at<int8_t>(teacher_matched)}, count, pairs,

@@ -1,4 +1,4 @@
-// What is left to do after the pairs of a loss.
+// The last launch of a loss.
 #pragma once
 
 #include "softmax.cuh"
@@ -7,8 +7,8 @@ namespace vocabdistil {
 namespace cuda {
 namespace {
 
-// What is left to do after the pairs: a total of their losses, a part to a block, and the rows of the gradients that none
-// of them writes.
+// What is left to do after the pairs: a total of their losses, a part to a block, and the rows of the gradients that
+// none of them writes.
 struct FinishArgs {
   const float *loss, *weights;  // [pairs]; weights may be null
   int64_t losses, per, parts;   // how many losses, in all and of a part

@@ -1,14 +1,15 @@
-// KL over the matched vocabulary on the GPU, with its gradient, in one launch: a block per pair, which sweeps the columns
-// of the student three times: for the largest logits, for the sums of exponentials, and to write the gradient; rows that
-// are close and classes of nearly equal logits take one sweep more each. Formulas: vocabdistil/reference/matched_kl.py.
+// KL over the matched vocabulary on the GPU, with its gradient, in one launch: a block per pair, which sweeps the
+// student's columns three times: for the largest logits, for the sums of exponentials, and to write the gradient; rows
+// that are close and classes of nearly equal logits take one sweep more each. Formulas:
+// vocabdistil/reference/matched_kl.py.
 //
 // What crosses the memory is the student's row, its gradient and, of the teacher, the sectors of 32 bytes that hold a
 // matched column, once, as the first sweep keeps what it gathers of the teacher in shared memory; with the unmatched
 // classes its whole row, of which a sweep before the others leaves the matched columns there. The student's row, short
-// beside it, is read again from the cache, and so are columns that shared memory has no room for. Of 4,700 matched among
-// 5,031 and 119,547 columns in bf16 that is 133 KB a pair, or 259 KB. The interpreter of tests/ptx counts 37,000
-// instructions of a warp, about as long on an H200 as its memory takes, or 196,000, which is several times as long:
-// rows whose columns make no packs cost a third more instructions than others.
+// beside it, is read again from the cache, and so are columns that shared memory has no room for. Of 4,700 matched
+// among 5,031 and 119,547 columns in bf16 that is 133 KB a pair, or 259 KB. The interpreter of tests/ptx counts 37,000
+// instructions of a warp, by reasoning as long on an H200 as its memory takes, or 196,000, which is several times as
+// long. Rows whose columns make packs take a fifth to a third less.
 #include "finish.cuh"
 
 namespace vocabdistil {
@@ -16,8 +17,9 @@ namespace cuda {
 namespace {
 
 // Columns of a thread at a time: adjacent, 16 bytes or 32, where rows allow it, else as many apart as the block has
-// threads. Two blocks of 10 warps, 5 to each quarter of a multiprocessor, leave 96 registers to a thread, have 8 sectors
-// of each in flight, several times what latency times bandwidth asks for, and shared memory for 28,000 columns each.
+// threads. Two blocks of 10 warps, 5 to each quarter of a multiprocessor, leave 96 registers to a thread, have 8
+// sectors of each in flight, several times what latency times bandwidth asks for, and on an H200 shared memory for
+// 28,000 columns each.
 constexpr int kColumns = 8, kMostThreads = 320, kBlocks = 2;
 
 struct LogitSide {
@@ -244,7 +246,8 @@ inline __device__ Outcome with_rest(const Outcome& within, const Row& row, float
   // sides are close.
   const float teacher_odds = (t.shift - rest_t.shift) * inverse + logf(t.sum / rest_t.sum);
   const float student_odds = (s.shift - rest_s.shift) * inverse + logf(s.sum / rest_s.sum);
-  const float apart = ((s.shift - t.shift) - (rest_s.shift - rest_t.shift)) * inverse + (row.ratio - log_ratio(rest_s, rest_t));
+  const float shifts = (s.shift - t.shift) - (rest_s.shift - rest_t.shift);
+  const float apart = shifts * inverse + (row.ratio - log_ratio(rest_s, rest_t));
   const float log_mass = -softplus(-teacher_odds), log_others = -softplus(teacher_odds);
   const float mass = expf(log_mass), others = expf(log_others);
   // Of the two classes alone: log(r / q) and r of the matched one, r - q of the other, KL(q || r).
@@ -529,20 +532,21 @@ const char* matched_kl(const GpuMatchedKlArgs& x) {
   if (x.student.columns > kMostColumns || x.teacher.columns > kMostColumns)
     return "matched_kl: expected at most 2^30 columns";
   const MatchedArgs a{side_of(x.student), side_of(x.teacher), x.student_spans, x.teacher_spans, x.tables.teacher_of,
-                      x.tables.student_of, x.tables.teacher_matched, static_cast<int>(x.matched), x.unmatched, x.mean && x.student_spans.start,
-                      aligned(side_of(x.teacher)), 0, temperature_of(x.temperature), x.scale, x.upstream, x.formed,
-                      x.loss, x.grad};
+                      x.tables.student_of, x.tables.teacher_matched, static_cast<int>(x.matched), x.unmatched,
+                      x.mean && x.student_spans.start, aligned(side_of(x.teacher)), 0, temperature_of(x.temperature),
+                      x.scale, x.upstream, x.formed, x.loss, x.grad};
   const int64_t bytes = x.student.columns * a.student.item;
   const bool whole = x.unmatched != Unmatched::renormalize, aligned_grad = aligned(x.grad, bytes);
   const bool packed = x.student.columns % kColumns == 0 && aligned(a.student) && aligned_grad &&
                       (!whole || (x.teacher.columns % kColumns == 0 && a.teacher_aligned));
+  const auto launch_pairs = packed ? launch_matched<true> : launch_matched<false>;
   if (x.pairs > 0)
-    if (const char* error = packed ? launch_matched<true>(a, x.pairs, stream) : launch_matched<false>(a, x.pairs, stream))
-      return error;
+    if (const char* error = launch_pairs(a, x.pairs, stream)) return error;
   // Without spans each row is written by its pair.
-  FinishArgs rest{x.loss, x.scale, x.pairs, 0, 0, 1, x.total, {x.grad}, x.grad && (x.student_spans.start || !x.pairs) ? 1 : 0,
-                  aligned_grad, x.student.rows, x.teacher.rows, bytes, x.student_spans, x.teacher_spans, x.pairs,
-                  x.upstream, x.formed};
+  const bool bare = x.grad && (x.student_spans.start || !x.pairs);
+  FinishArgs rest{x.loss, x.scale, x.pairs, 0, 0, 1, x.total, {x.grad}, bare ? 1 : 0, aligned_grad,
+                  x.student.rows, x.teacher.rows, bytes, x.student_spans, x.teacher_spans, x.pairs, x.upstream,
+                  x.formed};
   return finish(rest, x.parts, stream);
 }
 

@@ -106,6 +106,7 @@ tests() {
     if "$PYTHON" -c "import xdist" 2> /dev/null; then pytest+=(-n "$((JOBS > 8 ? 8 : JOBS))" --dist worksteal); fi
     run tests-build "${pytest[@]}" tests/test_cuda_build.py || failed=1
     run tests-remap "${pytest[@]}" tests/test_gpu_remap.py || failed=1
+    run tests-matched-kl "${pytest[@]}" tests/test_gpu_matched_kl.py || failed=1
     run tests-vocabulary "${pytest[@]}" tests/test_gpu_vocabulary.py || failed=1
     run tests-spans "${pytest[@]}" tests/test_gpu.py -k "not test_hidden_sizes" || failed=1
     run tests-hidden-sizes "${pytest[@]}" tests/test_gpu.py -k test_hidden_sizes || failed=1

@@ -73,7 +73,9 @@ def calls(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Call]:  # no
     pairs, (batch, width) = random_pairs(4, 16, device, filled=0.7)
     v_s, v_t, d_s, d_t = sizes.student, sizes.teacher, sizes.student_dim, sizes.teacher_dim
     matched = vd.MatchedVocab(torch.arange(sizes.matched), torch.arange(sizes.matched)).to(device)
-    table = vd.RemapTable(torch.arange(v_t + 1), torch.arange(v_t) % v_s, student_vocab_size=v_s, unk_id=1, pad_id=0)
+    ends = (torch.arange(v_t) % 5).cumsum(0)  # rows of up to 4 pieces
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    table = vd.RemapTable(indptr, torch.arange(int(ends[-1])) % v_s, student_vocab_size=v_s, unk_id=1, pad_id=0)
     # The kernels of a GPU take no float64.
     for dim, dtype in SPAN_SHAPES if device.type == "cuda" else (*SPAN_SHAPES, (768, torch.float64)):
         for divergence in ("kl", "reverse_kl", "jsd", "mse", "cosine"):
@@ -94,6 +96,11 @@ def calls(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Call]:  # no
             yield _call("remapped_kl", name, [made(64, v_s)], [made(64, v_t)], table, **options)
             hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
             yield _call("linear_remapped_kl", name, [hidden, weight], teacher, table, **options)
+    options = {"combine": "logsumexp", "entry_weights": table.projection_weights(0.5)}
+    yield _call("remapped_kl", "weighted", [made(64, v_s)], [made(64, v_t)], table, **options)
+    for remainder in ("drop", "renormalize"):
+        options = {"top_k": 7, "remainder": remainder}
+        yield _call("remapped_kl", f"7 largest, {remainder}", [made(64, v_s)], [made(64, v_t)], table, **options)
     ids = [torch.randint(sizes.matched, shape, generator=generator).to(device) for shape in ((4, width), (4, 16))]
     for divergence in ("kl", "total_variation"):
         options = {"divergence": divergence, "temperature": 2.0}
@@ -133,6 +140,6 @@ def smoke(device: torch.device) -> int:
             error, distance = (f"cannot run: {problem}", "") if problem else _outcome(call, backend, want)
             # What is not built here is to be seen, too, where there is a GPU for it.
             wrong += bool(error)
-            print(f"{call.operation:18s}{call.name:26s}{backend:8s}{f'<<< {error}' if error else distance}", flush=True)
+            print(f"{call.operation:24s}{call.name:28s}{backend:8s}{f'<<< {error}' if error else distance}", flush=True)
     print(f"{wrong} wrong" if wrong else "all right")
     return wrong

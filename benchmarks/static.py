@@ -2,8 +2,8 @@
 shared memory, and how many warps a multiprocessor then holds.
 
 ``--triton`` says it of the Triton kernels, as calls with the sizes of real models compile them; ``--spills FILE``
-writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv and triton_spills.csv; ``--costs``
-adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
+writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv and triton_spills.csv;
+``--costs`` adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 // The operations for Python. Everything crosses as addresses, sizes and codes: vocabdistil/core/native.py has already
 // checked shapes, dtypes and devices and keeps the tensors alive.
+#include "arguments.h"
 #include "bindings.h"
-#include "functions.h"
-#include "ops.h"
 
 namespace vd = vocabdistil;
 
 using vd::functions::Address;
 using vd::functions::at;
 using vd::functions::function;
+using vd::functions::matrix;
+using vd::functions::PyRows;
 using vd::functions::Released;
+using vd::functions::spans;
 
 namespace {
-
-vd::Spans spans(Address start, Address end) { return {at<const int32_t>(start), at<const int32_t>(end)}; }
 
 // One side's layers as Python hands them over: dtype code, addresses, row strides (elements), coefficients.
 struct Side {
@@ -62,14 +62,6 @@ void span_loss(int s_dtype, std::vector<Address> s_data, std::vector<int64_t> s_
   vd::span_loss({s.layers(s_rows), t.layers(t_rows), spans(s_start, s_end), spans(t_start, t_end), pairs, dim,
                  static_cast<vd::Divergence>(divergence), mean, temperature, beta, at<const void>(scale),
                  at<void>(loss), at<void>(total), s.grads(s_grad, s_rows), t.grads(t_grad, t_rows), threads});
-}
-
-// A matrix as Python hands it over: dtype code, address, row stride (elements), rows, columns.
-using PyRows = std::tuple<int, Address, int64_t, int64_t, int64_t>;
-
-vd::Rows matrix(const PyRows& x) {
-  return {static_cast<vd::DType>(std::get<0>(x)), at<const void>(std::get<1>(x)), std::get<2>(x), std::get<3>(x),
-          std::get<4>(x)};
 }
 
 void matched_kl(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,

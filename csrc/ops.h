@@ -200,9 +200,9 @@ struct RemappedKlArgs {
   int threads;
 };
 
-// remapped_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the rows
-// of both weights that the table names take, if that is more), and the gradients for the student's. The plan's ids are
-// positions in the `columns` ids of the student's side; the teacher's side has no ids, and neither has lengths.
+// remapped_kl of the logits of two output layers, which are formed `budget` bytes at a time (or a quarter of what the
+// rows of both weights that the table names take, if that is more), and the gradients for the student's. The plan's ids
+// are positions in the `columns` ids of the student's side; the teacher's side has no ids, and neither has lengths.
 struct LinearRemappedKlArgs {
   LinearSide student, teacher;
   RemapPlan plan;
@@ -282,6 +282,32 @@ struct GpuSpanLossArgs {
   void* stream;
 };
 
+// What stands in one column of each side, of the matched ids: kept from call to call.
+struct GpuMatchedTables {
+  int32_t* teacher_of;      // [student columns]: -1 where there is none
+  int32_t* student_of;      // [teacher columns], likewise; null, as the next, for Unmatched::renormalize
+  int8_t* teacher_matched;  // [teacher columns]
+};
+
+// As MatchedKlArgs, in float32.
+struct GpuMatchedKlArgs {
+  Rows student, teacher;
+  Spans student_spans, teacher_spans;  // start == nullptr: row p with row p
+  GpuMatchedTables tables;
+  int64_t matched, pairs;
+  Unmatched unmatched;
+  bool mean;
+  double temperature;
+  const float* scale;     // [pairs]
+  const float* upstream;  // as in GpuSpanLossArgs, as all from here on
+  const float* formed;
+  float* loss;
+  float* total;
+  float* parts;
+  void* grad;  // contiguous, the student's shape and dtype, or nullptr
+  void* stream;
+};
+
 // Why no kernel can run here (an old driver, an architecture that was not built), or nullptr.
 const char* problem();
 
@@ -291,6 +317,11 @@ const char* span_mean_fwd(const GpuLayers& x, Spans spans, int64_t pairs, int64_
 const char* span_mean_bwd(DType grad_dtype, const void* grad, int64_t grad_stride, Spans spans, int64_t pairs,
                           int64_t dim, bool mean, const GpuLayers& out, void* stream);
 const char* span_loss(const GpuSpanLossArgs&);
+// Fills the tables from `matched` ids, of int64 where they are wide and else of int32; those out of range are left out.
+const char* matched_tables(const void* student_ids, bool wide_student, const void* teacher_ids, bool wide_teacher,
+                           int64_t matched, int64_t student_columns, int64_t teacher_columns,
+                           const GpuMatchedTables& tables, void* stream);
+const char* matched_kl(const GpuMatchedKlArgs&);
 
 }  // namespace cuda
 

@@ -794,7 +794,7 @@ def test_what_files_tell_is_told_before_torch_is_imported(tmp_path):
         ({"language": ["ru", 5]}, "language: expected text, got int"),
         ({"license": 5}, "license: expected text, got int"),
         ({"max_length": 64.0}, "max_length: expected a whole number, got 64.0"),
-        ({"max_length": None}, "max_length: expected a whole number, got None"),
+        ({"max_length": 1}, "max_length: expected a number above 2, got 1"),
         ({"unit": None}, "unit: expected line or paragraph, got None"),
         ({"unit": ["line"]}, "unit: expected line or paragraph, got"),
         ({"seed": float("nan")}, "seed: expected a .*, got nan"),

@@ -134,7 +134,7 @@ def test_kernels_are_in_the_module():
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
     run = subprocess.run([cuobjdump, "-elf", native.module().__file__], capture_output=True, text=True, check=True)
-    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel"):
+    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel", "matched_kernel", "table_kernel"):
         assert kernel in run.stdout, kernel
 
 
@@ -154,6 +154,7 @@ def test_a_call_without_a_driver_says_so(monkeypatch):
         lambda: native.cuda_span_mean_fwd([x], span, span, None, True, x),
         lambda: native.cuda_span_mean_bwd(x, span, span, None, True, [x]),
         lambda: native.cuda_span_loss([x], [x], [span] * 4, None, 1.0, None, None, *options),
+        lambda: native.cuda_matched_kl(x, x, [], span, span, x[0], 0, True, 1.0, False, x[0], x[0, 0], None),
     ):
         with pytest.raises(RuntimeError, match="CUDA driver"):
             call()

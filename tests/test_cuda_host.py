@@ -11,6 +11,7 @@ import torch
 
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
+from tests.matched_kl_backend import *  # noqa: F403
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_mean_backend import *  # noqa: F403
 from vocabdistil.core import native
@@ -39,17 +40,26 @@ def test_a_launch_elsewhere_is_noticed(where, pairs, module, monkeypatch):
             with cuda_on_host.current_stream(module) as handle:
                 yield handle + 1 if where == "another stream" else 0
 
+    tables = native._new_tables(torch.zeros(1), 8, 8, False)
+    tables[0].fill_(-1)
     monkeypatch.setattr(native, "_cuda_stream", stream)
     start = torch.arange(pairs, dtype=torch.int32)
     x, out, loss = torch.ones(4, 8), torch.empty(pairs, 8), torch.empty(pairs)
     options = (0, True, 1.0, 0.5, loss, torch.zeros(()), [torch.empty(4, 8)], None, None)
+    ids = torch.arange(4)
+    spans = [start, start + 1] * 2
+    logits = (torch.ones(4, 8), torch.ones(4, 8), spans, ids, ids, torch.ones(pairs), 0, True, 1.0, True)
     calls = {
-        "span_loss": lambda: native.cuda_span_loss([x], [x], [start, start + 1] * 2, None, 1.0, None, None, *options),
+        "matched_tables": lambda: native.matched_tables(ids, ids, 8, 8, False, False),
+        "matched_kl": lambda: native.cuda_matched_kl(*logits, loss, torch.zeros(()), torch.empty(4, 8)),
+        "span_loss": lambda: native.cuda_span_loss([x], [x], spans, None, 1.0, None, None, *options),
         "span_mean_bwd": lambda: native.cuda_span_mean_bwd(out, start, start + 1, None, True, [torch.empty(4, 8)]),
     }
     if pairs:
         calls["span_mean_fwd"] = lambda: native.cuda_span_mean_fwd([x], start, start + 1, None, True, out)
-    for call in calls.values():
+    for name, call in calls.items():
+        if name == "matched_kl":
+            monkeypatch.setattr(native, "matched_tables", lambda *arguments: tables)
         with pytest.raises(RuntimeError, match="not launched on the stream of the tensors' device"):
             call()
 

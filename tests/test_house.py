@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import vocabdistil
+from vocabdistil.core import dispatch
 
 ROOT = Path(vocabdistil.__file__).parent
 # Each may import itself and what stands before it; models and reference do not know each other.
@@ -40,3 +42,14 @@ def test_imports_run_one_way(wing):
 
 def test_no_module_stands_beside_the_wings():
     assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", "__main__", "cli"}
+
+
+def test_the_table_of_what_runs_on_a_gpu_is_that_of_the_code():
+    file = Path(__file__).parent.parent / "CONTRIBUTING.md"
+    if not file.is_file():
+        pytest.skip("CONTRIBUTING.md is not beside the tests")
+    text = file.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (`.*?) \|", text.split("## What runs on a GPU")[1].split("\n## ")[0], re.M)
+    names = re.compile(r"`(\w+)`")
+    told = {op: tuple(names.findall(backends)) for ops, backends in rows for op in names.findall(ops)}
+    assert told == {op: devices["cuda"] for op, devices in dispatch.TABLE.items()}

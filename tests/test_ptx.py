@@ -11,10 +11,27 @@ import torch
 
 import vocabdistil as vd
 from benchmarks import static
+from benchmarks.matched_kl import sectors
 from benchmarks.static import find_tool
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
+from tests.matched_kl_backend import (  # noqa: F401
+    UNMATCHED,
+    test_a_gradient_of_logits_that_is_there_is_left_alone,
+    test_classes_of_one_size_at_any_temperature,
+    test_divergences_over_a_matched_vocabulary_at_any_temperature,
+    test_every_element_of_the_results_is_written,
+    test_few_columns_and_all_mass_on_one,
+    test_ids_out_of_range_are_not_followed,
+    test_minus_infinity_and_far_apart,
+    test_no_pairs_clear_the_gradient,
+    test_one_vocabulary_within_the_other,
+    test_spans_of_logits_that_make_no_sense_stay_inside,
+    test_strides_and_no_rows,
+)
+from tests.matched_kl_backend import compare as compare_logits
 from tests.ptx.launch import ROOT, compile_cuda, launching, span_loss_cost
+from tests.ptx.machine import Counts
 from tests.ptx.memory import Failure
 from tests.span_loss_backend import (  # noqa: F401
     DIVERGENCES,
@@ -34,6 +51,7 @@ from tests.span_loss_backend import (  # noqa: F401
 from tests.span_mean_backend import *  # noqa: F403
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
+from tests.vocabularies import make_matched, randn
 from vocabdistil.core import native
 from vocabdistil.ops.span_mean import pooled_rows
 
@@ -89,10 +107,54 @@ def test_layers_weights_and_an_upstream_gradient(dim, reduction, backend, device
     )  # fmt: skip
 
 
+# Packs of both sides, of the student's alone, and no packs; rows of one turn of a block and of more.
+COLUMNS = [(24, 64, 20), (24, 61, 20), (19, 64, 13), (600, 700, 500), (2800, 40, 30)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_t", "v_m"), COLUMNS)
+def test_matched_kl(v_s, v_t, v_m, unmatched, dtype, backend, device):
+    student, teacher = randn(2, v_s, seed=1, dtype=dtype, scale=2), randn(2, v_t, seed=2, dtype=dtype, scale=2)
+    compare_logits(student, teacher, make_matched(v_s, v_t, v_m), backend, device, unmatched=unmatched, temperature=1.7)
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize(("v_s", "v_t", "pooling"), [(40, 64, "mean"), (37, 50, "sum")])
+def test_matched_kl_of_pairs(v_s, v_t, pooling, unmatched, backend, device):
+    pairs, n_s, n_t = make_pairs(5, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, v_s, seed=1, dtype=BF16), randn(n_t, v_t, seed=2)
+    options = {"pairs": pairs, "pooling": pooling, "unmatched": unmatched, "reduction": "none"}
+    compare_logits(student, teacher, make_matched(v_s, v_t, 30), backend, device, **options)
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+@pytest.mark.parametrize("columns", [296, 300])
+def test_matched_kl_of_close_rows(columns, unmatched, backend, device):
+    student = randn(2, columns, seed=1)
+    teacher, matched = student + 1e-3 * randn(2, columns, seed=2), vd.MatchedVocab(*[torch.arange(200)] * 2)
+    compare_logits(student, teacher, matched, backend, device, unmatched=unmatched)
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(264, BF16), (768, BF16), (1024, BF16), (768, F32), (4096, BF16)], ids=str)
 def test_every_byte_crosses_the_memory_once(dim, dtype, launches):
     counts = span_loss_cost(launches, dim, dtype, 48)
     assert counts.bytes < 1.02 * 48 * (3 * dim * dtype.itemsize + 64)
+
+
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest"])
+@pytest.mark.parametrize(("v_s", "v_t"), [(600, 4000), (603, 4001)])
+def test_every_byte_of_logits_crosses_the_memory_once(v_s, v_t, unmatched, launches, backend):
+    """The student's row and its gradient, of the teacher the sectors that hold a matched column, or the whole row."""
+    pairs, matched = 24, make_matched(v_s, v_t, 500)
+    student, teacher = randn(pairs, v_s, seed=1, dtype=BF16), randn(pairs, v_t, seed=2, dtype=BF16)
+    counts = launches.counts = Counts()
+    vd.matched_kl(student.requires_grad_(), teacher, matched, unmatched=unmatched, backend=backend)
+    launches.counts = None
+    columns = matched.teacher_ids if unmatched == "renormalize" else torch.arange(v_t)
+    each = 2 * 2 * v_s + 32 * sectors(columns, 2)
+    tables = 4 * v_s + (5 * v_t if unmatched == "rest" else 0)  # read and, the first time, written
+    assert counts.bytes < 1.1 * pairs * each + 3 * tables
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(264, BF16), (768, BF16), (1024, F32)], ids=str)
@@ -143,6 +205,9 @@ def test_rows_that_are_close(backend, device):
 
 def every_kernel(backend: str, device: str) -> None:
     pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
+    for columns in (7, 8):
+        student, teacher = randn(n_s, columns, seed=1), randn(n_t, columns, seed=2)
+        compare_logits(student, teacher, make_matched(columns, columns, 5), backend, device, pairs, unmatched="rest")
     for dim in (7, 8, 520, 1000):
         for divergence in ("kl", "jsd"):
             compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence=divergence)
@@ -187,7 +252,16 @@ def mean_of_rows_far_apart(backend: str) -> None:
     torch.testing.assert_close(got, torch.stack([x[0], x[2:].mean(0)]))
 
 
+def logits_far_apart(backend: str) -> None:
+    matched, student, teacher = make_matched(8, 8, 5), far_apart(4, 8), far_apart(4, 8)
+    got = vd.matched_kl(student, teacher.flip(1), matched, backend=backend)
+    want = vd.reference.matched_kl(student.double(), teacher.flip(1).double(), matched)
+    torch.testing.assert_close(got.double(), want)
+    vd.matched_kl(student, teacher, matched, unmatched="drop", backend=backend)
+
+
 def test_rows_past_2_gigabytes(backend):
+    logits_far_apart(backend)
     mean_of_rows_far_apart(backend)
     pairs = vd.SpanPairs(*(torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [1, 4], [0, 1], [1, 3])))
     student, teacher = far_apart(4, 8), rows(3, 8, 2)
@@ -209,7 +283,7 @@ def copy_with(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 def test_reductions_need_two_buffers(module, tmp_path, monkeypatch, backend):
-    copy = copy_with(tmp_path, "pair.cuh", "turn_ ^= 1;", "")
+    copy = copy_with(tmp_path, "softmax.cuh", "turn_ ^= 1;", "")
     programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
     pairs, n_s, n_t = make_pairs(3, seed=1)
     student, teacher = rows(n_s, 4104, 1), rows(n_t, 4104, 2)
@@ -223,9 +297,13 @@ def test_packs_need_aligned_rows(programs, tmp_path, monkeypatch, backend):
     module = cuda_on_host.build(tmp_path, copy)
     pairs, n_s, n_t = make_pairs(3, seed=1)
     student, teacher = rows(n_s, 9, 1)[:, 1:], rows(n_t, 8, 2)
+    same = vd.MatchedVocab(*[torch.arange(8)] * 2)
     for _ in launching(module, programs, monkeypatch):
         with pytest.raises(Failure, match="misaligned"):
             vd.span_loss(student, teacher, pairs, backend=backend)
+        for s, t in ((student[:3], teacher[:3]), (teacher[:3], student[:3])):
+            with pytest.raises(Failure, match="misaligned"):
+                vd.matched_kl(s, t, same, backend=backend)
 
 
 def test_addresses_need_64_bits(module, tmp_path, monkeypatch, backend):
@@ -234,3 +312,21 @@ def test_addresses_need_64_bits(module, tmp_path, monkeypatch, backend):
     for _ in launching(module, programs, monkeypatch):
         with pytest.raises(Failure, match="out of bounds"):
             mean_of_rows_far_apart(backend)
+
+
+def test_addresses_of_logits_need_64_bits(module, tmp_path, monkeypatch, backend):
+    copy = copy_with(tmp_path, "matched_kl.cu", "int64_t{i} * side.stride", "int(i * side.stride)")
+    programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="out of bounds"):
+            logits_far_apart(backend)
+
+
+def test_what_a_sweep_has_found_needs_a_barrier(module, tmp_path, monkeypatch, backend):
+    old = "__syncthreads();\n    if (next == Sweep::gradient)"
+    copy = copy_with(tmp_path, "matched_kl.cu", old, old.split("\n")[1])
+    programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
+    student, teacher, matched = randn(2, 1200, seed=1), randn(2, 1200, seed=2), make_matched(1200, 1200, 900)
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="race of warps in shared memory"):
+            vd.matched_kl(student, teacher, matched, unmatched="rest", reduction="none", backend=backend)

@@ -110,21 +110,20 @@ def test_remap(batch, length, mask, backend, device):
     equals_the_native_code(batch, length, True, mask, device, backend)
 
 
-def test_matched_kl():
+def test_matched_kl(backend, device):
     student, teacher = randn(3, 50, seed=1, scale=2), randn(3, 33, seed=2, scale=2)
-    check_matched_kl.compare(student, teacher, make_matched(50, 33, 32), temperature=1.7)
+    check_matched_kl.compare(student, teacher, make_matched(50, 33, 32), backend, device, temperature=1.7)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "turns"])
-def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch):
+def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch, backend, device):
     if not whole:  # a block of columns at a time
         monkeypatch.setattr(check_matched_kl.kernels, "RESIDENT", 1)
         monkeypatch.setattr(check_matched_kl.kernels, "TURN", 1024)
     pairs, n_s, n_t = make_pairs(4, seed=3, gaps=True, empty=True)
     student, teacher = randn(n_s, 1100, seed=1, dtype=BF16), randn(n_t, 2104, seed=2, dtype=BF16)
-    check_matched_kl.compare(
-        student, teacher, make_matched(1100, 2104, 900), pairs=pairs, unmatched="rest", reduction="none"
-    )
+    matched, options = make_matched(1100, 2104, 900), {"unmatched": "rest", "reduction": "none"}
+    check_matched_kl.compare(student, teacher, matched, backend, device, pairs=pairs, **options)
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(50, BF16), (1040, F32)], ids=str)

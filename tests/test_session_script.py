@@ -93,7 +93,7 @@ def test_what_is_called_on_a_gpu(stubbed):
 def test_what_failed_is_told_again_and_what_was_stopped_is_done_again(stubbed):
     done, calls = stubbed("tests", STOPS="test_gpu_remap", FAILS="test_gpu_vocabulary")
     assert done.returncode == 1 and "failed or unfinished: tests" in done.stdout
-    assert sum("pytest" in call for call in calls) == 5
+    assert sum("pytest" in call for call in calls) == 6
     again, calls = stubbed("tests")
     assert again.returncode == 1 and "tests-vocabulary: done before, exit status 1" in again.stdout
     assert [call for call in calls if "pytest" in call] == [call for call in calls if "tests/test_gpu_remap.py" in call]

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from vocabdistil.core.values import Seen
+from vocabdistil.core.values import MadeOf
 
 from .rows import clamp, on_device, to_do
 from .softmax import (
@@ -514,47 +513,20 @@ def tables_kernel(student_ids, teacher_ids, teacher_of, teacher_matched, count, 
         tl.store(teacher_matched + t, (t * 0 + 1).to(tl.int8), mask=(t >= 0) & (t < v_t))
 
 
-class _Tables:
-    """``teacher_of [V_s]`` int32 and, if wanted, ``teacher_matched [V_t]`` int8 of the ids last used, kept as long as
-    the ids live and are not written to.
-
-    Nothing is kept from or used in the capture of a CUDA graph: what it builds is filled when it is replayed, and what
-    it uses has to outlive it. Kept tables are used in the stream alone that they were made in.
-    """
-
-    def __init__(self) -> None:
-        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def get(
-        self, student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, wanted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        stream = None
-        if student_ids.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return self._make(student_ids, teacher_ids, v_s, v_t, wanted)
-            stream = torch.cuda.current_stream(student_ids.device).cuda_stream
-        known = self._of.get(student_ids)
-        if known is None or not known[0].are(student_ids, teacher_ids):
-            known = self._of[student_ids] = Seen(student_ids, teacher_ids), {}
-        tables, key = known[1], (v_s, v_t, wanted, stream)
-        if key not in tables:
-            tables[key] = self._make(student_ids, teacher_ids, v_s, v_t, wanted)
-        return tables[key]
-
-    @staticmethod
-    def _make(
-        student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, wanted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        teacher_of = torch.full((v_s,), -1, dtype=torch.int32, device=student_ids.device)
-        teacher_matched = torch.zeros(v_t, dtype=torch.int8, device=student_ids.device) if wanted else None
-        count = student_ids.numel()
-        tables_kernel[(triton.cdiv(count, 1024),)](
-            student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024, enable_fp_fusion=True
-        )  # fmt: skip
-        return teacher_of, teacher_matched
+def _make_tables(
+    student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``teacher_of [V_s]`` int32 and, if wanted, ``teacher_matched [V_t]`` int8."""
+    teacher_of = torch.full((v_s,), -1, dtype=torch.int32, device=student_ids.device)
+    teacher_matched = torch.zeros(v_t, dtype=torch.int8, device=student_ids.device) if wanted else None
+    count = student_ids.numel()
+    tables_kernel[(triton.cdiv(count, 1024),)](
+        student_ids, teacher_ids, teacher_of, teacher_matched, count, v_s, v_t, BLOCK=1024, enable_fp_fusion=True
+    )  # fmt: skip
+    return teacher_of, teacher_matched
 
 
-_tables = _Tables()
+_tables = MadeOf(_make_tables)
 
 
 def tile(columns: int, dtype: torch.dtype) -> dict[str, int | bool | None]:
@@ -587,11 +559,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
-    """``sum_p loss[p] scale[p]``, the same bits on every run."""
+def weighted_total(loss: Tensor, scale: Tensor, total: Tensor | None = None) -> Tensor:
+    """``sum_p loss[p] scale[p]``, the same bits on every run, written to ``total []`` if that is given."""
+    total = loss.new_empty(()) if total is None else total
     if loss.dtype == torch.float64:
-        return (loss * scale).sum()
-    total = loss.new_empty(())
+        return torch.sum(loss * scale, dim=0, out=total)
     with on_device(loss):
         write_total(loss, scale, total, 1.0)
     return total
@@ -600,10 +572,10 @@ def weighted_total(loss: Tensor, scale: Tensor) -> Tensor:
 def matched_kl(
     student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
     scale: Tensor, unmatched: int, mean: bool, temperature: float, keep: bool, loss: Tensor | None,
-    grad: Tensor | None, upstream: Tensor | None = None, formed: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
-    """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]`` -> the
-    scaled total. Writes what is not None: the losses ``[P]`` and the gradient of the total for the student's logits.
+    total: Tensor | None, grad: Tensor | None, upstream: Tensor | None = None, formed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Logits ``[N, V]`` (unit column stride), no or four int32 spans ``[P]``, ids ``[V_m]``, scale ``[P]``. Writes what
+    is not None: the losses ``[P]``, their scaled total ``[]`` and its gradient for the student's logits.
 
     keep: whether tables of the ids may be kept for the next call.
     ``upstream []`` is another factor, of the gradient alone; ``formed []`` is one that it is already there with: where
@@ -612,10 +584,12 @@ def matched_kl(
     if not pairs:
         if grad is not None:
             grad.zero_()
-        return scale.new_zeros(())
+        if total is not None:
+            total.zero_()
+        return
     v_s, v_t = student.shape[1], teacher.shape[1]
     with on_device(student):
-        tables = _tables.get if keep else _tables._make
+        tables = _tables.get if keep else _tables.make
         teacher_of, teacher_matched = tables(student_ids, teacher_ids, v_s, v_t, bool(unmatched))
         kernel[(pairs,)](
             student, teacher, *(spans or (None,) * 4), teacher_of, teacher_matched, None, None, None, None, None,
@@ -624,7 +598,8 @@ def matched_kl(
             MEAN=mean and bool(spans), UNMATCHED=unmatched, PADDED=False, ACC=accumulator(scale.dtype),
             **tile(v_s, scale.dtype),
         )  # fmt: skip
-        return None if loss is None else weighted_total(loss, scale)
+        if loss is not None and total is not None:
+            weighted_total(loss, scale, total)
 
 
 def dense_rows(

@@ -101,6 +101,17 @@ def cuda_span_loss(
     temperature: float, beta: float, base: float, weights: _Address, upstream: _Address, formed: _Address,
     loss: _Address, total: _Address, parts: _Address, stream: _Address, /,
 ) -> None: ...  # fmt: skip
+def cuda_matched_tables(
+    student_ids: _Address, wide_student: bool, teacher_ids: _Address, wide_teacher: bool, matched: int,
+    student_columns: int, teacher_columns: int, teacher_of: _Address, student_of: _Address, teacher_matched: _Address,
+    stream: _Address, /,
+) -> None: ...  # fmt: skip
+def cuda_matched_kl(
+    student: _Rows, teacher: _Rows, s_start: _Address, s_end: _Address, t_start: _Address, t_end: _Address,
+    teacher_of: _Address, student_of: _Address, teacher_matched: _Address, matched: int, pairs: int, unmatched: int,
+    mean: bool, temperature: float, scale: _Address, upstream: _Address, formed: _Address, loss: _Address,
+    total: _Address, parts: _Address, grad: _Address, stream: _Address, /,
+) -> None: ...  # fmt: skip
 
 # The remap table.
 

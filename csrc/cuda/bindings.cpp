@@ -1,7 +1,6 @@
 // The GPU kernels for Python: addresses, sizes and codes, as in ../bindings.cpp.
+#include "../arguments.h"
 #include "../bindings.h"
-#include "../functions.h"
-#include "../ops.h"
 
 namespace vocabdistil {
 namespace cuda {
@@ -10,13 +9,14 @@ namespace {
 using functions::Address;
 using functions::at;
 using functions::function;
+using functions::matrix;
+using functions::PyRows;
 using functions::Released;
+using functions::spans;
 using Addresses = std::vector<Address>;
 using Strides = std::vector<int64_t>;
 
 void* const* array(const Addresses& addresses) { return reinterpret_cast<void* const*>(addresses.data()); }
-
-Spans spans(Address start, Address end) { return {at<const int32_t>(start), at<const int32_t>(end)}; }
 
 GpuLayers layers(int dtype, const Addresses& data, const Strides& stride, int64_t rows, Address coef) {
   if (data.size() > static_cast<size_t>(kMaxLayers))
@@ -59,6 +59,28 @@ void loss(int s_dtype, const Addresses& s_data, const Strides& s_stride, int64_t
                    at<float>(parts), at<void>(stream)}));
 }
 
+void tables(Address student_ids, bool wide_student, Address teacher_ids, bool wide_teacher, int64_t matched,
+            int64_t student_columns, int64_t teacher_columns, Address teacher_of, Address student_of,
+            Address teacher_matched, Address stream) {
+  const Released released;
+  check(matched_tables(at<const void>(student_ids), wide_student, at<const void>(teacher_ids), wide_teacher, matched,
+                       student_columns, teacher_columns,
+                       {at<int32_t>(teacher_of), at<int32_t>(student_of), at<int8_t>(teacher_matched)},
+                       at<void>(stream)));
+}
+
+void matched(const PyRows& student, const PyRows& teacher, Address s_start, Address s_end, Address t_start,
+             Address t_end, Address teacher_of, Address student_of, Address teacher_matched, int64_t count,
+             int64_t pairs, int unmatched, bool mean, double temperature, Address scale, Address upstream, Address formed,
+             Address loss, Address total, Address parts, Address grad, Address stream) {
+  const Released released;
+  check(matched_kl({matrix(student), matrix(teacher), spans(s_start, s_end), spans(t_start, t_end),
+                    {at<int32_t>(teacher_of), at<int32_t>(student_of), at<int8_t>(teacher_matched)}, count, pairs,
+                    static_cast<Unmatched>(unmatched), mean, temperature, at<const float>(scale),
+                    at<const float>(upstream), at<const float>(formed), at<float>(loss), at<float>(total),
+                    at<float>(parts), at<void>(grad), at<void>(stream)}));
+}
+
 const char* problem_or_none() {
   const char* error = problem();
   return error ? error : "";
@@ -69,6 +91,8 @@ PyMethodDef operations[] = {
     function<&mean_fwd>("cuda_span_mean_fwd"),
     function<&mean_bwd>("cuda_span_mean_bwd"),
     function<&loss>("cuda_span_loss"),
+    function<&tables>("cuda_matched_tables"),
+    function<&matched>("cuda_matched_kl"),
     {},
 };
 

@@ -50,6 +50,21 @@ __device__ __half store<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// Calls f with an element of the dtype.
+template <class F>
+__device__ void with_element(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: f(__nv_bfloat16{}); break;
+    case DType::f16: f(__half{}); break;
+    default: f(float{});
+  }
+}
+inline __device__ void prefetch(const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T value[N];
@@ -166,10 +181,12 @@ inline const char* clear(const LayerTable& x, size_t row_bytes, cudaStream_t str
 }
 
 template <class Args>
-const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, dim3 threads, cudaStream_t stream) {
+const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, dim3 threads, cudaStream_t stream,
+                   size_t shared = 0) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   return text(cudaLaunchKernelEx(&config, kernel, args));
 }

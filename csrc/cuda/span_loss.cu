@@ -1,6 +1,7 @@
 // Divergence between averaged rows on the GPU, with its gradient, in one pass: a pair's two averaged rows stay in the
 // registers of a warp or of a block, and only its loss and its rows of the gradient are written. Only the student has a
 // gradient here: the teacher's is that of the mirrored divergence with the sides exchanged.
+#include "finish.cuh"
 #include "pair.cuh"
 
 namespace vocabdistil {
@@ -107,57 +108,6 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
   }
 }
 
-// What is left to do after the pairs: a total of their losses, a part to a block, and the rows of the gradients that none
-// of them writes.
-struct FinishArgs {
-  const float *loss, *weights;  // [pairs]; weights may be null
-  int64_t losses, per, parts;   // how many losses, in all and of a part
-  float base;
-  float* total;  // [parts]
-
-  void* grad[kMaxLayers];
-  int layers;
-  bool aligned;
-  int64_t rows, teacher_rows, bytes;
-  Spans student_spans, teacher_spans;
-  int64_t pairs;
-  const float *upstream, *formed;
-};
-constexpr int kFinishThreads = 256;
-
-// base * sum_p weights[p] * loss[p] of part k: a fixed order, so the same sum every time and on every GPU.
-inline __device__ void write_total(const FinishArgs& a, int64_t k) {
-  __shared__ float4 parts[2][32];
-  const int64_t end = k * a.per + a.per < a.losses ? k * a.per + a.per : a.losses;
-  float sum = 0;
-#pragma unroll 8
-  for (int64_t p = k * a.per + threadIdx.x; p < end; p += blockDim.x) sum += a.loss[p] * (a.weights ? a.weights[p] : 1);
-  Group(parts).sum(sum);
-  if (threadIdx.x == 0) a.total[k] = a.base * sum;
-}
-
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ FinishArgs a) {
-  if (blockIdx.x < a.parts) return write_total(a, blockIdx.x);
-  if (a.formed && *a.formed == *a.upstream) return;
-  const auto written = [&](int64_t p, int64_t row) {
-    const Span student = clamp(span(a.student_spans, p), a.rows);
-    const Span teacher = clamp(span(a.teacher_spans, p), a.teacher_rows);
-    return student.start <= row && teacher.start < teacher.end;
-  };
-  const auto at = [&](int l, int64_t row) { return static_cast<char*>(a.grad[l]) + row * a.bytes; };
-  const int64_t warps = blockDim.x / 32, warp = (blockIdx.x - a.parts) * warps + threadIdx.x / 32;
-  const int64_t all = (gridDim.x - a.parts) * warps;
-  if (a.aligned)
-    clear_between<Pack<uint32_t, 4>>(warp, all, a.student_spans, a.pairs, a.rows, a.layers, a.bytes, written, at);
-  else
-    clear_between<uint16_t>(warp, all, a.student_spans, a.pairs, a.rows, a.layers, a.bytes, written, at);
-}
-
-const char* launch_finish(const FinishArgs& a, cudaStream_t stream) {
-  const int64_t blocks = a.parts + ceil_div(a.layers ? a.rows : 0, kFinishThreads);
-  return blocks ? launch(finish_kernel, a, blocks, kFinishThreads, stream) : nullptr;
-}
-
 constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
 
 // Columns per thread, by reasoning and not yet measured. In half precision the instructions per column, not the bytes,
@@ -202,23 +152,17 @@ const char* span_loss(const GpuSpanLossArgs& x) {
              static_cast<int>(x.dim), width, x.divergence, x.mean, temperature_of(x.temperature),
              static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.formed, x.loss};
   bool packed = x.dim % width == 0 && x.dim <= kMostPacked && aligned(a.student) && aligned(a.teacher);
-  FinishArgs finish{x.loss, x.weights, x.pairs, kTotalPairs, 0, a.base, x.total, {}, static_cast<int>(x.grads), true,
-                    x.student.rows, x.teacher.rows, x.dim * size, x.student_spans, x.teacher_spans, x.pairs, x.upstream,
-                    x.formed};
+  FinishArgs rest{x.loss, x.weights, x.pairs, 0, 0, a.base, x.total, {}, static_cast<int>(x.grads), true,
+                 x.student.rows, x.teacher.rows, x.dim * size, x.student_spans, x.teacher_spans, x.pairs, x.upstream,
+                 x.formed};
   for (int64_t l = 0; l < x.grads; ++l) {
-    a.grad[l] = finish.grad[l] = x.grad[l];
-    finish.aligned = finish.aligned && aligned(x.grad[l], finish.bytes);
+    a.grad[l] = rest.grad[l] = x.grad[l];
+    rest.aligned = rest.aligned && aligned(x.grad[l], rest.bytes);
   }
-  if (!packed || !finish.aligned) a.width = 1;
+  if (!packed || !rest.aligned) a.width = 1;
   if (x.pairs > 0)
     if (const char* error = launch_loss(a, stream)) return error;
-  if (x.total) {
-    finish.parts = std::max<int64_t>(ceil_div(x.pairs, kTotalPairs), 1);
-    if (x.parts) finish.total = x.parts, finish.base = 1;
-  }
-  const char* error = launch_finish(finish, stream);
-  if (error || !x.total || !x.parts) return error;
-  return launch_finish({x.parts, nullptr, finish.parts, finish.parts, 1, a.base, x.total}, stream);
+  return finish(rest, x.parts, stream);
 }
 
 }  // namespace cuda

@@ -80,3 +80,18 @@ def test_bad_templates():
             rendered({"messages": CHAT}, chat_tokenizer("llama", template), "teacher", "features[0]")
     with pytest.raises(ValueError, match="the teacher's chat template refuses the messages: no"):
         rendered({"messages": CHAT}, chat_tokenizer("llama", "{{ raise_exception('no') }}"), "teacher", "features[0]")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tools": "no JSON"}, r"features\[0\]\['tools'\]: expected a list or JSON, got 'no JSON'"),
+        (
+            {"chat_template_kwargs": {"tokenize": True, "x": 1}},
+            r"features\[0\]\['chat_template_kwargs'\]: expected none of tokenize, got it",
+        ),
+    ],
+)
+def test_bad_settings_of_the_template(more, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        rendered({"messages": CHAT, **more}, chat_tokenizer("llama", TURNS), "teacher", "features[0]")

@@ -31,7 +31,12 @@ inline float __fdividef(float a, float b) { return a / b; }
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 constexpr cudaError_t kElsewhere = 1;
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == kElsewhere ? "not launched on the stream of the tensors' device" : "no such error";
@@ -45,8 +50,13 @@ inline bool elsewhere(cudaStream_t given) { return !stream || given != stream; }
 
 }  // namespace cuda_on_host
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;  // a small grid, so that blocks loop
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // A small grid, so that blocks loop, and little shared memory, so that what it does not hold is read again.
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 2 * (1024 + 2048 + 8192);
+  return cudaSuccess;
+}
+template <class Args>
+cudaError_t cudaFuncSetAttribute(void (*)(Args), cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <class Args>
@@ -75,6 +85,8 @@ inline ucontext_t scheduler;
 inline std::vector<ucontext_t> fibers;
 inline std::vector<Wait> waits;
 inline std::vector<float> exchanged;
+inline std::vector<float4> shared;  // of the size that a launch asks for
+inline float* shared_floats() { return reinterpret_cast<float*>(shared.data()); }
 inline unsigned current;
 
 inline void wait(Wait kind) {
@@ -170,6 +182,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cuda_on_host::launcher(reinterpret_cast<const void*>(kernel), sizes, config->dynamicSmemBytes, &args,
                                   sizeof(args));
   }
+  cuda_on_host::shared.assign(config->dynamicSmemBytes / sizeof(float4) + 1, float4{NAN, NAN, NAN, NAN});
   cuda_on_host::body = [&] { kernel(args); };
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cuda_on_host::run_block();
   return cudaSuccess;

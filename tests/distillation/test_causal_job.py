@@ -15,6 +15,7 @@ from tests.models.tiny_teachers import texts, tiny_teacher
 from tests.runs import at_step
 from vocabdistil.cli import main
 from vocabdistil.core.errors import VocabdistilError
+from vocabdistil.distillation.causal_job import _bits_of_learned
 from vocabdistil.distillation.run_folder import Interrupted
 
 LINES = [f"{text} {n}" for n in range(8) for text in texts()]
@@ -93,6 +94,36 @@ def test_conversations(tmp_path, packed_in):
     bits = made.metrics["bits_per_byte"]
     assert bits["after"] < bits["before"] and all(map(math.isfinite, bits.values()))
     assert made.metrics["weights"] == {"lm": 1.0, "likelihood": 100.0, "matched": 0.0, "remapped": 0.0, "gold": 0.0}
+
+
+def test_as_much_is_read_as_most_rows_have(tmp_path, capsys):
+    """Nine of ten rows are short, the others too long for any model here."""
+    rows = [{"prompt": "I walk ", "completion": f"home {n}"} for n in range(180)]
+    rows += [{"text": f"they walked {n} times " * 60} for n in range(6)]
+    made = vd.distill(**options(tmp_path / "out", text=rows, max_length=None, quiet=False, steps=1))
+    assert made.metrics["max_length"] == [32, 32]
+    assert "Read are 32 teacher and 32 student tokens of a row, 9" in " ".join(capsys.readouterr().out.split())
+    made = vd.distill(**options(tmp_path / "more", text=rows[180:] * 8 + rows, max_length=None, steps=1))
+    assert made.metrics["max_length"] == [96, 96]  # positions
+    made = vd.distill(**options(tmp_path / "said", text=rows, max_length=None, student_max_length=40, steps=1))
+    assert made.metrics["max_length"] == [32, 40]
+
+
+def test_bits_are_of_what_is_learned(tmp_path):
+    """Worked out from all logits of a row, whose prompt and template count nothing."""
+    folder = tiny_decoder("llama-3")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows = CHATS[:3]
+    found = _bits_of_learned(model, tokenizer, rows, 96, torch.device("cpu"), "student")
+    bits = size = 0
+    for row in rows:
+        ids = torch.tensor([tokenizer.apply_chat_template(row["messages"], return_dict=False)])
+        said = row["messages"][1]["content"]
+        wanted = len(tokenizer(said, add_special_tokens=False)["input_ids"]) + 1  # and what ends it
+        log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+        bits -= sum(float(log_p[k - 1, ids[0, k]]) for k in range(ids.shape[1] - wanted, ids.shape[1])) / math.log(2)
+        size += len(said.encode())
+    assert found == pytest.approx(bits / size, rel=1e-5)
 
 
 def test_on_the_command_line(tmp_path, capsys):

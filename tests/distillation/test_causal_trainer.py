@@ -193,14 +193,39 @@ def test_data_sets_of_trl(sides, tmp_path):
     assert len(evaluated) == 2 and evaluated[1] < evaluated[0]
 
 
-def test_a_teacher_in_half_and_checkpoints_of_gradients(sides, tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_in_half(sides, tmp_path, bf16):
+    """Beside a student in float32, and under autocast."""
     teacher = copy.deepcopy(sides[2]).to(torch.bfloat16)
-    plain, half = (
-        losses_of(trainer_of(sides, tmp_path, teacher=one, gradient_checkpointing=checkpointed, bf16=checkpointed))
-        for one, checkpointed in ((sides[2], False), (teacher, True))
-    )
+    plain, half = (losses_of(trainer_of(sides, tmp_path, teacher=one, bf16=bf16)) for one in (sides[2], teacher))
     assert next(teacher.parameters()).dtype == torch.bfloat16
     assert half[0] == pytest.approx(plain[0], rel=0.05, abs=0.01)
+    if not bf16:
+        assert half[0][1] == plain[0][1]  # of the text alone
+
+
+def _counted(forward, ran):
+    def counted(self, *args, **kwargs):
+        ran.append(self)
+        return forward(self, *args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpoints_of_gradients_change_nothing(sides, tmp_path, packed, monkeypatch):
+    ran = []
+    inner = sides[3].transformer.h[0].mlp
+    monkeypatch.setattr(type(inner), "forward", _counted(type(inner).forward, ran))
+    plain, checkpointed = [], []
+    for found, on in ((plain, False), (checkpointed, True)):
+        trainer = trainer_of(sides, tmp_path, packed=packed, gradient_checkpointing=on)
+        ran.clear()
+        found += losses_of(trainer)
+        assert len(ran) == (1 + on) * 4, "two layers, two steps, again where gradients come back"
+        found.append([p.detach().clone() for p in trainer.model.parameters()])
+    torch.testing.assert_close(checkpointed[-1], plain[-1])
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(checkpointed[:-1], plain[:-1], strict=True))
 
 
 def test_adapters(sides, tmp_path):

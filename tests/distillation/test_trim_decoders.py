@@ -312,3 +312,30 @@ def test_the_other_commands_take_a_decoder_or_refuse_it_in_a_line(tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv", "text.txt"]
     cached = vd.cache_aligned(lines(), decoder, student, tmp_path / "aligned")
     assert len(cached) == len(lines())
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_conversations_count_as_the_template_shows_them(tmp_path, draft):
+    """As the same written as text."""
+    teacher = tiny_decoder("qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    chats = [[*chat[:2], {"role": "assistant", "content": f"{n}"}] for n, chat in enumerate(CHATS * 8)]
+    file = tmp_path / "chats.jsonl"
+    rows = [{"messages": chat} for chat in chats[:-1]]
+    rows += [{"prompt": chats[-1][:2], "completion": chats[-1][2:]}, {"prompt": "they ", "completion": "walk"}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    shown = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] + ["they walk"]
+    made, same = (
+        vd.trim(teacher=teacher, text=text, out=tmp_path / name, draft=draft, **SMALL)
+        for name, text in (("chats", [file]), ("text", shown))
+    )
+    assert made.metrics["text"] == same.metrics["text"] and made.metrics["texts"] == len(shown)
+    a, b = (load_file(folder / "model.safetensors") for folder in (made.path, same.path))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_conversations_without_a_template(tmp_path):
+    text = [{"messages": chat} for chat in CHATS]
+    with pytest.raises(VocabdistilError, match="^text: teacher: expected a tokenizer with a chat template"):
+        vd.trim(teacher=tiny_decoder("gpt2"), text=text, out=tmp_path / "out", **SMALL)
+    assert not list(tmp_path.iterdir())

@@ -237,10 +237,17 @@ BAD = [
     ({"entry_weights": torch.ones(2)}, ValueError, r"entry_weights: expected one per entry of the table \(3\), got 2"),
     ({"entry_weights": torch.tensor([1, INF, 1])}, ValueError, "entry_weights: expected finite values, got inf"),
     (
-        {"entry_weights": torch.tensor([1, -1.0, 1]), "combine": "logsumexp"}, ValueError,
+        {"entry_weights": torch.tensor([1, -1.0, 1]), "combine": "logsumexp"},
+        ValueError,
         "entry_weights: expected no negative value with combine='logsumexp', got -1.0",
     ),
-    ({"top_k": 0}, ValueError, "top_k: expected a number from 1 on, or None, got 0"),
+    (
+        {"entry_weights": torch.tensor([1, -1e300, 1], dtype=torch.float64)},
+        ValueError,
+        "entry_weights: expected values that float32 holds, got -1e",
+    ),
+    ({"top_k": 0}, ValueError, "top_k: expected a number from 1 to 2147483647, or None, got 0"),
+    ({"top_k": 2**63}, ValueError, "top_k: expected a number from 1 to 2147483647, or None, got 9223372036854775808"),
     ({"top_k": 2.0}, TypeError, "top_k"),
     ({"remainder": "mean"}, ValueError, "remainder"),
     ({"temperature": 0.0}, ValueError, "temperature"),
@@ -254,6 +261,32 @@ def test_bad_input_is_named(change, error, text):
     options = {"student_logits": torch.randn(3, 4), "teacher_logits": torch.randn(3, 5), "table": TABLE, **change}
     with pytest.raises(error, match=f"^{text}"):
         vd.remapped_kl(**options)
+
+
+@pytest.mark.parametrize("weight", [1e-60, 1e300])
+def test_weights_that_float32_does_not_hold_count_by_their_logarithms(weight):
+    weights = torch.tensor([1.0, weight, 1.0], dtype=torch.float64)
+    student, teacher = randn(3, 4, seed=1), randn(3, 5, seed=2)
+    compare(student, teacher, TABLE, entry_weights=weights, combine="logsumexp", temperature=2.0)
+
+
+def test_a_table_that_changes_after_it_was_checked(monkeypatch):
+    from vocabdistil.ops import _remap_plans
+
+    ids, check = TABLE.ids.clone(), _remap_plans.check_table
+    table = SimpleNamespace(indptr=TABLE.indptr, ids=ids)
+
+    def check_and_write(*arguments):
+        check(*arguments)
+        ids.numpy()[1] = 40_000_000
+
+    student, teacher = randn(3, 4, seed=1), randn(3, 5, seed=2)
+    wanted = vd.remapped_kl(student, teacher, TABLE)
+    monkeypatch.setattr(_remap_plans, "check_table", check_and_write)
+    monkeypatch.setattr(_remap_plans.plans, "_plans", type(_remap_plans.plans._plans)())
+    assert torch.equal(vd.remapped_kl(student, teacher, table), wanted)
+    with pytest.raises(ValueError, match=r"^table\.ids"):
+        vd.remapped_kl(student, teacher, SimpleNamespace(indptr=TABLE.indptr, ids=ids))
 
 
 def test_gather_plan_of_the_gpu_holds_the_table():

@@ -151,9 +151,11 @@ def launching(module: ModuleType, programs: dict[str, Program], patch: pytest.Mo
     cuda_on_host.serve_the_host(patch, module)
     patch.setattr(native, "_POOLED", range(0))  # the module has no pool
     with HostLauncher(module, programs, launches) as launcher:
-        for name in ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd"):
+        for name in ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd", "cuda_matched_kl"):
             patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
-        patch.setattr(native, "total_parts", launches.made(native.total_parts, written=True))
+        for name in ("total_parts", "_new_tables"):
+            patch.setattr(native, name, launches.made(getattr(native, name), written=True))
+        patch.setattr(native, "matched_tables", launches.made(native.matched_tables))
         yield launches
 
 

@@ -120,15 +120,19 @@ class _Reader:
             self.kernel.max_threads = 1
             for size in found[1].split(","):
                 self.kernel.max_threads *= int(size)
-        for statement in outside.split(";"):
-            if VARIABLE.search(statement) and statement.split("[")[0].split()[-1] in body:
-                self.declare(statement)
+        variables = [x for x in outside.split(";") if VARIABLE.search(x) and x.split("[")[0].split()[-1] in body]
+        # Shared memory of the size that a launch says lies behind that of the kernel.
+        variables += re.findall(r"(?m)^\s*(\.shared\b[^;]*)", body)
+        for statement in sorted(variables, key=lambda x: ".extern" in x):
+            self.declare(statement)
         self.read(body)
 
     def declare(self, text: str) -> Symbol:
         match = VARIABLE.search(text)
         assert match, text
         space, align, kind, name, dims = match.groups()
+        if name in self.symbols:
+            return self.symbols[name]
         assert space in self.kernel.bytes, f"{text.strip()}: no {space} variables"
         item = int(kind[1:]) // 8
         size, align = item, int(align or item)

@@ -87,8 +87,15 @@ def test_weights_and_top_k_equal_a_loop(combine, remainder):
     for top_k in (1, 2, 3, 9):
         losses.append(
             remapped_kl(
-                z_s, z_t, TABLE, entry_weights=WEIGHTS, combine=combine, top_k=top_k, remainder=remainder,
-                temperature=1.8, reduction="none",
+                z_s,
+                z_t,
+                TABLE,
+                entry_weights=WEIGHTS,
+                combine=combine,
+                top_k=top_k,
+                remainder=remainder,
+                temperature=1.8,
+                reduction="none",
             )  # fmt: skip
         )
         each = []
@@ -178,10 +185,24 @@ def test_teacher_gets_no_gradient():
         ((rows(3, 5), rows(2, 5), TABLE), {}, ValueError, "student_logits: expected as many rows"),
         ((rows(3, 5), rows(3, 5), TABLE), {"combine": "max"}, ValueError, "combine: expected one of 'sum'"),
         ((rows(3, 5), rows(3, 5), TABLE), {"entry_weights": torch.ones(2)}, ValueError, "entry_weights: expected one"),
-        ((rows(3, 5), rows(3, 5), TABLE), {"top_k": -1}, ValueError, "top_k: expected a number from 1 on"),
+        ((rows(3, 5), rows(3, 5), TABLE), {"top_k": -1}, ValueError, "top_k: expected a number from 1 to"),
         ((rows(3, 5), rows(3, 5), TABLE), {"temperature": math.inf}, ValueError, "temperature: expected"),
     ],
 )
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         remapped_kl(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, *({"top_k": 2, "remainder": r} for r in ("rest", "drop", "renormalize"))], ids=str
+)
+def test_nan_of_the_teacher_is_not_hidden(options):
+    teacher = rows(2, 5, seed=2)
+    teacher[1, 2] = float("nan")
+    loss = remapped_kl(rows(2, 5, seed=1), teacher, TABLE, reduction="none", **options)
+    assert loss[0].isfinite() and loss[1].isnan()
+    assert matched_kl(rows(2, 5, seed=1), teacher, matched([0, 2], [0, 2]), reduction="none").isnan().tolist() == [
+        False,
+        True,
+    ]

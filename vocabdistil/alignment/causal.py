@@ -50,9 +50,11 @@ class CausalCollator:
     Rows are those of TRL's SFT: strings or mappings with ``"text"``; with ``"prompt"`` and ``"completion"``, strings or
     messages; or with ``"messages"``, to which the chat template of each side is applied. What is learned is the text,
     the completion, or what the assistant says, and the token that ends it: the end of the text, which is put behind it
-    where the tokenizer does not, or the special token that the chat template has there. Templates differ between the
-    sides, so that only what is learned is aligned, and where it ends. A token that is partly of something else is in no
-    pair, and learned if it begins in what is learned, or in white space before what the assistant says.
+    where the tokenizer does not, or the special token that the chat template has there. Ids and labels are those of
+    TRL (of conversations with ``assistant_only_loss=True``), but that it also learns what a template writes behind the
+    end of a completion. Templates differ between the sides, so that only what is learned is aligned, and where it ends.
+    A token that is partly of something else is in no pair, and learned if it begins in what is learned, or in white
+    space before what the assistant says.
 
     Args:
         teacher, student: ``transformers`` fast tokenizers, or names of models or folders that have one.

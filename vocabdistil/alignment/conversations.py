@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
     Args:
         row: a text; or a mapping with ``"messages"`` (what is learned are those of the assistant), with ``"prompt"``
             and ``"completion"``, both strings or both messages (the completion is learned), or with ``"text"``;
-            ``"tools"``, if there, are for the template.
+            ``"tools"``, if there, a list or JSON, and what ``"chat_template_kwargs"`` names are for the template. Or
+            what this function made of one for the same tokenizer.
         side, name: of the tokenizer and of the row, for errors.
 
     Raises:
@@ -47,6 +49,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
         ValueError: messages without a role or a text, none that is learned, a tokenizer without a chat template, a
             template that does not show them as they are.
     """
+    if isinstance(row, Rendered):
+        return row
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, Mapping):
@@ -56,7 +60,7 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
         learned = [message["role"] == "assistant" for message in messages]
         if not any(learned):
             raise ValueError(f"{name}['messages']: expected one of the assistant's, got none")
-        return _chat(messages, learned, row.get("tools"), tokenizer, side, name)
+        return _chat(messages, learned, row, tokenizer, side, name)
     if row.get("completion") is not None:
         prompt: Any = row.get("prompt")
         completion = row["completion"]
@@ -67,7 +71,7 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
         before = _messages(prompt, f"{name}['prompt']")
         after = _messages(completion, f"{name}['completion']")
         learned = [False] * len(before) + [True] * len(after)
-        return _chat(before + after, learned, row.get("tools"), tokenizer, side, name)
+        return _chat(before + after, learned, row, tokenizer, side, name)
     if row.get("text") is not None:
         check_text(row["text"], f"{name}['text']")
         return Rendered(row["text"], ((0, len(row["text"])),))
@@ -86,15 +90,33 @@ def _messages(messages: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 def _chat(
-    messages: list[Mapping[str, Any]], learned: list[bool], tools: Any, tokenizer: Any, side: str, name: str
+    messages: list[Mapping[str, Any]],
+    learned: list[bool],
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    side: str,
+    name: str,
 ) -> Rendered:
     """Where a chat template puts what is learned is seen where it puts marks in its place; it may strip white space."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(f"{side}: expected a tokenizer with a chat template, as {name} has messages, got one without")
 
+    others = row.get("chat_template_kwargs") or {}
+    if not isinstance(others, Mapping):
+        raise TypeError(f"{name}['chat_template_kwargs']: expected a mapping, got {type(others).__name__}")
+
+    if taken := sorted({"conversation", "tokenize", "tools"} & set(others)):
+        raise ValueError(f"{name}['chat_template_kwargs']: expected none of {', '.join(taken)}, got it")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError(f"{name}['tools']: expected a list or JSON, got {tools[:40]!r}") from None
+
     def render(messages: list[Any]) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            return tokenizer.apply_chat_template(messages, **others, tools=tools, tokenize=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name}: the {side}'s chat template refuses the messages: {error}") from None
 

@@ -304,7 +304,8 @@ class RemapTable:
 
         Piece k of a row counts ``decay ** k``: with 0, the default, the first alone, which is what the student predicts
         where both begin a token. The weights of each student token are divided by their sum, so that its probability is
-        shared out among the teacher's tokens that it is a piece of, and none gets lost.
+        shared out among the teacher's tokens that it is a piece of. That of a token whose weights are all 0, which is
+        nowhere the first piece, counts nowhere: the loss does not tell whether the student expects such tokens.
 
         Raises:
             ValueError: ``decay`` outside [0, 1].

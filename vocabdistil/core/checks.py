@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .values import integer
+from .values import INT32_MAX, integer
 
 __all__ = [
     "COMBINES",
@@ -333,9 +333,9 @@ def check_matched(matched: Matched, student_columns: int, teacher_columns: int) 
         raise ValueError("matched: expected at least one token in both vocabularies, got none")
 
 
-def check_entry_weights(weights: Tensor | None, table: RemapLike, combine: str) -> None:
-    """One finite weight per entry of the table, none negative where its logarithm is needed; looked at only in host
-    memory and outside compilation."""
+def check_entry_weights(weights: Tensor | None, table: RemapLike, combine: str, dtype: torch.dtype) -> None:
+    """One finite weight per entry of the table, in ``dtype`` where it is a factor, none negative where its logarithm is
+    needed; looked at only in host memory and outside compilation."""
     if weights is None:
         return
     check_float(weights, "entry_weights", dims=(1,))
@@ -348,13 +348,17 @@ def check_entry_weights(weights: Tensor | None, table: RemapLike, combine: str) 
     low, high = (float(v) for v in torch.aminmax(weights.detach()))
     if not (-math.inf < low and high < math.inf):
         raise ValueError(f"entry_weights: expected finite values, got {high if low > -math.inf else low}")
+    most = torch.finfo(dtype).max
+    if combine == "sum" and max(-low, high) > most:
+        got = high if high > most else low
+        raise ValueError(f"entry_weights: expected values that {str(dtype).removeprefix('torch.')} holds, got {got:g}")
     if combine == "logsumexp" and low < 0:
         raise ValueError(f"entry_weights: expected no negative value with combine='logsumexp', got {low}")
 
 
 def check_top_k(top_k: int | None, remainder: str) -> None:
-    if top_k is not None and integer(top_k, "top_k") < 1:
-        raise ValueError(f"top_k: expected a number from 1 on, or None, got {top_k}")
+    if top_k is not None and not 1 <= integer(top_k, "top_k") <= INT32_MAX:
+        raise ValueError(f"top_k: expected a number from 1 to {INT32_MAX}, or None, got {top_k}")
     check_choice(remainder, "remainder", UNMATCHED)
 
 

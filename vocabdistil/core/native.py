@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .values import MadeOf
+
 _module: ModuleType | None
 try:
     _module = import_module("vocabdistil._C")
@@ -316,4 +318,54 @@ def cuda_span_loss(
             *(s.data_ptr() for s in spans), spans[0].numel(), student[0].shape[1], divergence, mean, temperature, beta,
             base, _address(weights), _address(upstream), _address(formed), _address(loss), _address(total),
             _address(parts), stream,
+        )  # fmt: skip
+
+
+# teacher_of [V_s], student_of [V_t] (int32, -1 where there is none), teacher_matched [V_t] (int8): GpuMatchedTables of
+# csrc/ops.h; the last two are None for "renormalize".
+MatchedTables = tuple[Tensor, "Tensor | None", "Tensor | None"]
+
+
+def _new_tables(ids: Tensor, v_s: int, v_t: int, whole: bool) -> MatchedTables:
+    teacher_of = ids.new_empty(v_s, dtype=torch.int32)
+    if not whole:
+        return teacher_of, None, None
+    return teacher_of, ids.new_empty(v_t, dtype=torch.int32), ids.new_empty(v_t, dtype=torch.int8)
+
+
+def _make_tables(student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, whole: bool) -> MatchedTables:
+    tables = _new_tables(student_ids, v_s, v_t, whole)
+    wide_student, wide_teacher = (ids.dtype == torch.int64 for ids in (student_ids, teacher_ids))
+    with _cuda_stream(student_ids.device) as stream:
+        module().cuda_matched_tables(
+            student_ids.data_ptr(), wide_student, teacher_ids.data_ptr(), wide_teacher, student_ids.numel(), v_s, v_t,
+            *map(_address, tables), stream,
+        )  # fmt: skip
+    return tables
+
+
+_tables = MadeOf(_make_tables)
+
+
+def matched_tables(
+    student_ids: Tensor, teacher_ids: Tensor, v_s: int, v_t: int, whole: bool, keep: bool
+) -> MatchedTables:
+    """keep: whether they may be kept for the next call, and taken from one before."""
+    return (_tables.get if keep else _tables.make)(student_ids, teacher_ids, v_s, v_t, whole)
+
+
+def cuda_matched_kl(
+    student: Tensor, teacher: Tensor, spans: Sequence[Tensor], student_ids: Tensor, teacher_ids: Tensor,
+    scale: Tensor, unmatched: int, mean: bool, temperature: float, keep: bool, loss: Tensor | None,
+    total: Tensor | None, grad: Tensor | None, upstream: Tensor | None = None, formed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The arguments of ``triton_kernels.matched_kl.matched_kl``; no float64."""
+    v_s, v_t = student.shape[1], teacher.shape[1]
+    tables = matched_tables(student_ids, teacher_ids, v_s, v_t, unmatched != UNMATCHED_CODES["renormalize"], keep)
+    with _cuda_stream(student.device) as stream:
+        parts = None if total is None or loss is None else total_parts(loss)
+        module().cuda_matched_kl(
+            _rows(student), _rows(teacher), *_addresses(spans), *map(_address, tables), student_ids.numel(),
+            scale.numel(), unmatched, mean, temperature, scale.data_ptr(), _address(upstream), _address(formed),
+            _address(loss), _address(total), _address(parts), _address(grad), stream,
         )  # fmt: skip

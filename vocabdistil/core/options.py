@@ -55,7 +55,7 @@ __all__ = [
 FAMILIES = ("wordpiece", "byte-bpe", "bpe", "unigram")
 METHODS = ("boundary", "word", "match", "reduce")
 # Of the rows that a causal model is trained on, in the form that TRL's SFT has them.
-ROW_COLUMNS = ("text", "messages", "prompt", "completion", "tools")
+ROW_COLUMNS = ("text", "messages", "prompt", "completion", "tools", "chat_template_kwargs")
 
 
 def listed(names: Sequence[str]) -> str:

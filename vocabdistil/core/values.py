@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "INT32_MAX",
+    "MadeOf",
     "Seen",
     "check_dense",
     "check_int32",
@@ -52,6 +54,33 @@ class Seen:
         return bool(self._seen) and all(
             x is ref() and x._version == version for x, (ref, version) in zip(tensors, self._seen, strict=True)
         )
+
+
+class MadeOf:
+    """What ``make(first, second, *key)`` gives for two tensors that both lie on one device, kept as long as the tensors
+    live and are not written to.
+
+    Nothing is kept from or used in the capture of a CUDA graph: what it builds is filled when it is replayed, and what
+    it uses has to outlive it. What is kept is used in the stream alone that it was made in.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(self, first: Tensor, second: Tensor, *key: Hashable) -> Any:
+        stream = None
+        if first.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return self.make(first, second, *key)
+            stream = torch.cuda.current_stream(first.device).cuda_stream
+        known = self._of.get(first)
+        if known is None or not known[0].are(first, second):
+            known = self._of[first] = Seen(first, second), {}
+        made, place = known[1], (*key, stream)
+        if place not in made:
+            made[place] = self.make(first, second, *key)
+        return made[place]
 
 
 def kept(tensor: Tensor) -> Tensor:

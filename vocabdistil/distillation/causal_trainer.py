@@ -17,7 +17,7 @@ from ..alignment.vocab import MatchedVocab
 from ..core.checks import UNMATCHED, check_choice, check_temperature
 from ..core.errors import is_real, need
 from ..core.options import ROW_COLUMNS
-from ..models.causal import Readout, check_causal, most_positions, read_causal
+from ..models.causal import Readout, at_output_layer, check_causal, most_positions, read_causal
 from .causal_objective import CausalObjective, causal_inputs
 from .recipes import CausalWeights
 from .runs import StepTrainer
@@ -132,10 +132,16 @@ class CausalDistillTrainer(StepTrainer):
     def part_of_step(
         self, model: nn.Module, inputs: dict[str, Any], totals: dict[str, Any] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        student = read_causal(self.accelerator.unwrap_model(model), causal_inputs(inputs), model)
         teacher = self.teach(inputs) if self.objective.needs_teacher else None
-        terms = self.objective.terms(student, teacher, inputs, inputs["counts"] if totals is None else totals)
-        return self.objective.loss(terms), terms
+        terms: dict[str, Tensor] = {}
+
+        def compute(student: Readout) -> Tensor:
+            terms.update(self.objective.terms(student, teacher, inputs, inputs["counts"] if totals is None else totals))
+            return self.objective.loss(terms)
+
+        plain = self.accelerator.unwrap_model(model)
+        loss = at_output_layer(plain, causal_inputs(inputs), compute, model)
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
     def teach(self, inputs: dict[str, Any]) -> Readout:

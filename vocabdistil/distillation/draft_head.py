@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from .folder import DistillResult, write_card
 from .options import VOCAB_SIZE, TrimConfig
 from .run_folder import RunFolder
 from .student import Source
-from .text import Digested, GivenTexts, Prefixed, TextFiles, sample_text
+from .text import Digested, Prefixed, sample_text
 from .text_store import watched
 
 __all__ = ["make_draft_head"]
@@ -35,7 +36,7 @@ _HELD_SHARE, _MOST_HELD = 0.1, 1024
 
 
 def make_draft_head(
-    config: TrimConfig, source: Source, text: TextFiles | GivenTexts, folder: RunFolder
+    config: TrimConfig, source: Source, text: Iterable[str], folder: RunFolder
 ) -> DistillResult:
     """What :func:`vocabdistil.trim` does if it is asked for a draft head.
 

@@ -27,7 +27,7 @@ from .run_folder import RunFolder
 from .student import Source, Student
 from .text import files_of
 
-__all__ = ["DistillResult", "write_card", "write_student"]
+__all__ = ["DistillResult", "write_card", "write_model", "write_student"]
 
 
 @dataclass
@@ -60,21 +60,31 @@ def write_student(
     Returns:
         ``options.out``.
     """
-    final = folder.begin_result()
-    move(student.model, "cpu").save_pretrained(final)
-    save_tokenizer(student.tokenizer, final)
+    final = write_model(folder, student.model, student.tokenizer)
     if source.sentence is not None:
         write_sentence_settings(source.sentence_with_prompt, final, *(student.projection or ()))
     for t, table in enumerate(tables):
         table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
     if projections:
         save_file(projections, final / "projection.safetensors")
-    for log in folder.path.glob("*.jsonl"):
-        shutil.copy(log, final)
     stated = stated_licence(names_of(options.teacher))
     card = partial(model_card, folder.out.resolve().name, metrics, stated=stated)
     write_card(final, options, metrics["command"], card)
     return folder.publish(final, metrics)
+
+
+def write_model(folder: RunFolder, model: Any, tokenizer: Any) -> Path:
+    """Begins the folder of a finished student: the model, its tokenizer and what its run logged.
+
+    Returns:
+        What :meth:`.run_folder.RunFolder.publish` is to be given.
+    """
+    final = folder.begin_result()
+    move(model, "cpu").save_pretrained(final)
+    save_tokenizer(tokenizer, final)
+    for log in folder.path.glob("*.jsonl"):
+        shutil.copy(log, final)
+    return final
 
 
 def write_card(final: Path, options: StudentOptions, command: str, card: Callable[..., str]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import math
 import os
 import random
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,16 +43,16 @@ from .baselines import mean_of_embeddings, trimmed_teacher
 from .batches import DistillCollator, TrainingCollator, to_device
 from .cache_manifest import cache_folders
 from .calibration import calibrate
-from .checkups import Checkups
 from .folder import DistillResult, write_student
 from .held_out import evaluate, held_out_loss
+from .joint_run import Fitted, JointRun, device_of, look_together, open_together
 from .mixing import SHARES, best_of, best_share, kept_share, mix, with_words_left_out
 from .model import DistillModel
 from .objective import Objective
 from .options import MOST_READ, DistillConfig, configured
 from .order import TrainingOrder
 from .recipes import RECIPES, LossWeights
-from .run_folder import Diverged, Interrupted, OtherRun, RunFolder, checkpoint_step, last_checkpoint
+from .run_folder import Diverged, Interrupted
 from .student import Source, Student, load_sources, load_student, make_student, make_vocabulary, not_whitened
 from .teacher_cache import TeacherCache
 from .text import GivenTexts, TextFiles, sample_text
@@ -62,7 +60,7 @@ from .text_store import TextSplit, TextStore, split_text, stored
 
 if TYPE_CHECKING:
     from .options import ResolvedConfig
-    from .runs import DistillTrainingArguments
+    from .runs import DistillTrainingArguments, SeededTrainer
 
 __all__ = ["MOST_HELD_OUT", "Interrupted", "distill"]
 
@@ -137,12 +135,6 @@ def _finite(score: float) -> float:
     return score if math.isfinite(score) else -1.0
 
 
-def _device(config: DistillConfig, processes: Processes) -> torch.device:
-    """What a process trains on."""
-    on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    return torch.device("cuda", processes.local_rank) if on_gpu else torch.device("cpu")
-
-
 def _logits_mode(config: DistillConfig, weights: LossWeights, teachers: Sequence[Teacher], head: bool) -> str:
     """``config.logits``, or what it is by default.
 
@@ -189,28 +181,11 @@ def _resolve(
 
 
 @dataclass
-class _Fitted:
-    """What training left beside the model.
-
-    Attributes:
-        log: what was logged, as transformers has it.
-        checkups: what was seen at the checkpoints.
-        seconds, lr, steps: how long it took, the peak rate, how many steps were done.
-    """
-
-    log: list[dict[str, Any]]
-    checkups: Checkups
-    seconds: float
-    lr: float
-    steps: int
-
-
-@dataclass
-class _Run:
+class _Run(JointRun):
     """A run and what its stages have found so far; each stage is a method that reads what stands above it.
 
     Attributes:
-        asked, config: the options as they were given, and with everything said that the recipe says.
+        config, asked: the options with everything said that the recipe says, and as they were given.
         given: the text, to be read from where it is.
         sources: the teachers.
         unwhitened: of those of them that were to be whitened and cannot be, why not.
@@ -219,15 +194,13 @@ class _Run:
         mode: where output distributions are compared.
         dev: pairs that the student is scored on at every checkpoint.
         cached: the teachers whose states are kept, and where; or none.
-        folder: of the run, with what its stages stored there.
-        processes: that do the job; the first leads.
         texts, split: the text, every example with the prompt before it.
         last_layers: of the teachers that can be whitened, as they were.
         caches: of each teacher what it gave before; or none.
     """
 
-    asked: DistillConfig
     config: ResolvedConfig
+    asked: DistillConfig
     given: TextFiles | GivenTexts
     sources: list[Source]
     unwhitened: dict[str, str]
@@ -236,9 +209,6 @@ class _Run:
     mode: str
     dev: Pairs | None
     cached: list[tuple[Path, Teacher]]
-    folder: RunFolder
-    say: Reporter
-    processes: Processes
     texts: TextStore = field(init=False)
     split: TextSplit = field(init=False)
     last_layers: list[dict[str, Tensor]] = field(init=False)
@@ -249,8 +219,7 @@ class _Run:
         """Loads the teachers, and opens the folder of the run once all that can be checked has been, but for the text,
         which is read into that folder."""
         say = Reporter(asked.quiet or not processes.main)
-        looked = processes.lead(asked.look, send=False)
-        given = looked if processes.main else asked.open_text()
+        given = look_together(asked, processes)
         sources = load_sources(asked)
         first, teachers = sources[0].teacher, [source.teacher for source in sources]
         checkpoint = load_student(asked.student, asked) if asked.student is not None else None
@@ -266,19 +235,12 @@ class _Run:
         if config.other_arguments:
             from .runs import try_arguments  # brings transformers' trainer, which takes a while to import
 
-            try_arguments(config.other_arguments, _device(config, processes))
+            try_arguments(config.other_arguments, device_of(config, processes))
         unwhitened = not_whitened(config, sources, asked.whiten is not None)
         identity = {"logits": mode, **config.identity(), "prompt": first.prompt}
-        opened: list[RunFolder] = []
-
-        def open_folder() -> dict[str, Any]:
-            opened.append(RunFolder.open(config.out, identity, config.resume, config.overwrite))
-            return opened[0].record
-
-        record = processes.lead(open_folder)
-        folder = opened[0] if opened else RunFolder.follow(config.out, record)
+        folder = open_together(config, identity, processes)
         return cls(
-            asked, config, given, sources, unwhitened, kept, checkpoint, mode, dev, cached, folder, say, processes
+            config, folder, say, processes, asked, given, sources, unwhitened, kept, checkpoint, mode, dev, cached
         )
 
     def read(self) -> None:
@@ -305,28 +267,8 @@ class _Run:
         return self.caches
 
     @property
-    def partial(self) -> Path:
-        return self.folder.path
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return self.folder.record
-
-    @property
     def teachers(self) -> list[Teacher]:
         return [source.teacher for source in self.sources]
-
-    def lead(self, stage: Callable[[], _T], send: bool = True) -> _T:
-        """A stage of the first process, which alone writes, measures and prints. The others get what it returned, or
-        None unless ``send``, and know from then on what it stored."""
-        mine: list[_T] = []
-
-        def told() -> tuple[_T | None, dict[str, Any]]:
-            mine.append(stage())
-            return mine[0] if send else None, self.folder.record
-
-        value, self.folder.record = self.processes.lead(told)
-        return mine[0] if mine else cast("_T", value)
 
     def finish(self, student: Student) -> DistillResult:
         vocabularies = _Vocabularies.of(self.teachers, student)
@@ -512,7 +454,7 @@ class _Run:
         expected = f"a tokenizer with a mask_token for {spell('logits', self.mode)}"
         need(possible, "vocabulary", expected, config.vocabulary)
         masked = student.learns_words and config.weights.needs_head
-        device = _device(config, self.processes)
+        device = self.device
         reader = student.as_teacher()
         assignments = [self.assignments(student, teacher) for teacher in teachers]
         widths = [teacher.width for teacher in teachers]
@@ -704,59 +646,37 @@ class _Run:
         with torch.random.fork_rng():
             return seconds_per_step(loss_of, training.model, batches, most)
 
-    def fit(self, student: Student, training: _Training, steps: int) -> _Fitted:
+    def fit(self, student: Student, training: _Training, steps: int) -> Fitted:
         """Trains, and gives the student the weights of its best checkpoint."""
-        from .runs import fit
-        from .trainer import DistillTrainer
+        config = self.config
+        arguments = self.arguments(config.lr or self.rate(student), steps, training.device)
 
-        config, lr = self.config, self.config.lr or self.rate(student)
-        checkpoint = last_checkpoint(self.partial) if config.resume else None
-        arguments = self.arguments(lr, steps, training.device)
-        # The model of every process is examined whole; where FSDP spreads the weights a copy is trained.
-        trained = copy.deepcopy(training.model) if arguments.shards else training.model
+        def make(model: DistillModel, arguments: DistillTrainingArguments) -> SeededTrainer:
+            from .trainer import DistillTrainer  # brings transformers' trainer, which takes a while to import
 
-        def gather() -> None:
-            if trained is not training.model:
-                whole = trainer.accelerator.get_state_dict(trainer.model)
-                if self.processes.main:
-                    training.model.load_state_dict(whole)
+            steps, size = arguments.max_steps, self.record["texts_per_step"]
+            return DistillTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=TrainingOrder(self.split.train, size, steps, config.seed),
+                data_collator=TrainingCollator(training.collator, training.objective.hiding("cpu"), config.seed),
+                objective=training.objective,
+            )
 
-        checkups = Checkups(
-            self.partial,
+        return self.train(
             training.model,
+            arguments,
+            make,
             lambda: self.examine(training),
-            config.save_every,
-            config.patience,
-            self.record["start"],
-            checkpoint_step(checkpoint),
             lambda step, row: self.say.print(report.checkup_line(step, row)),
-            self.processes,
-            gather,
             # Where it can be mixed with what was learned, no loss chooses between the two.
             start_counts="start_score" not in self.record,
         )
-        if not steps:
-            return _Fitted([], checkups, 0.0, lr, 0)
-        if checkups.ended_early:  # and was stopped before it was written
-            steps = arguments.max_steps = checkpoint_step(checkpoint)
-        trainer = DistillTrainer(
-            model=trained,
-            args=arguments,
-            train_dataset=TrainingOrder(self.split.train, self.record["texts_per_step"], steps, config.seed),
-            data_collator=TrainingCollator(training.collator, training.objective.hiding("cpu"), config.seed),
-            objective=training.objective,
-        )
-        trainer.add_callback(checkups)
-        seconds = fit(trainer, self.say, checkpoint, processes=self.processes)
-        gather()
-        if self.processes.main:
-            checkups.restore()
-        return _Fitted(trainer.state.log_history, checkups, seconds, lr, trainer.state.global_step)
 
     def arguments(self, lr: float, steps: int, device: torch.device) -> DistillTrainingArguments:
         from .runs import training_arguments
 
-        config, (batch_size, accumulate) = self.config, self.batches()
+        config, (batch_size, accumulate) = self.config, self.batches(self.config.batch_size)
         return training_arguments(
             self.partial,
             steps=steps,
@@ -774,20 +694,6 @@ class _Run:
             device=device,
             others=config.other_arguments,
         )
-
-    def batches(self) -> tuple[int, int]:
-        """Texts of a batch, and batches of a step in each process: as they were asked for, unless the run began in
-        another number of processes; then a step keeps its texts.
-
-        Raises:
-            OtherRun: they cannot be shared out evenly.
-        """
-        texts, size, most = self.record["texts_per_step"], self.processes.size, self.config.batch_size
-        if texts % size:
-            problem = f"expected a number of processes that divides the {texts} texts of a step, got {size}"
-            raise OtherRun.of("resume", problem)  # goes on in another
-        batch = max(part for part in range(1, min(most, texts // size) + 1) if texts // size % part == 0)
-        return batch, texts // size // batch
 
     def rate(self, student: Student) -> float:
         """The recipe's peak learning rate for such a body."""
@@ -904,7 +810,7 @@ class _Run:
         vocabularies: _Vocabularies,
         covered: list[dict[str, Any]],
         training: _Training,
-        fitted: _Fitted,
+        fitted: Fitted,
         mixed: dict[float, float],
         before: dict[str, Any],
         after: dict[str, Any],
@@ -950,9 +856,6 @@ class _Run:
             "train_seconds": round(fitted.seconds, 1),
             "models": self.record["models"],
         }
-        with open(self.partial / "training_log.jsonl", "w", encoding="utf-8") as file:
-            for entry in fitted.log:
-                file.write(json.dumps(entry) + "\n")
         metrics["warnings"] = report.warnings(metrics)
         projections = training.projections()
         if (weight := training.model.projection(0)) is not None:

@@ -39,6 +39,7 @@ from .run_folder import check_out, look_at_run, need_makeable, partial_of
 from .text import GivenTexts, TextFiles, TextSource, open_text
 
 __all__ = [
+    "LENGTH",
     "MOST_READ",
     "VOCAB_SIZE",
     "CoverageOptions",
@@ -53,8 +54,8 @@ __all__ = [
 
 _Config = TypeVar("_Config")
 
-# Tokens of a student, if nobody says.
-VOCAB_SIZE = 8000
+# Tokens of a student, and of a text that an encoder reads, if nobody says.
+VOCAB_SIZE, LENGTH = 8000, 128
 # Texts of one step, texts of one run, weights of a model that is trained: beyond these no memory is enough.
 _MOST_AT_ONCE, MOST_READ, _MOST_WEIGHTS = 2**16, 2**31, 2**33 - 1
 
@@ -69,6 +70,7 @@ _HeldOut = Annotated[float, Option(kinds.Real("a share between 0 and 1", high=1)
 _SaveEvery = Annotated[int, Option(Whole(), "checkpoint every N steps")]
 _LogEvery = Annotated[int, Option(Whole(), "log every N steps")]
 _Resume = Annotated[bool, Option(Flag(), "continue an interrupted run")]
+_LENGTH_HELP = "teacher tokens (default: 128; of a decoder what 95% of the rows have, at most 512)"
 _MODEL = Place("a folder or a model's name", metavar="DIR_OR_NAME")
 _ASK = "(default: the recipe's)"
 _VOCABULARY = Place("train, trim or a folder", metavar="train|trim|DIR")
@@ -196,7 +198,8 @@ class StudentOptions:
         prompt: what the teacher expects before every text; None: what a sentence-transformers folder says, or nothing.
         trust_remote_code: run code that comes with a teacher.
         language, license: for the model card: codes of the languages, an identifier of the licence.
-        max_length: tokens of a text that the teacher reads.
+        max_length: tokens of a text that the teacher reads; None: 128, or of a decoder that is taught as many as 95% of
+            the rows have, at most 512.
         unit: ``"line"`` or ``"paragraph"``, see :class:`vocabdistil.distillation.text.TextFiles`.
         seed: of everything random.
         threads: of torch on the CPU; None: leave it.
@@ -228,7 +231,7 @@ class StudentOptions:
         str | Sequence[str] | None, Option(Kind(metavar="CODE,..."), "for the model card, such as ru")
     ] = None
     license: Annotated[str | None, Option(Text(metavar="NAME"), "for the model card, such as mit")] = None
-    max_length: _MaxLength = 128
+    max_length: Annotated[int | None, Option(Whole(2), _LENGTH_HELP)] = None
     unit: kinds.Unit = "line"
     seed: kinds.Seed = 0
     threads: kinds.Threads = None
@@ -300,9 +303,14 @@ class StudentOptions:
             self.kept_layers(found["teacher"][0])
         return text
 
+    @functools.cached_property
+    def teaches_decoder(self) -> bool:
+        """Whether the teacher is a decoder."""
+        return self.decoders and is_decoder(peek_config(names_of(self.teacher)[0]))
+
     def open_text(self) -> TextFiles | GivenTexts:
-        """The text, to be read."""
-        return open_text(self.text, self.unit)
+        """The text, to be read; for a decoder rows, as JSON."""
+        return open_text(self.text, self.unit, rows=self.teaches_decoder)
 
     def kept_layers(self, teacher: Any, default: int | None = None) -> list[int]:
         """Which of the teacher's layers the student keeps.
@@ -343,7 +351,8 @@ class TrimConfig(StudentOptions):
     """Everything that :func:`trim` needs to know: :class:`StudentOptions`, with ``vocabulary`` ``"trim"`` or a folder
     (``"train"`` works too), one teacher, and all of its layers unless fewer are asked for.
 
-    The teacher may be a decoder, whose layers and special tokens all stay, and whose vocabulary is ``"trim"``.
+    The teacher may be a decoder, whose layers and special tokens all stay, and whose vocabulary is ``"trim"``. Its text
+    may hold conversations, as in :class:`DistillConfig`; counted is what its chat template makes of them.
 
     Attributes:
         draft: of a decoder write a draft head instead of a student: the rows of its output layer for the
@@ -352,6 +361,7 @@ class TrimConfig(StudentOptions):
     """
 
     vocabulary: Annotated[str | os.PathLike, Option(_VOCABULARY, _VOCABULARY_HELP)] = "trim"
+    max_length: _MaxLength = LENGTH
     draft: Annotated[bool, Option(Flag(), _DRAFT_HELP)] = False
 
     decoders: ClassVar[bool] = True
@@ -397,7 +407,8 @@ class DistillConfig(StudentOptions):
             time that the whole job may take, found by timing some first; none where these are fewer than 10.
         batch_size: texts per step.
         accumulate: batches whose gradients are added up before a step.
-        student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read.
+        student_max_length: student tokens of each; None: twice ``max_length``, at most what it can read; of a decoder
+            without either as ``max_length``.
         lr, warmup, schedule, weight_decay: AdamW's peak rate (None: the recipe's for a body with copied layers, or for
             a fresh one), the share of steps in which it rises (None: the recipe's, but 10 steps at least), how it falls
             then (``linear cosine constant``), decay.
@@ -440,7 +451,9 @@ class DistillConfig(StudentOptions):
     ] = None
     batch_size: Annotated[int | None, Option(_BATCH, f"texts per step {_ASK}")] = None
     accumulate: Annotated[int, Option(_BATCH, "batches of one step")] = 1
-    student_max_length: Annotated[int | None, Option(Whole(2), "student tokens (default: twice the teacher's)")] = None
+    student_max_length: Annotated[
+        int | None, Option(Whole(2), "student tokens (default: twice the teacher's, or measured)")
+    ] = None
     lr: Annotated[float | None, Option(_RATE, f"peak learning rate {_ASK}")] = None
     warmup: Annotated[
         float | None,
@@ -554,14 +567,6 @@ class DistillConfig(StudentOptions):
             need(bool(field_name.strip() and sign), name, "NAME=VALUE with commas between them", field_name)
         return {field_name.strip(): _value_of(text.strip()) for field_name, _, text in parts}
 
-    @functools.cached_property
-    def teaches_decoder(self) -> bool:
-        """Whether the teacher is a decoder."""
-        return is_decoder(peek_config(names_of(self.teacher)[0]))
-
-    def open_text(self) -> TextFiles | GivenTexts:
-        return open_text(self.text, self.unit, rows=self.teaches_decoder)
-
     def _check_decoder(self) -> None:
         """Raises VocabdistilError for what a decoder cannot learn."""
         kind = "a decoder"
@@ -610,7 +615,7 @@ class DistillConfig(StudentOptions):
             head: whether the student has an MLM head and a teacher has one to learn from.
         """
         name = ("masked" if head else "embedding") if self.recipe == "auto" else self.recipe
-        recipe, changes = RECIPES[name], dict[str, Any](recipe=name)
+        recipe, changes = RECIPES[name], dict[str, Any](recipe=name, max_length=self.max_length or LENGTH)
         for option in ("layer_map", "temperature", "warmup", "schedule", "batch_size", "whiten"):
             if getattr(self, option) is None:
                 changes[option] = getattr(recipe, option)
@@ -671,6 +676,7 @@ if TYPE_CHECKING:
         """What is known of the options once the recipe has said its part: see :meth:`DistillConfig.resolved`."""
 
         whiten: float
+        max_length: int
         batch_size: int
         warmup: float
         schedule: str

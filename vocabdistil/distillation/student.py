@@ -25,7 +25,7 @@ from ..models.students import build_student, initialise_from_teacher
 from ..models.teachers import Teacher, load_teacher
 from ..models.vocabularies import Vocabulary, count_tokens, vocabulary_from
 from ..models.whitening import cannot_whiten, need_whitenable
-from .options import VOCAB_SIZE, StudentOptions
+from .options import LENGTH, VOCAB_SIZE, StudentOptions
 from .text import sample_text
 
 __all__ = [
@@ -223,7 +223,7 @@ def make_student(
         kept_layers = _layers_for(preset, teacher) if options.fit else []
         shape = preset.dim, preset.heads, preset.ffn
     if options.fit and kept_layers and teacher.causal_lm is None:  # a decoder's layers stay as they are
-        small = shrink(teacher, kept_layers, texts, *shape, options.max_length, quiet=options.quiet)
+        small = shrink(teacher, kept_layers, texts, *shape, options.max_length or LENGTH, quiet=options.quiet)
         teacher, keep = small.teacher, range(len(kept_layers))
         report["explained"] = [round(share, 4) for share in small.explained]
         if small.teacher.width != source.teacher.width:

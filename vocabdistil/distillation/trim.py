@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -29,12 +30,13 @@ from ..evaluation.timing import compare_models
 from ..models.bodies import build_body
 from ..models.named_tokens import named_ids
 from ..models.whitening import set_last_layer, whiten
+from .causal_rows import RenderedRows
 from .draft_head import make_draft_head
 from .folder import DistillResult, write_student
 from .options import TrimConfig, configured
 from .run_folder import RunFolder
 from .student import Source, Student, load_sources, make_student, make_vocabulary, not_whitened
-from .text import Digested, GivenTexts, Prefixed, TextFiles, sample_text
+from .text import Digested, Prefixed, sample_text
 from .text_store import watched
 
 __all__ = ["trim"]
@@ -67,11 +69,12 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
         vd.trim(teacher="intfloat/multilingual-e5-small", text=["russian.txt"], out="e5-ru", vocab_size=8000)
     """
     config = configured(TrimConfig, config, options)
-    text = config.look()
+    text: Iterable[str] = config.look()
     (source,) = load_sources(config)
     layers = config.kept_layers(source.teacher.model.config)
     if source.teacher.causal_lm is not None:
         need_start(source.teacher.tokenizer, "teacher")
+        text = RenderedRows(text, source.teacher.tokenizer)
     not_whitened(config, [source], asked=True)
     folder = RunFolder.open(config.out, {}, None, config.overwrite)
     with folder.held():
@@ -81,7 +84,7 @@ def trim(config: TrimConfig | None = None, **options: Any) -> DistillResult:
 
 
 def _run(
-    config: TrimConfig, source: Source, layers: list[int], text: TextFiles | GivenTexts, folder: RunFolder
+    config: TrimConfig, source: Source, layers: list[int], text: Iterable[str], folder: RunFolder
 ) -> DistillResult:
     say, teacher = Reporter(config.quiet), source.teacher
     say.status("Reading the text")

@@ -334,6 +334,12 @@ def mixed_line(share: float) -> str:
     return f"The student keeps {share:.0%} of the way from its start to the trained weights"
 
 
+def lengths_line(lengths: Sequence[int], whole: float) -> str:
+    """How much of each row a teacher and a student that are decoders read, where nobody said it."""
+    asked = f"{spell('max_length')} and {spell('student_max_length')} change it"
+    return f"Read are {lengths[0]} teacher and {lengths[1]} student tokens of a row, {whole:.0%} of rows whole; {asked}"
+
+
 def bits_line(teacher: float, student: float, texts: int) -> str:
     """What teacher and student are worth before training."""
     return f"Held-out bits per byte ({many(texts, 'text')}): teacher {teacher:.4f}, student {student:.4f}"

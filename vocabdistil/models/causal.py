@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import VocabdistilError, need
 
-__all__ = ["Readout", "check_causal", "most_positions", "read_causal"]
+__all__ = ["Readout", "at_output_layer", "check_causal", "most_positions", "read_causal"]
 
 
 class Readout(NamedTuple):
@@ -37,30 +38,89 @@ def _hooked(register: Callable[[Callable], Any], hook: Callable) -> Iterator[Non
         handle.remove()
 
 
-def read_causal(model: nn.Module, inputs: dict[str, Tensor], called: nn.Module | None = None) -> Readout:
+def _output_layer(model: nn.Module) -> Any:
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    return getattr(layer, "_fsdp_wrapped_module", layer)  # whose weight is whole inside of FSDP's wrapper alone
+
+
+def _readout(layer: Any, hidden: Tensor) -> Readout:
+    weight = layer.weight
+    # Norms under autocast give float32, which the layer would read as what its weight is.
+    read = hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden
+    return Readout(read, weight, getattr(layer, "bias", None))
+
+
+def at_output_layer(
+    model: nn.Module, inputs: dict[str, Tensor], compute: Callable[[Readout], Tensor], called: nn.Module | None = None
+) -> Tensor:
+    """Runs a model once, whose output layer gives what is computed of its readout in place of logits, which then exist
+    of one position alone. Whatever spreads the weights over processes has those of the layer whole then, and again
+    when the gradient comes back.
+
+    Args:
+        model: as :func:`check_causal` wants it.
+        inputs: ``input_ids`` and ``attention_mask`` or ``position_ids``, ``[B, L]`` on its device.
+        compute: once.
+        called: what wraps the model, to be called in its place.
+
+    Returns:
+        What ``compute`` did.
+    """
+    hidden: list[Tensor] = []
+
+    def cut(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden.append(args[0])
+        return args[0][:, :1], *args[1:]
+
+    def instead(layer: Any, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return compute(_readout(layer, hidden.pop()))
+
+    layer = _output_layer(model)
+    first = partial(layer.register_forward_hook, prepend=True)  # before the one that takes the weights away again
+    with _hooked(layer.register_forward_pre_hook, cut), _hooked(first, instead):
+        return (called or model)(**inputs, use_cache=False)[0]
+
+
+def read_causal(model: nn.Module, inputs: dict[str, Tensor]) -> Readout:
     """Runs a model once; its output layer is given one position alone, so that there are no logits of the others.
 
     Args:
         model: as :func:`check_causal` wants it.
         inputs: ``input_ids`` and ``attention_mask`` or ``position_ids``, ``[B, L]`` on its device.
-        called: what wraps the model, to be called in its place; weights are those that it sees then.
+
+    Raises:
+        VocabdistilError: FSDP's wrapper of the first kind has spread the output layer again before it could be read.
     """
     found: list[Readout] = []
 
     def keep(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, weight = args[0], layer.weight
-        # Norms under autocast give float32, which the layer would read as what its weight is.
-        read = hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden
-        found.append(Readout(read, weight, getattr(layer, "bias", None)))
-        return hidden[:, :1], *args[1:]
+        found.append(_readout(layer, args[0]))
+        return args[0][:, :1], *args[1:]
 
-    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    layer = _output_layer(model)
     with _hooked(layer.register_forward_pre_hook, keep):
-        (called or model)(**inputs, use_cache=False)
-    weight = found[-1].weight
-    if type(weight) in (Tensor, nn.Parameter) and weight.numel() and not weight.untyped_storage().size():
-        raise VocabdistilError("the output layer is gone after the forward pass: FSDP must shard layers alone")
-    return found[-1]
+        model(**inputs, use_cache=False)
+    read = found[-1]
+    if hasattr(layer.weight, "full_tensor"):
+        bias = getattr(layer, "bias", None)
+        return Readout(read.hidden, layer.weight.full_tensor(), None if bias is None else bias.full_tensor())
+    if read.weight.numel() and not read.weight.untyped_storage().size():
+        raise VocabdistilError("the output layer is gone after the forward pass; spread it by fully_shard")
+    return read
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluates a model, but for its linear layers, which compute the same in training: those of bitsandbytes in 4 bits
+    give no gradient any more after they were evaluated on a CPU."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = isinstance(module, nn.Linear)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def most_positions(model: Any) -> int | None:
@@ -90,6 +150,11 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     need(layer is not None, name, expected, f"{kind}, which has no output layer")
     need(not getattr(model.config, "is_encoder_decoder", False), name, expected, f"{kind}, an encoder with a decoder")
     need(not hasattr(layer, "base_layer"), name, "an output layer without adapters", "one that has some")
+    held = f"{type(layer.weight.data).__name__} of {str(layer.weight.dtype).removeprefix('torch.')}"
+    plain = layer.weight.is_floating_point() and (
+        type(layer.weight.data) is Tensor or hasattr(layer.weight, "full_tensor")
+    )
+    need(plain, name, "an output layer that is not quantized, whatever else is", f"one that holds a {held}")
     size = layer.weight.shape[0]
     need(layer.weight.device.type != "meta", name, "an output layer in memory", "one that is offloaded")
     need(size >= tokens, name, f"an output layer for the {tokens} tokens of its tokenizer", f"one for {size}")
@@ -102,15 +167,11 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
         return told[-1]
 
     ids = torch.tensor([[0, 1], [0, min(2, size - 1)]], device=layer.weight.device)
-    training = model.training
-    model.eval()
     try:
-        with _hooked(layer.register_forward_hook, other):
+        with _without_dropout(model), _hooked(layer.register_forward_hook, other):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise VocabdistilError.of(name, f"expected {expected}, got {kind}: {error}") from None
-    finally:
-        model.train(training)
     same = _alike(given[-1][0, 0], given[-1][1, 0])
     need(same, name, expected, f"{kind}, whose hidden states depend on what comes after them")
     plain = logits.shape == told[-1].shape and torch.equal(logits.float(), told[-1].float())
@@ -118,12 +179,10 @@ def check_causal(model: Any, name: str, tokens: int, packed: bool = False) -> No
     if packed:
         row = {"input_ids": ids[:1].repeat(1, 2), "position_ids": torch.tensor([[0, 1, 0, 1]], device=ids.device)}
         try:
-            model.eval()
-            hidden = read_causal(model, row).hidden[0]
+            with _without_dropout(model):
+                hidden = read_causal(model, row).hidden[0]
         except TypeError:  # it takes no positions
             hidden = None
-        finally:
-            model.train(training)
         apart = hidden is not None and _alike(hidden[:2], hidden[2:])
         need(apart, "packed", "a model that keeps texts of one row apart by their positions", kind)
 

@@ -28,8 +28,7 @@ def check_table(indptr: Tensor, ids: Tensor, student_columns: int) -> None:
 
 
 def _without_zeros(indptr: Tensor, ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The table in int64, and without entries of weight 0."""
-    indptr, ids = indptr.to(torch.int64), ids.to(torch.int64)
+    """The table without entries of weight 0."""
     if weights is None:
         return indptr, ids, None
     there = weights != 0
@@ -51,8 +50,8 @@ def make_plan(indptr: Tensor, ids: Tensor, weights: Tensor | None, student_colum
         first += count
     order = torch.cat(entries)
     interleaved = ids[order]
-    transposed = torch.zeros(student_columns + 1, dtype=torch.int64)
-    torch.cumsum(interleaved.bincount(minlength=student_columns), 0, out=transposed[1:])
+    counts = interleaved.bincount(minlength=student_columns)
+    transposed = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     by_piece = interleaved.argsort(stable=True)
     pieces_of = torch.cat(positions)[by_piece]
     plan = (rows, shapes, interleaved, transposed, pieces_of)
@@ -68,15 +67,10 @@ def make_compact_plan(indptr: Tensor, ids: Tensor, weights: Tensor | None, stude
 
 
 class _Known:
-    """A table that was seen, and its plan."""
+    """A table that was seen, a copy of it, and the plan of the copy."""
 
-    def __init__(self, table: tuple[Tensor, ...], plan: Any) -> None:
-        self.table, self.plan = tuple(x.clone() for x in table), plan
-        self.note(table)
-
-    def note(self, table: tuple[Tensor, ...]) -> None:
-        """These tensors hold the table."""
-        self.seen = Seen(*table)
+    def __init__(self, seen: Seen, table: tuple[Tensor, ...], plan: Any) -> None:
+        self.seen, self.table, self.plan = seen, table, plan
 
 
 class Plans:
@@ -118,18 +112,21 @@ class Plans:
             for one in known:
                 if one.seen.are(*table):
                     return one.plan
+            # Whatever is written to the tensors from here on, what is checked is what the plan is made of.
+            seen, copied = Seen(*table), tuple(x.clone() for x in table)
             for one in known:
-                if all(map(torch.equal, one.table, table)):
-                    one.note(table)
+                if all(map(torch.equal, one.table, copied)):
+                    one.seen = seen
                     return one.plan
-            check_table(indptr, ids, student_columns)
-            indptr, ids, entries = _without_zeros(indptr, ids, weights)
-            if entries is not None:
-                entries = (entries.double().log() if logsumexp else entries).to(dtype)
+            check_table(*copied[:2], student_columns)
+            entries = None if weights is None else copied[2] if logsumexp else copied[2].to(dtype)
+            indptr, ids, entries = _without_zeros(*(x.to(torch.int64) for x in copied[:2]), entries)
+            if entries is not None and logsumexp:
+                entries = entries.double().log().to(dtype)
             plan = self._make(indptr, ids, entries, student_columns)
             if device is not None:
                 plan = type(plan)(*(x.to(device) if isinstance(x, Tensor) else x for x in plan))
-            known[:] = [*known, _Known(table, plan)][-self._size :]
+            known[:] = [*known, _Known(seen, copied, plan)][-self._size :]
             while len(self._plans) > self._size:
                 self._plans.popitem(last=False)
         return plan

@@ -149,9 +149,9 @@ def linear_remapped_kl(
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     columns = student_weight.shape[0], teacher_weight.shape[0]
-    check_remapped_arguments(
-        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, "teacher_weight"
-    )
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
+    options = combine, top_k, remainder, temperature, reduction, dtype
+    check_remapped_arguments(table, *columns, entry_weights, *options, "teacher_weight")
     if pair_weights is not None and pair_weights.requires_grad:
         each = linear_remapped_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, table, student_bias=student_bias,
@@ -167,7 +167,6 @@ def linear_remapped_kl(
             combine=combine, top_k=top_k, remainder=remainder, temperature=temperature, reduction=reduction,
         )  # fmt: skip
         return scaled(loss, scale)
-    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
     if pairs is not None:
         valid = valid_pairs(pairs)

@@ -31,15 +31,15 @@ def _impl(
         student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, backend, keep, wanted
     )
     given = grad if wanted else None
-    if backend == "triton":
-        total = implementation("matched_kl", backend, "matched_kl")(
-            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, given,
-            upstream,
-        )  # fmt: skip
-    else:
+    if backend == "cpu":
         native.matched_kl(
             student, teacher, spans, student_ids, teacher_ids, unmatched, mean, temperature, scale, loss, total,
             given,
+        )  # fmt: skip
+    else:
+        implementation("matched_kl", backend, "matched_kl")(
+            student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, loss, total,
+            given, upstream,
         )  # fmt: skip
     return total, loss, grad
 
@@ -49,8 +49,8 @@ def _again(
     upstream, formed,
 ):  # fmt: skip
     implementation("matched_kl", backend, "matched_kl")(
-        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, None, grad,
-        upstream, formed,
+        student, teacher, spans, student_ids, teacher_ids, scale, unmatched, mean, temperature, keep, None, None,
+        grad, upstream, formed,
     )  # fmt: skip
 
 
@@ -69,6 +69,12 @@ _op = define(
     _impl,
     _fake,
 )
+
+
+def _limits(student: Tensor, teacher: Tensor) -> tuple[tuple[str, str], ...]:
+    """What the CUDA kernel cannot take: pairs of a backend and the reason."""
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    return (("cuda", "float64 goes through Triton or the reference"),) if wide else ()
 
 
 @scalable
@@ -113,7 +119,7 @@ def matched_kl(
         reduction: ``"batchmean"`` (divided by the number of rows, or of pairs with both spans non-empty), ``"sum"``
             or ``"none"`` (``[P]``).
         scale: as in :func:`span_loss`.
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
         The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
@@ -137,7 +143,7 @@ def matched_kl(
             pooling=pooling, reduction="none", backend=backend,
         )  # fmt: skip
         return scaled(reduce_pairs(each, None, pair_count(pairs, student), reduction, pair_weights), scale)
-    choice = resolve("matched_kl", student.device, backend)
+    choice = resolve("matched_kl", student.device, backend, _limits(student, teacher))
     if choice == "reference":
         loss = reference_matched_kl(
             student_logits, teacher_logits, matched, pairs=pairs, pair_weights=pair_weights, temperature=temperature,
@@ -149,7 +155,7 @@ def matched_kl(
     compiling = torch.compiler.is_compiling()
     options = (native.UNMATCHED_CODES[unmatched], pooling == "mean", float(temperature), choice, not compiling)
     # Two names, not a loop: torch.compile of torch 2.6 takes tensors made under one name for one tensor in backward.
-    ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernel takes both: one launch less per side
+    ids_dtype = torch.int32 if choice == "cpu" else None  # the GPU kernels take both: one launch less per side
     student_ids = matched.student_ids.to(student.device, ids_dtype).contiguous()
     teacher_ids = matched.teacher_ids.to(student.device, ids_dtype).contiguous()
     return RowLoss.apply(

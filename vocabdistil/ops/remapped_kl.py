@@ -144,7 +144,8 @@ def remapped_kl(
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     columns = student.shape[1], teacher.shape[1]
-    check_remapped_arguments(table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction)
+    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
+    check_remapped_arguments(table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, dtype)
     if pair_weights is not None and pair_weights.requires_grad:
         each = remapped_kl(
             student_logits, teacher_logits, table, pairs=pairs, entry_weights=entry_weights, combine=combine,
@@ -158,7 +159,6 @@ def remapped_kl(
             combine=combine, top_k=top_k, remainder=remainder, temperature=temperature, reduction=reduction,
         )  # fmt: skip
         return scaled(loss, scale)
-    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
     options = *kernel_options(combine, top_k, remainder, temperature), choice
     return RowLoss.apply(

@@ -169,7 +169,7 @@ def kl_rows(log_q: Tensor, log_r: Tensor) -> Tensor:
     """:func:`excess_rows` of two whole distributions: the sum of ``q log(q / r) - q + r``, of which no term is
     negative, so that it is exact where both are close."""
     q, r = log_q.exp(), log_r.exp()
-    some = q > 0
+    some = ~(q == 0)  # NaN too
     u = torch.where(some, log_r - log_q, 0.0)
     small = u.abs() < 1
     v = torch.where(small, u, 0.0)

@@ -101,7 +101,8 @@ def remapped_kl(
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     columns = student.shape[1], teacher.shape[1]
-    check_remapped_arguments(table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction)
+    options = combine, top_k, remainder, temperature, reduction
+    check_remapped_arguments(table, *columns, entry_weights, *options, student.dtype)
 
     valid = None
     count: int | Tensor = student.shape[0]
@@ -122,11 +123,13 @@ def check_remapped_arguments(
     remainder: str,
     temperature: float,
     reduction: str,
+    dtype: torch.dtype,
     columns_of: str = "teacher_logits",
 ) -> None:
+    """dtype: what is accumulated in."""
     checks.check_remap(table, student_columns, teacher_columns, columns_of)
     checks.check_choice(combine, "combine", checks.COMBINES)
-    checks.check_entry_weights(entry_weights, table, combine)
+    checks.check_entry_weights(entry_weights, table, combine, dtype)
     checks.check_top_k(top_k, remainder)
     checks.check_temperature(temperature)
     checks.check_choice(reduction, "reduction", checks.REDUCTIONS)
@@ -143,7 +146,7 @@ def remapped_rows(
     remainder: str,
 ) -> Tensor:
     """``[P, V_s]``, ``[P, V_t]`` logits -> ``[P]`` losses."""
-    indptr, ids, weights = _entries(table, weights, student)
+    indptr, ids, weights = _entries(table, weights, combine, student)
     lengths = indptr.diff()
     mapped = lengths.nonzero()[:, 0]
     combined = _combine(student, ids, lengths[mapped], combine, weights)
@@ -161,15 +164,18 @@ def remapped_rows(
     return temperature**2 * kl_rows(*(torch.cat(parts, 1) for parts in zip(inside, outside, strict=True)))
 
 
-def _entries(table: RemapLike, weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The table where ``like`` is, without entries of weight 0."""
+def _entries(
+    table: RemapLike, weights: Tensor | None, combine: str, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The table where ``like`` is, without entries of weight 0; of the weights their logs with ``"logsumexp"``."""
     indptr, ids = (x.to(like.device, torch.int64) for x in (table.indptr, table.ids))
     if weights is None:
         return indptr, ids, None
-    weights = weights.detach().to(like)
+    weights = weights.detach().to(like.device, torch.float64 if combine == "logsumexp" else like.dtype)
     there = weights != 0
     before = torch.cat([indptr.new_zeros(1), there.cumsum(0)])
-    return before[indptr], ids[there], weights[there]
+    kept = weights[there]
+    return before[indptr], ids[there], kept.log().to(like) if combine == "logsumexp" else kept
 
 
 def _largest(teacher: Tensor, top_k: int) -> Tensor:
@@ -179,10 +185,11 @@ def _largest(teacher: Tensor, top_k: int) -> Tensor:
 
 
 def _combine(logits: Tensor, ids: Tensor, lengths: Tensor, combine: str, weights: Tensor | None) -> Tensor:
-    """``[P, V_s]`` -> ``[P, M]``: the student's logits of the M non-empty rows, of these ``lengths``."""
+    """``[P, V_s]`` -> ``[P, M]``: the student's logits of the M non-empty rows, of these ``lengths``; weights: or
+    their logs."""
     pieces = logits[:, ids]
     if weights is not None:
-        pieces = pieces * weights if combine == "sum" else pieces + weights.log()
+        pieces = pieces * weights if combine == "sum" else pieces + weights
     row = torch.repeat_interleave(torch.arange(lengths.numel(), device=logits.device), lengths)
     index = row.expand(logits.shape[0], -1)
     zeros = logits.new_zeros(logits.shape[0], lengths.numel())

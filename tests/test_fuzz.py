@@ -66,22 +66,25 @@ def test_alignments(tmp_path: Path) -> None:
     run_under_sanitizers(tmp_path, ["tests/native/fuzz_remap.cpp", *(f"csrc/remap/{n}.cpp" for n in names)], [])
 
 
+PRODUCTS = ("csrc/cpu/panels.cpp", "csrc/cpu/tiles.cpp")
+
+
 def test_linear_matched_kl(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp", "csrc/cpu/tiles.cpp"]
+    sources = ["tests/native/fuzz_linear.cpp", "csrc/cpu/linear_matched_kl.cpp", *PRODUCTS]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 
 def test_linear_remapped_kl(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    sources = ["tests/native/fuzz_linear_remapped.cpp", "csrc/cpu/linear_remapped_kl.cpp", "csrc/cpu/tiles.cpp"]
+    sources = ["tests/native/fuzz_linear_remapped.cpp", "csrc/cpu/linear_remapped_kl.cpp", *PRODUCTS]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 
 def test_log_prob(tmp_path: Path) -> None:
     isa = native.module().active_isa()
-    names = ("log_prob", "linear_log_prob", "tiles")
-    sources = ["tests/native/fuzz_log_prob.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
+    names = ("log_prob", "linear_log_prob")
+    sources = ["tests/native/fuzz_log_prob.cpp", *(f"csrc/cpu/{name}.cpp" for name in names), *PRODUCTS]
     run_under_sanitizers(tmp_path, sources, [f"-DVD_ISA={isa}", "-fopenmp-simd", *ISAS[isa]])
 
 

@@ -109,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (operation.OPERATION, case.name) in had:
                 known += 1
                 continue
-            rows = harness.run_case(
-                operation.OPERATION, case, device, args.providers, args.quick, args.retries
-            )
+            rows = harness.run_case(operation.OPERATION, case, device, args.providers, args.quick, args.retries)
             if not rows:
                 continue
             measured += len(rows)

@@ -33,9 +33,7 @@ def problem(teacher: Any, student: Any, texts: list[str], whole: bool) -> Proble
     """
     tables = [vd.RemapTable.from_tokenizers(teacher, student)] if whole else []
     matched = vd.MatchedVocab.from_tokenizers(teacher, student)
-    collator = vd.DistillCollator(
-        [teacher], student, tables, [matched] if whole else [], LENGTH, 2 * LENGTH
-    )
+    collator = vd.DistillCollator([teacher], student, tables, [matched] if whole else [], LENGTH, 2 * LENGTH)
     chances = masking_probabilities(count_tokens(student, texts), student.all_special_ids) if whole else None
     hiding = Hiding(
         chances, student.mask_token_id, "match", [teacher.mask_token_id if whole else None], [matched.slots()]

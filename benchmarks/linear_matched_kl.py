@@ -33,9 +33,7 @@ def build(
     return loss_problem(OPERATION, tensors, 2, [matched], {}, size, rowwise=(0, 2), rivals=others)
 
 
-def rivals(
-    tensors: list[Tensor], matched: vd.MatchedVocab
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+def rivals(tensors: list[Tensor], matched: vd.MatchedVocab) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """What computes the same loss, and why others cannot."""
     x, w, y, v = tensors
     v_matched = v.detach()[matched.teacher_ids]

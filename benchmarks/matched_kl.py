@@ -49,7 +49,5 @@ def cases(device: torch.device) -> Iterator[Case]:
     for rows, v_t, v_s, v_m, dtype in sizes:
         for unmatched in ("renormalize", "rest"):
             name = f"{rows}-{v_t}-{v_s}-{v_m}-{unmatched}{'-bf16' if dtype == half else ''}"
-            make = functools.partial(
-                build, rows=rows, v_t=v_t, v_s=v_s, v_m=v_m, unmatched=unmatched, dtype=dtype
-            )
+            make = functools.partial(build, rows=rows, v_t=v_t, v_s=v_s, v_m=v_m, unmatched=unmatched, dtype=dtype)
             yield Case(name, make, dtype, ("fwd+bwd",))

@@ -14,9 +14,7 @@ from .harness import Case, Problem, random_pairs
 OPERATION = "relation_loss"
 
 
-def build(
-    device: torch.device, shape: tuple[int, int], d_t: int, d_s: int, heads: int, dtype: torch.dtype
-) -> Problem:
+def build(device: torch.device, shape: tuple[int, int], d_t: int, d_s: int, heads: int, dtype: torch.dtype) -> Problem:
     """``shape``: batch and length of the teacher."""
     pairs, student_shape = random_pairs(*shape, device)
     student = randn(*student_shape, d_s, seed=1, device=device, dtype=dtype)

@@ -97,9 +97,7 @@ def _build_table(device: torch.device) -> Problem:
     truth = _csr(_python_table(teacher, student))
     providers = {
         "python": Provider(lambda: _python_table(teacher, student), _csr),
-        "ours": Provider(
-            lambda: RemapTable.from_tokenizers(teacher, student), lambda table: [table.indptr, table.ids]
-        ),
+        "ours": Provider(lambda: RemapTable.from_tokenizers(teacher, student), lambda table: [table.indptr, table.ids]),
     }
     return Problem(providers, lambda: truth, {"run": 4 * sum(x.numel() for x in truth)})
 
@@ -162,9 +160,7 @@ def _russian(device: torch.device, path: Path) -> Problem:
     teacher, student = russian_tokenizers(path)
     ids = teacher.encode(path.read_text(encoding="utf-8"), add_special_tokens=False).ids
     repeated = itertools.islice(itertools.cycle(ids), 1000 * 512)
-    return remap_problem(
-        RemapTable.from_tokenizers(teacher, student), torch.tensor([*repeated]).view(1000, 512)
-    )
+    return remap_problem(RemapTable.from_tokenizers(teacher, student), torch.tensor([*repeated]).view(1000, 512))
 
 
 def cases(device: torch.device) -> Iterator[Case]:

@@ -45,7 +45,5 @@ def cases(device: torch.device) -> Iterator[Case]:
     for dtype, uneven in kinds:
         for combine in ("sum", "logsumexp"):
             name = f"{rows}-{v_t}-{v_s}-{combine}{'-bf16' if dtype == half else ''}{'-uneven' if uneven else ''}"
-            make = functools.partial(
-                build, rows=rows, v_t=v_t, v_s=v_s, combine=combine, dtype=dtype, uneven=uneven
-            )
+            make = functools.partial(build, rows=rows, v_t=v_t, v_s=v_s, combine=combine, dtype=dtype, uneven=uneven)
             yield Case(name, make, dtype, modes=("fwd+bwd",))

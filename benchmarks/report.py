@@ -75,9 +75,7 @@ def cpu_seconds() -> tuple[float, float, float] | None:
     return sum(ticks) - ticks[3] - ticks[4], own.user + own.system, sum(ticks)
 
 
-def share_of_others(
-    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
-) -> str:
+def share_of_others(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> str:
     """Share of the machine's CPU time that went to other processes or guests between two readings."""
     if before is None or after is None or after[2] <= before[2]:
         return ""

@@ -44,14 +44,11 @@ def padded_gather(
     def call() -> Tensor:
         # Half types become float32 where autocast would do so, at the softmax.
         s, t = (
-            (_layer_mean(x)[index] * share).sum(1)
-            for x, (index, share) in zip((student, teacher), sides, strict=True)
+            (_layer_mean(x)[index] * share).sum(1) for x, (index, share) in zip((student, teacher), sides, strict=True)
         )
         if weight is not None:
             s = F.linear(s, weight)
-        return F.kl_div(
-            F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True
-        )
+        return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
 
     return call
 
@@ -133,9 +130,7 @@ def build(
         except ImportError:
             missing["liger"] = "liger_kernel is not installed"
     for name, backend in here.items():
-        providers[name] = Provider(
-            functools.partial(vd.span_loss, *sides, pairs, weight=weight, backend=backend)
-        )
+        providers[name] = Provider(functools.partial(vd.span_loss, *sides, pairs, weight=weight, backend=backend))
     tokens = int((pairs.student_end - pairs.student_start).sum())
     read = (n_s * tokens * d_s + n_t * len(pairs) * d_t) * dtype.itemsize
     write = sum(x.numel() for x in student) * dtype.itemsize

@@ -3,8 +3,9 @@
 ``python -m benchmarks.decoders --work FOLDER`` trains a teacher (a Llama with byte-level BPE) from scratch on the lines
 of ``modern_en.txt`` in ``VOCABDISTIL_DATA``, and then students (a narrower Llama with Unigram) on the same lines:
 on text alone, and with each loss of a teacher beside it. Each student appends a row to ``results.csv`` beside this
-file, unless it is there. The teacher is trained once, into the folder, and goes on where it was stopped. ``--report``
-prints the file as a table.
+file, unless it is there. A teacher is trained once, into the folder, and goes on where it was stopped. ``--scale``
+takes larger models, ``--teacher`` one with another family of tokenizer, ``--weights`` other weights of the losses.
+``--report`` prints the file as a table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +39,34 @@ from vocabdistil.distillation.text_store import split_text
 
 RESULTS = Path(__file__).parent / "results.csv"
 COLUMNS = (
-    "student", "weights", "seed", "steps", "batch_size", "bits_per_byte", "teacher_bits", "parameters",
+    "scale", "teacher", "weights", "seed", "steps", "batch_size", "bits_per_byte", "teacher_bits", "parameters",
     "teacher_parameters", "tokens", "teacher_tokens", "seconds", "device", "name", "python", "torch", "commit", "date",
 )  # fmt: skip
-# What is learned beside the text.
-WEIGHTS = {
-    "text": "lm=1",
-    "likelihood": "lm=1,likelihood=100",
-    "matched": "lm=1,matched=1",
-    "remapped": "lm=1,remapped=1",
-    "gold": "lm=1,gold=1",
-    "both": "lm=1,likelihood=100,matched=1",
-}
+# The text alone, and what is learned beside it.
+WEIGHTS = (
+    "lm=1", "lm=1,likelihood=100", "lm=1,matched=1", "lm=1,remapped=1", "lm=1,gold=1", "lm=1,likelihood=100,matched=1",
+)  # fmt: skip
 HELD_OUT = 512
 _LENGTH = 128
-TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-STUDENT = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEACHER_TOKENS, STUDENT_TOKENS = 8000, 4000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Shapes of a teacher and of its students (hidden size, intermediate size, layers, heads), and how both learn."""
+
+    teacher: tuple[int, int, int, int]
+    student: tuple[int, int, int, int]
+    rate: float
+    batch_size: int
+    teacher_steps: int
+    bf16: bool
+
+
+SCALES = {
+    "1m": Scale((192, 512, 4, 6), (128, 352, 2, 4), 2e-3, 32, 600, bf16=False),
+    "10m": Scale((448, 1216, 7, 7), (384, 1024, 5, 6), 1.5e-3, 16, 2400, bf16=True),
+}
+STUDENT_TOKENS = 4000
 
 
 def byte_level(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -66,6 +79,22 @@ def byte_level(texts: list[str], size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     return _finished(made, texts, trainer, "<|begin|>", "<|end|>")
+
+
+def byte_fallback(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """BPE over words that keep their space in front, other characters as bytes, in the manner of Llama 2."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>", "<unk>", *byte_tokens], show_progress=False
+    )
+    return _finished(made, texts, trainer, "<s>", "</s>", unk_token="<unk>")
+
+
+# And their numbers of tokens.
+TEACHERS = {"byte-level-bpe": (byte_level, 8000), "byte-fallback-bpe": (byte_fallback, 6000)}
 
 
 def unigram(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -88,29 +117,37 @@ def _finished(made: Tokenizer, texts: list[str], trainer: Any, bos: str, eos: st
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, **roles)
 
 
-def fresh(tokens: int, shape: dict[str, int], seed: int) -> LlamaForCausalLM:
+def fresh(tokens: int, shape: tuple[int, int, int, int], seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    shape = {"max_position_embeddings": _LENGTH, "tie_word_embeddings": True, **shape}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=1, **shape))
-
-
-def arguments(folder: Path, steps: int, batch_size: int, seed: int, **others: Any) -> TrainingArguments:
-    return TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=2e-3, warmup_steps=20,
-        lr_scheduler_type="cosine", weight_decay=0.01, adam_beta2=0.98, seed=seed, report_to="none", disable_tqdm=True,
-        logging_steps=50, save_total_limit=1, use_cpu=not torch.cuda.is_available(), **others,
+    hidden, intermediate, layers, heads = shape
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokens, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, max_position_embeddings=_LENGTH, tie_word_embeddings=True, bos_token_id=0,
+            eos_token_id=1, pad_token_id=1,
+        )
     )  # fmt: skip
 
 
-def teacher_of(work: Path, texts: list[str], steps: int, batch_size: int) -> tuple[Any, Any]:
+def arguments(folder: Path, scale: Scale, steps: int, batch_size: int, seed: int, **others: Any) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=scale.rate, warmup_steps=20,
+        lr_scheduler_type="cosine", weight_decay=0.01, adam_beta2=0.98, seed=seed, report_to="none", disable_tqdm=True,
+        logging_steps=50, save_total_limit=1, use_cpu=not torch.cuda.is_available(), bf16=scale.bf16, **others,
+    )  # fmt: skip
+
+
+def teacher_of(args: argparse.Namespace, texts: list[str]) -> tuple[Any, Any]:
     """The teacher and its tokenizer, made where the folder has none."""
-    done = work / "teacher"
+    work, scale = args.work / f"{args.scale}-{args.teacher}", SCALES[args.scale]
+    done, run = work / "teacher", work / "run"
     if not done.exists():
-        tokenizer = byte_level(texts, TEACHER_TOKENS)
-        model, run = fresh(len(tokenizer), TEACHER, 0), work / "run"
+        learn, tokens = TEACHERS[args.teacher]
+        tokenizer = learn(texts, tokens)
         trainer = vd.CausalDistillTrainer(
-            model, arguments(run, steps, batch_size, 0, save_steps=100), processing_class=tokenizer, weights="lm=1",
-            max_length=_LENGTH, packed=True, train_dataset=texts,
+            model := fresh(len(tokenizer), scale.teacher, 0),
+            arguments(run, scale, scale.teacher_steps, scale.batch_size, 0, save_steps=100),
+            processing_class=tokenizer, weights="lm=1", max_length=_LENGTH, packed=True, train_dataset=texts,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")))
         model.save_pretrained(done)
@@ -119,20 +156,22 @@ def teacher_of(work: Path, texts: list[str], steps: int, batch_size: int) -> tup
 
 
 def row_of(
-    name: str, seed: int, args: argparse.Namespace, sides: tuple[Any, Any, Any], texts: list[str], held_out: list[str]
+    weights: str, seed: int, args: argparse.Namespace, sides: Any, texts: list[str], held_out: list[str]
 ) -> dict[str, Any]:
     teacher, teacher_tokenizer, tokenizer = sides
-    model = fresh(len(tokenizer), STUDENT, seed)
+    scale = SCALES[args.scale]
+    model = fresh(len(tokenizer), scale.student, seed)
     trainer = vd.CausalDistillTrainer(
-        model, arguments(args.work / "students", args.steps, args.batch_size, seed, save_strategy="no"),
-        teacher=teacher, teacher_tokenizer=teacher_tokenizer, processing_class=tokenizer, weights=WEIGHTS[name],
+        model, arguments(args.work / "students", scale, args.steps, scale.batch_size, seed, save_strategy="no"),
+        teacher=teacher, teacher_tokenizer=teacher_tokenizer, processing_class=tokenizer, weights=weights,
         max_length=_LENGTH, packed=True, train_dataset=texts,
     )  # fmt: skip
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     return {
-        "student": name, "weights": WEIGHTS[name], "seed": seed, "steps": args.steps, "batch_size": args.batch_size,
+        "scale": args.scale, "teacher": args.teacher, "weights": weights, "seed": seed, "steps": args.steps,
+        "batch_size": scale.batch_size,
         "bits_per_byte": round(vd.bits_per_byte(model, tokenizer, held_out), 4),
         "teacher_bits": round(vd.bits_per_byte(teacher, teacher_tokenizer, held_out), 4),
         "parameters": model.num_parameters(), "teacher_parameters": teacher.num_parameters(),
@@ -145,28 +184,34 @@ def report(path: Path) -> str:
     """A line for each way to learn: mean and standard deviation over seeds."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in read(path, COLUMNS):
-        groups.setdefault((row["student"], row["weights"], row["steps"], row["teacher_bits"]), []).append(row)
-    lines = ["| student | weights | steps | seeds | bits per byte | teacher | s |", "| --- " * 7 + "|"]
-    for (name, weights, steps, teacher), rows in groups.items():
+        key = ("parameters", "teacher", "teacher_parameters", "teacher_bits", "weights", "steps")
+        groups.setdefault(tuple(row[name] for name in key), []).append(row)
+    lines = ["| student | teacher | its bits | weights | steps | seeds | bits per byte | s |", "| --- " * 8 + "|"]
+    for (size, teacher, teacher_size, teacher_bits, weights, steps), rows in sorted(groups.items(), key=_first):
         bits = [float(row["bits_per_byte"]) for row in rows]
         spread = f" ± {statistics.stdev(bits):.4f}" if len(bits) > 1 else ""
         seconds = statistics.mean(float(row["seconds"]) for row in rows)
         found = f"{statistics.mean(bits):.4f}{spread}"
-        lines.append(f"| {name} | `{weights}` | {steps} | {len(rows)} | {found} | {teacher} | {seconds:.0f} |")
+        sides = f"{int(size) / 1e6:.1f} M | {int(teacher_size) / 1e6:.1f} M, {teacher} | {teacher_bits}"
+        lines.append(f"| {sides} | `{weights}` | {steps} | {len(rows)} | {found} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def _first(group: tuple[tuple[str, ...], Any]) -> tuple[int, str]:
+    """Students of one size and teacher together, in the order of the file."""
+    return int(group[0][0]), group[0][1]
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.decoders", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--work", type=Path, metavar="FOLDER", help="of the teacher")
-    names = [*WEIGHTS, "teacher"]
-    p.add_argument("--only", nargs="+", choices=names, default=list(WEIGHTS), help="default: all students")
+    p.add_argument("--work", type=Path, metavar="FOLDER", help="of the teachers")
+    p.add_argument("--scale", choices=SCALES, default="1m", help="parameters of a student")
+    p.add_argument("--teacher", choices=TEACHERS, default="byte-level-bpe", help="by its tokenizer")
+    p.add_argument("--weights", nargs="*", default=WEIGHTS, help="of a student each; none: only the teacher is made")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--teacher-steps", type=int, default=600)
-    p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--report", action="store_true", help="print the file as Markdown, and train nothing")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="CSV", help="default: beside this file")
     return p
@@ -184,18 +229,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     split = split_text(list(read_text([Path(data, "modern_en.txt")])), 0.05, 0, most=HELD_OUT)
     texts = list(split.train)
-    teacher = teacher_of(args.work, texts, args.teacher_steps, args.batch_size)
-    if args.only == ["teacher"]:
-        return 0
-    sides = *teacher, unigram(texts, STUDENT_TOKENS)
-    had = {(row["student"], row["seed"], row["steps"]) for row in read(args.results, COLUMNS)}
+    sides = *teacher_of(args, texts), unigram(texts, STUDENT_TOKENS)
+    key = ("scale", "teacher", "weights", "seed", "steps")
+    had = {tuple(row[name] for name in key) for row in read(args.results, COLUMNS)}
     for seed in args.seeds:
-        for name in args.only:
-            if (name, str(seed), str(args.steps)) in had:
+        for weights in args.weights:
+            if (args.scale, args.teacher, weights, str(seed), str(args.steps)) in had:
                 continue
-            row = row_of(name, seed, args, sides, texts, split.held_out)
+            row = row_of(weights, seed, args, sides, texts, split.held_out)
             append(args.results, row, COLUMNS)
-            print(f"{name} {seed}: {row['bits_per_byte']} bits per byte in {row['seconds']} s", flush=True)
+            print(f"{weights} {seed}: {row['bits_per_byte']} bits per byte in {row['seconds']} s", flush=True)
     return 0
 
 

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         if not follows():
-            _print_line(f"vocabdistil: {error or 'interrupted'}", sys.stderr)
+            _print_line(f"vocabdistil: {str(error) or 'interrupted'}", sys.stderr)
         return _INTERRUPTED
 
 

@@ -109,6 +109,13 @@ def test_as_much_is_read_as_most_rows_have(tmp_path, capsys):
     assert made.metrics["max_length"] == [32, 40]
 
 
+def test_rows_in_which_nothing_is_learned(tmp_path):
+    rows = [{"prompt": f"I walk home {n}", "completion": ""} for n in range(80)]
+    with pytest.raises(VocabdistilError, match="^text: expected held-out rows in which something is learned, got none"):
+        vd.distill(**options(tmp_path / "out", text=rows))
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_bits_are_of_what_is_learned(tmp_path):
     """Worked out from all logits of a row, whose prompt and template count nothing."""
     folder = tiny_decoder("llama-3")
@@ -134,7 +141,8 @@ def test_on_the_command_line(tmp_path, capsys):
     rest += ["--held-out", "0.2"]
     assert main(["distill", *sides, *rest, "--batch-size", "4", "--max-length", "48"]) == 0
     said = capsys.readouterr().out
-    for words in ("in both", "Held-out bits per byte (", "Training: 2 steps of 4 texts", "The student is in"):
+    lines = "Held-out bits per byte (", "step 0: ", "Training: 2 steps of 4 texts", "The student is in"
+    for words in ("in both", *lines):
         assert words in said
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["weights"] == {"lm": 1.0, "likelihood": 50.0, "matched": 1.0, "remapped": 0.0, "gold": 0.0}

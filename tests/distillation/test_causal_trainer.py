@@ -30,7 +30,8 @@ def sides():
 
 def trainer_of(sides, folder, rows=ROWS, model=None, **options):
     teacher_tokenizer, student_tokenizer, teacher, student = sides
-    own = {"eval_dataset", "max_length", "packed", "teacher", "temperature", "unmatched", "weights"}
+    own = {"eval_dataset", "max_length", "packed", "temperature", "unmatched", "weights"}
+    own |= {"teacher", "teacher_tokenizer"}
     given = {name: options.pop(name) for name in own & options.keys()}
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
     settings |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
@@ -38,10 +39,9 @@ def trainer_of(sides, folder, rows=ROWS, model=None, **options):
     return vd.CausalDistillTrainer(
         copy.deepcopy(student) if model is None else model,
         arguments,
-        teacher_tokenizer=teacher_tokenizer,
         processing_class=student_tokenizer,
         train_dataset=rows,
-        **{"teacher": teacher, "weights": EVERY, **given},
+        **{"teacher": teacher, "teacher_tokenizer": teacher_tokenizer, "weights": EVERY, **given},
     )
 
 
@@ -251,7 +251,8 @@ def test_no_more_is_read_than_a_model_can(sides, tmp_path):
     ("options", "said"),
     [
         ({"weights": "mlm=1"}, "^weights: unknown loss 'mlm'; expected lm, likelihood, matched, remapped, gold"),
-        ({"weights": "lm=0"}, "^weights: expected numbers of at least 0, one above"),
+        ({"weights": "lm=0"}, "^weights: expected numbers of at least 0, one above, got lm=0"),
+        ({"teacher": small_llama(3000), "teacher_tokenizer": None}, "^teacher_tokenizer: expected that of the teacher"),
         ({"weights": 3}, "^weights: expected CausalWeights or their text form, got int"),
         ({"unmatched": "none"}, "^unmatched: expected one of"),
         ({"temperature": 0.0}, "^temperature: expected"),

@@ -68,8 +68,8 @@ def rendered(row: Any, tokenizer: Any, side: str, name: str) -> Rendered:
             for key, text in (("prompt", prompt), ("completion", completion)):
                 check_text(text, f"{name}[{key!r}]")
             return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
-        before = _messages(prompt, f"{name}['prompt']")
         after = _messages(completion, f"{name}['completion']")
+        before = _messages(prompt, f"{name}['prompt']")
         learned = [False] * len(before) + [True] * len(after)
         return _chat(before + after, learned, row, tokenizer, side, name)
     if row.get("text") is not None:

@@ -207,7 +207,7 @@ class Option:
 # What several commands have.
 SEED = Whole(-1, 2**32 - 1)
 # What the files of a text may be.
-TEXT_FORMATS = "text: plain, JSON lines or Parquet (column text), also as .gz or .zst"
+TEXT_FORMATS = "text: plain, JSON lines or Parquet (column text; of decoders conversations too), also as .gz or .zst"
 TEXT_FILES = Option(Files(), TEXT_FORMATS, several=True)
 Seed = Annotated[int, Option(SEED, "of everything random")]
 Threads = Annotated[int | None, Option(Whole(0, MOST_THREADS), "CPU threads of torch")]

@@ -137,6 +137,8 @@ class _Run(JointRun):
         student.float().requires_grad_(True)
         self.lead(lambda: self.evaluate(choosing, held_out))
         say.print(report.bits_line(self.record["teacher"], self.record["before"], len(held_out)))
+        by = f"of {report.many(len(choosing), 'other held-out text')}, by which checkpoints are compared"
+        say.print(f"step 0: {self.record['start']['loss']:.4f} bits per byte {by}")
         steps = self.plan()
         fitted = self.train(
             student,
@@ -242,6 +244,7 @@ class _Run(JointRun):
         """How the vocabularies correspond on what is learned of held-out rows."""
         tokenizers = self.teacher.tokenizer, self.student.tokenizer
         texts = [part for row in rows for part in _learned(row, self.teacher.tokenizer, "teacher")[1] if part.strip()]
+        need(bool(texts), "text", "held-out rows in which something is learned", "none")
         matched = MatchedVocab.from_tokenizers(*tokenizers)
         found = coverage(texts, *tokenizers, ["boundary"], matched=matched)
         self.say.print(*report.coverage_tables((self.teacher.name, self.student.name), tokenizers, found))

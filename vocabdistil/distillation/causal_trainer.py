@@ -24,6 +24,8 @@ from .runs import StepTrainer
 
 __all__ = ["CausalDistillTrainer"]
 
+_MOST_SPARE = 1024  # rows of an output layer for no token, which are there for round numbers
+
 
 class CausalDistillTrainer(StepTrainer):
     """Trains a causal language model on text and on a teacher with another tokenizer.
@@ -40,7 +42,7 @@ class CausalDistillTrainer(StepTrainer):
         args: any ``TrainingArguments``.
         teacher: a frozen model of the same kind, in any dtype, also of 8 bits; it is moved to the device, unless it was
             spread or quantized, and never cast. None: nothing but ``lm`` is learned.
-        teacher_tokenizer: its fast tokenizer, or a name or folder; None: the student's.
+        teacher_tokenizer: its fast tokenizer, or a name or folder; None: the student's, which it then has to fit.
         processing_class: the student's.
         weights: a :class:`vocabdistil.CausalWeights`, or its text form: ``"lm=1,likelihood=10"``.
         max_length: tokens of each side at most, or those of (teacher, student); never more than a model can read.
@@ -85,17 +87,23 @@ class CausalDistillTrainer(StepTrainer):
         need(isinstance(weights, CausalWeights), "weights", "CausalWeights or their text form", type(weights).__name__)
         values = asdict(weights).values()
         fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
-        need(fine, "weights", "numbers of at least 0, one above", weights)
+        given = ",".join(f"{name}={value}" for name, value in asdict(weights).items())
+        need(fine, "weights", "numbers of at least 0, one above", given)
         check_temperature(temperature)
         check_temperature(likelihood_temperature)
         check_choice(unmatched, "unmatched", UNMATCHED)
         alone = all(name == "lm" for name, value in asdict(weights).items() if value)
         need(alone or teacher is not None, "teacher", f"a model, as {weights} needs one", "none")
         student_tokenizer = tokenizer_of(processing_class, "processing_class")
+        told = teacher_tokenizer is not None
         teacher_tokenizer = tokenizer_of(teacher_tokenizer or student_tokenizer, "teacher_tokenizer")
         sides = [("teacher", teacher or model, teacher_tokenizer), ("model", model, student_tokenizer)]
         for name, one, tokenizer in sides:
             check_causal(one, name, len(tokenizer), packed)
+        if teacher is not None and not told:
+            tokens = len(teacher.get_output_embeddings().weight)
+            same = tokens - len(teacher_tokenizer) <= _MOST_SPARE
+            need(same, "teacher_tokenizer", f"that of the teacher, which has {tokens:,} tokens", "none")
         if data_collator is None:
             data_collator = CausalCollator(teacher_tokenizer, student_tokenizer, max_length, packed=packed)
             data_collator.max_length = [

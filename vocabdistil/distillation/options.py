@@ -605,7 +605,8 @@ class DistillConfig(StudentOptions):
         weights = kind.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
         values = asdict(weights).values()
         fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
-        need(fine, "weights", "numbers of at least 0, one above", weights)
+        given = ",".join(f"{name}={value}" for name, value in asdict(weights).items())
+        need(fine, "weights", "numbers of at least 0, one above", given)
         return weights
 
     def resolved(self, head: bool) -> ResolvedConfig:

@@ -85,7 +85,7 @@ def causal_card(
     name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
 ) -> str:
     """The card of a decoder that another one taught; arguments as those of :func:`model_card`."""
-    settings, bits = metrics["settings"], metrics["bits_per_byte"]
+    settings, bits, columns = metrics["settings"], metrics["bits_per_byte"], ("teacher", "before", "after")
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -111,7 +111,7 @@ def causal_card(
         _block("python", "\n".join(use)),
         "## Scores",
         f"Bits per byte of held-out text ({metrics['held_out_texts']} texts; less is better):",
-        _table(("", "teacher", "before", "after"), [("", *(f"{bits[k]:.4f}" for k in ("teacher", "before", "after")))]),
+        _table(("", *columns), [("bits per byte", *(f"{bits[k]:.4f}" for k in columns))]),
         "## How it was made",
         f"Text: {texts}; {metrics['train_texts']:,} texts to train on. Losses: {weights}.",
         *([_block(*made)] if made else []),

@@ -9,8 +9,6 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -350,7 +348,7 @@ class _Run(JointRun):
             "train_seconds": round(fitted.seconds, 1),
         }
         final = write_model(folder, model, self.student.tokenizer)
-        write_card(final, config, "distill", partial(causal_card, Path(config.out).resolve().name, metrics))
+        write_card(final, config, metrics, causal_card, names_of(config.student or ""))
         out = folder.publish(final, metrics)
         best = metrics["best_step"]
         which = "" if best == metrics["steps"] else f"; the best was step {best}, which is kept"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from ..evaluation.bits_per_byte import rows_from_start
 from ..evaluation.card import draft_card
 from ..evaluation.report import draft_line
 from ..models.draft_vocabulary import draft_ids, draft_maps
-from ..models.folders import stated_licence
 from ..models.named_tokens import named_ids
 from ..models.vocabularies import count_tokens
 from .folder import DistillResult, write_card
@@ -84,8 +82,7 @@ def make_draft_head(
     tensors = {"lm_head.weight": weight[ids.to(weight.device)].cpu().contiguous(), "d2t": d2t, "t2d": t2d}
     save_file(tensors, final / "model.safetensors", metadata={"format": "pt"})
     write_json(final / "config.json", _settings(config, source, len(ids), weight))
-    stated = stated_licence(names_of(config.teacher))
-    write_card(final, config, "trim", partial(draft_card, folder.out.resolve().name, metrics, stated=stated))
+    write_card(final, config, metrics, draft_card, names_of(config.teacher))
     out = folder.publish(final, metrics)
     say.print(draft_line(metrics["draft"], len(held)), f"The draft head is {folder.place}")
     return DistillResult(out, metrics)

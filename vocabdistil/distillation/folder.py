@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def write_student(
         table.save(final / ("remap.vdrt" if t == 0 else f"remap_{t}.vdrt"))
     if projections:
         save_file(projections, final / "projection.safetensors")
-    stated = stated_licence(names_of(options.teacher))
-    card = partial(model_card, folder.out.resolve().name, metrics, stated=stated)
-    write_card(final, options, metrics["command"], card)
+    write_card(final, options, metrics, model_card, names_of(options.teacher))
     return folder.publish(final, metrics)
 
 
@@ -87,14 +84,17 @@ def write_model(folder: RunFolder, model: Any, tokenizer: Any) -> Path:
     return final
 
 
-def write_card(final: Path, options: StudentOptions, command: str, card: Callable[..., str]) -> None:
+def write_card(
+    final: Path, options: StudentOptions, metrics: dict[str, Any], card: Callable[..., str], sources: Sequence[str]
+) -> None:
     """``README.md`` of a folder.
 
     Args:
-        command: that made it.
-        card: of the files of the text and of how the command is written.
+        card: as :func:`.card.model_card`.
+        sources: the models that the weights come from, whose licence is stated where ``options`` name none.
     """
     given = files_of(options.text)
     files = None if given is None else [os.fspath(path) for path in given]
-    text = card(files, command_of(command, options, files))
+    name = Path(options.out).resolve().name
+    text = card(name, metrics, files, command_of(metrics["command"], options, files), stated_licence(sources))
     (final / "README.md").write_text(printable(text), encoding="utf-8")

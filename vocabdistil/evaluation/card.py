@@ -82,7 +82,11 @@ def draft_card(
 
 
 def causal_card(
-    name: str, metrics: dict[str, Any], files: Sequence[str] | None = None, made: tuple[str, str] | None = None
+    name: str,
+    metrics: dict[str, Any],
+    files: Sequence[str] | None = None,
+    made: tuple[str, str] | None = None,
+    stated: str | None = None,
 ) -> str:
     """The card of a decoder that another one taught; arguments as those of :func:`model_card`."""
     settings, bits, columns = metrics["settings"], metrics["bits_per_byte"], ("teacher", "before", "after")
@@ -91,7 +95,7 @@ def causal_card(
         "pipeline_tag": "text-generation",
         "base_model": _known_bases([metrics["student"]]),
         "language": [_line(code) for code in settings.get("language") or ()],
-        "license": _line(settings.get("license") or ""),
+        "license": _line(settings.get("license") or stated or ""),
         "text_files": [_line(Path(file).name) for file in files or ()],
         "tags": ["vocabdistil", "distillation"],
     }

@@ -150,8 +150,9 @@ def linear_remapped_kl(
     pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     columns = student_weight.shape[0], teacher_weight.shape[0]
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
-    options = combine, top_k, remainder, temperature, reduction, dtype
-    check_remapped_arguments(table, *columns, entry_weights, *options, "teacher_weight")
+    check_remapped_arguments(
+        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, dtype, "teacher_weight"
+    )
     if pair_weights is not None and pair_weights.requires_grad:
         each = linear_remapped_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, table, student_bias=student_bias,

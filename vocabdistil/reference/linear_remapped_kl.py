@@ -66,8 +66,9 @@ def linear_remapped_kl(
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     columns = student_weight.shape[0], teacher_weight.shape[0]
-    options = combine, top_k, remainder, temperature, reduction, student.dtype
-    check_remapped_arguments(table, *columns, entry_weights, *options, "teacher_weight")
+    check_remapped_arguments(
+        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, student.dtype, "teacher_weight"
+    )
     valid = None
     count: int | Tensor = student.shape[0]
     if pairs is not None:

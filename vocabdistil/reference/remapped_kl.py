@@ -101,8 +101,9 @@ def remapped_kl(
     shifts = student_shift, teacher_shift
     pairs = chosen_pairs(pairs, mask, pair_weights, student_logits, teacher_logits, "logits", shifts)
     columns = student.shape[1], teacher.shape[1]
-    options = combine, top_k, remainder, temperature, reduction
-    check_remapped_arguments(table, *columns, entry_weights, *options, student.dtype)
+    check_remapped_arguments(
+        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, student.dtype
+    )
 
     valid = None
     count: int | Tensor = student.shape[0]

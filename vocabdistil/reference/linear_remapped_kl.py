@@ -67,8 +67,9 @@ def linear_remapped_kl(
     pairs = chosen_pairs(pairs, mask, pair_weights, student_hidden, teacher_hidden, "hidden", shifts)
     columns = student_weight.shape[0], teacher_weight.shape[0]
     check_remapped_arguments(
-        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, student.dtype, "teacher_weight"
-    )
+        table, *columns, entry_weights, combine, top_k, remainder, temperature, reduction, student.dtype,
+        "teacher_weight",
+    )  # fmt: skip
     valid = None
     count: int | Tensor = student.shape[0]
     if pairs is not None:

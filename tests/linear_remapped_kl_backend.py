@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import loss_and_grads, make
 from tests.remapped_kl_backend import COMBINES, DTYPES, REMAINDERS, make_table, make_weights
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
@@ -17,12 +17,7 @@ V_S, V_T, ROWS = 50, 90, 83  # the teacher has columns without a row of the tabl
 
 def run(module, tensors, table, **options):
     """Loss and gradients of all that can have one."""
-    tensors = {k: v.detach().clone().requires_grad_() for k, v in tensors.items()}
-    loss = module.linear_remapped_kl(**tensors, table=table, **options)
-    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
-    (loss * upstream).sum().backward()
-    assert all(v.grad is None for k, v in tensors.items() if k.startswith("teacher"))
-    return {"loss": loss.detach(), **{k: v.grad for k, v in tensors.items() if k.startswith("student")}}
+    return loss_and_grads(module.linear_remapped_kl, tensors, table=table, **options)
 
 
 def compare(tensors, table, backend, **options):

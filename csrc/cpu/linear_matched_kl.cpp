@@ -32,14 +32,13 @@ class Sweep {
 
   void run() {
     const int64_t rows = a_.student.hidden.rows, ds = a_.student.hidden.columns, dt = a_.teacher.hidden.columns;
-    zero_unlisted();
+    zero_others();
     if (rows == 0) return;
     threads_ = useful_threads(a_.threads, rows * (width_ * (ds + kDepth) + a_.matched * dt) / 16);
     const int64_t row_bytes = sizeof(Acc) * (width_ + a_.matched + 2 * ds + dt);
     const int64_t weight_bytes = a_.matched * (ds * static_cast<int64_t>(item_size(a_.student.weight.dtype)) +
                                                dt * static_cast<int64_t>(item_size(a_.teacher.weight.dtype)));
-    const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 4) / row_bytes / kW * kW);
-    const int64_t step = ceil_div(ceil_div(rows, ceil_div(rows, most)), kW) * kW;  // as many chunks, of one size
+    const int64_t step = chunk_rows<Acc>(rows, row_bytes, std::max(a_.budget, weight_bytes / 4));
     panels_ = step / kW;
     x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
     const int64_t partials = static_cast<int64_t>(blocks_.size()) * panels_;
@@ -90,18 +89,12 @@ class Sweep {
   }
 
   // Gradients of rows of the weight, and of biases, that no logit comes from.
-  void zero_unlisted() {
-    const int64_t rows = a_.student.weight.rows, dim = a_.student.weight.columns;
-    std::vector<uint8_t> listed(rows);
+  void zero_others() {
+    std::vector<uint8_t> listed(a_.student.weight.rows);
     if (a_.student.hidden.rows > 0)
       for (int32_t id : s_ids_) listed[id] = 1;
-    parallel_for(rows, useful_threads(a_.threads, rows * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v) {
-        if (listed[v]) continue;
-        if (a_.grad_weight) std::fill_n(static_cast<Acc*>(a_.grad_weight) + v * dim, dim, Acc{0});
-        if (a_.grad_bias) static_cast<Acc*>(a_.grad_bias)[v] = 0;
-      }
-    });
+    zero_unlisted(listed, a_.student.weight.columns, a_.threads, static_cast<Acc*>(a_.grad_weight),
+                  static_cast<Acc*>(a_.grad_bias));
   }
 
   int64_t in_panel(int64_t panel) const { return std::max<int64_t>(0, std::min(kW, count_ - panel * kW)); }
@@ -228,22 +221,12 @@ class Sweep {
   void weight_grad_of(int64_t first) const {
     const int64_t last = std::min(width_, first + kBlockColumns);
     const bool add = begin_ > 0;
+    const RowIds ids(s_ids_.data() + first);
     if (Acc* grad = static_cast<Acc*>(a_.grad_weight))
-      weight_grad(student(0, first), RowIds(s_ids_.data() + first), last - first, panels_, width_ * kW, x_, x_stride_,
+      weight_grad(student(0, first), ids, last - first, panels_, width_ * kW, x_, x_stride_,
                   a_.student.hidden.columns, add, grad);
-    if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
-      for (int64_t i = first; i < last; ++i) {
-        Acc total = add ? grad[s_ids_[i]] : Acc{0};
-        for (int64_t panel = 0; panel < panels_; ++panel) {
-          const Acc *__restrict d = student(panel, i), *__restrict n = lengths(panel, true);
-          Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t r = 0; r < kW; ++r) sum += d[r] * n[r];
-          total += sum;
-        }
-        grad[s_ids_[i]] = total;
-      }
-    }
+    if (Acc* grad = static_cast<Acc*>(a_.grad_bias))
+      bias_grad(student(0, first), ids, last - first, panels_, width_ * kW, lengths(0, true), 2 * kW, add, grad);
   }
 
   // Dims [from, from + kStrip) of the gradient of the rows of panels [first, first + kGroup).

@@ -42,7 +42,7 @@ class Sweep {
 
   void run() {
     const int64_t rows = a_.student.hidden.rows, ds = a_.student.hidden.columns, dt = a_.teacher.hidden.columns;
-    zero_unlisted();
+    zero_others();
     if (rows == 0) return;
     if (mapped_ == 0) {
       std::fill_n(static_cast<Acc*>(a_.loss), rows, Acc{0});
@@ -53,8 +53,7 @@ class Sweep {
     const int64_t row_bytes = sizeof(Acc) * (width_ + 2 * mapped_ + 2 * ds + dt);
     const int64_t weight_bytes = width_ * ds * static_cast<int64_t>(item_size(a_.student.weight.dtype)) +
                                  mapped_ * dt * static_cast<int64_t>(item_size(a_.teacher.weight.dtype));
-    const int64_t most = std::max(kW, std::max(a_.budget, weight_bytes / 4) / row_bytes / kW * kW);
-    const int64_t step = ceil_div(ceil_div(rows, ceil_div(rows, most)), kW) * kW;  // as many chunks, of one size
+    const int64_t step = chunk_rows<Acc>(rows, row_bytes, std::max(a_.budget, weight_bytes / 4));
     panels_ = step / kW;
     x_stride_ = ceil_div(ds, kLanes<Acc>) * kLanes<Acc>;
     const int64_t partials = static_cast<int64_t>(blocks_.size()) * panels_;
@@ -122,21 +121,16 @@ class Sweep {
   };
 
   // Gradients of rows of the weight, and of biases, that no logit comes from.
-  void zero_unlisted() const {
-    const int64_t rows = a_.student.weight.rows, dim = a_.student.weight.columns;
+  void zero_others() const {
+    const int64_t rows = a_.student.weight.rows;
     std::vector<uint8_t> listed(rows);
     for (int64_t i = 0; i < width_; ++i) {
       const int64_t id = a_.student.ids[i];
       if (id < 0 || id >= rows) throw std::invalid_argument("table.ids: expected ids of the student's columns");
       listed[id] = a_.student.hidden.rows > 0 && mapped_ > 0;
     }
-    parallel_for(rows, useful_threads(a_.threads, rows * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v) {
-        if (listed[v]) continue;
-        if (a_.grad_weight) std::fill_n(static_cast<Acc*>(a_.grad_weight) + v * dim, dim, Acc{0});
-        if (a_.grad_bias) static_cast<Acc*>(a_.grad_bias)[v] = 0;
-      }
-    });
+    zero_unlisted(listed, a_.student.weight.columns, a_.threads, static_cast<Acc*>(a_.grad_weight),
+                  static_cast<Acc*>(a_.grad_bias));
   }
 
   int64_t in_panel(int64_t panel) const { return std::max<int64_t>(0, std::min(kW, count_ - panel * kW)); }
@@ -338,23 +332,12 @@ class Sweep {
   void weight_grad_of(int64_t first) const {
     const int64_t last = std::min(width_, first + kBlockColumns);
     const bool add = begin_ > 0;
-    const int32_t* ids = a_.student.ids;
+    const RowIds ids(a_.student.ids + first);
     if (Acc* grad = static_cast<Acc*>(a_.grad_weight))
-      weight_grad(student(0, first), RowIds(ids + first), last - first, panels_, width_ * kW, x_, x_stride_,
+      weight_grad(student(0, first), ids, last - first, panels_, width_ * kW, x_, x_stride_,
                   a_.student.hidden.columns, add, grad);
-    if (Acc* grad = static_cast<Acc*>(a_.grad_bias)) {
-      for (int64_t i = first; i < last; ++i) {
-        Acc total = add ? grad[ids[i]] : Acc{0};
-        for (int64_t panel = 0; panel < panels_; ++panel) {
-          const Acc* __restrict d = student(panel, i);
-          Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t r = 0; r < kW; ++r) sum += d[r];
-          total += sum;
-        }
-        grad[ids[i]] = total;
-      }
-    }
+    if (Acc* grad = static_cast<Acc*>(a_.grad_bias))
+      bias_grad<Acc>(student(0, first), ids, last - first, panels_, width_ * kW, nullptr, 0, add, grad);
   }
 
   // Dims [from, from + kStrip) of the gradient of the rows of panels [first, first + kGroup).

@@ -111,6 +111,40 @@ void hidden_grad(const Rows& weight, const RowIds& ids, int64_t columns, int64_t
   }
 }
 
+template <class Acc>
+void bias_grad(const Acc* d, const RowIds& ids, int64_t count, int64_t panels, int64_t apart, const Acc* lengths,
+               int64_t lengths_apart, bool add, Acc* grad) {
+  constexpr int64_t w = kPanelRows<Acc>;
+  for (int64_t i = 0; i < count; ++i) {
+    Acc total = add ? grad[ids[i]] : Acc{0};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const Acc *__restrict at = d + panel * apart + i * w, *__restrict n = lengths + panel * lengths_apart;
+      Acc sum = 0;
+      if (lengths) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t r = 0; r < w; ++r) sum += at[r] * n[r];
+      } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t r = 0; r < w; ++r) sum += at[r];
+      }
+      total += sum;
+    }
+    grad[ids[i]] = total;
+  }
+}
+
+template <class Acc>
+void zero_unlisted(const std::vector<uint8_t>& listed, int64_t dim, int threads, Acc* weight, Acc* bias) {
+  const int64_t rows = static_cast<int64_t>(listed.size());
+  parallel_for(rows, useful_threads(threads, rows * dim), [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      if (listed[v]) continue;
+      if (weight) std::fill_n(weight + v * dim, dim, Acc{0});
+      if (bias) bias[v] = 0;
+    }
+  });
+}
+
 #define VD_PANELS(Acc)                                                                                                \
   template void find_rows(const Rows&, const RowIds&, int64_t, int64_t, int64_t, const Acc**, std::vector<Acc>&);    \
   template void pack_panel(const Rows&, const RowIds&, int64_t, Acc*, Acc*, int64_t);                                \
@@ -119,7 +153,9 @@ void hidden_grad(const Rows& weight, const RowIds& ids, int64_t columns, int64_t
   template void weight_grad(const Acc*, const RowIds&, int64_t, int64_t, int64_t, const Acc*, int64_t, int64_t, bool, \
                             Acc*);                                                                                   \
   template void hidden_grad(const Rows&, const RowIds&, int64_t, int64_t, const Acc*, int64_t, int64_t,              \
-                            const HiddenGrad<Acc>&);
+                            const HiddenGrad<Acc>&);                                                                 \
+  template void bias_grad(const Acc*, const RowIds&, int64_t, int64_t, int64_t, const Acc*, int64_t, bool, Acc*);    \
+  template void zero_unlisted(const std::vector<uint8_t>&, int64_t, int, Acc*, Acc*);
 VD_PANELS(float)
 VD_PANELS(double)
 #undef VD_PANELS

@@ -77,5 +77,23 @@ template <class Acc>
 void hidden_grad(const Rows& weight, const RowIds& ids, int64_t columns, int64_t from, const Acc* d, int64_t count,
                  int64_t apart, const HiddenGrad<Acc>& to);
 
+// The first `count` values of the gradient of a bias: of a column's logits in all panels, as in weight_grad, each times
+// how often the bias is in it, lengths[r] and so on, lengths_apart from panel to panel; null: once.
+template <class Acc>
+void bias_grad(const Acc* d, const RowIds& ids, int64_t count, int64_t panels, int64_t apart, const Acc* lengths,
+               int64_t lengths_apart, bool add, Acc* grad);
+
+// Sets the rows of a weight's gradient [rows, dim] and the values of a bias's to 0, unless null, that are not listed.
+template <class Acc>
+void zero_unlisted(const std::vector<uint8_t>& listed, int64_t dim, int threads, Acc* weight, Acc* bias);
+
+// How many rows a chunk has, in whole panels: as many chunks as the memory of `most` bytes makes necessary, of one size.
+template <class Acc>
+int64_t chunk_rows(int64_t rows, int64_t row_bytes, int64_t most) {
+  constexpr int64_t w = kPanelRows<Acc>;
+  const int64_t fitting = std::max(w, most / row_bytes / w * w);
+  return ceil_div(ceil_div(rows, ceil_div(rows, fitting)), w) * w;
+}
+
 }  // namespace VD_ISA
 }  // namespace vocabdistil

@@ -13,6 +13,7 @@ import torch
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.output_layers import loss_and_grads, make, one_thread  # noqa: F401 - a fixture
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import make_matched, randn
@@ -26,15 +27,6 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are so small that waking a second thread takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     """As few rows at a time as can be, so that small inputs take several turns."""
@@ -42,24 +34,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "BUDGET", 0)
 
 
-def make(n_s, n_t, v_s=50, v_t=90, d_s=12, d_t=20, dtype=torch.float32, bias=True):
-    tensors = {
-        "student_hidden": randn(n_s, d_s, seed=1), "student_weight": randn(v_s, d_s, seed=2, scale=0.4),
-        "teacher_hidden": randn(n_t, d_t, seed=3), "teacher_weight": randn(v_t, d_t, seed=4, scale=0.4),
-    }  # fmt: skip
-    if bias:
-        tensors |= {"student_bias": randn(v_s, seed=5), "teacher_bias": randn(v_t, seed=6)}
-    return {k: v.to(dtype) for k, v in tensors.items()}
-
-
 def run(module, tensors, matched, **options):
     """Loss and gradients of all that can have one."""
-    tensors = {k: v.detach().clone().requires_grad_() for k, v in tensors.items()}
-    loss = module.linear_matched_kl(**tensors, matched=matched, **options)
-    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
-    (loss * upstream).sum().backward()
-    assert all(v.grad is None for k, v in tensors.items() if k.startswith("teacher"))
-    return {"loss": loss.detach(), **{k: v.grad for k, v in tensors.items() if k.startswith("student")}}
+    return loss_and_grads(module.linear_matched_kl, tensors, matched=matched, **options)
 
 
 def compare(tensors, matched, backend, **options):
@@ -257,7 +234,7 @@ def test_memory_does_not_grow_with_the_rows(unmatched):
     hidden states of the others take 120 MB."""
     code = f"""
 import resource, sys, torch, vocabdistil as vd
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import make
 from tests.vocabularies import make_matched
 
 def step(rows):

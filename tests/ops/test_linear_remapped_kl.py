@@ -15,7 +15,7 @@ import vocabdistil as vd
 from tests.compiling import assert_compiles
 from tests.linear_remapped_kl_backend import *  # noqa: F403
 from tests.linear_remapped_kl_backend import ROWS, V_S, compare, run
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import make, one_thread  # noqa: F401 - a fixture
 from tests.remapped_kl_backend import COMBINES, REMAINDERS, make_table, make_weights
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
@@ -25,15 +25,6 @@ from tests.vocabularies import randn
 @pytest.fixture
 def backend():
     return "cpu"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are so small that waking a second thread takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -112,7 +103,7 @@ def test_every_instruction_set(isa):
     code = """
 import torch
 from tests.linear_remapped_kl_backend import compare
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import make
 from tests.remapped_kl_backend import make_table
 for combine, top_k in (("sum", None), ("logsumexp", 20)):
     for dtype in (torch.float32, torch.float64, torch.float16):
@@ -179,7 +170,7 @@ def test_memory_does_not_grow_with_the_rows(top_k):
     """The peak of a process, beyond what it held before the call. The logits of these rows would take 280 MB."""
     code = f"""
 import resource, sys, torch, vocabdistil as vd
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import make
 from tests.remapped_kl_backend import make_table
 
 def step(rows):

@@ -8,7 +8,7 @@ import torch
 import vocabdistil as vd
 from tests.linear_remapped_kl_backend import *  # noqa: F403
 from tests.linear_remapped_kl_backend import ROWS, V_S, compare, run
-from tests.ops.test_linear_matched_kl import make
+from tests.output_layers import make
 from tests.remapped_kl_backend import make_table, make_weights
 from tests.spans import make_pairs
 from tests.triton_interpreted.check_remapped_kl import small_pieces  # noqa: F401

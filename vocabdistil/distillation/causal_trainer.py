@@ -15,11 +15,11 @@ from ..alignment.loading import tokenizer_of
 from ..alignment.remap import RemapTable
 from ..alignment.vocab import MatchedVocab
 from ..core.checks import UNMATCHED, check_choice, check_temperature
-from ..core.errors import is_real, need
+from ..core.errors import need
 from ..core.options import ROW_COLUMNS
 from ..models.causal import Readout, at_output_layer, check_causal, most_positions, read_causal
 from .causal_objective import CausalObjective, causal_inputs
-from .recipes import CausalWeights
+from .recipes import CausalWeights, need_weights
 from .runs import StepTrainer
 
 __all__ = ["CausalDistillTrainer"]
@@ -85,10 +85,7 @@ class CausalDistillTrainer(StepTrainer):
     ) -> None:
         weights = CausalWeights.parse(weights) if isinstance(weights, str) else weights
         need(isinstance(weights, CausalWeights), "weights", "CausalWeights or their text form", type(weights).__name__)
-        values = asdict(weights).values()
-        fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
-        given = ",".join(f"{name}={value}" for name, value in asdict(weights).items())
-        need(fine, "weights", "numbers of at least 0, one above", given)
+        need_weights(weights)
         check_temperature(temperature)
         check_temperature(likelihood_temperature)
         check_choice(unmatched, "unmatched", UNMATCHED)

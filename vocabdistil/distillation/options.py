@@ -33,6 +33,7 @@ from .recipes import (
     CausalWeights,
     LossWeights,
     Recipe,
+    need_weights,
     parse_weights,
 )
 from .run_folder import check_out, look_at_run, need_makeable, partial_of
@@ -603,10 +604,7 @@ class DistillConfig(StudentOptions):
         """
         kind: Any = type(recipe.weights)
         weights = kind.parse(self.weights, recipe.weights) if isinstance(self.weights, str) else self.weights
-        values = asdict(weights).values()
-        fine = all(is_real(v) and 0 <= v < float("inf") for v in values) and any(values)
-        given = ",".join(f"{name}={value}" for name, value in asdict(weights).items())
-        need(fine, "weights", "numbers of at least 0, one above", given)
+        need_weights(weights)
         return weights
 
     def resolved(self, head: bool) -> ResolvedConfig:

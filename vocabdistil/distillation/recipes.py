@@ -6,10 +6,10 @@ A recipe gives every option of :class:`vocabdistil.DistillConfig` that its user 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TypeVar
 
-from ..core.errors import VocabdistilError
+from ..core.errors import VocabdistilError, is_real, need
 
 __all__ = [
     "CAUSAL_RECIPES",
@@ -20,6 +20,7 @@ __all__ = [
     "CausalWeights",
     "LossWeights",
     "Recipe",
+    "need_weights",
     "parse_weights",
 ]
 
@@ -217,3 +218,14 @@ def parse_weights(text: str) -> LossWeights | CausalWeights:
     first = text.partition(",")[0].partition("=")[0].strip()
     kind = CausalWeights if first in {f.name for f in fields(CausalWeights)} else LossWeights
     return kind.parse(text)
+
+
+def need_weights(weights: LossWeights | CausalWeights) -> None:
+    """
+    Raises:
+        VocabdistilError: they are no numbers, or none is above 0.
+    """
+    values = asdict(weights)
+    fine = all(is_real(v) and 0 <= v < float("inf") for v in values.values()) and any(values.values())
+    given = ",".join(f"{name}={value}" for name, value in values.items())
+    need(fine, "weights", "numbers of at least 0, one above", given)

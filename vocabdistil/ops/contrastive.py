@@ -21,8 +21,8 @@ from ._library import define
 from ._products import split, sum_product
 from ._projection import project
 from ._scale import scalable, scaled
-from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
+from .span_mean import pool_rows
 
 BUDGET = 16 << 20  # bytes for the scores of a chunk of pairs, or for the rows of their negatives
 _SPARSE = 64  # with fewer than one in this many pairs drawn, gathering them is cheaper than a product with all

@@ -14,16 +14,17 @@ from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import native
 from ..core.checks import Matched, Scale
 from ..core.dispatch import resolve
-from ..reference._common import reduce_pairs, span_pool, valid_pairs
+from ..reference._common import reduce_pairs
 from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_matched_kl
 from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
 from ._gradient import LinearLoss
 from ._library import define, without_autocast
+from ._linear import empty_grads, fake_results, pool_sides, results, wanted_grads
 from ._scale import scalable, scaled
 from .matched_kl import pair_count, row_scale
-from .span_mean import native_rows, pooled_rows
+from .span_mean import native_rows
 
 # Bytes that the logits of a chunk of rows may take on a CPU, or, where the weights are large, a quarter of what the
 # matched rows of both take, as each chunk has to read them all.
@@ -50,28 +51,20 @@ def _impl(
         return native_rows(x), native_rows(weight), bias, lengths, ids
 
     total, loss = scale.new_empty(()), torch.empty_like(scale)
-    grads = [
-        native.empty(scale, *x.shape) if wanted and x is not None else None
-        for x, wanted in ((student, hidden_grad), (student_weight, weight_grad), (student_bias, bias_grad))
-    ]
+    grads = empty_grads(scale, (student, hidden_grad), (student_weight, weight_grad), (student_bias, bias_grad))
     native.linear_matched_kl(
         side(student, student_weight, student_bias, student_lengths, student_ids),
         side(teacher, teacher_weight, teacher_bias, teacher_lengths, teacher_ids),
         unmatched, temperature, BUDGET, scale, loss, total, grads,
     )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = (scale.new_empty(0) if g is None else g for g in grads)
-    return total, loss, grad_hidden, grad_weight, grad_bias
+    return results(total, loss, grads)
 
 
 def _fake(
     student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
     student_ids, teacher_ids, scale, unmatched, temperature, backend, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
-    return (
-        scale.new_empty(()), torch.empty_like(scale), scale.new_empty(student.shape if hidden_grad else 0),
-        scale.new_empty(student_weight.shape if weight_grad else 0),
-        scale.new_empty(student_weight.shape[0] if bias_grad else 0),
-    )  # fmt: skip
+    return fake_results(scale, student, student_weight, hidden_grad, weight_grad, bias_grad)
 
 
 _op = define(
@@ -165,22 +158,12 @@ def linear_matched_kl(
         return scaled(loss, scale)
     dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
+    student, teacher, each = pool_sides(student, teacher, pairs, pooling, each, choice)
     student_lengths = teacher_lengths = None
-    if pairs is not None:
-        valid = valid_pairs(pairs)
-        student = pool_rows(student, pairs.student_start, pairs.student_end, pooling, valid)
-        teacher = pool_rows(teacher, pairs.teacher_start, pairs.teacher_end, pooling, valid)
-        if choice != "cpu":  # products run in the dtype of the hidden states there
-            student, teacher = student.to(student_hidden.dtype), teacher.to(teacher_hidden.dtype)
-        if valid is not None:  # such a pair is left with the bias of each side, and counts for nothing
-            each = torch.where(valid, each, 0.0)
-        if pooling == "sum":
-            student_lengths = pairs.student_end - pairs.student_start
-            teacher_lengths = pairs.teacher_end - pairs.teacher_start
-    needed = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (student, student_weight, student_bias)
-    )
+    if pairs is not None and pooling == "sum":
+        student_lengths = pairs.student_end - pairs.student_start
+        teacher_lengths = pairs.teacher_end - pairs.teacher_start
+    needed = wanted_grads(student, student_weight, student_bias)
     # Two names, not a loop: see matched_kl.
     student_ids = matched.student_ids.to(student.device, torch.int64)
     teacher_ids = matched.teacher_ids.to(student.device, torch.int64)
@@ -190,13 +173,3 @@ def linear_matched_kl(
         student_lengths, teacher, teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(),
         teacher_lengths, student_ids, teacher_ids,
     )  # fmt: skip
-
-
-def pool_rows(x: Tensor, start: Tensor, end: Tensor, pooling: str, valid: Tensor | None) -> Tensor:
-    """[P, D] in the accumulation dtype; 0 for a pair with an empty side, whatever stands on its other one."""
-    choice = resolve("span_mean", x.device, None)
-    if choice == "reference":
-        rows = span_pool(x.to(native.accumulation_dtype(x.dtype)), start, end, pooling)
-    else:
-        rows = pooled_rows([native_rows(x)], start, end, None, pooling == "mean", True, choice)
-    return rows if valid is None else torch.where(valid[:, None], rows, 0.0)

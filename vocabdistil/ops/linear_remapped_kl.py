@@ -14,16 +14,16 @@ from ..alignment.spans import SpanPairs, chosen_pairs
 from ..core import native
 from ..core.checks import RemapLike, Scale
 from ..core.dispatch import resolve
-from ..reference._common import reduce_pairs, valid_pairs
+from ..reference._common import reduce_pairs
 from ..reference.linear_matched_kl import output_layers
 from ..reference.linear_remapped_kl import linear_remapped_kl as reference_linear_remapped_kl
 from ..reference.remapped_kl import check_remapped_arguments
 from ._dense_remapped import dense_remapped
 from ._gradient import LinearLoss
 from ._library import define, without_autocast
+from ._linear import empty_grads, fake_results, pool_sides, results, wanted_grads
 from ._remap_plans import compact_plans
 from ._scale import scalable, scaled
-from .linear_matched_kl import pool_rows
 from .matched_kl import pair_count, row_scale
 from .remapped_kl import kernel_options
 from .span_mean import native_rows
@@ -55,27 +55,19 @@ def _impl(
         return native_rows(x), native_rows(weight), None if bias is None else bias.to(dtype).contiguous()
 
     total, loss = scale.new_empty(()), torch.empty_like(scale)
-    grads = [
-        native.empty(scale, *x.shape) if wanted and x is not None else None
-        for x, wanted in ((student, hidden_grad), (student_weight, weight_grad), (student_bias, bias_grad))
-    ]
+    grads = empty_grads(scale, (student, hidden_grad), (student_weight, weight_grad), (student_bias, bias_grad))
     native.linear_remapped_kl(
         side(student, student_weight, student_bias), side(teacher, teacher_weight, teacher_bias), columns, plan,
         *options, BUDGET, scale, loss, total, grads,
     )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = (scale.new_empty(0) if g is None else g for g in grads)
-    return total, loss, grad_hidden, grad_weight, grad_bias
+    return results(total, loss, grads)
 
 
 def _fake(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, indptr, ids, entry_weights, scale,
     logsumexp, top_k, remainder, temperature, backend, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
-    return (
-        scale.new_empty(()), torch.empty_like(scale), scale.new_empty(student.shape if hidden_grad else 0),
-        scale.new_empty(student_weight.shape if weight_grad else 0),
-        scale.new_empty(student_weight.shape[0] if bias_grad else 0),
-    )  # fmt: skip
+    return fake_results(scale, student, student_weight, hidden_grad, weight_grad, bias_grad)
 
 
 _op = define(
@@ -169,18 +161,8 @@ def linear_remapped_kl(
         )  # fmt: skip
         return scaled(loss, scale)
     each = row_scale(pairs, student, reduction, dtype, scale, pair_weights)
-    if pairs is not None:
-        valid = valid_pairs(pairs)
-        student = pool_rows(student, pairs.student_start, pairs.student_end, "mean", valid)
-        teacher = pool_rows(teacher, pairs.teacher_start, pairs.teacher_end, "mean", valid)
-        if choice != "cpu":  # products run in the dtype of the hidden states there
-            student, teacher = student.to(student_hidden.dtype), teacher.to(teacher_hidden.dtype)
-        if valid is not None:  # such a pair is left with the bias of each side, and counts for nothing
-            each = torch.where(valid, each, 0.0)
-    needed = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (student, student_weight, student_bias)
-    )
+    student, teacher, each = pool_sides(student, teacher, pairs, "mean", each, choice)
+    needed = wanted_grads(student, student_weight, student_bias)
     return LinearLoss.apply(
         _op, student, student_weight, student_bias, (*kernel_options(combine, top_k, remainder, temperature), choice),
         reduction != "none", needed, each, teacher, teacher_weight.detach(),

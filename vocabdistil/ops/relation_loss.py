@@ -17,8 +17,8 @@ from ..reference.relation_loss import relation_loss as reference_relation_loss
 from ._gradient import RowLoss
 from ._library import define
 from ._scale import scalable, scaled
-from .linear_matched_kl import pool_rows
 from .matched_kl import row_scale
+from .span_mean import pool_rows
 
 
 def _impl(

@@ -18,8 +18,8 @@ from ..reference.span_likelihood import (
     rows_of_pairs,
 )
 from ..reference.span_likelihood import span_likelihood as reference_span_likelihood
-from .linear_matched_kl import pool_rows
 from .log_prob import log_prob
+from .span_mean import pool_rows
 
 
 def span_likelihood(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..alignment.spans import check_span_vectors
 from ..core import checks, native
 from ..core.dispatch import implementation, resolve
+from ..reference._common import span_pool
 from ..reference.span_mean import span_mean as reference_span_mean
 from ._gradient import once_differentiable
 from ._library import define
@@ -86,6 +87,16 @@ def pooled_rows(
 ) -> Tensor:
     """Layers [N, D] -> [P, D], differentiable in the layers and in ``coef`` [n] (None: 1/n each)."""
     return _SpanMean.apply(coef, mean, accumulate, backend, start, end, *x)
+
+
+def pool_rows(x: Tensor, start: Tensor, end: Tensor, pooling: str, valid: Tensor | None) -> Tensor:
+    """[P, D] in the accumulation dtype; 0 for a pair with an empty side, whatever stands on its other one."""
+    choice = resolve("span_mean", x.device, None)
+    if choice == "reference":
+        rows = span_pool(x.to(native.accumulation_dtype(x.dtype)), start, end, pooling)
+    else:
+        rows = pooled_rows([native_rows(x)], start, end, None, pooling == "mean", True, choice)
+    return rows if valid is None else torch.where(valid[:, None], rows, 0.0)
 
 
 def native_rows(rows: Tensor) -> Tensor:

@@ -208,22 +208,25 @@ PAIRS = 64  # 8 a warp: what a warp does once is shared out
 
 def cost_table(folder: Path) -> str:
     """Markdown: of the KL of spans of one row, with its gradient, the instructions of a warp and the bytes of memory,
-    each counted once, per pair; the bytes that its three rows take; and the instructions per row of padding."""
+    each counted once, per pair; the bytes that its three rows take; and the instructions of a pair whose rows are close
+    and per row of padding."""
     import pytest
     import torch
 
     from tests import cuda_on_host
     from tests.ptx.launch import compile_cuda, launching, span_loss_cost
 
-    lines = [["hidden size", "instructions", "bytes", "of its rows", "instructions per row of padding"]]
-    lines.append(["---", *["---:"] * 4])
+    names = ("instructions", "bytes", "of its rows", "instructions of close rows", "per row of padding")
+    lines = [["hidden size", *names], ["---", *["---:"] * len(names)]]
     module, programs = cuda_on_host.build(folder), compile_cuda(SOURCE, folder)
     with pytest.MonkeyPatch.context() as patch:
         for launches in launching(module, programs, patch):
             for dim, name in COSTS:
                 dtype = getattr(torch, name)
                 full, padded = (span_loss_cost(launches, dim, dtype, PAIRS, padding) for padding in (0, 1024))
-                each = full.instructions / PAIRS, full.bytes / PAIRS, 3 * dim * dtype.itemsize
+                close = span_loss_cost(launches, dim, dtype, PAIRS, close=True)
+                rows = full.bytes / PAIRS, 3 * dim * dtype.itemsize
+                each = full.instructions / PAIRS, *rows, close.instructions / PAIRS
                 more = (padded.instructions - full.instructions) / 1024
                 lines.append([f"{dim} {name}", *(f"{n:.0f}" for n in (*each, more))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

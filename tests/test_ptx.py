@@ -73,10 +73,10 @@ def launches(module, programs, monkeypatch):
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Every way to lay a row out: a warp with 16, 24, 32 columns a thread, blocks, column by column.
+# Every way to lay a row out: 24 or 32 columns to each of 8 or 16 threads or of a warp, blocks, column by column.
 SIZES = [
-    (7, F32), (7, F16), (264, F32), (264, BF16), (600, BF16), (768, F16), (1000, F32), (1024, BF16), (2056, F16),
-    (4104, BF16), (8200, BF16),
+    (7, F32), (7, F16), (72, BF16), (256, F32), (264, F32), (264, BF16), (512, F16), (600, BF16), (768, F16),
+    (1000, F32), (1024, BF16), (2056, F16), (4104, BF16), (8200, BF16),
 ]  # fmt: skip
 
 
@@ -180,9 +180,9 @@ def test_both_stages_of_a_total(launches, backend, monkeypatch):
 def test_the_table_of_costs(tmp_path, monkeypatch):
     monkeypatch.setattr(static, "COSTS", ((8, "float32"),))
     *_, line = static.cost_table(tmp_path).splitlines()
-    name, instructions, moved, least, padding = line.strip("| ").split(" | ")
+    name, instructions, moved, least, close, padding = line.strip("| ").split(" | ")
     assert name == "8 float32" and least == "96"
-    assert int(instructions) > 100 and int(moved) >= 96 and 0 < int(padding) < 40
+    assert int(close) > int(instructions) > 100 and int(moved) >= 96 and 0 < int(padding) < 40
 
 
 def test_a_loss_without_a_gradient(launches, backend):
@@ -203,12 +203,29 @@ def test_rows_that_are_close(backend, device):
             compare(backend, device, [student], [teacher], pairs, divergence=divergence)
 
 
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd", "cosine"])
+def test_pairs_that_share_a_warp_do_not_meet(divergence, launches, backend, device):
+    """Each has the bits that it has alone, whatever its neighbours need: the form of close rows, scaling, nothing."""
+    pairs, n, _ = make_pairs(11, seed=4, same=True, empty=True)
+    student = rows(n, 72, 1)
+    far = torch.arange(n)[:, None] % 3 == 0
+    teacher = torch.where(far, rows(n, 72, 2), student + 1e-3 * rows(n, 72, 2))
+    if divergence == "cosine":
+        student = torch.where(far, student * 1e30, student)
+    compare(backend, device, [student], [teacher], pairs, divergence=divergence)
+    options = {"divergence": divergence, "reduction": "none", "backend": backend}
+    together, sides = vd.span_loss(student, teacher, pairs, **options), (pairs.student_start, pairs.student_end)
+    for i in range(len(pairs)):
+        alone = vd.SpanPairs(*(x[i : i + 1] for x in (*sides, pairs.teacher_start, pairs.teacher_end)))
+        assert torch.equal(vd.span_loss(student, teacher, alone, **options), together[i : i + 1])
+
+
 def every_kernel(backend: str, device: str) -> None:
     pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
     for columns in (7, 8):
         student, teacher = randn(n_s, columns, seed=1), randn(n_t, columns, seed=2)
         compare_logits(student, teacher, make_matched(columns, columns, 5), backend, device, pairs, unmatched="rest")
-    for dim in (7, 8, 520, 1000):
+    for dim in (7, 8, 1000, 4104):
         for divergence in ("kl", "jsd"):
             compare(backend, device, [rows(n_s, dim, 1)], [rows(n_t, dim, 2)], pairs, divergence=divergence)
     start, end = pairs.student_start, pairs.student_end
@@ -290,6 +307,17 @@ def test_reductions_need_two_buffers(module, tmp_path, monkeypatch, backend):
     for _ in launching(module, programs, monkeypatch):
         with pytest.raises(Failure, match="race of warps in shared memory"):
             vd.span_loss(student, teacher, pairs, reduction="none", backend=backend)
+
+
+def test_a_warp_goes_on_together(module, tmp_path, monkeypatch, backend):
+    copy = copy_with(tmp_path, "span_loss.cu", "again = any_of_warp(left);", "again = left;")
+    programs = compile_cuda(copy / "csrc/cuda/kernels.cu", tmp_path)
+    pairs, n, _ = make_pairs(4, seed=1, same=True)
+    student, teacher = rows(n, 8, 1), rows(n, 8, 2)
+    teacher[pairs.teacher_start[0] : pairs.teacher_end[0]] = student[pairs.student_start[0] : pairs.student_end[0]]
+    for _ in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match="shfl"):
+            vd.span_loss(student, teacher, pairs, backend=backend)
 
 
 def test_packs_need_aligned_rows(programs, tmp_path, monkeypatch, backend):

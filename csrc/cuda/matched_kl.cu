@@ -138,7 +138,7 @@ inline __device__ float shift_of(float top) { return top == -INFINITY ? 0 : top;
 
 // exp(x) - 1 for x <= 0.
 inline __device__ float less_one(float x) {
-  return x > -0.5f ? fmaf(x * x * 0.5f, exp_series(x), x) : exp2_flushed(x * kLog2E) - 1;
+  return x > -0.5f ? fmaf(x * x, exp_series(x), x) : exp2_flushed(x * kLog2E) - 1;
 }
 
 // Is it worth adding up what each of `count` exponentials lacks of 1? Their sum has not its digits.

@@ -62,13 +62,14 @@ class Walk {
   int layer_ = 0, position_;
 };
 
-// A thread's share of a pair: kSize columns of both rows. They come in packs: those of a warp are consecutive, and a
-// thread's 32 packs apart, a constant, so one address serves them all. Of rows that allow no packs, and of very wide
-// ones, kPacked is false: columns one by one and kept in memory, which is slow but little code.
-// Each divergence returns the loss and leaves its gradient in s, up to the factor `scale`. Of rows that are close the
-// loss has too few digits left: it says so, and they are averaged anew for its second form, of whose terms none is
-// negative (csrc/cpu/softmax.h). That form takes over the sums of the first and serves both directions of KL: the
-// compiler copies all this for every column.
+// A thread's share of a pair: kSize columns of both rows. They come in packs: those of the pair's lanes in a warp are
+// consecutive, and a thread's own as many packs apart. Of rows that allow no packs, and of very wide ones, kPacked is
+// false: columns one by one and kept in memory, which is slow but little code.
+//
+// Each divergence leaves its gradient in s, up to the factor `scale`. Those of softmaxes have two forms. The first keeps
+// the exponentials there, but of rows that are close the loss has too few digits left; of the terms of the second none is
+// negative (csrc/cpu/softmax.h), and it needs the averages once more. Which of them a pair needs only its sums tell, so
+// the caller says which one it expects, averages anew where that was wrong, and then takes the other.
 template <int kSize, bool kPacked>
 struct Pair {
   static constexpr int kUnroll = kPacked ? kSize : 1;
@@ -76,23 +77,27 @@ struct Pair {
   float scale;
 
   __device__ Pair(int dim, int width)
-      : width_(width), column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * width) {
-    const int packs = dim > column_ ? (dim - column_ + 32 * width - 1) / (32 * width) : 0;
+      : width_(width), lanes_(blockDim.x < 32 ? blockDim.x : 32),
+        column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * width) {
+    const int step = lanes_ * width, packs = dim > column_ ? (dim - column_ + step - 1) / step : 0;
     size_ = packs * width < kSize ? packs * width : kSize;
   }
 
   // A whole pack is inside, or none of it: 4 or 8 divide the hidden size.
   __device__ bool inside(int e) const { return (kPacked ? e / 4 * 4 : e) < size_; }
 
-  // Averages both rows; columns past the end get `outside`. The loads of both sides are in flight together.
+  // Averages both rows, neither of an empty span; columns past the end get `outside`. The loads of both sides are in
+  // flight together.
   __device__ void average(const LayerTable& student, const Span& student_span, const LayerTable& teacher,
                           const Span& teacher_span, bool mean, float outside) {
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] = t[e] = 0;
     Walk of_s(student, student_span), of_t(teacher, teacher_span);
+    uint32_t raw_s[kSize], raw_t[kSize];
+    fetch(raw_s, of_s);
+    fetch(raw_t, of_t);
+    begin(s, raw_s, of_s);
+    begin(t, raw_t, of_t);
 #pragma unroll 1
     while (of_s.more() || of_t.more()) {
-      uint32_t raw_s[kSize], raw_t[kSize];
       if (of_s.more()) fetch(raw_s, of_s);
       if (of_t.more()) fetch(raw_t, of_t);
       if (of_s.more()) add(s, raw_s, of_s);
@@ -127,13 +132,12 @@ struct Pair {
         } else {
           with_packs<E>(width_, [&](auto packs) {
             using P = decltype(packs);
-#pragma unroll
-            for (int k = 0; k < kSize / P::columns; ++k) {
+            each_pack<P>([&](int k) {
               Pack<uint32_t, P::words> pack;
 #pragma unroll
               for (int w = 0; w < P::words; ++w) pack.value[w] = raw[k * P::words + w];
-              if (inside(k * P::columns)) reinterpret_cast<Pack<uint32_t, P::words>*>(row)[k * 32] = pack;
-            }
+              reinterpret_cast<Pack<uint32_t, P::words>*>(row)[k * lanes_] = pack;
+            });
           });
         }
       }
@@ -141,124 +145,182 @@ struct Pair {
   }
 
   // Asks for the first rows of a span, layer by layer, to lie in the L2 cache when their turn comes: 128 bytes a thread,
-  // and no register for what is under way. At most 4 rows or 8 KB a warp, as all warps of a GPU ask at once: what is more
-  // would push out what others have asked for.
-  static __device__ void ask_for(const LayerTable& layers, const Span& span, int dim) {
-    const int bytes = dim * layers.item, most = 8192 / 32 * blockDim.x;
-    int left = 4 * bytes < most ? 4 * bytes : most;
+  // which has no more columns, and no register for what is under way. At most `rows`: what is more would push out what
+  // others have asked for, as all warps of a GPU ask at once.
+  static __device__ void ask_for(const LayerTable& layers, const Span& span, int dim, int rows) {
+    static_assert(kSize <= 32, "more than 128 bytes");
+    const int at = threadIdx.x * 128;
+    if (at >= dim * layers.item) return;
 #pragma unroll 1
-    for (int l = 0; l < layers.count; ++l)
+    for (int l = 0; l < layers.count; ++l) {
+      const char* row = layers.at(l, span.start, 0) + at;
 #pragma unroll 1
-      for (int i = span.start; i < span.end; ++i) {
-        for (int d = threadIdx.x * 128; d < bytes; d += blockDim.x * 128) prefetch(layers.at(l, i, 0) + d);
-        if ((left -= bytes) < bytes) return;
+      for (int i = span.start; i < span.end; ++i, row += layers.stride[l]) {
+        if (--rows < 0) return;
+        prefetch(row);
       }
+    }
   }
-  // The largest values of both rows, which every divergence of softmaxes asks for first.
-  __device__ void tops(Group& group) {
-    top_s_ = top_t_ = -INFINITY;
+  // The largest values of both rows, by which every divergence of softmaxes shifts the exponents, in units of log 2.
+  __device__ void tops(Group& group, const Temperature& temperature) {
+    float top_s = -INFINITY, top_t = -INFINITY;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
-      top_s_ = fmaxf(top_s_, s[e]);
-      top_t_ = fmaxf(top_t_, t[e]);
+      top_s = fmaxf(top_s, s[e]);
+      top_t = fmaxf(top_t, t[e]);
     }
-    group.max(top_s_, top_t_);
+    group.max(top_s, top_t);
+    shift_s_ = top_s * temperature.in_log2;
+    shift_t_ = top_t * temperature.in_log2;
+    if (fabsf(shift_s_) < INFINITY && fabsf(shift_t_) < INFINITY) return;
+    shift_s_ = shift_t_ = 0;  // too large for products
+#pragma unroll kUnroll
+    for (int e = 0; e < kSize; ++e) {
+      s[e] -= top_s;
+      t[e] -= top_t;
+    }
   }
-  // Of one column exp((x - max x) / T) of both sides, and how far the teacher's exponent is above the student's: exact
-  // where the values are close, as their difference is taken first.
+  // Of one column exp((x - max x) / T) of both sides, and how far the teacher's exponent is above the student's, as one
+  // of 2: exact where the values are close, as their difference is taken first. A fused multiply-add rounds once, so that
+  // what a rounded shift lacks is common to a whole row.
   struct Column {
     float s, t, above;
   };
   __device__ Column column_of(int e, const Temperature& temperature) const {
-    return {exp2_flushed((s[e] - top_s_) * temperature.in_log2), exp2_flushed((t[e] - top_t_) * temperature.in_log2),
-            ((t[e] - s[e]) - (top_t_ - top_s_)) * temperature.inverse};
+    const float in_log2 = temperature.in_log2;
+    return {exp2_flushed(fmaf(s[e], in_log2, -shift_s_)), exp2_flushed(fmaf(t[e], in_log2, -shift_t_)),
+            fmaf(t[e] - s[e], in_log2, shift_s_ - shift_t_)};
   }
 
-  // The exponentials of both sides: their sums, the student's in s, kKept in t, and the mean of the exponents' differences
-  // by the shares of kP.
-  template <float Column::*kP, float Column::*kKept>
-  __device__ void exponentials(Group& group, const Temperature& temperature) {
+  // Keeps the compiler from holding what it has formed of all columns until that is asked for again.
+  __device__ void forget() {
+#ifdef __CUDA_ARCH__
+    if constexpr (kPacked) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) asm volatile("" : "+f"(s[e]), "+f"(t[e]));
+    }
+#endif
+  }
+
+  // The sums of the exponentials of both sides, and the mean of the exponents' differences by the shares of the teacher
+  // or (reverse) of the student. `keep` takes a column and its exponentials.
+  template <bool kReverse, class Keep>
+  __device__ void sums(Group& group, const Temperature& temperature, Keep&& keep) {
+    forget();
     float cross = 0;
     sum_s_ = sum_t_ = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
-      const Column x = column_of(e, temperature);
-      s[e] = x.s;
-      t[e] = x.*kKept;
+      Column x = column_of(e, temperature);
       sum_s_ += x.s;
       sum_t_ += x.t;
-      if (x.*kP != 0) cross += x.*kP * x.above;  // no mass, no contribution, even where the difference is infinite
+      // No mass, no contribution, even where the difference is infinite.
+      if constexpr (kReverse) {
+        if (x.s == 0) x.above = 0;
+        cross = fmaf(x.s, x.above, cross);
+      } else {
+        add_product(cross, x.t, x.above);
+      }
+      keep(e, x);
     }
     group.sum(sum_s_, sum_t_, cross);
-    mean_ = cross / (kP == &Column::t ? sum_t_ : sum_s_);
+    mean_ = quotient(cross, kReverse ? sum_s_ : sum_t_);
   }
-
-  __device__ float kl(Group& group, const Temperature& temperature, bool& close) {
-    exponentials<&Column::t, &Column::t>(group, temperature);
-    const float ratio = sum_s_ / sum_t_, loss = mean_ + logf(ratio);
-    close = loss < kClose;
-    scale = temperature.value / sum_s_;
-#pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * ratio;
-    return temperature.squared * loss;
+  // KL of these sums, from the teacher or (reverse) from the student.
+  template <bool kReverse>
+  __device__ float kl_of_sums() const {
+    const float ratio = kReverse ? quotient(sum_t_, sum_s_) : quotient(sum_s_, sum_t_);
+    return fmaf(kReverse ? -kLn2 : kLn2, mean_, logf(ratio));
   }
-
-  __device__ float reverse_kl(Group& group, const Temperature& temperature, bool& close) {
-    exponentials<&Column::s, &Column::above>(group, temperature);
-    const float loss = logf(sum_t_ / sum_s_) - mean_;
+  // KL from the teacher or (reverse) from the student. close: which form is expected; returns whether the rows are close.
+  template <bool kReverse>
+  __device__ bool kl(Group& group, const Temperature& temperature, bool close, float& loss) {
+    if (close) {
+      sums<kReverse>(group, temperature, [](auto...) {});
+      close = kl_of_sums<kReverse>() < kClose;
+      loss = close_kl<kReverse>(group, temperature);
+      return close;
+    }
+    sums<kReverse>(group, temperature, [&](int e, const Column& x) {
+      s[e] = x.s;
+      t[e] = kReverse ? x.above : x.t;
+    });
+    loss = kl_of_sums<kReverse>();
     close = loss < kClose;
-    scale = temperature.value / sum_s_;
+    loss *= temperature.squared;
+    scale = quotient(kReverse ? kLn2 * temperature.value : temperature.value, sum_s_);
+    const float ratio = quotient(sum_s_, sum_t_);
 #pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] = s[e] == 0 ? 0 : s[e] * (mean_ - t[e]);
-    return temperature.squared * loss;
+    for (int e = 0; e < kSize; ++e) {
+      if constexpr (kReverse)
+        s[e] *= mean_ - t[e];
+      else
+        s[e] = fmaf(-ratio, t[e], s[e]);
+    }
+    return close;
   }
 
   // Of rows that are close: sum_i p_i exp d_i - 1, p the teacher's shares or (reverse) the student's, where log q_i is
-  // log p_i + d_i but for a constant and d has the mean 0. `keep` takes a column, its d and its p (exp d - 1).
-  template <class Keep>
-  __device__ float excess(Group& group, const Temperature& temperature, bool reverse, Keep&& keep) const {
-    const float sum_p = reverse ? sum_s_ : sum_t_, ratio = sum_p / (reverse ? sum_t_ : sum_s_);
-    const float by_q = ratio * expf((reverse ? -mean_ : mean_) - logf(ratio));
+  // log p_i + d_i but for a constant and d has the mean 0. `keep` takes a column, its exponentials and its step.
+  template <bool kReverse, class Keep>
+  __device__ float excess(Group& group, const Temperature& temperature, Keep&& keep) {
+    forget();
+    const float sum_p = kReverse ? sum_s_ : sum_t_, ratio = quotient(sum_p, kReverse ? sum_t_ : sum_s_);
+    const float by_q = ratio * expf(fmaf(kReverse ? -kLn2 : kLn2, mean_, -logf(ratio)));
+    const float shift = (kReverse ? -kLn2 : kLn2) * mean_;
     float sum = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       const Column x = column_of(e, temperature);
-      const float d = reverse ? x.above - mean_ : mean_ - x.above;
-      const Step step = step_of(reverse ? x.s : x.t, reverse ? x.t : x.s, by_q, d);
+      const float d = fmaf(kReverse ? kLn2 : -kLn2, x.above, shift);
+      const Step step = step_of(kReverse ? x.s : x.t, kReverse ? x.t : x.s, by_q, d);
       sum += step.rest;
-      keep(e, x, d, step.first);
+      keep(e, x, step);
     }
     group.sum(sum);
-    return sum / sum_p;
+    return quotient(sum, sum_p);
   }
 
   // KL(p || q) of rows that are close, p the teacher or (reverse) the student.
-  __device__ float close_kl(Group& group, const Temperature& temperature, bool reverse) {
-    const float more = excess(group, temperature, reverse, [&](int e, const Column& x, float d, float first) {
-      s[e] = !reverse ? first : x.s == 0 ? 0 : -x.s * d;
-      t[e] = reverse ? 0 : x.t;
+  template <bool kReverse>
+  __device__ float close_kl(Group& group, const Temperature& temperature) {
+    const float more = excess<kReverse>(group, temperature, [&](int e, const Column& x, const Step& step) {
+      s[e] = kReverse ? -step.along : step.first;
+      t[e] = x.t;
     });
-    scale = temperature.value / (reverse ? sum_s_ : sum_t_ * (1 + more));
+    scale = quotient(temperature.value, kReverse ? sum_s_ : sum_t_ * (1 + more));
+    if constexpr (!kReverse) {
 #pragma unroll kUnroll
-    for (int e = 0; e < kSize; ++e) s[e] -= t[e] * more;
+      for (int e = 0; e < kSize; ++e) s[e] = fmaf(-more, t[e], s[e]);
+    }
     return temperature.squared * log1pf(more);
   }
   // close: in the student's KL from the teacher.
-  __device__ float jsd(Group& group, const Temperature& temperature, float beta, bool& close) {
-    exponentials<&Column::s, &Column::t>(group, temperature);
-    close = logf(sum_t_ / sum_s_) - mean_ < kClose;
-    return jsd_of(group, temperature, beta, [&](int e) { return shares_of(s[e], t[e]); });
+  __device__ bool jsd(Group& group, const Temperature& temperature, float beta, bool close, float& loss) {
+    if (close) {
+      sums<true>(group, temperature, [](auto...) {});
+      close = kl_of_sums<true>() < kClose;
+      loss = close_jsd(group, temperature, beta);
+      return close;
+    }
+    sums<true>(group, temperature, [&](int e, const Column& x) {
+      s[e] = x.s;
+      t[e] = x.t;
+    });
+    loss = jsd_of(group, temperature, beta, [&](int e) { return shares_of(s[e], t[e]); });
+    return kl_of_sums<true>() < kClose;
   }
 
   // The same of rows that are close.
   __device__ float close_jsd(Group& group, const Temperature& temperature, float beta) {
-    const float shift = mean_ + log1pf(excess(group, temperature, true, [](auto...) {}));
+    const float shift = fmaf(kLn2, mean_, log1pf(excess<true>(group, temperature, [](auto...) {})));
+    forget();
     return jsd_of(group, temperature, beta, [&](int e) {
       const Column x = column_of(e, temperature);
       Shares shares = shares_of(x.s, x.t);
-      const float u = x.above - shift;  // log q - log r
+      const float u = fmaf(kLn2, x.above, -shift);  // log q - log r
       if (fabsf(u) < 0.125f) {
-        const float more = u + u * u * exp_series(u) * 0.5f;
+        const float more = fmaf(u * u, exp_series(u), u);
         shares.more_r = more;
         shares.more_q = __fdividef(-more, 1 + more);
       }
@@ -271,7 +333,7 @@ struct Pair {
     float r, q, more_r, more_q;
   };
   __device__ Shares shares_of(float exp_s, float exp_t) const {
-    const float r = normal(exp_s * (1 / sum_s_)), q = normal(exp_t * (1 / sum_t_));
+    const float r = normal(exp_s * quotient(1, sum_s_)), q = normal(exp_t * quotient(1, sum_t_));
     return {r, q, r == 0 ? 0 : __fdividef(q - r, r), q == 0 ? 0 : __fdividef(r - q, q)};
   }
   // A share under what float divides by without overflow is none.
@@ -342,7 +404,7 @@ struct Pair {
         st += s[e] * t[e];
       }
       group.sum(ss, tt, st);
-      if (scaled || (ss < INFINITY && tt < INFINITY)) break;
+      if (scaled || !any_of_warp(!(ss < INFINITY && tt < INFINITY))) break;
       constexpr float kSmaller = 1.0f / (uint64_t{1} << 60) / (1 << 12);  // too large to be squared, if not infinite
       if (!(ss < INFINITY)) size_s = kSmaller, floor_s = 0;
       if (!(tt < INFINITY)) size_t_ = kSmaller, floor_t = 0;
@@ -362,18 +424,28 @@ struct Pair {
   }
 
  private:
+  // Calls f with the number of each pack that lies within the row.
+  template <class P, class F>
+  __device__ void each_pack(F&& f) const {
+    if (size_ == kSize) {  // no question per pack, then
+#pragma unroll
+      for (int k = 0; k < kSize / P::columns; ++k) f(k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize / P::columns; ++k)
+        if (inside(k * P::columns)) f(k);
+    }
+  }
   __device__ void fetch(uint32_t (&raw)[kSize], const Walk& walk) const {
     if constexpr (kPacked) {
       const char* row = walk.at(column_);
       with_packs(walk.dtype(), width_, [&](auto packs) {
         using P = decltype(packs);
-#pragma unroll
-        for (int k = 0; k < kSize / P::columns; ++k) {
-          Pack<uint32_t, P::words> pack{};
-          if (inside(k * P::columns)) pack = reinterpret_cast<const Pack<uint32_t, P::words>*>(row)[k * 32];
+        each_pack<P>([&](int k) {
+          const auto pack = reinterpret_cast<const Pack<uint32_t, P::words>*>(row)[k * lanes_];
 #pragma unroll
           for (int w = 0; w < P::words; ++w) raw[k * P::words + w] = pack.value[w];
-        }
+        });
       });
     }
   }
@@ -385,43 +457,57 @@ struct Pair {
     } else {
 #pragma unroll
       for (int e = 0; e < kSize; e += 2)
-        raw[e / 2] = same_bits<uint32_t>(Two<E>{store<E>(weight * s[e]), store<E>(weight * s[e + 1])});
+        raw[e / 2] = same_bits<uint32_t>(store_two(E{}, weight * s[e], weight * s[e + 1]));
     }
+  }
+  // The first row, as a rule the only one and with the weight 1, needs no arithmetic.
+  __device__ void begin(float (&x)[kSize], const uint32_t (&raw)[kSize], Walk& walk) const {
+    const float weight = walk.weight();
+    each_column(raw, walk, [&](int e, float value) { x[e] = value; });
+    if (weight != 1) {
+#pragma unroll kUnroll
+      for (int e = 0; e < kSize; ++e) x[e] *= weight;
+    }
+    walk.next();
   }
   __device__ void add(float (&x)[kSize], const uint32_t (&raw)[kSize], Walk& walk) const {
     const float weight = walk.weight();
+    each_column(raw, walk, [&](int e, float value) { x[e] = fmaf(weight, value, x[e]); });
+    walk.next();
+  }
+  // Calls f with every column and its value.
+  template <class F>
+  __device__ void each_column(const uint32_t (&raw)[kSize], const Walk& walk, F&& f) const {
     with_element(walk.dtype(), [&](auto element) {
       using E = decltype(element);
       if constexpr (!kPacked) {
         const E* row = reinterpret_cast<const E*>(walk.at(column_));
 #pragma unroll 1
-        for (int e = 0; e < kSize; ++e)
-          if (inside(e)) x[e] = fmaf(weight, load<float>(row[e * 32]), x[e]);
+        for (int e = 0; e < kSize; ++e) f(e, inside(e) ? load<float>(row[e * 32]) : 0);
       } else if constexpr (sizeof(E) == 4) {
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) x[e] = fmaf(weight, same_bits<float>(raw[e]), x[e]);
+        for (int e = 0; e < kSize; ++e) f(e, same_bits<float>(raw[e]));
       } else {
 #pragma unroll
         for (int e = 0; e < kSize; e += 2) {
           const auto two = same_bits<Two<E>>(raw[e / 2]);
-          x[e] = fmaf(weight, load<float>(two.low), x[e]);
-          x[e + 1] = fmaf(weight, load<float>(two.high), x[e + 1]);
+          f(e, load<float>(two.low));
+          f(e + 1, load<float>(two.high));
         }
       }
     });
-    walk.next();
   }
   // Once, after adding up: a sum of shares rounds more where rows have a large part in common.
   static __device__ void divide(float (&x)[kSize], int count) {
     if (count == 1) return;
-    const float share = 1.0f / static_cast<float>(count);
+    const float share = quotient(1, static_cast<float>(count));
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) x[e] *= share;
   }
 
-  int width_, column_;          // of a pack; the first of this thread
+  int width_, lanes_, column_;  // of a pack; how many of a warp share the pair; the first column of this thread
   int size_;                    // how many of this thread's columns lie within the row
-  float top_s_, top_t_;         // the largest values
+  float shift_s_, shift_t_;     // of the exponents
   float sum_s_, sum_t_, mean_;  // of the exponentials; of the exponents' differences by the first side's shares
 };
 

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <type_traits>
 
@@ -49,6 +50,10 @@ template <>
 __device__ __half store<__half>(float x) {
   return __float2half_rn(x);
 }
+inline __device__ __nv_bfloat162 store_two(__nv_bfloat16, float low, float high) {
+  return __floats2bfloat162_rn(low, high);
+}
+inline __device__ __half2 store_two(__half, float low, float high) { return __floats2half2_rn(low, high); }
 
 // Calls f with an element of the dtype.
 template <class F>
@@ -83,13 +88,17 @@ struct LayerTable {
   DType dtype;
   const double* coef;  // null: `share` each
   double share;
+  float share_rounded;
 
   __device__ char* at(int layer, int64_t position, int64_t column) const {
     return static_cast<char*>(data[layer]) + position * stride[layer] + column * item;
   }
   template <class A>
   __device__ A weight(int layer) const {
-    return static_cast<A>(coef ? coef[layer] : share);
+    if constexpr (sizeof(A) == sizeof(float))
+      return coef ? static_cast<A>(coef[layer]) : share_rounded;
+    else
+      return coef ? coef[layer] : share;
   }
 };
 
@@ -97,7 +106,8 @@ struct Span {
   int start, end;
 };
 inline __device__ int clamp(int position, int64_t rows) {
-  return position < 0 ? 0 : position < rows ? position : static_cast<int>(rows);
+  const int last = rows < INT_MAX ? static_cast<int>(rows) : INT_MAX, below = position < last ? position : last;
+  return below < 0 ? 0 : below;
 }
 inline __device__ Span clamp(const Span& s, int64_t rows) { return {clamp(s.start, rows), clamp(s.end, rows)}; }
 inline __device__ Span span(const Spans& spans, int64_t p) { return {spans.start[p], spans.end[p]}; }
@@ -153,6 +163,7 @@ inline LayerTable table(const GpuLayers& x) {
   t.dtype = x.dtype;
   t.coef = x.coef;
   t.share = 1.0 / static_cast<double>(x.count);
+  t.share_rounded = static_cast<float>(t.share);
   for (int l = 0; l < t.count; ++l) {
     t.data[l] = x.data[l];
     t.stride[l] = x.row_stride[l] * t.item;
@@ -190,7 +201,7 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, dim3 
   config.stream = stream;
   return text(cudaLaunchKernelEx(&config, kernel, args));
 }
-// `threads` per pair: a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and loops:
+// `threads` per pair: at most a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and loops:
 // once for a kernel that asks for its next pair ahead, twice for one that does not, to even out spans of different
 // length.
 template <class Args>
@@ -200,13 +211,15 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int th
   if (const char* error = text(cudaGetDevice(&device))) return error;
   const auto attribute = cudaDevAttrMultiProcessorCount;
   if (const char* error = text(cudaDeviceGetAttribute(&processors, attribute, device))) return error;
-  const int shared = threads == 32 ? 4 : 1;
+  const int shared = threads <= 32 ? 128 / threads : 1;
   const auto occupied = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * shared, 0);
   if (const char* error = text(occupied)) return error;
   const int64_t most = int64_t{times} * processors * std::max(resident, 1);
   return launch(kernel, args, std::min(ceil_div(pairs, shared), most), dim3(threads, shared), stream);
 }
 inline __device__ int64_t first_pair() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
+// How many pairs of the same warp stand before a thread's own.
+inline __device__ int pairs_before() { return blockDim.x < 32 ? threadIdx.y % (32 / blockDim.x) : 0; }
 inline __device__ int64_t pair_step() { return int64_t{gridDim.x} * blockDim.y; }
 
 }  // namespace

@@ -21,7 +21,33 @@ __device__ float exp2_flushed(float x) {
 #endif
 }
 
-// Sums or maxima over the threads that share a pair, in a fixed order, the same in all of them.
+// a / b, rounded, so 1 where both are equal: of numbers that are far from the largest and the smallest, which a division
+// has to look for.
+__device__ float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = fmaf(r, fmaf(-b, r, 1.0f), r);
+  const float q = a * r;
+  return fmaf(fmaf(-b, q, a), r, q);
+#else
+  return a / b;
+#endif
+}
+
+// sum += p x, but for no mass p nothing, even where x is infinite. The compiler would branch.
+__device__ void add_product(float& sum, float p, float x) {
+#ifdef __CUDA_ARCH__
+  asm("{ .reg .pred some; setp.neu.f32 some, %1, 0f00000000; @some fma.rn.f32 %0, %1, %2, %0; }" : "+f"(sum) : "f"(p), "f"(x));
+#else
+  if (p != 0) sum = fmaf(p, x, sum);
+#endif
+}
+
+inline __device__ bool any_of_warp(bool x) { return __ballot_sync(0xffffffffu, x) != 0; }
+
+// Sums or maxima over the threads that share a pair, in a fixed order, the same in all of them: 8 or 16 neighbours of a
+// warp, a warp or a block. Whole warps call this, as a shuffle of some lanes would have to look for them first.
 class Group {
  public:
   __device__ explicit Group(float4 (*parts)[32]) : parts_(parts) {}
@@ -29,7 +55,9 @@ class Group {
   template <class Op, class... Float>
   __device__ void reduce(Op op, Float&... value) {
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) ((value = op(value, __shfl_xor_sync(0xffffffffu, value, mask))), ...);
+    for (int mask = 16; mask; mask /= 2)
+      if (mask < 8 || mask < static_cast<int>(blockDim.x))
+        ((value = op(value, __shfl_xor_sync(0xffffffffu, value, mask))), ...);
     if (blockDim.x > 32) across_warps(op, value...);
   }
   template <class... Float>
@@ -79,21 +107,20 @@ inline Temperature temperature_of(double x) {
   return {value, value * value, 1 / value, kLog2E / value};
 }
 
-// (exp(d) - 1 - d) 2 / d^2 for |d| < 1/2.
+// (exp(d) - 1 - d) / d^2 for |d| < 1/2.
 inline __device__ float exp_series(float d) {
-  float x = 1;
-#pragma unroll
-  for (int k = 8; k > 2; --k) x = fmaf(d * (1.0f / k), x, 1.0f);
+  float x = 1.0f / 40320;
+  for (const float c : {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f}) x = fmaf(x, d, c);
   return x;
 }
-// Of one column p (exp d - 1) and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
+// Of one column p (exp d - 1), p d and p (exp d - 1 - d); by_q turns q's exponential into p exp d.
 struct Step {
-  float first, rest;
+  float first, along, rest;
 };
 inline __device__ Step step_of(float p, float q, float by_q, float d) {
   const bool small = fabsf(d) < 0.5f;
-  const float near = p * (d * d * exp_series(d) * 0.5f), along = p == 0 ? 0 : p * d, far = q * by_q - p;
-  return {small ? near + along : far, small ? near : far - along};
+  const float near = p * (d * d * exp_series(d)), along = p == 0 ? 0 : p * d, far = q * by_q - p;
+  return {small ? near + along : far, along, small ? near : far - along};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct LossArgs {
   Spans student_spans, teacher_spans;
   int64_t pairs;
   int dim, width;  // of a row, and of its packs
+  int ahead;       // rows of a side that are asked for ahead
   Divergence divergence;
   bool mean;
   Temperature temperature;
@@ -60,75 +61,79 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3
   const bool softmax = a.divergence != Divergence::mse && a.divergence != Divergence::cosine;
   Group group(parts);
   Pair<kColumns, kKind != Kind::unpacked> pair(a.dim, a.width);
+  bool close = false;  // what the last pairs of the warp were
   Place here = place(a, first_pair());
   here.clamp(a);
-  for (int64_t p = first_pair(); p < a.pairs; p += pair_step()) {
+  for (int64_t p = first_pair(); p - pairs_before() < a.pairs; p += pair_step()) {
     Place next = place(a, p + pair_step());
     const Span student = here.student, teacher = here.teacher;
     const bool both = here.both();
-    float loss = 0;
-    // Of rows that are close the averages are formed again, from the cache: to keep them would cost every pair registers.
-    bool close = false;
+    bool left = both, again = false;
+    next.clamp(a);
 #pragma unroll 1
     do {
-      const bool again = close;
-      close = false;
-      if (both) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
+      if (left) pair.average(a.student, student, a.teacher, teacher, a.mean, softmax ? -INFINITY : 0);
       if (!again) {
-        next.clamp(a);
-        pair.ask_for(a.student, next.student, a.dim);
-        pair.ask_for(a.teacher, next.teacher, a.dim);
+        pair.ask_for(a.student, next.student, a.dim, a.ahead);
+        pair.ask_for(a.teacher, next.teacher, a.dim, a.ahead);
       }
-      if (!both) break;
-      if (softmax && !again) pair.tops(group);
+      float loss;
+      bool found = close;
+      if (softmax) pair.tops(group, a.temperature);
       if (jsd) {
-        if constexpr (kKind != Kind::packed)
-          loss = again ? pair.close_jsd(group, a.temperature, a.beta) : pair.jsd(group, a.temperature, a.beta, close);
+        if constexpr (kKind != Kind::packed) found = pair.jsd(group, a.temperature, a.beta, close, loss);
       } else if constexpr (kKind != Kind::packed_jsd) {
-        if (again) {
-          loss = pair.close_kl(group, a.temperature, a.divergence == Divergence::reverse_kl);
-        } else {
-          switch (a.divergence) {
-            case Divergence::kl: loss = pair.kl(group, a.temperature, close); break;
-            case Divergence::reverse_kl: loss = pair.reverse_kl(group, a.temperature, close); break;
-            case Divergence::mse: loss = pair.mse(group); break;
-            default: loss = pair.cosine(group);
-          }
+        switch (a.divergence) {
+          case Divergence::kl: found = pair.template kl<false>(group, a.temperature, close, loss); break;
+          case Divergence::reverse_kl: found = pair.template kl<true>(group, a.temperature, close, loss); break;
+          case Divergence::mse: loss = pair.mse(group); break;
+          default: loss = pair.cosine(group);
         }
       }
-    } while (close);
-    if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
-    if (a.want_grad && both) {
-      const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
+      if (left && (again || found == close)) {
+        left = false;
+        if (a.loss && threadIdx.x == 0) a.loss[p] = loss;
+        if (a.want_grad) {
+          const float scale = pair.scale * share<float>(student, a.mean) * base * (a.weights ? a.weights[p] : 1);
 #pragma unroll 1
-      for (int l = 0; l < a.student.count; ++l)
-        pair.store_gradient(a.grad[l], a.student, a.dim, scale * a.student.weight<float>(l), student);
-    }
+          for (int l = 0; l < a.student.count; ++l)
+            pair.store_gradient(a.grad[l], a.student, a.dim, scale * a.student.weight<float>(l), student);
+        }
+      }
+      again = any_of_warp(left);
+      if (again) close = !close;
+    } while (again);
+    if (!both && a.loss && threadIdx.x == 0 && p < a.pairs) a.loss[p] = 0;
     here = next;
   }
 }
 
 constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
 
-// Columns per thread, by reasoning and not yet measured. In half precision the instructions per column, not the bytes,
-// are near the limit of the GPU, so the fixed cost of a warp is spread over as many columns as the registers allow:
-// 16, 24 or 32 of a row of up to 1024 columns, which one warp holds and reduces without a barrier; 32 of a wider one,
-// which takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds have 48 KB of loads in
-// flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute: so each asks for its
-// next pair's rows ahead. JSD, bound by its logarithms, and rows of more than 4096 columns, of which a multiprocessor
-// holds few, take 16. What is wider still or allows no 16-byte accesses is rare: little code, not speed.
+// Threads per row, by reasoning and not yet measured. In half precision the instructions per column, not the bytes, are
+// near the limit of the GPU, so the fixed cost of a warp is spread over as many columns as the registers allow, 24 or 32
+// of a thread, and over as many pairs: 8 or 16 threads hold a row of up to 512 columns, a warp one of 1024; none of them
+// needs a barrier. A wider one takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds
+// have 48 KB of loads in flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute:
+// so each asks for its next pair's rows ahead. JSD, bound by its logarithms, and rows of more than 4096 columns, of which
+// a multiprocessor holds few, take 16 columns. What is wider still or allows no 16-byte accesses is rare: little code, not
+// speed.
+int threads_of(int dim, int columns) {
+  const int threads = static_cast<int>(ceil_div(dim, columns));
+  return threads <= 8 ? 8 : threads <= 16 ? 16 : round_up(threads, 32);
+}
 template <Kind kKind, int kColumns, int kThreads>
-const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
-  const int threads = round_up(ceil_div(a.dim, kColumns), 32);
+const char* launch_loss(const LossArgs& a, int threads, cudaStream_t stream) {
   return launch(loss_kernel<kKind, kColumns, kThreads>, a, a.pairs, threads, 1, stream);
 }
 
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
-  if (a.width == 1) return launch_loss<Kind::unpacked, 16, 1024>(a, stream);
-  if (a.divergence == Divergence::jsd) return launch_loss<Kind::packed_jsd, 16, 512>(a, stream);
-  if (a.dim <= 512 || a.dim > 4096) return launch_loss<Kind::packed, 16, 512>(a, stream);
-  if (a.dim <= 768) return launch_loss<Kind::packed, 24, 128>(a, stream);
-  return launch_loss<Kind::packed, 32, 128>(a, stream);
+  const int of_16 = threads_of(a.dim, 16), of_24 = threads_of(a.dim, 24), of_32 = threads_of(a.dim, 32);
+  if (a.width == 1) return launch_loss<Kind::unpacked, 16, 1024>(a, std::max(of_16, 32), stream);
+  if (a.divergence == Divergence::jsd) return launch_loss<Kind::packed_jsd, 16, 512>(a, of_16, stream);
+  if (a.dim > 4096) return launch_loss<Kind::packed, 16, 512>(a, of_16, stream);
+  if (of_24 == of_32 && of_24 <= 32) return launch_loss<Kind::packed, 24, 128>(a, of_24, stream);
+  return launch_loss<Kind::packed, 32, 128>(a, of_32, stream);
 }
 
 }  // namespace
@@ -148,8 +153,11 @@ const char* span_loss(const GpuSpanLossArgs& x) {
   if (x.dim > 16384) return "span_loss: expected a hidden size of at most 16384";
   // As many columns of both sides make a pack: 16 bytes, or 8 of the one that alone is in half precision.
   const int width = static_cast<int>(16 / std::max(size, teacher_size));
+  // 4 rows, or 8 KB for each warp if that is less.
+  const int64_t fit = 8192 * ceil_div(x.dim, 1024) / (x.dim * std::max(size, teacher_size));
+  const int ahead = static_cast<int>(std::min<int64_t>(std::max<int64_t>(fit, 1), 4));
   LossArgs a{table(x.student), table(x.teacher), {}, x.grads > 0, x.student_spans, x.teacher_spans, x.pairs,
-             static_cast<int>(x.dim), width, x.divergence, x.mean, temperature_of(x.temperature),
+             static_cast<int>(x.dim), width, ahead, x.divergence, x.mean, temperature_of(x.temperature),
              static_cast<float>(x.beta), static_cast<float>(x.base), x.weights, x.upstream, x.formed, x.loss};
   bool packed = x.dim % width == 0 && x.dim <= kMostPacked && aligned(a.student) && aligned(a.teacher);
   FinishArgs rest{x.loss, x.weights, x.pairs, 0, 0, a.base, x.total, {}, static_cast<int>(x.grads), true,

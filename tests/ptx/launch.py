@@ -159,10 +159,14 @@ def launching(module: ModuleType, programs: dict[str, Program], patch: pytest.Mo
         yield launches
 
 
-def span_loss_cost(launches: Launches, dim: int, dtype: torch.dtype, pairs: int, padding: int = 0) -> Counts:
+def span_loss_cost(
+    launches: Launches, dim: int, dtype: torch.dtype, pairs: int, padding: int = 0, close: bool = False
+) -> Counts:
     """Of the KL and its gradient for spans of one row each, with rows behind them that belong to none."""
     generator, start = torch.Generator().manual_seed(0), torch.arange(pairs, dtype=torch.int32)
     student, teacher = (torch.randn(n, dim, generator=generator).to(dtype) for n in (pairs + padding, pairs))
+    if close:
+        teacher = student[:pairs] + 0.01 * teacher
     spans = vd.SpanPairs(start, start + 1, start, start + 1)
     counts = launches.counts = Counts()
     vd.span_loss(student.requires_grad_(), teacher, spans, backend="cuda")

@@ -29,6 +29,7 @@ from tests.span_mean_backend import test_span_mean_of_layers  # noqa: E402, F401
 from tests.spans import make_pairs  # noqa: E402
 from tests.triton_interpreted import check_log_prob, check_matched_kl, check_remapped_kl  # noqa: E402
 from tests.vocabularies import make_matched, randn  # noqa: E402
+from vocabdistil.core import native  # noqa: E402
 
 OPERATIONS = {
     "span_loss": ["span_loss"],
@@ -124,6 +125,32 @@ def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch, backend, device):
     student, teacher = randn(n_s, 1100, seed=1, dtype=BF16), randn(n_t, 2104, seed=2, dtype=BF16)
     matched, options = make_matched(1100, 2104, 900), {"unmatched": "rest", "reduction": "none"}
     check_matched_kl.compare(student, teacher, matched, backend, device, pairs=pairs, **options)
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["close", "apart"])
+@pytest.mark.parametrize("unmatched", ["renormalize", "drop"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_gradient_in_the_memory_of_the_logits(dtype, unmatched, close, launches):
+    """The same bits as elsewhere, where rows are read again in turns too."""
+    kernels, code = check_matched_kl.kernels, native.UNMATCHED_CODES[unmatched]
+    columns, matched = 1100, 1000
+    logits = randn(2, 1104, seed=1)
+    teacher = logits[:, :1008] + (1e-3 if close else 1) * randn(2, 1008, seed=2)
+    rest = None if unmatched == "renormalize" else torch.tensor([[2.0, 40.0, -60.0, 100.0]] * 2)
+    assert kernels.tile(columns, F32)["STREAM"] < columns <= kernels.tile(columns, F32)["BLOCK"]
+    results = []
+    for elsewhere in (True, False):
+        student = logits.clone()
+        memory = torch.empty(2, 1104 * 4 // dtype.itemsize, dtype=dtype) if elsewhere else student.view(dtype)
+        loss, grad, scale = torch.empty(2), memory[:, :columns], torch.tensor([1.0, 0.5])
+        for tensor in (student, teacher, memory, loss, scale, *([] if rest is None else [rest])):
+            launches.tensors.add(tensor, tensor is memory or tensor is loss)
+        kernels.dense_rows(
+            student[:, :columns], teacher[:, :matched], None, None, None, None, rest, scale, code, 1.3, loss, grad
+        )
+        results.append((loss, grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[0][0] < 1e-3).all() == close or unmatched == "drop"
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(50, BF16), (1040, F32)], ids=str)

@@ -3,7 +3,8 @@
 A row of up to `RESIDENT` columns is read once and stays in registers, the teacher's matched columns beside the
 student's, until the gradient is written: what must be read is read once. Longer rows are read twice: a first pass
 keeps the largest logit and the sums of every lane, which give the divergence, a second one, from the end that the
-cache still holds, forms the gradient. Rows that are close are read twice more in between. As in span_mean every load is
+cache still holds, forms the gradient. Rows that are close are read twice more in between and, as what they need
+does not fit in registers beside a row, in turns for the gradient too. As in span_mean every load is
 widened before arithmetic, addresses are int64, spans and ids are kept within the rows and columns, and nothing is
 atomic. Formulas: vocabdistil/reference/matched_kl.py.
 """
@@ -187,21 +188,35 @@ def _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt):
 
 
 @triton.jit
-def _slope(
-    s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u,
-    UNMATCHED: tl.constexpr,
-):  # fmt: skip
-    """d loss / d logit up to a factor of the row. Where both sides are equal, which is close, it is exactly 0."""
-    own = tl.exp((s - tl.where(both, shift_s, shift_u)) * inverse)
-    matched = own
-    if close:
-        matched, rest = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
+def _slope(s, q, both, matched, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED: tl.constexpr):
+    """d loss / d logit up to a factor of the row; ``matched``: the student's exponentials or ``_step`` there."""
     slope = by_s * matched - by_t * tl.exp((q - shift_t) * inverse)
     if UNMATCHED == 0:
         slope = tl.where(both, slope, 0.0)
     else:
-        slope = tl.where(both, slope, by_u * own)
+        slope = tl.where(both, slope, by_u * tl.exp((s - shift_u) * inverse))
     return slope
+
+
+@triton.jit
+def _outcome(
+    kl, ratio, by_s, by_t, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v, rest_ratio, factor,
+    UNMATCHED: tl.constexpr,
+):  # fmt: skip
+    """The divergence of a row, and what its gradient is formed of, times ``factor``: what the student's matched, the
+    teacher's and the student's unmatched exponentials count."""
+    # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
+    nothing = (z_t == 0) | (z_s == 0)
+    kl = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), kl))
+    by_s, by_t, by_u = tl.where(nothing, 0.0, by_s), tl.where(nothing, 0.0, by_t), z_s * 0
+    value = kl
+    if UNMATCHED != 0:
+        value, own, add_t, by_u = with_rest(
+            kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v, rest_ratio, UNMATCHED == 2
+        )
+        by_s = tl.where((z_t == 0) & (z_s != 0), own / z_s, own * by_s)
+        by_t = own * by_t + add_t
+    return value, factor * by_s, factor * by_t, factor * by_u
 
 
 @triton.jit
@@ -269,8 +284,10 @@ def _row(
                     v = _pooled(teacher, t_first, t_last, t_stride, d, others, t_share, SPANS, PADDED, ACC)
                     less_v += _lacks(v, others, shift_v, inverse)
 
-    blocks = tl.cdiv(v_s, BLOCK)
-    lanes = tl.arange(0, BLOCK)
+    blocks = tl.cdiv(v_s, STREAM)
+    lanes, turn = tl.arange(0, BLOCK), tl.arange(0, STREAM)
+    if UNMATCHED == 0:
+        shift_u, shift_v, z_u, z_v, rest_ratio = share * 0, share * 0, share * 0, share * 0, share * 0
     if WHOLE:
         s, q, both = _block(
             student, teacher, teacher_of, s_bias, t_bias, lanes, first, last, t_first, t_last, s_stride, t_stride,
@@ -283,16 +300,13 @@ def _row(
             others = (lanes < v_s) & ~both
             shift_u, z_u = _sum_exp(tl.where(both, float("-inf"), s), inverse)
             count_u = tl.sum(others.to(ACC))
-            less_u = z_u - count_u
-            if _near_count(z_u, count_u):
-                less_u = _lacks(s, others, shift_u, inverse)
     else:
-        lowest = tl.full([BLOCK], float("-inf"), dtype=ACC)
-        zeros = tl.zeros([BLOCK], dtype=ACC)
+        lowest = tl.full([STREAM], float("-inf"), dtype=ACC)
+        zeros = tl.zeros([STREAM], dtype=ACC)
         top_s, top_t, top_u, sum_s, sum_t, sum_u = lowest, lowest, lowest, zeros, zeros, zeros
         dots, here_u, from_s, from_t = zeros, zeros, share * 0, share * 0
         for block in range(0, blocks):
-            d = block * BLOCK + lanes
+            d = block * STREAM + turn
             s, q, both = _block(
                 student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
                 v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
@@ -314,69 +328,20 @@ def _row(
         if UNMATCHED != 0:
             shift_u, weight = _whole(top_u, sum_u, inverse)
             z_u, count_u = tl.sum(sum_u * weight), tl.sum(here_u)
-            less_u = z_u - count_u
-            if _near_count(z_u, count_u):
-                less_u = z_u * 0
-                for block in range(0, blocks):
-                    d = block * BLOCK + lanes
-                    s, q, both = _block(
-                        student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride,
-                        t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
-                    )  # fmt: skip
-                    less_u += _lacks(s, (d < v_s) & ~both, shift_u, inverse)
+    if UNMATCHED != 0:
+        less_u = z_u - count_u
+        if _near_count(z_u, count_u):
+            less_u = z_u * 0
+            for block in range(0, blocks):
+                d = block * STREAM + turn
+                x, y, matched = _block(
+                    student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
+                    v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                )  # fmt: skip
+                less_u += _lacks(x, (d < v_s) & ~matched, shift_u, inverse)
 
-    mean = dot / z_t + moved
-    ratio = tl.log(quotient(z_s, z_t))
-    kl = mean + ratio
-    tilt, apart = mean, shift_t - shift_s
-    close = (kl < CLOSE) & (z_t != 0)
-    by_s, by_t = 1 / z_s, 1 / z_t
-    if close:
-        # Anew, of differences that are taken before either side is shifted: of rows that are close these are exact.
-        rest = z_s * 0
-        if WHOLE:
-            mean = _dot(q, both, shift_t, (q - s) - apart, inverse) / z_t
-            tilt = tl.exp(mean)
-            step, terms = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
-            rest = tl.sum(terms)
-        else:
-            dot = z_s * 0
-            for block in range(0, blocks):
-                s, q, both = _block(
-                    student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
-                    s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
-                )  # fmt: skip
-                dot += _dot(q, both, shift_t, (q - s) - apart, inverse)
-            mean = dot / z_t
-            tilt = tl.exp(mean)
-            for block in range(0, blocks):
-                s, q, both = _block(
-                    student, teacher, teacher_of, s_bias, t_bias, block * BLOCK + lanes, first, last, t_first, t_last,
-                    s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
-                )  # fmt: skip
-                step, terms = _step(s, q, both, shift_s, shift_t, inverse, apart, mean, tilt)
-                rest += tl.sum(terms)
-        excess = rest / z_t
-        kl = log_one_plus(excess)
-        ratio = kl - mean
-        by_s = 1 / ((1 + excess) * z_t)
-        by_t = excess * by_s
-    # A teacher without any mass asks for nothing; a student without any is infinitely far from what has some.
-    nothing = (z_t == 0) | (z_s == 0)
-    kl = tl.where(z_t == 0, 0.0, tl.where(z_s == 0, float("inf"), kl))
-    by_s, by_t, by_u = tl.where(nothing, 0.0, by_s), tl.where(nothing, 0.0, by_t), z_s * 0
-    if UNMATCHED == 0:
-        value, shift_u = kl, shift_s
-    else:
         rest_ratio = _log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
-        value, own, add_t, by_u = with_rest(
-            kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v, rest_ratio, UNMATCHED == 2
-        )
-        by_s = tl.where((z_t == 0) & (z_s != 0), own / z_s, own * by_s)
-        by_t = own * by_t + add_t
-
-    begin, stop = first, last
-    factor = share
+    begin, stop, factor = first, last, share
     if grad is not None:
         if SPANS:
             begin = tl.load(student_end + p - 1, mask=p > 0, other=0).to(tl.int64)
@@ -384,24 +349,69 @@ def _row(
             if p + 1 == pairs:
                 stop = stop * 0 + s_rows
         factor = t * tl.load(scale + p) * share * by
-        by_s, by_t, by_u = factor * by_s, factor * by_t, factor * by_u
-        if WHOLE:
-            slope = _slope(
-                s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u, UNMATCHED
+
+    mean = dot / z_t + moved
+    ratio = tl.log(quotient(z_s, z_t))
+    if (mean + ratio < CLOSE) & (z_t != 0):
+        # Anew, of differences that are taken before either side is shifted: of rows that are close these are exact.
+        apart = shift_t - shift_s
+        dot = z_s * 0
+        for block in range(0, blocks):
+            x, y, matched = _block(
+                student, teacher, teacher_of, s_bias, t_bias, block * STREAM + turn, first, last, t_first, t_last,
+                s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
             )  # fmt: skip
-            _store(grad, slope, lanes, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
-        else:
-            for i in range(0, blocks):
-                d = (blocks - 1 - i) * BLOCK + lanes
-                s, q, both = _block(
+            dot += _dot(y, matched, shift_t, (y - x) - apart, inverse)
+        mean = dot / z_t
+        tilt = tl.exp(mean)
+        rest = z_s * 0
+        for block in range(0, blocks):
+            x, y, matched = _block(
+                student, teacher, teacher_of, s_bias, t_bias, block * STREAM + turn, first, last, t_first, t_last,
+                s_stride, t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+            )  # fmt: skip
+            step, terms = _step(x, y, matched, shift_s, shift_t, inverse, apart, mean, tilt)
+            rest += tl.sum(terms)
+        excess = rest / z_t
+        kl = log_one_plus(excess)
+        by_s = 1 / ((1 + excess) * z_t)
+        value, by_s, by_t, by_u = _outcome(
+            kl, kl - mean, by_s, excess * by_s, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v,
+            rest_ratio, factor, UNMATCHED,
+        )  # fmt: skip
+        if grad is not None:
+            for block in range(0, blocks):
+                # Upwards: a gradient in the memory of the logits, of half their size perhaps, stays behind what is
+                # still to be read.
+                d = block * STREAM + turn
+                x, y, matched = _block(
                     student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride, t_stride,
                     v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
                 )  # fmt: skip
-                slope = _slope(
-                    s, q, both, shift_s, shift_t, shift_u, inverse, close, apart, mean, tilt, by_s, by_t, by_u,
-                    UNMATCHED,
-                )  # fmt: skip
+                tl.debug_barrier()
+                step, terms = _step(x, y, matched, shift_s, shift_t, inverse, apart, mean, tilt)
+                slope = _slope(x, y, matched, step, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED)
                 _store(grad, slope, d, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
+    else:
+        value, by_s, by_t, by_u = _outcome(
+            mean + ratio, ratio, 1 / z_s, 1 / z_t, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v,
+            rest_ratio, factor, UNMATCHED,
+        )  # fmt: skip
+        if grad is not None:
+            if WHOLE:
+                own = tl.exp((s - shift_s) * inverse)
+                slope = _slope(s, q, both, own, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED)
+                _store(grad, slope, lanes, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
+            else:
+                for i in range(0, blocks):
+                    d = (blocks - 1 - i) * STREAM + turn
+                    s, q, both = _block(
+                        student, teacher, teacher_of, s_bias, t_bias, d, first, last, t_first, t_last, s_stride,
+                        t_stride, v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+                    )  # fmt: skip
+                    own = tl.exp((s - shift_s) * inverse)
+                    slope = _slope(s, q, both, own, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED)
+                    _store(grad, slope, d, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
     if loss is not None:
         if PADDED:  # pairs with an empty side are here rows that count for nothing, and may be infinite
             filled = tl.load(scale + p) != 0
@@ -541,7 +551,7 @@ def tile(columns: int, dtype: torch.dtype) -> dict[str, int | bool | None]:
     whole = block <= (RESIDENT // 4 if wide else RESIDENT)
     block = block if whole else TURN
     warps = min(max(block // (512 if whole else 256), 1), 32)
-    turns = {"BLOCK": block, "WHOLE": whole, "STREAM": min(256 * warps, 4096)}
+    turns = {"BLOCK": block, "WHOLE": whole, "STREAM": min(256 * warps, block, TURN)}
     return turns | {"num_warps": warps, "maxnreg": None if wide else 64, "enable_fp_fusion": True}
 
 

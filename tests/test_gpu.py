@@ -7,6 +7,7 @@ import torch
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.graphs import TrainingStep, capture
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_loss_backend import DIVERGENCES, DTYPES, run
 from tests.span_mean_backend import *  # noqa: F403
@@ -105,21 +106,25 @@ def test_in_a_cuda_graph(divergence, backend):
         loss = vd.span_loss(layers, teacher, pairs, **options) * 2
         return loss, *torch.autograd.grad(loss, layers)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in (*layers, teacher):
             x.copy_(torch.randn_like(x))
     graph.replay()
     for got, want in zip(captured, step(), strict=True):
         assert torch.equal(got, want)
+
+
+def test_a_whole_step_in_a_cuda_graph():
+    steps = [TrainingStep("cuda") for _ in range(2)]
+    graph, loss = capture(steps[1])
+    for _ in range(3):
+        steps[0]()
+    for seed in range(5):
+        for step in steps:
+            step.new_batch(seed)
+        graph.replay()
+        torch.testing.assert_close(loss, steps[0](), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])

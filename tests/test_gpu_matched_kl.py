@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from tests.graphs import capture
 from tests.matched_kl_backend import *  # noqa: F403
 from tests.matched_kl_backend import UNMATCHED, compare, run
 from tests.spans import make_pairs
@@ -79,15 +80,7 @@ def test_in_a_cuda_graph(unmatched, backend):
         loss = vd.matched_kl(student, teacher, matched, unmatched=unmatched, backend=backend) * 2
         return loss, *torch.autograd.grad(loss, student)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         student.copy_(torch.randn_like(student))
     graph.replay()

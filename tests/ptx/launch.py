@@ -88,6 +88,12 @@ def compile_cuda(source: Path, folder: Path, architecture: int = 90) -> dict[str
     return dict(zip(static.kernel_names([*kernels]), map(Program, kernels.values()), strict=True))
 
 
+CUDA_OPERATIONS = (
+    "cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd", "cuda_matched_kl", "cuda_remap_measure",
+    "cuda_remap_write",
+)  # fmt: skip
+
+
 def host_name(demangled: str) -> str:
     """The same of a kernel that was compiled for the host, whose half types are its own."""
     name = static.kernel_name(demangled).replace("vocabdistil::host::bf16", "__nv_bfloat16")
@@ -149,9 +155,8 @@ def launching(module: ModuleType, programs: dict[str, Program], patch: pytest.Mo
     """Calls with CPU tensors to the backend "cuda" run the programs."""
     launches = Launches()
     cuda_on_host.serve_the_host(patch, module)
-    patch.setattr(native, "_POOLED", range(0))  # the module has no pool
     with HostLauncher(module, programs, launches) as launcher:
-        for name in ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd", "cuda_matched_kl"):
+        for name in CUDA_OPERATIONS:
             patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
         for name in ("total_parts", "_new_tables"):
             patch.setattr(native, name, launches.made(getattr(native, name), written=True))

@@ -27,7 +27,7 @@ from .memory import Tensors
 from .parser import parse
 
 ROOT = Path(__file__).parent.parent.parent
-WRITTEN = ("out", "loss", "total", "grad", "grads")  # the arguments of operations that their kernels write
+WRITTEN = ("out", "loss", "total", "grad", "grads", "slopes")  # the arguments of operations that their kernels write
 
 
 def tensors_of(value: object) -> Iterator[torch.Tensor]:

@@ -47,7 +47,7 @@ def launches(monkeypatch):
 
 
 def small(call):
-    return call.operation != "contrastive" and (call.operation != "span_loss" or call.name.startswith("kl 264"))
+    return call.operation != "span_loss" or call.name.startswith("kl 264")
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

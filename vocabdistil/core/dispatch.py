@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "relation_loss": {"cpu": ("cpu",), "cuda": ("triton",)},
-    "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
+    "contrastive": {"cpu": ("torch",), "cuda": ("triton", "torch")},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "linear_remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},

@@ -60,6 +60,15 @@ def test_remapped_kl_is_one_launch_in_each_direction(launches, top_k):
     assert launches[True]["kernel", "remapped_kl"] == 2
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_contrastive_is_one_launch_for_a_chunk_of_pairs(launches, chunks, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vocabdistil.ops.contrastive"), "GPU_BUDGET", 4 * 48 * 48 // chunks)
+    start = torch.arange(48, dtype=torch.int32)
+    leaf = torch.randn(48, 8, requires_grad=True)
+    (3 * vd.contrastive(leaf, torch.randn(48, 8), vd.SpanPairs(*[start, start + 1] * 2), backend="triton")).backward()
+    assert launches[True]["kernel", "contrastive"] == chunks
+
+
 def test_on_the_device_of_their_tensors(launches):
     for call in filter(small, calls(CPU)):
         launch(call, "triton")

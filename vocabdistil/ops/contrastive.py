@@ -89,10 +89,9 @@ def _impl(
         if negatives is not None:
             negatives = (valid.cumsum(0) - 1)[negatives[kept]]
     seen = None if compact else valid
-    count, width = anchor.shape
     loss = torch.empty_like(scale)
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
-    if negatives is None or count < _SPARSE * negatives.shape[1]:
+    if negatives is None or len(anchor) < _SPARSE * negatives.shape[1]:
         with tf32() if parts == "tf32" else contextlib.nullcontext():
             d_other = _by_products(
                 anchor, other, seen, negatives, scale, temperature, parts, backend, loss, d_anchor, other_grad

@@ -88,7 +88,7 @@ sanitize() {
     fi
     for tool in memcheck racecheck synccheck; do
         for operation in span_mean span_loss matched_kl remapped_kl relation_loss linear_matched_kl span_likelihood \
-            linear_span_likelihood linear_remapped_kl remap; do
+            linear_span_likelihood linear_remapped_kl contrastive remap; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool-$operation" compute-sanitizer --tool "$tool" \
                 --report-api-errors no --error-exitcode 1 "$PYTHON" -m benchmarks.launches small "$operation" || failed=1
         done

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vocabdistil.alignment.remap import RemapOutput, RemapTable
 
-from .harness import Case, Problem, Provider
+from .harness import Case, Problem, Provider, own_providers
 
 OPERATION = "remap"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -146,8 +146,10 @@ def fixed_problem(table: RemapTable, ids: Tensor, device: torch.device) -> Probl
         return [x.cpu() for x in (out.input_ids, out.attention_mask, out.pairs.student_start, out.pairs.student_end)]
 
     nbytes = (8 + 8 + 16) * ids.numel() + 16 * truth[0].numel()
-    providers = {"ours": provider(None), "reference": provider("torch")}
-    return Problem(providers, lambda: truth, {"run": nbytes}, tokens=ids.numel())
+    here, missing = own_providers(OPERATION, device)
+    providers = {name: provider(backend) for name, backend in here.items() if backend != "torch"}
+    providers["reference"] = provider("torch")
+    return Problem(providers, lambda: truth, {"run": nbytes}, missing=missing, tokens=ids.numel())
 
 
 def _zipf(device: torch.device, batch: int = 1000, length: int = 512) -> Problem:

@@ -252,6 +252,7 @@ namespace cuda {
 
 constexpr int kMaxLayers = 64;        // as many as fit the 4 KB of a kernel's arguments
 constexpr int64_t kTotalPairs = 8192;  // of more a total is added up in two stages
+constexpr int kRemapChunk = 2048;      // tokens that a block of a remap takes
 
 // The layers of one side, read or written: `coef` lies on the device, null for 1 / count each.
 struct GpuLayers {
@@ -308,6 +309,32 @@ struct GpuMatchedKlArgs {
   void* stream;
 };
 
+// Rows of integers of `bytes` each (1, 4 or 8) with adjacent columns, `stride` elements apart.
+struct IntRows {
+  const void* data;
+  int bytes;
+  int64_t stride;
+};
+
+// Teacher ids [batch, length], those of mask 0 left out, and the remap table, whose row r is pieces[indptr[r]] up to
+// pieces[indptr[r + 1] - 1]. A sequence has ceil(length / kRemapChunk) chunks, and at least 1.
+struct GpuRemapBatch {
+  IntRows ids, mask;  // mask.data == nullptr: none
+  int64_t batch, length;
+  const int32_t *indptr, *pieces;  // [rows + 1], [nnz]
+  int64_t rows, nnz;
+};
+
+// vocabdistil/reference/remap.py says what stands where.
+struct GpuRemapOut {
+  const int64_t* ends;       // [batch, chunks]: pieces of a sequence up to the end of a chunk; null where it has one
+  const int64_t* pair_ends;  // [batch * chunks]: tokens kept up to the end of a chunk; null: a pair for every token
+  int64_t width, pairs, unk_id, pad_id;
+  int64_t *input_ids, *attention;  // [batch, width]
+  int32_t* spans;                  // [4, pairs]
+  int32_t* nonempty;               // [batch * chunks]: pairs of two spans that are not empty
+};
+
 // Why no kernel can run here (an old driver, an architecture that was not built), or nullptr.
 const char* problem();
 
@@ -322,6 +349,9 @@ const char* matched_tables(const void* student_ids, bool wide_student, const voi
                            int64_t matched, int64_t student_columns, int64_t teacher_columns,
                            const GpuMatchedTables& tables, void* stream);
 const char* matched_kl(const GpuMatchedKlArgs&);
+// out: [4, batch, chunks]: pieces, tokens that are kept, those with pieces, those that are in no row.
+const char* remap_measure(const GpuRemapBatch&, int64_t* out, void* stream);
+const char* remap_write(const GpuRemapBatch&, const GpuRemapOut&, void* stream);
 
 }  // namespace cuda
 

@@ -134,15 +134,17 @@ def test_kernels_are_in_the_module():
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on the PATH")
     run = subprocess.run([cuobjdump, "-elf", native.module().__file__], capture_output=True, text=True, check=True)
-    for kernel in ("fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel", "matched_kernel", "table_kernel"):
+    spans = "fwd_kernel", "bwd_kernel", "loss_kernel", "finish_kernel"
+    for kernel in (*spans, "matched_kernel", "table_kernel", "measure_kernel", "remap_kernel"):
         assert kernel in run.stdout, kernel
 
 
-def test_as_many_layers_are_allowed_as_the_kernels_take():
+def test_sizes_are_those_of_the_kernels():
     rows = Path(__file__).parent.parent / "csrc/ops.h"
     text = rows.read_text(encoding="utf-8")
     assert f"kMaxLayers = {native.CUDA_MAX_LAYERS};" in text
     assert f"kTotalPairs = {native.CUDA_TOTAL_PAIRS};" in text
+    assert f"kRemapChunk = {native.CUDA_REMAP_CHUNK};" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -155,6 +157,8 @@ def test_a_call_without_a_driver_says_so(monkeypatch):
         lambda: native.cuda_span_mean_bwd(x, span, span, None, True, [x]),
         lambda: native.cuda_span_loss([x], [x], [span] * 4, None, 1.0, None, None, *options),
         lambda: native.cuda_matched_kl(x, x, [], span, span, x[0], 0, True, 1.0, False, x[0], x[0, 0], None),
+        lambda: native.cuda_measure(x.long(), None, span),
+        lambda: native.cuda_remap(x.long(), None, span, span, 0, 0, 3),
     ):
         with pytest.raises(RuntimeError, match="CUDA driver"):
             call()

@@ -12,6 +12,7 @@ import torch
 from tests import cuda_on_host
 from tests.cuda_on_host.fixtures import *  # noqa: F403
 from tests.matched_kl_backend import *  # noqa: F403
+from tests.remap_backend import *  # noqa: F403
 from tests.span_loss_backend import *  # noqa: F403
 from tests.span_mean_backend import *  # noqa: F403
 from vocabdistil.core import native
@@ -53,6 +54,7 @@ def test_a_launch_elsewhere_is_noticed(where, pairs, module, monkeypatch):
         "matched_tables": lambda: native.matched_tables(ids, ids, 8, 8, False, False),
         "matched_kl": lambda: native.cuda_matched_kl(*logits, loss, torch.zeros(()), torch.empty(4, 8)),
         "span_loss": lambda: native.cuda_span_loss([x], [x], spans, None, 1.0, None, None, *options),
+        "remap": lambda: native.cuda_remap(x.long(), None, start, start, 0, 0, 3),
         "span_mean_bwd": lambda: native.cuda_span_mean_bwd(out, start, start + 1, None, True, [torch.empty(4, 8)]),
     }
     if pairs:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
-from tests import relation_loss_backend
+from tests import contrastive_backend, relation_loss_backend
 from tests.numbers_backend import (  # noqa: F401
     test_divergences_over_a_remapped_vocabulary_at_any_temperature,
     test_linear_classes_of_one_size_at_any_temperature,
@@ -203,8 +203,32 @@ def test_memory_of_remapped_kl_does_not_grow_with_the_rows(combine):
     assert peaks[1] < 1.2 * peaks[0] < 4e8
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("parts", contrastive_backend.PARTS)
+@pytest.mark.parametrize("known", [None, True, False], ids=["all", "known", "unknown"])
+@pytest.mark.parametrize(("count", "negatives"), [(37, 5), (3001, 0), (3001, 200)])
+def test_contrastive_against_float64(count, negatives, known, parts, backend):
+    contrastive_backend.compare_op(count, negatives, known, parts, backend, "cuda")
+
+
+@pytest.mark.parametrize("parts", contrastive_backend.PARTS)
+@pytest.mark.parametrize("known", [None, False], ids=["all", "unknown"])
+def test_contrastive_of_more_pairs_than_a_program_holds(known, parts):
+    contrastive_backend.compare_op(9001, 0, known, parts, "triton", "cuda")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", contrastive_backend.HALF_OR_SINGLE, ids=str)
+@pytest.mark.parametrize(("count", "width"), [(1, 8), (700, 384), (2000, 768)])
+def test_contrastive_of_hidden_states(count, width, dtype, backend):
+    pairs, n_s, n_t = make_pairs(count, seed=3, gaps=True, empty=count > 1)
+    student, teacher = (torch.randn(n, width).to(dtype) for n in (n_s, n_t))
+    contrastive_backend.compare(student, teacher, pairs, backend, "cuda", temperature=0.1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("negatives", [-1, 4, 32])
-def test_contrastive_is_deterministic_and_reproducible(negatives):
+def test_contrastive_is_deterministic_and_reproducible(negatives, backend):
     pairs, n_s, n_t = make_pairs(3000, seed=1, gaps=True, empty=True)
     pairs = pairs.to("cuda")
     student, teacher = torch.randn(n_s, 64, device="cuda"), torch.randn(n_t, 64, device="cuda")
@@ -212,7 +236,8 @@ def test_contrastive_is_deterministic_and_reproducible(negatives):
     def once():
         leaf = student.clone().requires_grad_()
         generator = torch.Generator("cuda").manual_seed(1)
-        loss = vd.contrastive(leaf, teacher, pairs, negatives=negatives, generator=generator)
+        options = {"negatives": negatives, "generator": generator, "backend": backend}
+        loss = vd.contrastive(leaf, teacher, pairs, **options)
         loss.backward()
         return loss.detach(), leaf.grad
 

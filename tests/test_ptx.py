@@ -33,6 +33,8 @@ from tests.matched_kl_backend import compare as compare_logits
 from tests.ptx.launch import ROOT, compile_cuda, launching, span_loss_cost
 from tests.ptx.machine import Counts
 from tests.ptx.memory import Failure
+from tests.remap_backend import *  # noqa: F403
+from tests.remap_backend import make_table
 from tests.span_loss_backend import (  # noqa: F401
     DIVERGENCES,
     compare,
@@ -222,6 +224,7 @@ def test_pairs_that_share_a_warp_do_not_meet(divergence, launches, backend, devi
 
 def every_kernel(backend: str, device: str) -> None:
     pairs, n_s, n_t = make_pairs(3, seed=1, gaps=True)
+    make_table().remap(torch.arange(6).view(2, 3), backend=backend)
     for columns in (7, 8):
         student, teacher = randn(n_s, columns, seed=1), randn(n_t, columns, seed=2)
         compare_logits(student, teacher, make_matched(columns, columns, 5), backend, device, pairs, unmatched="rest")
@@ -277,7 +280,42 @@ def logits_far_apart(backend: str) -> None:
     vd.matched_kl(student, teacher, matched, unmatched="drop", backend=backend)
 
 
+def mask_far_apart(backend: str) -> None:
+    mask = torch.empty(2**31 + 3, dtype=torch.bool).as_strided((3, 3), (2**30, 1))
+    mask.copy_(torch.arange(9).view(3, 3) % 2)
+    ids = torch.arange(9).view(3, 3)
+    got, want = (make_table().remap(ids, mask, 9, name) for name in (backend, "torch"))
+    assert torch.equal(got.input_ids, want.input_ids)
+
+
+def a_table_that_makes_no_sense(launches) -> None:
+    """No bound of a row, and none of what was measured, leads outside."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-3, 20, (4, 50), generator=generator)
+    huge = torch.tensor([-(2**31), -5, 0, 3, 11, 12, 99, 2**31 - 1], dtype=torch.int32)
+    indptr = huge[torch.randint(len(huge), (17,), generator=generator)]
+    pieces = torch.arange(12, dtype=torch.int32)
+    native.cuda_measure(ids, None, indptr)
+    for measured, pairs in ((None, None), (torch.full((4, 4, 1), 70), 60)):
+        native.cuda_remap(ids, None, indptr, pieces, 7, 0, 300, measured, pairs)
+
+
+def test_a_table_that_makes_no_sense_leads_nowhere(launches):
+    a_table_that_makes_no_sense(launches)
+
+
+def test_every_byte_of_a_batch_crosses_the_memory_once(launches, backend):
+    table, ids = make_table(), torch.randint(50, (6, 300), generator=torch.Generator().manual_seed(1))
+    counts = launches.counts = Counts()
+    out = table.remap(ids, ids >= 0, 1000, backend)
+    launches.counts = None
+    each = (8 + 1 + 16) * ids.numel() + 16 * out.input_ids.numel()
+    assert counts.bytes < 1.05 * each + 4 * (51 + table.ids.numel()) + 1000
+    assert launches.count == {"remap_kernel": 1}
+
+
 def test_rows_past_2_gigabytes(backend):
+    mask_far_apart(backend)
     logits_far_apart(backend)
     mean_of_rows_far_apart(backend)
     pairs = vd.SpanPairs(*(torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [1, 4], [0, 1], [1, 3])))
@@ -358,3 +396,24 @@ def test_what_a_sweep_has_found_needs_a_barrier(module, tmp_path, monkeypatch, b
     for _ in launching(module, programs, monkeypatch):
         with pytest.raises(Failure, match="race of warps in shared memory"):
             vd.matched_kl(student, teacher, matched, unmatched="rest", reduction="none", backend=backend)
+
+
+FAULTS_OF_REMAP = {
+    "two buffers": ("turn_ ^= 1;", "", "race of warps in shared memory"),
+    "ids outside the table": ("token.known = id >= 0 && id < a.rows", "token.known = id < a.rows", "out of bounds"),
+    "bounds of rows": ("clamp(a.indptr[id + 1], a.nnz)", "a.indptr[id + 1]", "out of bounds"),
+    "pairs": ("p >= out.pairs || ", "", "out of bounds"),
+    "addresses": ("row * x.stride + column", "int(row) * int(x.stride) + int(column)", "out of bounds"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_REMAP)
+def test_what_a_remap_needs(fault, module, tmp_path, monkeypatch, backend):
+    old, new, noticed = FAULTS_OF_REMAP[fault]
+    programs = compile_cuda(copy_with(tmp_path, "remap.cu", old, new) / "csrc/cuda/kernels.cu", tmp_path)
+    for launches in launching(module, programs, monkeypatch):
+        with pytest.raises(Failure, match=noticed):
+            if fault == "addresses":
+                mask_far_apart(backend)
+            else:
+                a_table_that_makes_no_sense(launches)

@@ -12,6 +12,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import vocabdistil as vd  # noqa: E402
+from tests import contrastive_backend as contrastive  # noqa: E402
 from tests import cuda_on_host  # noqa: E402
 from tests import relation_loss_backend as relations  # noqa: E402
 from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
@@ -39,6 +40,7 @@ OPERATIONS = {
     "remapped_kl": ["remapped_kl"],
     "log_prob": ["log_prob_fwd", "log_prob_bwd"],
     "relation_loss": ["relation_loss"],
+    "contrastive": ["softmax"],
 }
 pytestmark = [
     pytest.mark.skipif(not TritonLauncher.possible(), reason="this triton launches in another way"),
@@ -196,3 +198,22 @@ def test_relation_loss(backend, device):
     pairs, shape_s, shape_t = relations.make_texts([5, 1, 70, 0, 8], seed=36, empty=True)
     student, teacher = relations.states(shape_s, 36, 1, heads=3), relations.states(shape_t, 60, 2, heads=3)
     relations.compare(student, teacher, pairs, backend, device, heads=3)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "turns"])
+@pytest.mark.parametrize("parts", contrastive.PARTS)
+@pytest.mark.parametrize(("negatives", "known"), [(0, None), (5, False)])
+def test_contrastive(negatives, known, parts, whole, monkeypatch, backend, device):
+    monkeypatch.setattr(contrastive.module, "_SPARSE", 10**9)
+    if not whole:
+        kernels = importlib.import_module("vocabdistil.triton_kernels.contrastive")
+        monkeypatch.setattr(kernels, "RESIDENT", 1)
+        monkeypatch.setattr(kernels, "TURN", 512)
+    contrastive.compare_op(70 if whole else 600, negatives, known, parts, backend, device)
+
+
+@pytest.mark.parametrize(("dtype", "side"), [(F32, "student"), (BF16, "teacher")], ids=str)
+def test_contrastive_of_hidden_states(dtype, side, backend, device):
+    pairs, n_s, n_t = make_pairs(20, seed=3, gaps=True, empty=True)
+    student, teacher = randn(n_s, 40, seed=1, dtype=dtype), randn(n_t, 40, seed=2, dtype=dtype)
+    contrastive.compare(student, teacher, pairs, backend, device, side=side, temperature=0.3)

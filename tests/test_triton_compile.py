@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vocabdistil.triton_kernels import relation_loss, rows, span_loss, span_mean  # noqa: E402
+from vocabdistil.triton_kernels import contrastive, relation_loss, rows, span_loss, span_mean  # noqa: E402
 
 from vocabdistil.core import native  # noqa: E402
 
@@ -130,3 +130,23 @@ def test_relation_loss(name, dim, capability):
     signature = {k: RELATIONS[k] for k in kernel.arg_names if k in RELATIONS}
     ptx = compile(kernel, signature, constants, capability, **options)
     assert re.search(r"\b(mma|wgmma|tcgen05)\S*tf32", ptx)  # on tensor cores, not term by term
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("wanted", [None, "whole", "bf16", "fp32"])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("columns", [500, 8192, 20000])
+def test_contrastive(columns, masks, wanted, capability):
+    options = contrastive.tile(columns)
+    constants = {name: options.pop(name) for name in ("WHOLE", "BLOCK")} | {"SPLIT": wanted in ("bf16", "fp32")}
+    constants |= {} if masks else {"valid": None, "left_out": None}
+    constants |= {} if wanted else {"slopes": None}
+    types = {
+        **dict.fromkeys(("scores", "scale", "loss"), "*fp32"), **dict.fromkeys(("valid", "left_out"), "*u8"),
+        **dict.fromkeys(("first", "columns", "stride"), "i32"), "inverse": "fp32",
+        "slopes": "*bf16" if wanted == "bf16" else "*fp32",
+    }  # fmt: skip
+    signature = {name: types[name] for name in contrastive.kernel.arg_names if name in types and name not in constants}
+    ptx = compile(contrastive.kernel, signature, constants, capability, **options)
+    assert re.search(r"ld\.global\.v4\.b32", ptx)
+    assert not wanted or re.search(r"st\.global\.v4\.b32", ptx)

@@ -20,6 +20,8 @@ _Tokens: TypeAlias = tuple[_Address, _Address]
 _Odds: TypeAlias = tuple[_Address, _Address, _Address]
 # Address, bytes per item, row stride.
 _View: TypeAlias = tuple[_Address, int, int]
+# Ids, mask, batch, length; indptr, pieces, rows, and how many pieces.
+_Batch: TypeAlias = tuple[_View, _View, int, int, _Address, _Address, int, int]
 # Address, bytes per item, address of the mask, length.
 _Offsets: TypeAlias = tuple[_Address, int, _Address, int]
 
@@ -111,6 +113,11 @@ def cuda_matched_kl(
     teacher_of: _Address, student_of: _Address, teacher_matched: _Address, matched: int, pairs: int, unmatched: int,
     mean: bool, temperature: float, scale: _Address, upstream: _Address, formed: _Address, loss: _Address,
     total: _Address, parts: _Address, grad: _Address, stream: _Address, /,
+) -> None: ...  # fmt: skip
+def cuda_remap_measure(of: _Batch, out: _Address, stream: _Address, /) -> None: ...
+def cuda_remap_write(
+    of: _Batch, ends: _Address, pair_ends: _Address, width: int, pairs: int, unk_id: int, pad_id: int,
+    input_ids: _Address, attention: _Address, spans: _Address, nonempty: _Address, stream: _Address, /,
 ) -> None: ...  # fmt: skip
 
 # The remap table.

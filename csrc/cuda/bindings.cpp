@@ -81,6 +81,32 @@ void matched(const PyRows& student, const PyRows& teacher, Address s_start, Addr
                     at<float>(parts), at<void>(grad), at<void>(stream)}));
 }
 
+// A batch and the table: ids and mask as (address, bytes of an integer, row stride).
+using PyIntegers = std::tuple<Address, int, int64_t>;
+using PyBatch = std::tuple<PyIntegers, PyIntegers, int64_t, int64_t, Address, Address, int64_t, int64_t>;
+
+IntRows integers(const PyIntegers& x) { return {at<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
+
+GpuRemapBatch batch(const PyBatch& x) {
+  const auto& [ids, mask, batch, length, indptr, pieces, rows, nnz] = x;
+  return {integers(ids), integers(mask), batch, length, at<const int32_t>(indptr), at<const int32_t>(pieces), rows,
+          nnz};
+}
+
+void measured(const PyBatch& x, Address out, Address stream) {
+  const Released released;
+  check(remap_measure(batch(x), at<int64_t>(out), at<void>(stream)));
+}
+
+void remapped(const PyBatch& x, Address ends, Address pair_ends, int64_t width, int64_t pairs, int64_t unk_id,
+              int64_t pad_id, Address input_ids, Address attention, Address spans, Address nonempty, Address stream) {
+  const Released released;
+  check(remap_write(batch(x),
+                    {at<const int64_t>(ends), at<const int64_t>(pair_ends), width, pairs, unk_id, pad_id,
+                     at<int64_t>(input_ids), at<int64_t>(attention), at<int32_t>(spans), at<int32_t>(nonempty)},
+                    at<void>(stream)));
+}
+
 const char* problem_or_none() {
   const char* error = problem();
   return error ? error : "";
@@ -93,6 +119,8 @@ PyMethodDef operations[] = {
     function<&loss>("cuda_span_loss"),
     function<&tables>("cuda_matched_tables"),
     function<&matched>("cuda_matched_kl"),
+    function<&measured>("cuda_remap_measure"),
+    function<&remapped>("cuda_remap_write"),
     {},
 };
 

@@ -2,3 +2,4 @@
 #include "span_mean.cu"
 #include "span_loss.cu"
 #include "matched_kl.cu"
+#include "remap.cu"

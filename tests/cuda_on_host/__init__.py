@@ -11,7 +11,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -34,7 +34,8 @@ def build(folder: Path, repository: Path = SOURCES.parent.parent) -> ModuleType:
 
 
 def serve_the_host(patch: pytest.MonkeyPatch, module: ModuleType | None = None) -> None:
-    """Calls with CPU tensors go to the backend that they name, those to CUDA to ``module``."""
+    """Calls with CPU tensors go to the backend that they name, those to CUDA to ``module``,
+    which has nothing else."""
 
     def choose(op, device, backend, limits):
         if backend in dict(limits):
@@ -44,7 +45,8 @@ def serve_the_host(patch: pytest.MonkeyPatch, module: ModuleType | None = None) 
     patch.setattr(dispatch, "_choose", choose)
     if module is not None:
         patch.setattr(native, "_cuda_stream", lambda device: current_stream(module))
-        patch.setattr(native, "_module", module)
+        both = vars(native.module()) | vars(module)
+        patch.setattr(native, "_module", SimpleNamespace(**both))
 
 
 @contextlib.contextmanager

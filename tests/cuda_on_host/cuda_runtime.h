@@ -4,7 +4,9 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -84,7 +86,7 @@ inline std::function<void()> body;
 inline ucontext_t scheduler;
 inline std::vector<ucontext_t> fibers;
 inline std::vector<Wait> waits;
-inline std::vector<float> exchanged;
+inline std::vector<uint64_t> exchanged;
 inline std::vector<float4> shared;  // of the size that a launch asks for
 inline float* shared_floats() { return reinterpret_cast<float*>(shared.data()); }
 inline unsigned current;
@@ -99,10 +101,9 @@ inline void run_fiber() {
 }
 
 // What undefined behaviour would be on a GPU: part of a warp at a shuffle, or of a block at a barrier.
-inline void check_convergence() {
+inline void check_convergence(bool at_barrier) {
   for (unsigned i = 0; i < waits.size(); ++i) {
-    const bool alone = waits[i] != waits[i / 32 * 32] || (waits[i] == Wait::barrier && waits[i] != waits[0]);
-    if (alone) {
+    if (waits[i] != waits[i / 32 * 32] || (at_barrier && waits[i] != Wait::barrier)) {
       std::fprintf(stderr, "cuda_on_host: thread %u waits where its neighbours do not\n", i);
       std::abort();
     }
@@ -124,29 +125,48 @@ inline void run_block() {
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], run_fiber, 0);
   }
-  for (bool alive = true; alive;) {
-    alive = false;
+  for (;;) {
+    bool ran = false;
     for (current = 0; current < count; ++current) {
-      if (waits[current] == Wait::done) continue;
+      if (waits[current] == Wait::done || waits[current] == Wait::barrier) continue;
       threadIdx = dim3(current % blockDim.x, current / blockDim.x);
       swapcontext(&scheduler, &fibers[current]);
-      alive = alive || waits[current] != Wait::done;
+      ran = true;
     }
-    check_convergence();
+    if (ran) {
+      check_convergence(false);
+      continue;
+    }
+    // No warp can go on but from a barrier, at which all must be.
+    if (std::find(waits.begin(), waits.end(), Wait::barrier) == waits.end()) return;
+    check_convergence(true);
+    waits.assign(count, Wait::none);
   }
 }
 
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Wait::barrier); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
   using namespace cuda_on_host;
-  exchanged[current] = value;
+  std::memcpy(&exchanged[current], &value, sizeof(T));
   wait(Wait::shuffle);
-  const float other = exchanged[current ^ mask];
+  T other;
+  std::memcpy(&other, &exchanged[current / 32 * 32 + lane % 32], sizeof(T));
   wait(Wait::shuffle);
   return other;
 }
+template <class T>
+T __shfl_xor_sync(unsigned all, T value, int mask) {
+  return __shfl_sync(all, value, cuda_on_host::current % 32 ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned all, T value, int step) {
+  const int lane = cuda_on_host::current % 32;
+  return __shfl_sync(all, value, lane < step ? lane : lane - step);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline unsigned __ballot_sync(unsigned, bool value) {
   using namespace cuda_on_host;

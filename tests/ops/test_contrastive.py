@@ -1,4 +1,4 @@
-"""contrastive in chunks against the float64 reference: autograd, sampled negatives, compile, memory, bad input."""
+"""contrastive in torch on the CPU: what every backend must do, and autograd, negatives, compile, memory, bad input."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ import torch
 
 import vocabdistil as vd
 from tests.compiling import assert_compiles
+from tests.contrastive_backend import *  # noqa: F403
 from tests.spans import make_pairs
 from tests.tolerances import assert_norm_close
 from tests.vocabularies import LargestAllocation, randn
+from vocabdistil.ops._products import left_parts, right_parts, split_tf32
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def backend():
+    return None
+
+
+@pytest.fixture
+def device():
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -150,34 +162,6 @@ def test_same_for_any_number_of_threads(negatives, scores):
         assert torch.equal(results[1][name], results[2][name])
 
 
-def test_few_pairs():
-    none = torch.zeros(0, dtype=torch.int32)
-    alone, empty = vd.SpanPairs([0], [2], [0], [1]), vd.SpanPairs([0], [0], [0], [1])
-    for pairs in (vd.SpanPairs(none, none, none, none), alone, empty):
-        for negatives in (-1, 3):
-            student = randn(3, 4).requires_grad_()
-            loss = vd.contrastive(student, randn(3, 4, seed=1), pairs, negatives=negatives)
-            loss.backward()
-            assert loss.item() == 0
-            torch.testing.assert_close(student.grad, torch.zeros(3, 4))
-
-
-def test_zero_rows_do_not_make_nan():
-    pairs, n_s, n_t = make_pairs(10, seed=5)
-    student, teacher = randn(n_s, 6, seed=1), randn(n_t, 6, seed=2)
-    student[pairs.student_start[2] : pairs.student_end[2]] = 0
-    teacher[pairs.teacher_start[4] : pairs.teacher_end[4]] = 0
-    got, want = (run(m, student, teacher, pairs) for m in (vd, vd.reference))
-    torch.testing.assert_close(got["loss"], want["loss"])
-    others = torch.arange(n_s) < pairs.student_start[2]  # a clamped norm has a gradient of the size 1 / 1e-8
-    torch.testing.assert_close(got["student"][others], want["student"][others])
-
-
-def test_small_temperature():
-    pairs, n_s, n_t = make_pairs(30, seed=5)
-    compare(randn(n_s, 6, seed=1), randn(n_t, 6, seed=2), pairs, temperature=0.005)
-
-
 def test_compiles_as_one_graph():
     pairs, n_s, n_t = make_pairs(12, seed=4, empty=True)
     student, teacher = randn(n_s, 8), randn(n_t, 8, seed=1)
@@ -195,8 +179,8 @@ def test_opcheck():
     ids = import_module("vocabdistil.ops.contrastive").draw_negatives(9, valid, 3, a.device, None)
     for args in ((None, None), (valid, None), (valid, ids)):
         count = 9 if args[0] is None else 8
-        torch.library.opcheck(op, (a, b, *args, scale, 0.5, count, False, True, True))
-    torch.library.opcheck(op, (a, b.t().contiguous().t(), None, ids, scale, 0.5, 9, True, True, False))
+        torch.library.opcheck(op, (a, b, *args, scale, 0.5, count, "whole", "torch", True, True))
+    torch.library.opcheck(op, (a, b.t().contiguous().t(), None, ids, scale, 0.5, 9, "bfloat16", "torch", True, False))
 
 
 @pytest.mark.parametrize("negatives", [False, True])
@@ -206,10 +190,26 @@ def test_split_products_are_exact_far_below_the_rounding_of_half_types(negatives
     a, b = (torch.nn.functional.normalize(randn(50, 24, seed=i) + 2) for i in (1, 2))
     ids = module.draw_negatives(50, None, 5, a.device, None) if negatives else None
     args = (a, b, None, ids, torch.full((50,), 0.02), 0.1, 50)
-    split, want = (torch.ops.vocabdistil.contrastive(*args, halves, True, True) for halves in (True, False))
+    op = torch.ops.vocabdistil.contrastive
+    split, want = (op(*args, parts, "torch", True, True) for parts in ("bfloat16", "whole"))
     for got, expected in zip(split, want, strict=True):
         assert_norm_close(got, expected, torch.float32, "split", 50)
     assert not torch.equal(split[2], want[2])
+
+
+def test_parts_in_tf32_keep_nearly_all_of_float32():
+    """Of values whose last 13 bits a product does not see."""
+
+    def seen(x):
+        return (x.view(torch.int32) & -8192).view(torch.float32).double()
+
+    a, b = randn(40, 700, seed=1), randn(30, 700, seed=2)
+    high, low = split_tf32(a)
+    assert torch.equal(seen(high), high.double()) and torch.equal(high + low, a)
+    assert ((high.double() + seen(low) - a).abs() <= 2.0**-21 * a.abs()).all()
+    left, right = left_parts(high, low).flatten(1), right_parts(*split_tf32(b)).flatten(1)
+    error = (seen(left) @ seen(right).t() - a.double() @ b.double().t()).abs()
+    assert (error <= 2.0**-20 * (a.abs().double() @ b.abs().double().t())).all()
 
 
 def test_upstream_gradients_and_autocast():
@@ -235,7 +235,7 @@ BAD = [
     ({"temperature": 0.0}, ValueError, "temperature"),
     ({"reduction": "mean"}, ValueError, "reduction"),
     ({"bias": torch.randn(4)}, ValueError, "bias"),
-    ({"backend": "triton"}, ValueError, "backend"),
+    ({"backend": "cuda"}, ValueError, "backend"),
 ]
 
 

@@ -27,7 +27,7 @@ from .memory import Tensors
 from .parser import parse
 
 ROOT = Path(__file__).parent.parent.parent
-WRITTEN = ("out", "loss", "total", "grad", "grads")  # the arguments of operations that their kernels write
+WRITTEN = ("out", "loss", "total", "grad", "grads", "slopes")  # the arguments of operations that their kernels write
 
 
 def tensors_of(value: object) -> Iterator[torch.Tensor]:
@@ -86,6 +86,12 @@ def compile_cuda(source: Path, folder: Path, architecture: int = 90) -> dict[str
     """The kernels of a file, by names such as ``loss_kernel<Kind 1, 16, 512>``."""
     kernels = parse(static.compile_ptx(source, folder, architecture).read_text(encoding="utf-8"))
     return dict(zip(static.kernel_names([*kernels]), map(Program, kernels.values()), strict=True))
+
+
+CUDA_OPERATIONS = (
+    "cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd", "cuda_matched_kl", "cuda_remap_measure",
+    "cuda_remap_write",
+)  # fmt: skip
 
 
 def host_name(demangled: str) -> str:
@@ -149,9 +155,8 @@ def launching(module: ModuleType, programs: dict[str, Program], patch: pytest.Mo
     """Calls with CPU tensors to the backend "cuda" run the programs."""
     launches = Launches()
     cuda_on_host.serve_the_host(patch, module)
-    patch.setattr(native, "_POOLED", range(0))  # the module has no pool
     with HostLauncher(module, programs, launches) as launcher:
-        for name in ("cuda_span_loss", "cuda_span_mean_fwd", "cuda_span_mean_bwd", "cuda_matched_kl"):
+        for name in CUDA_OPERATIONS:
             patch.setattr(native, name, launcher.guard(launches.known(getattr(native, name))))
         for name in ("total_parts", "_new_tables"):
             patch.setattr(native, name, launches.made(getattr(native, name), written=True))

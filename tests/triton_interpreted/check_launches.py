@@ -47,7 +47,7 @@ def launches(monkeypatch):
 
 
 def small(call):
-    return call.operation != "contrastive" and (call.operation != "span_loss" or call.name.startswith("kl 264"))
+    return call.operation != "span_loss" or call.name.startswith("kl 264")
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -58,6 +58,15 @@ def test_remapped_kl_is_one_launch_in_each_direction(launches, top_k):
     assert launches[True]["kernel", "remapped_kl"] == 1
     loss.backward()
     assert launches[True]["kernel", "remapped_kl"] == 2
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_contrastive_is_one_launch_for_a_chunk_of_pairs(launches, chunks, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vocabdistil.ops.contrastive"), "GPU_BUDGET", 4 * 48 * 48 // chunks)
+    start = torch.arange(48, dtype=torch.int32)
+    leaf = torch.randn(48, 8, requires_grad=True)
+    (3 * vd.contrastive(leaf, torch.randn(48, 8), vd.SpanPairs(*[start, start + 1] * 2), backend="triton")).backward()
+    assert launches[True]["kernel", "contrastive"] == chunks
 
 
 def test_on_the_device_of_their_tensors(launches):

@@ -371,8 +371,8 @@ class RemapTable:
                 their ids are not looked at.
             max_length: student tokens at most. A teacher token is never cut: the first one whose pieces do
                 not fit ends its sequence.
-            backend: ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"`` (both plain PyTorch); None chooses by
-                device. All but ``"cpu"`` give what is said of a GPU.
+            backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"reference"`` (both plain PyTorch); None
+                chooses by device. All but ``"cpu"`` give what is said of a GPU.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``[B, L_s]``, and one span pair per kept teacher

@@ -21,19 +21,20 @@ from . import native
 # operation -> device type -> implementations, best first. On a GPU both move the same bytes at any size; CUDA stands
 # first because it pads rows to 8 columns per thread where Triton pads to a power of two (768 to 1024), and starts
 # sooner, which is what small inputs pay for. Of matched_kl Triton stands first: it keeps a row in registers, where CUDA
-# reads the student's again from the cache. That order is by reasoning, not yet measured.
+# reads the student's again from the cache. A remap is small, so of it what starts sooner stands first. That order is by
+# reasoning, not yet measured.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "matched_kl": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
     "remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "relation_loss": {"cpu": ("cpu",), "cuda": ("triton",)},
-    "contrastive": {"cpu": ("torch",), "cuda": ("torch",)},
+    "contrastive": {"cpu": ("torch",), "cuda": ("triton", "torch")},
     "linear_matched_kl": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "linear_remapped_kl": {"cpu": ("cpu",), "cuda": ("triton",)},
     "span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
     "linear_span_likelihood": {"cpu": ("cpu",), "cuda": ("triton",)},
-    "remap": {"cpu": ("cpu",), "cuda": ("triton", "torch")},
+    "remap": {"cpu": ("cpu",), "cuda": ("cuda", "triton", "torch")},
 }
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .values import MadeOf
+from .values import INT32_MAX, MadeOf
 
 _module: ModuleType | None
 try:
@@ -35,6 +35,7 @@ if hasattr(os, "register_at_fork"):
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CUDA_MAX_LAYERS = 64  # kMaxLayers of csrc/ops.h
 CUDA_TOTAL_PAIRS = 8192  # kTotalPairs
+CUDA_REMAP_CHUNK = 2048  # kRemapChunk
 DIVERGENCE_CODES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "mse": 3, "cosine": 4}
 UNMATCHED_CODES = {"renormalize": 0, "rest": 1, "drop": 2}
 
@@ -369,3 +370,72 @@ def cuda_matched_kl(
             scale.numel(), unmatched, mean, temperature, scale.data_ptr(), _address(upstream), _address(formed),
             _address(loss), _address(total), _address(parts), _address(grad), stream,
         )  # fmt: skip
+
+
+def _batch(ids: Tensor, mask: Tensor | None, indptr: Tensor, pieces: Tensor | None) -> tuple:
+    ids_view, mask_view = (
+        (0, 1, 0) if x is None else (x.data_ptr(), x.element_size(), x.stride(0)) for x in (ids, mask)
+    )
+    nnz = INT32_MAX if pieces is None else pieces.numel()
+    return ids_view, mask_view, *ids.shape, indptr.data_ptr(), _address(pieces), indptr.numel() - 1, nnz
+
+
+def cuda_remap_measure(ids: Tensor, mask: Tensor | None, indptr: Tensor, out: Tensor) -> None:
+    """ids, mask: integers ``[B, L]``, columns adjacent; indptr: int32 ``[V + 1]``; out: int64 ``[4, B, chunks]``, of
+    every chunk its pieces, the tokens kept, those with pieces, and those outside the table."""
+    with _cuda_stream(ids.device) as stream:
+        module().cuda_remap_measure(_batch(ids, mask, indptr, None), out.data_ptr(), stream)
+
+
+def cuda_remap_write(
+    ids: Tensor, mask: Tensor | None, indptr: Tensor, pieces: Tensor, ends: Tensor | None, pair_ends: Tensor | None,
+    unk_id: int, pad_id: int, out: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """pieces: int32 ``[nnz]``; ends: int64 ``[B, chunks]``, pieces of a sequence up to the end of a chunk, or None
+    where it has one; pair_ends: int64 ``[B * chunks]``, tokens kept up to there, or None for a pair per token; out:
+    int64 input_ids and attention ``[B, W]``, int32 spans ``[4, pairs]``, int32 ``[B * chunks]``, pairs of two spans
+    that are not empty."""
+    with _cuda_stream(ids.device) as stream:
+        module().cuda_remap_write(
+            _batch(ids, mask, indptr, pieces), _address(ends), _address(pair_ends), out[0].shape[1], out[2].shape[1],
+            unk_id, pad_id, *map(_address, out), stream,
+        )  # fmt: skip
+
+
+def _chunks(ids: Tensor) -> int:
+    return max(-(-ids.shape[1] // CUDA_REMAP_CHUNK), 1)
+
+
+def _measured(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> Tensor:
+    found = ids.new_empty(4, ids.shape[0], _chunks(ids), dtype=torch.int64)
+    if found.numel():
+        cuda_remap_measure(ids, mask, indptr, found)
+    return found
+
+
+def cuda_measure(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`vocabdistil.reference.remap.measure`, on columns that are adjacent."""
+    found = _measured(ids, mask, indptr)
+    rows = found.sum(2)
+    longest = torch.nn.functional.pad(rows[0], (0, 1)).amax()  # of no sequences: 0
+    return torch.cat([longest[None], rows[1:].sum(1)]), found
+
+
+def cuda_remap(
+    ids: Tensor, mask: Tensor | None, indptr: Tensor, pieces: Tensor, unk_id: int, pad_id: int, width: int,
+    measured: Tensor | None = None, pairs: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`vocabdistil.reference.remap.remap`, on columns that are adjacent."""
+    (batch, length), chunks = ids.shape, _chunks(ids)
+    if measured is None and chunks > 1:
+        measured = _measured(ids, mask, indptr)
+    ends = None if measured is None or chunks == 1 else measured[0].cumsum(1)
+    pair_ends = None if measured is None or pairs is None else measured[1].flatten().cumsum(0)
+    input_ids = ids.new_empty(batch, width, dtype=torch.int64)
+    attention = torch.empty_like(input_ids)
+    spans = ids.new_empty(4, batch * length if pairs is None else pairs, dtype=torch.int32)
+    nonempty = ids.new_empty(batch * chunks, dtype=torch.int32)
+    if batch:
+        out = input_ids, attention, spans, nonempty
+        cuda_remap_write(ids, mask, indptr, pieces, ends, pair_ends, unk_id, pad_id, out)
+    return input_ids, attention, spans, nonempty.sum()

@@ -1,10 +1,13 @@
 """contrastive: schema, implementation, autograd, public function. Formula: ``reference/contrastive.py``.
 
 Pairs are taken in chunks, whose scores are one product with every pair of the batch, those not drawn left out; where
-few of many pairs are drawn, these are gathered instead. Scores become the gradient in place.
+few of many pairs are drawn, these are gathered instead, in torch on every device: their rows are what it takes. Scores
+become the gradient in place, or in parts of half precision; on a GPU in one pass, by Triton.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import Tensor, nn
@@ -12,32 +15,36 @@ from torch import Tensor, nn
 from ..alignment.spans import SpanPairs
 from ..core import checks, native
 from ..core.checks import Scale
-from ..core.dispatch import resolve
+from ..core.dispatch import implementation, resolve
 from ..reference._common import unit_rows, valid_pairs
 from ..reference.contrastive import check_contrastive_arguments
 from ..reference.contrastive import contrastive as reference_contrastive
 from ._gradient import HALF, hand_out, once_differentiable
 from ._library import define
-from ._products import split, sum_product
+from ._products import SPLITS, left_parts, product, right_parts, split, split_tf32, tf32, tf32_pays
 from ._projection import project
 from ._scale import scalable, scaled
 from .matched_kl import row_scale
 from .span_mean import pool_rows
 
 BUDGET = 16 << 20  # bytes for the scores of a chunk of pairs, or for the rows of their negatives
+GPU_BUDGET = 64 << 20  # the same with Triton, parts included: a product of few rows leaves most of a GPU idle
 _SPARSE = 64  # with fewer than one in this many pairs drawn, gathering them is cheaper than a product with all
 
 
-def _chunks(count: int, row_bytes: int) -> list[slice]:
-    step = max(1, BUDGET // max(row_bytes, 1))
-    return [slice(begin, min(count, begin + step)) for begin in range(0, count, step)]
+def _chunks(count: int, row_bytes: int, budget: int | None = None) -> list[slice]:
+    """Of one size, as far as that goes."""
+    most = max(1, (budget or BUDGET) // max(row_bytes, 1))
+    step = -(-count // max(1, -(-count // most)))
+    return [slice(begin, min(count, begin + step)) for begin in range(0, count, max(step, 1))]
 
 
 def _loss_and_slope(scores: Tensor, own: Tensor, scale: Tensor, temperature: float) -> Tensor:
-    """Scores [R, n] (over T) -> [R] losses; in place, scores become the gradient for the similarities.
+    """Scores [R, n] -> [R] losses; in place, scores become the gradient for the similarities.
 
     own: the view of the positive scores, [R]. Each loss counts ``scale`` [R] in the gradient.
     """
+    scores.mul_(1 / temperature)
     top = scores.amax(-1, keepdim=True)
     above = top[:, 0] - own
     total = scores.sub_(top).exp_().sum(-1, keepdim=True)
@@ -47,17 +54,31 @@ def _loss_and_slope(scores: Tensor, own: Tensor, scale: Tensor, temperature: flo
     return above + total[:, 0].log()
 
 
-def _whole(x: Tensor) -> tuple[Tensor]:
-    return (x,)
+def _softmax(
+    scores: Tensor, first: int, count: int, valid: Tensor | None, left_out: Tensor | None, scale: Tensor,
+    temperature: float, loss: Tensor, slopes: Tensor | None,
+) -> None:  # fmt: skip
+    """As :func:`vocabdistil.triton_kernels.contrastive.softmax`; the scores are lost."""
+    own = scores.diagonal(first)
+    if valid is not None:
+        left_out = ~valid.expand_as(scores) if left_out is None else left_out.logical_or(~valid)
+    if left_out is not None:
+        left_out.diagonal(first).fill_(False)
+        scores.masked_fill_(left_out, float("-inf"))
+    loss.copy_(_loss_and_slope(scores, own, scale, temperature))
+    if slopes is not None and slopes.shape[1] > 1:
+        slopes.copy_(left_parts(*(split if slopes.dtype == torch.bfloat16 else split_tf32)(scores)))
 
 
 def _impl(
     anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor | None, scale: Tensor, temperature: float,
-    num_valid: int, halves: bool, anchor_grad: bool, other_grad: bool,
+    num_valid: int, parts: str, backend: str, anchor_grad: bool, other_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``num_valid``: how many pairs are valid, the others are then left out; -1 where the host does not know, and their
-    scores are. ``halves``: the hidden states were of a half type, so that split products are exact enough."""
+    scores are. ``parts``: of what the products are, of SPLITS; "exact": of what takes the least time on the device."""
     shape, all_rows = anchor.shape, scale
+    if parts == "exact":
+        parts = "tf32" if anchor.dtype == torch.float32 and tf32_pays(anchor.device) else "whole"
     compact = valid is not None and num_valid >= 0
     if valid is not None and not compact:
         scale = torch.where(valid, scale, 0.0)
@@ -67,50 +88,17 @@ def _impl(
         anchor, other, scale = anchor[kept], other[kept], scale[kept]
         if negatives is not None:
             negatives = (valid.cumsum(0) - 1)[negatives[kept]]
-    count, width = anchor.shape
-    size = anchor.element_size()
+    seen = None if compact else valid
     loss = torch.empty_like(scale)
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
-    d_other = torch.zeros_like(other) if other_grad else None
-    sparse = None if negatives is None or count < _SPARSE * negatives.shape[1] else negatives
-    parts_of = split if halves else _whole
-    others = parts_of(other) if sparse is None else ()
-    for part in _chunks(count, size * (count if sparse is None else sparse.shape[1] * width)):
-        a, b = anchor[part], other[part]
-        if sparse is None:
-            anchors, scores = parts_of(a), a.new_empty(len(a), count)
-            sum_product(anchors, [x.t() for x in others], scores)
-            scores.mul_(1 / temperature)
-            own = scores[:, part].diagonal()
-            left_out = None
-            if negatives is not None:
-                left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
-            if valid is not None and not compact:
-                left_out = ~valid.expand_as(scores) if left_out is None else left_out.logical_or_(~valid)
-            if left_out is not None:
-                left_out[:, part].fill_diagonal_(False)
-                scores.masked_fill_(left_out, float("-inf"))
-            loss[part] = _loss_and_slope(scores, own, scale[part], temperature)
-            slopes = parts_of(scores)
-            if d_anchor is not None:
-                sum_product(slopes, others, d_anchor[part])
-            if d_other is not None:
-                sum_product([x.t() for x in slopes], anchors, d_other, add=True)
-            continue
-        ids = sparse[part]
-        rows = other[ids.flatten()].view(*ids.shape, width)
-        theirs = torch.bmm(rows, a[:, :, None])[:, :, 0]
-        if valid is not None and not compact:
-            theirs.masked_fill_(~valid[ids], float("-inf"))
-        scores = torch.cat([(a * b).sum(-1, keepdim=True), theirs], 1)
-        scores.mul_(1 / temperature)
-        loss[part] = _loss_and_slope(scores, scores[:, 0], scale[part], temperature)
-        if d_anchor is not None:
-            torch.bmm(scores[:, None, 1:], rows, out=d_anchor[part, None])
-            d_anchor[part].addcmul_(scores[:, :1], b)
-        if d_other is not None:
-            d_other[part].addcmul_(scores[:, :1], a)
-            _add_rows(d_other, ids.flatten(), torch.mul(scores[:, 1:, None], a[:, None], out=rows).flatten(0, 1))
+    if negatives is None or len(anchor) < _SPARSE * negatives.shape[1]:
+        with tf32() if parts == "tf32" else contextlib.nullcontext():
+            d_other = _by_products(
+                anchor, other, seen, negatives, scale, temperature, parts, backend, loss, d_anchor, other_grad
+            )  # fmt: skip
+    else:
+        d_other = torch.zeros_like(other) if other_grad else None
+        _gathered(anchor, other, seen, negatives, scale, temperature, loss, d_anchor, d_other)
     total = (loss * scale).sum(dtype=torch.float64).to(scale.dtype)
     if compact:
         loss = torch.zeros_like(all_rows).index_copy_(0, kept, loss)
@@ -124,6 +112,67 @@ def _impl(
     return total, loss, d_anchor, d_other
 
 
+def _by_products(
+    anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor | None, scale: Tensor, temperature: float,
+    parts: str, backend: str, loss: Tensor, d_anchor: Tensor | None, other_grad: bool,
+) -> Tensor | None:  # fmt: skip
+    """Of every pair with all others: writes the losses and ``d_anchor``, returns the gradient of the others."""
+    count, fused = len(anchor), backend == "triton"
+    if fused:
+        # Rows of scores and of their parts then begin where a GPU reads 16 bytes at once; no pair stands in the rest.
+        other = nn.functional.pad(other, (0, 0, 0, -count % 16))
+    columns = len(other)
+    softmax = implementation("contrastive", backend, "softmax") if fused else _softmax
+    split_up = SPLITS[parts]
+    others = right_parts(*split_up(other))
+    terms, size = others.shape[1], others.dtype.itemsize
+    across = others.flatten(1).t()
+    below = None if d_anchor is None else others.transpose(0, 1).flatten(0, 1)
+    d_other = torch.zeros_like(other) if other_grad else None
+    each = anchor.element_size() + (terms * size if terms > 1 else 0) + (negatives is not None)
+    for part in _chunks(count, each * columns, GPU_BUDGET if fused else None):
+        a = split_up(anchor[part])
+        scores = scale.new_empty(len(a[0]), columns)
+        product(left_parts(*a).flatten(1), across, scores)
+        left_out = None
+        if negatives is not None:
+            left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
+        slopes = scores[:, None]
+        if terms > 1:
+            slopes = scores.new_empty(len(scores), terms, columns, dtype=others.dtype)
+        wanted = d_anchor is not None or d_other is not None
+        softmax(
+            scores, part.start, count, valid, left_out, scale[part], temperature, loss[part], slopes if wanted else None
+        )
+        if d_anchor is not None and below is not None:
+            product(slopes.flatten(1), below, d_anchor[part])
+        if d_other is not None:
+            product(slopes.flatten(0, 1).t(), right_parts(*a).flatten(0, 1), d_other, add=True)
+    return None if d_other is None else d_other[:count]
+
+
+def _gathered(
+    anchor: Tensor, other: Tensor, valid: Tensor | None, negatives: Tensor, scale: Tensor, temperature: float,
+    loss: Tensor, d_anchor: Tensor | None, d_other: Tensor | None,
+) -> None:  # fmt: skip
+    """Of every pair with the few that were drawn for it: writes the losses and ``d_anchor``, adds to ``d_other``."""
+    count, width = anchor.shape
+    for part in _chunks(count, anchor.element_size() * negatives.shape[1] * width):
+        a, b, ids = anchor[part], other[part], negatives[part]
+        rows = other[ids.flatten()].view(*ids.shape, width)
+        theirs = torch.bmm(rows, a[:, :, None])[:, :, 0]
+        if valid is not None:
+            theirs.masked_fill_(~valid[ids], float("-inf"))
+        scores = torch.cat([(a * b).sum(-1, keepdim=True), theirs], 1)
+        loss[part] = _loss_and_slope(scores, scores[:, 0], scale[part], temperature)
+        if d_anchor is not None:
+            torch.bmm(scores[:, None, 1:], rows, out=d_anchor[part, None])
+            d_anchor[part].addcmul_(scores[:, :1], b)
+        if d_other is not None:
+            d_other[part].addcmul_(scores[:, :1], a)
+            _add_rows(d_other, ids.flatten(), torch.mul(scores[:, 1:, None], a[:, None], out=rows).flatten(0, 1))
+
+
 def _add_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
     """``out[ids[i]] += rows[i]`` in an order that does not change from run to run."""
     if out.is_cuda:  # sorts the ids; index_add_ would use atomics there
@@ -133,7 +182,7 @@ def _add_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 
 def _fake(
-    anchor, other, valid, negatives, scale, temperature, num_valid, halves, anchor_grad, other_grad
+    anchor, other, valid, negatives, scale, temperature, num_valid, parts, backend, anchor_grad, other_grad
 ):  # fmt: skip
     grads = (x.new_empty(x.shape if wanted else 0) for x, wanted in ((anchor, anchor_grad), (other, other_grad)))
     return scale.new_empty(()), torch.empty_like(scale), *grads
@@ -146,7 +195,8 @@ def _without_autocast(*args):
 
 _op = define(
     "contrastive(Tensor anchor, Tensor other, Tensor? valid, Tensor? negatives, Tensor scale, float temperature, "
-    "SymInt num_valid, bool halves, bool anchor_grad, bool other_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt num_valid, str parts, str backend, bool anchor_grad, bool other_grad) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _without_autocast,
     _fake,
 )
@@ -222,10 +272,11 @@ def contrastive(
     """InfoNCE between the averaged hidden states of aligned spans; formulas in
     :func:`vocabdistil.reference.contrastive`.
 
-    Chunks of pairs whose scores (or, with K negatives, whose negatives' rows) take 16 MiB: neither ``[P, P]`` nor
-    ``[P, K, D]`` is ever there at once, nor anything larger. On a GPU half-precision hidden states are averaged and
-    normalised in float32, and the scores are products of these means split into two bfloat16 parts each: tensor cores,
-    and an error far below the rounding of the hidden states.
+    Chunks of pairs whose scores (or, with K negatives, whose negatives' rows) take 16 MiB, with Triton 64: neither
+    ``[P, P]`` nor ``[P, K, D]`` is ever there at once, nor anything larger. On a GPU half-precision hidden states are
+    averaged and normalised in float32, and the scores are products of these means split into two bfloat16 parts each:
+    tensor cores, and an error far below the rounding of the hidden states; of float32 on GPUs of data centres the parts
+    are TF32, and nearly all of float32 remains. What stands between the products of a chunk is one kernel in Triton.
 
     Args:
         student: ``[N_s, D_s]`` or ``[B, L_s, D_s]``; float32, float64, bfloat16 or float16.
@@ -241,7 +292,8 @@ def contrastive(
         reduction: ``"batchmean"`` (mean over the pairs with both spans non-empty), ``"sum"`` or ``"none"``
             (``[P]``).
         scale: as in :func:`span_loss`.
-        backend: ``"torch"`` or ``"reference"``; None is ``"torch"``.
+        backend: ``"triton"`` (float64 goes through torch there), ``"torch"`` or ``"reference"``; None chooses by
+            device.
 
     Returns:
         The loss, float32 (float64 if an input is float64): ``[]``, or ``[P]`` for ``reduction="none"``.
@@ -253,14 +305,15 @@ def contrastive(
     student_rows, teacher_rows = check_contrastive_arguments(
         student, teacher, pairs, temperature, negatives, side, weight, bias, reduction
     )
-    device = student.device
-    if resolve("contrastive", device, backend) == "reference":
+    device, dtype = student.device, native.accumulation_dtype(student.dtype, teacher.dtype)
+    limits = (("triton", "float64 goes through torch"),) if dtype == torch.float64 else ()
+    choice = resolve("contrastive", device, backend, limits)
+    if choice == "reference":
         loss = reference_contrastive(
             student, teacher, pairs, temperature=temperature, negatives=negatives, side=side, weight=weight,
             bias=bias, generator=generator, reduction=reduction,
         )  # fmt: skip
         return scaled(loss, scale)
-    dtype = native.accumulation_dtype(student.dtype, teacher.dtype)
     valid = valid_pairs(pairs)
     s = pool_rows(student_rows, pairs.student_start, pairs.student_end, "mean", valid).to(dtype)
     t = pool_rows(teacher_rows, pairs.teacher_start, pairs.teacher_end, "mean", valid).to(dtype)
@@ -273,8 +326,9 @@ def contrastive(
         chosen = draw_negatives(len(pairs), valid, negatives, device, generator)
     each = row_scale(pairs, s, reduction, dtype, scale)
     grad = torch.is_grad_enabled()
-    halves = device.type == "cuda" and student.dtype in HALF and teacher.dtype in HALF
-    options = (float(temperature), -1 if isinstance(count, Tensor) else count, halves)
+    halves = student.dtype in HALF and teacher.dtype in HALF and (device.type == "cuda" or choice == "triton")
+    parts = "bfloat16" if halves else "exact"
+    options = (float(temperature), -1 if isinstance(count, Tensor) else count, parts, choice)
     return _Contrastive.apply(
         anchor, other, valid, chosen, each, options, reduction != "none",
         (grad and anchor.requires_grad, grad and other.requires_grad),

@@ -3,7 +3,7 @@ shared memory, and how many warps a multiprocessor then holds.
 
 ``--triton`` says it of the Triton kernels, as calls with the sizes of real models compile them; ``--spills FILE``
 writes the spills alone, which tests/test_cuda_static.py compares with benchmarks/spills.csv and triton_spills.csv;
-``--costs`` adds what a pair of a span loss costs, counted in the interpreter of tests/ptx.
+``--costs`` adds what calls cost, counted in the interpreter of tests/ptx.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.ptx.launch import Launches
 
 SOURCE = Path(__file__).parent.parent / "csrc/cuda/kernels.cu"
 SPILLS = Path(__file__).parent / "spills.csv"
@@ -168,7 +171,11 @@ def table(found: Sequence[Usage]) -> str:
         lines.append([f"`{kernel}`", str(each[0].threads), *cells])
     architectures = sorted({u.architecture for u in found})
     title = f"sm_{' / sm_'.join(map(str, architectures))}; bytes, and warps per multiprocessor of 64"
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return f"{title}\n\n{markdown(lines)}"
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def release() -> str:
@@ -206,30 +213,69 @@ COSTS = ((264, "bfloat16"), (768, "bfloat16"), (1024, "bfloat16"), (4096, "bfloa
 PAIRS = 64  # 8 a warp: what a warp does once is shared out
 
 
-def cost_table(folder: Path) -> str:
+def pair_costs(launches: Launches) -> str:
     """Markdown: of the KL of spans of one row, with its gradient, the instructions of a warp and the bytes of memory,
     each counted once, per pair; the bytes that its three rows take; and the instructions of a pair whose rows are close
     and per row of padding."""
-    import pytest
     import torch
 
-    from tests import cuda_on_host
-    from tests.ptx.launch import compile_cuda, launching, span_loss_cost
+    from tests.ptx.launch import span_loss_cost
 
     names = ("instructions", "bytes", "of its rows", "instructions of close rows", "per row of padding")
     lines = [["hidden size", *names], ["---", *["---:"] * len(names)]]
-    module, programs = cuda_on_host.build(folder), compile_cuda(SOURCE, folder)
+    for dim, name in COSTS:
+        dtype = getattr(torch, name)
+        full, padded = (span_loss_cost(launches, dim, dtype, PAIRS, padding) for padding in (0, 1024))
+        close = span_loss_cost(launches, dim, dtype, PAIRS, close=True)
+        rows = full.bytes / PAIRS, 3 * dim * dtype.itemsize
+        each = full.instructions / PAIRS, *rows, close.instructions / PAIRS
+        more = (padded.instructions - full.instructions) / 1024
+        lines.append([f"{dim} {name}", *(f"{n:.0f}" for n in (*each, more))])
+    return markdown(lines)
+
+
+def call_costs(launches: Launches, backend: str, calls: Iterable[Any]) -> str:
+    """Markdown: of calls (benchmarks/smoke.py) and their gradients, the instructions of warps, the bytes of memory that
+    were read and written, each counted once, and the bytes of the tensors that a call has to read and to write. Not of
+    those from hidden states, which are products of torch's above all."""
+    import torch
+
+    import vocabdistil as vd
+    from tests.ptx.machine import Counts
+    from vocabdistil.core import dispatch
+
+    names = ("instructions", "bytes", "of its tensors", "bytes per instruction")
+    lines = [["call", *names], ["---", *["---:"] * len(names)]]
+    for call in calls:
+        served = backend in dispatch.TABLE[call.operation]["cuda"] and not call.operation.startswith("linear_")
+        if not served or call.leaves[0].dtype == torch.float64:
+            continue
+        leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]
+        counts = launches.counts = Counts()
+        call.run(vd, leaves, call.rest, backend).sum().backward()
+        launches.counts = None
+        tensors = 2 * sum(x.nbytes for x in leaves) + sum(x.nbytes for x in call.rest)
+        numbers = counts.instructions, counts.bytes, tensors, f"{tensors / counts.instructions:.1f}"
+        lines.append([f"{call.operation} {call.name}", *map(str, numbers)])
+    return markdown(lines)
+
+
+def costs(folder: Path, triton: bool, calls: Iterable[Any]) -> str:
+    """The tables of what calls cost, counted on the machine of tests/ptx."""
+    import pytest
+
+    from tests import cuda_on_host
+    from tests.ptx.launch import TritonLauncher, compile_cuda, launching, triton_launching
+
     with pytest.MonkeyPatch.context() as patch:
-        for launches in launching(module, programs, patch):
-            for dim, name in COSTS:
-                dtype = getattr(torch, name)
-                full, padded = (span_loss_cost(launches, dim, dtype, PAIRS, padding) for padding in (0, 1024))
-                close = span_loss_cost(launches, dim, dtype, PAIRS, close=True)
-                rows = full.bytes / PAIRS, 3 * dim * dtype.itemsize
-                each = full.instructions / PAIRS, *rows, close.instructions / PAIRS
-                more = (padded.instructions - full.instructions) / 1024
-                lines.append([f"{dim} {name}", *(f"{n:.0f}" for n in (*each, more))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        if triton:
+            return call_costs(triton_launching(TritonLauncher(folder / "costs"), patch), "triton", calls)
+        module, programs = cuda_on_host.build(folder), compile_cuda(SOURCE, folder)
+        found = [
+            f"{pair_costs(launches)}\n\n{call_costs(launches, 'cuda', calls)}"
+            for launches in launching(module, programs, patch)
+        ]
+        return found[0]
 
 
 def triton_release() -> str:
@@ -238,35 +284,37 @@ def triton_release() -> str:
     return triton.__version__
 
 
-def real_calls() -> Iterable[Any]:
-    """Of every loss, at the sizes of real models."""
+def calls_of(*sizes: int) -> Iterable[Any]:
+    """Of every loss, with these numbers of tokens and hidden sizes."""
     import torch
 
     from .smoke import Sizes, calls
 
-    return calls(torch.device("cpu"), Sizes(5031, 30522, 4700, 384, 768))
+    return calls(torch.device("cpu"), Sizes(*sizes))
+
+
+REAL = (5031, 30522, 4700, 384, 768)
+COUNTED = (503, 3052, 470, 48, 96)  # an interpreter takes its time
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__)
     parser.add_argument("--spills", type=Path, metavar="FILE", help="also write the spills to this file")
     parser.add_argument("--triton", action="store_true", help="the Triton kernels instead; takes minutes")
-    parser.add_argument("--costs", action="store_true", help="also count what a pair costs; takes a C++ compiler")
+    parser.add_argument("--costs", action="store_true", help="also count what calls cost; takes a C++ compiler")
     args = parser.parse_args(argv)
-    if args.triton and args.costs:
-        parser.error("--costs: expected no --triton, got it")
     for tool in () if args.triton else ("nvcc", "ptxas"):
         if find_tool(tool) is None:
             parser.error(f"{tool} is neither on the PATH nor in CUDA_HOME")
     with tempfile.TemporaryDirectory() as folder:
         if args.triton:
-            found = triton_usage(Path(folder), real_calls())
+            found = triton_usage(Path(folder), calls_of(*REAL))
         else:
             found = usage(compile_ptx(SOURCE, Path(folder), min(ARCHITECTURES)))
-        costs = cost_table(Path(folder)) if args.costs else ""
+        counted = costs(Path(folder), args.triton, calls_of(*COUNTED)) if args.costs else ""
     print(table(found))
-    if costs:
-        print(f"\n{costs}")
+    if counted:
+        print(f"\n{counted}")
     if args.spills:
         write_spills(found, args.spills, triton_release() if args.triton else release())
     return 0

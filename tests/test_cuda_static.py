@@ -36,7 +36,7 @@ def test_no_triton_kernel_spills_more_than_it_did(tmp_path):
     known = static.read_spills(static.TRITON_SPILLS, static.triton_release())
     if known is None or not TritonLauncher.possible():
         pytest.skip("benchmarks/triton_spills.csv is of another release of Triton")
-    found = static.triton_usage(tmp_path, static.real_calls(), [90])
+    found = static.triton_usage(tmp_path, static.calls_of(*static.REAL), [90])
     assert not static.new_spills(found, known)
     assert {key for key in known if key[1] == 90} <= {(u.kernel, u.architecture) for u in found}
 
@@ -65,18 +65,18 @@ def test_the_command_prints_the_table_and_writes_the_spills(tmp_path, capsys, mo
     monkeypatch.setattr(static, "usage", lambda ptx: found)
     monkeypatch.setattr(static, "find_tool", lambda name: name)
     monkeypatch.setattr(static, "release", lambda: "1.2")
-    monkeypatch.setattr(static, "cost_table", lambda folder: "what it costs")
+    monkeypatch.setattr(static, "costs", lambda folder, triton, calls: "of Triton" if triton else "of CUDA")
     assert main(["static", "--spills", str(tmp_path / "spills.csv")]) == 0
     assert capsys.readouterr().out == static.table(found) + "\n"
     assert main(["static", "--costs"]) == 0
-    assert capsys.readouterr().out == static.table(found) + "\n\nwhat it costs\n"
+    assert capsys.readouterr().out == static.table(found) + "\n\nof CUDA\n"
     assert static.read_spills(tmp_path / "spills.csv", "1.2") == {("other<1>", 90): 8}
     assert static.read_spills(tmp_path / "spills.csv", "1.3") is None
     others = [replace(USAGE, kernel="loss_kernel, span_loss kl", spilled=4)]
     monkeypatch.setattr(static, "triton_usage", lambda folder, calls: others)
     monkeypatch.setattr(static, "triton_release", lambda: "3.0")
-    assert main(["static", "--triton", "--spills", str(tmp_path / "others.csv")]) == 0
-    assert capsys.readouterr().out == static.table(others) + "\n"
+    assert main(["static", "--triton", "--costs", "--spills", str(tmp_path / "others.csv")]) == 0
+    assert capsys.readouterr().out == static.table(others) + "\n\nof Triton\n"
     assert static.read_spills(tmp_path / "others.csv", "3.0") == {("loss_kernel, span_loss kl", 90): 4}
 
 

@@ -179,12 +179,18 @@ def test_both_stages_of_a_total(launches, backend, monkeypatch):
     assert launches.count["finish_kernel"] == 2
 
 
-def test_the_table_of_costs(tmp_path, monkeypatch):
+def test_the_tables_of_costs(launches, monkeypatch):
     monkeypatch.setattr(static, "COSTS", ((8, "float32"),))
-    *_, line = static.cost_table(tmp_path).splitlines()
+    *_, line = static.pair_costs(launches).splitlines()
     name, instructions, moved, least, close, padding = line.strip("| ").split(" | ")
     assert name == "8 float32" and least == "96"
     assert int(close) > int(instructions) > 100 and int(moved) >= 96 and 0 < int(padding) < 40
+    calls = [call for call in static.calls_of(50, 60, 40, 24, 48) if call.operation.endswith("matched_kl")]
+    *_, first, _, last = static.call_costs(launches, "cuda", calls).splitlines()
+    for line, unmatched in ((first, "renormalize"), (last, "drop")):
+        name, instructions, moved, tensors, each = line.strip("| ").split(" | ")
+        assert name == f"matched_kl {unmatched}" and int(tensors) == 4 * 64 * (2 * 50 + 60)
+        assert int(moved) > 4 * 64 * 2 * 50 and float(each) == round(int(tensors) / int(instructions), 1)
 
 
 def test_a_loss_without_a_gradient(launches, backend):

@@ -4,8 +4,6 @@ at."""
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
@@ -13,9 +11,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import vocabdistil as vd  # noqa: E402
 from tests import contrastive_backend as contrastive  # noqa: E402
-from tests import cuda_on_host  # noqa: E402
 from tests import relation_loss_backend as relations  # noqa: E402
-from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
+from tests.ptx.launch import TritonLauncher, triton_launching  # noqa: E402
 from tests.remap_backend import test_equals_the_native_code as equals_the_native_code  # noqa: E402
 from tests.remap_backend import test_ids_outside_the_table  # noqa: E402, F401
 from tests.remapped_kl_backend import make_weights  # noqa: E402
@@ -32,16 +29,6 @@ from tests.triton_interpreted import check_log_prob, check_matched_kl, check_rem
 from tests.vocabularies import make_matched, randn  # noqa: E402
 from vocabdistil.core import native  # noqa: E402
 
-OPERATIONS = {
-    "span_loss": ["span_loss"],
-    "span_mean": ["span_mean_fwd", "span_mean_bwd"],
-    "remap": ["measure", "remap"],
-    "matched_kl": ["matched_kl"],
-    "remapped_kl": ["remapped_kl"],
-    "log_prob": ["log_prob_fwd", "log_prob_bwd"],
-    "relation_loss": ["relation_loss"],
-    "contrastive": ["softmax"],
-}
 pytestmark = [
     pytest.mark.skipif(not TritonLauncher.possible(), reason="this triton launches in another way"),
     pytest.mark.filterwarnings("error:TRITON_DEFAULT_FP_FUSION"),  # a launch that leaves it to the version
@@ -58,16 +45,7 @@ def launcher(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def launches(launcher, monkeypatch):
     """Calls with CPU tensors to the backend "triton" run in the interpreter."""
-    cuda_on_host.serve_the_host(monkeypatch)
-    launches = launcher.launches = Launches()
-    launcher.install(monkeypatch)
-    for file, names in OPERATIONS.items():
-        module = importlib.import_module(f"vocabdistil.triton_kernels.{file}")
-        for name in names:
-            monkeypatch.setattr(module, name, launches.known(getattr(module, name)))
-        if hasattr(module, "one_stride"):
-            monkeypatch.setattr(module, "one_stride", launches.made(module.one_stride))
-    return launches
+    return triton_launching(launcher, monkeypatch)
 
 
 @pytest.fixture

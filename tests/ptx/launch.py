@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import inspect
 import re
 import struct
@@ -243,3 +244,29 @@ FORMATS = {
     "*": "Q", "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u32": "I", "u64": "Q", "fp32": "f",
     "fp64": "d",
 }  # fmt: skip
+
+# What the kernels of each file are launched by; its tensors are those that they may touch.
+TRITON_OPERATIONS = {
+    "span_loss": ["span_loss"],
+    "span_mean": ["span_mean_fwd", "span_mean_bwd"],
+    "remap": ["measure", "remap"],
+    "matched_kl": ["matched_kl"],
+    "remapped_kl": ["remapped_kl"],
+    "log_prob": ["log_prob_fwd", "log_prob_bwd"],
+    "relation_loss": ["relation_loss"],
+    "contrastive": ["softmax"],
+}
+
+
+def triton_launching(launcher: TritonLauncher, patch: pytest.MonkeyPatch) -> Launches:
+    """Calls with CPU tensors to the backend "triton" run on the machine."""
+    cuda_on_host.serve_the_host(patch)
+    launches = launcher.launches = Launches()
+    launcher.install(patch)
+    for file, names in TRITON_OPERATIONS.items():
+        module = importlib.import_module(f"vocabdistil.triton_kernels.{file}")
+        for name in names:
+            patch.setattr(module, name, launches.known(getattr(module, name)))
+        if hasattr(module, "one_stride"):
+            patch.setattr(module, "one_stride", launches.made(module.one_stride))
+    return launches

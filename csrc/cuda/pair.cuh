@@ -307,7 +307,8 @@ struct Pair {
       s[e] = x.s;
       t[e] = x.t;
     });
-    loss = jsd_of(group, temperature, beta, [&](int e) { return shares_of(s[e], t[e]); });
+    const float of_s = quotient(1, sum_s_), of_t = quotient(1, sum_t_);
+    loss = jsd_of(group, temperature, beta, [&](int e) { return shares_of(s[e] * of_s, t[e] * of_t); });
     return kl_of_sums<true>() < kClose;
   }
 
@@ -315,9 +316,10 @@ struct Pair {
   __device__ float close_jsd(Group& group, const Temperature& temperature, float beta) {
     const float shift = fmaf(kLn2, mean_, log1pf(excess<true>(group, temperature, [](auto...) {})));
     forget();
+    const float of_s = quotient(1, sum_s_), of_t = quotient(1, sum_t_);
     return jsd_of(group, temperature, beta, [&](int e) {
       const Column x = column_of(e, temperature);
-      Shares shares = shares_of(x.s, x.t);
+      Shares shares = shares_of(x.s * of_s, x.t * of_t);
       const float u = fmaf(kLn2, x.above, -shift);  // log q - log r
       if (fabsf(u) < 0.125f) {
         const float more = fmaf(u * u, exp_series(u), u);
@@ -332,8 +334,8 @@ struct Pair {
   struct Shares {
     float r, q, more_r, more_q;
   };
-  __device__ Shares shares_of(float exp_s, float exp_t) const {
-    const float r = normal(exp_s * quotient(1, sum_s_)), q = normal(exp_t * quotient(1, sum_t_));
+  static __device__ Shares shares_of(float share_s, float share_t) {
+    const float r = normal(share_s), q = normal(share_t);
     return {r, q, r == 0 ? 0 : __fdividef(q - r, r), q == 0 ? 0 : __fdividef(r - q, q)};
   }
   // A share under what float divides by without overflow is none.

@@ -45,8 +45,8 @@ __device__ Place place(const LossArgs& a, int64_t p) {
 enum class Kind { packed, packed_jsd, unpacked };
 
 // Blocks of four warps share a multiprocessor in threes where a thread holds many columns, else in fours. What they spill
-// for that (benchmarks/spills.csv), some 25 of a pair's instructions, is not worth half as many warps: without it the
-// compiler takes 247 registers for 32 columns, and 205 for JSD.
+// for that (benchmarks/spills.csv), some 25 of a pair's instructions, or 50 of reverse KL with 32 columns, is not worth
+// half as many warps.
 template <Kind kKind, int kColumns, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == 128 && kColumns > 16 ? 3 : 1)
     loss_kernel(const __grid_constant__ LossArgs a) {
@@ -115,9 +115,9 @@ constexpr int kMostPacked = 16 * 512;  // columns of a thread, threads
 // of a thread, and over as many pairs: 8 or 16 threads hold a row of up to 512 columns, a warp one of 1024; none of them
 // needs a barrier. A wider one takes a block, 4096 columns 4 warps. The 12 or 16 warps that a multiprocessor then holds
 // have 48 KB of loads in flight, more than the 25 KB that latency times bandwidth asks for, but not while they compute:
-// so each asks for its next pair's rows ahead. JSD, bound by its logarithms, and rows of more than 4096 columns, of which
-// a multiprocessor holds few, take 16 columns. What is wider still or allows no 16-byte accesses is rare: little code, not
-// speed.
+// so each asks for its next pair's rows ahead. Rows of more than 4096 columns, of which a multiprocessor holds few, take
+// 16 columns, and so does JSD, bound by its logarithms, where a warp does not hold a row with 24. What is wider still or
+// allows no 16-byte accesses is rare: little code, not speed.
 int threads_of(int dim, int columns) {
   const int threads = static_cast<int>(ceil_div(dim, columns));
   return threads <= 8 ? 8 : threads <= 16 ? 16 : round_up(threads, 32);
@@ -130,6 +130,7 @@ const char* launch_loss(const LossArgs& a, int threads, cudaStream_t stream) {
 const char* launch_loss(const LossArgs& a, cudaStream_t stream) {
   const int of_16 = threads_of(a.dim, 16), of_24 = threads_of(a.dim, 24), of_32 = threads_of(a.dim, 32);
   if (a.width == 1) return launch_loss<Kind::unpacked, 16, 1024>(a, std::max(of_16, 32), stream);
+  if (a.divergence == Divergence::jsd && of_24 <= 32) return launch_loss<Kind::packed_jsd, 24, 128>(a, of_24, stream);
   if (a.divergence == Divergence::jsd) return launch_loss<Kind::packed_jsd, 16, 512>(a, of_16, stream);
   if (a.dim > 4096) return launch_loss<Kind::packed, 16, 512>(a, of_16, stream);
   if (of_24 == of_32 && of_24 <= 32) return launch_loss<Kind::packed, 24, 128>(a, of_24, stream);

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import vocabdistil as vd  # noqa: E402
 from tests import cuda_on_host  # noqa: E402
 from tests import relation_loss_backend as relations  # noqa: E402
+from tests.output_layers import make  # noqa: E402
 from tests.ptx.launch import Launches, TritonLauncher  # noqa: E402
 from tests.remap_backend import test_equals_the_native_code as equals_the_native_code  # noqa: E402
 from tests.remap_backend import test_ids_outside_the_table  # noqa: E402, F401
@@ -27,7 +28,12 @@ from tests.span_loss_backend import (  # noqa: E402, F401
 from tests.span_mean_backend import test_span_mean_against_float64 as span_mean_against_float64  # noqa: E402
 from tests.span_mean_backend import test_span_mean_of_layers  # noqa: E402, F401
 from tests.spans import make_pairs  # noqa: E402
-from tests.triton_interpreted import check_log_prob, check_matched_kl, check_remapped_kl  # noqa: E402
+from tests.triton_interpreted import (  # noqa: E402
+    check_linear_matched_kl,
+    check_log_prob,
+    check_matched_kl,
+    check_remapped_kl,
+)
 from tests.vocabularies import make_matched, randn  # noqa: E402
 
 OPERATIONS = {
@@ -35,6 +41,7 @@ OPERATIONS = {
     "span_mean": ["span_mean_fwd", "span_mean_bwd"],
     "remap": ["measure", "remap"],
     "matched_kl": ["matched_kl"],
+    "linear_matched_kl": ["tiles", "masses", "combine", "grad_hidden", "grad_weight"],
     "remapped_kl": ["remapped_kl"],
     "log_prob": ["log_prob_fwd", "log_prob_bwd"],
     "relation_loss": ["relation_loss"],
@@ -124,6 +131,21 @@ def test_matched_kl_of_pairs_with_the_rest(whole, monkeypatch, backend, device):
     student, teacher = randn(n_s, 1100, seed=1, dtype=BF16), randn(n_t, 2104, seed=2, dtype=BF16)
     matched, options = make_matched(1100, 2104, 900), {"unmatched": "rest", "reduction": "none"}
     check_matched_kl.compare(student, teacher, matched, backend, device, pairs=pairs, **options)
+
+
+@pytest.mark.parametrize(
+    ("unmatched", "dtype", "bias", "dims"),
+    [("renormalize", BF16, True, (264, 72)), ("rest", F16, False, (16, 40)), ("drop", BF16, True, (7, 9))],
+    ids=str,
+)
+def test_linear_matched_kl(unmatched, dtype, bias, dims, backend):
+    """On tensor cores: rows, columns and dims that fill tiles and turns, or do not, in 8 parts and several turns."""
+    tensors = make(70, 70, v_s=300, v_t=400, d_s=dims[0], d_t=dims[1], dtype=dtype, bias=bias)
+    for side, dim in zip(("student", "teacher"), dims, strict=True):
+        tensors[f"{side}_weight"] *= (12 / dim) ** 0.5
+    check_linear_matched_kl.compare(
+        tensors, make_matched(300, 400, 150), backend, unmatched=unmatched, temperature=1.7
+    )
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(50, BF16), (1040, F32)], ids=str)

@@ -90,7 +90,7 @@ def _near_count(total, count):
 
 
 @triton.jit
-def _log_ratio(a, less_a, count_a, b, less_b, count_b):
+def log_ratio(a, less_a, count_a, b, less_b, count_b):
     """``log(a / b)`` of sums of exponentials; ``less = sum - count``."""
     x, y = less_a / count_a, less_b / count_b
     near = log_one_plus((count_a - count_b) / count_b) + log_one_plus((x - y) / (1 + y))
@@ -368,7 +368,7 @@ def _row(
     if UNMATCHED == 0:
         value, shift_u = kl, shift_s
     else:
-        rest_ratio = _log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
+        rest_ratio = log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
         value, own, add_t, by_u = with_rest(
             kl, ratio, shift_s, shift_t, shift_u, shift_v, inverse, z_s, z_t, z_u, z_v, rest_ratio, UNMATCHED == 2
         )
@@ -485,8 +485,8 @@ def rest_kernel(
     rest += 4 * p
     before, before_count = tl.load(rest), tl.load(rest + 3)
     high = tl.maximum(top, before)
-    total, less = _shifted(top, total, less, count, high, inverse)
-    old_total, old_less = _shifted(before, tl.load(rest + 1), tl.load(rest + 2), before_count, high, inverse)
+    total, less = shifted(top, total, less, count, high, inverse)
+    old_total, old_less = shifted(before, tl.load(rest + 1), tl.load(rest + 2), before_count, high, inverse)
     tl.store(rest, high)
     tl.store(rest + 1, total + old_total)
     tl.store(rest + 2, less + old_less)
@@ -494,7 +494,7 @@ def rest_kernel(
 
 
 @triton.jit
-def _shifted(top, total, less, count, high, inverse):
+def shifted(top, total, less, count, high, inverse):
     """The sums of exponentials shifted by a larger value than the largest."""
     low = (top - shift_of(high)) * inverse
     weight = tl.exp(low)

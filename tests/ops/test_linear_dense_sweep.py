@@ -42,7 +42,7 @@ def test_chunks_are_of_one_size(rows):
 
 def test_columns_of_the_student_with_the_matched_ones_first():
     ids = torch.tensor([4, 1, 6])
-    assert sweep._unmatched_last(ids, 8).tolist() == [4, 1, 6, 0, 2, 3, 5, 7]
+    assert sweep.unmatched_last(ids, 8).tolist() == [4, 1, 6, 0, 2, 3, 5, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -19,7 +19,8 @@ from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_
 from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
-from ._gradient import LinearLoss
+from ._fused_sweep import fused_sweep
+from ._gradient import HALF, LinearLoss
 from ._library import define, without_autocast
 from ._linear import empty_grads, fake_results, pool_sides, results, wanted_grads
 from ._scale import scalable, scaled
@@ -37,6 +38,12 @@ def _impl(
     student_ids: Tensor, teacher_ids: Tensor, scale: Tensor, unmatched: int, temperature: float, backend: str,
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton" and student.dtype in HALF and teacher.dtype in HALF:
+        return fused_sweep(
+            student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,
+            teacher_lengths, student_ids, teacher_ids, scale, unmatched, temperature, hidden_grad, weight_grad,
+            bias_grad,
+        )  # fmt: skip
     if backend != "cpu":
         return dense_sweep(
             student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,

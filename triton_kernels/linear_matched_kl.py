@@ -42,8 +42,8 @@ TILE = 64  # columns that have statistics of their own
 MATCHED = 2 * TILE  # the matched columns are padded to a multiple of this
 TURNS = 8  # tiles of the teacher's other columns that a program takes, two of these wide
 STEP = 32  # columns or rows that a product of the gradient takes at a time
-PROGRAMS = 264  # two for each multiprocessor of an H200: products with fewer are cut into parts
-MOST_PARTS = 8
+PROGRAMS = 132  # one for each multiprocessor of an H200: products with fewer are cut into parts,
+MOST_PARTS = 6  # not into more than these, as each takes memory
 _STATISTICS = tl.constexpr(7)  # per row of a tile
 _MASSES = tl.constexpr(4)  # per row of a part of the columns without a partner
 _LARGEST = tl.constexpr(32768.0)  # of the float16 numbers
@@ -518,7 +518,7 @@ def _parts(programs: int, turns: int, dim: int) -> int:
     """Into how many parts, which are added in their order, a product of so many blocks of rows is cut, each of which
     takes so many turns."""
     programs *= widths(dim, tile("products", capability())["widest"])[0]
-    return max(1, min(PROGRAMS // max(programs, 1), MOST_PARTS, turns // 4))
+    return max(1, min(triton.cdiv(PROGRAMS, max(programs, 1)), MOST_PARTS, turns // 4))
 
 
 def parts_of_weight(rows: int, width: int, dim: int) -> int:

@@ -47,9 +47,10 @@ def fused_sweep(
         student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
         student_ids, teacher_ids, scale, unmatched, temperature, hidden_grad, weight_grad, bias_grad,
     )  # fmt: skip
-    columns, empty = student_weight.shape[0], scale.new_empty(0)
-    grad_weight = empty if of_weight is None else _scattered(of_weight, student_ids, others, at, columns)
-    grad_bias = empty if of_bias is None else _scattered(of_bias, student_ids, others, at, columns)
+    grad_weight, grad_bias = (
+        scale.new_empty(0) if x is None else _scattered(x, student_ids, others, at, student_weight.shape[0])
+        for x in (of_weight, of_bias)
+    )
     if unit is not None:
         for x in (grad_hidden, grad_weight, grad_bias):
             x.mul_(unit)

@@ -176,6 +176,19 @@ def test_rows_that_count_for_nothing_may_be_infinite(unmatched, backend):
     assert run(vd, tensors, matched, unmatched=unmatched, backend=backend)["loss"] == INF
 
 
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_columns_without_mass(unmatched, backend):
+    """More of them than a tile has, of one side and of both."""
+    matched = make_matched(300, 400, 200)
+    for sides in (("teacher",), ("student", "teacher")):
+        tensors = make(9, 9, v_s=300, v_t=400, dtype=torch.bfloat16)
+        for side in sides:
+            tensors[f"{side}_bias"][getattr(matched, f"{side}_ids")[60:150]] = -INF
+        compare(tensors, matched, backend, unmatched=unmatched)
+    tensors["teacher_bias"][matched.teacher_ids[70:140]] = 0
+    assert run(vd, tensors, matched, unmatched=unmatched, backend=backend)["loss"] == INF
+
+
 def test_nan_among_half_weights_is_not_hidden(backend):
     for side in ("student", "teacher"):
         tensors, matched = make(20, 20, dtype=torch.bfloat16), make_matched(50, 90, 37)

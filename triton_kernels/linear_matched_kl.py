@@ -109,14 +109,13 @@ def _write_tile(
     excess = tl.sum(rest, 1) / sum_t
     kl = tl.where(close, log_one_plus(excess), kl)
     ratio = tl.where(close, kl - mean, ratio)
+    kl = tl.where((sum_s == 0) & (sum_t != 0), float("inf"), kl)
     place, inside = stats + k.to(tl.int64) * _STATISTICS * rows + r, r < rows
     if WRITE:
         step = 1 / ((1 + excess) * sum_t)
         by_s = tl.where(close, step, tl.where(sum_s == 0, 0.0, 1 / sum_s))
         by_t = tl.where(close, excess * step, tl.where(sum_t == 0, 0.0, 1 / sum_t))
         slope = tl.where(close[:, None], first, exp_s) * by_s[:, None] - exp_t * by_t[:, None]
-        # Without mass on either side there is nothing that a difference could be of.
-        slope = tl.where(((sum_s == 0) | (sum_t == 0))[:, None], 0.0, slope)
         largest = tl.max(tl.abs(slope), 1)
         unit = tl.where(largest < _TINY, 0.0, _LARGEST / largest)
         flatter = tl.where((sum_s >= sum_t)[:, None], exp_s, exp_t) * _LARGEST
@@ -492,7 +491,7 @@ def tile(kernel: str, architecture: int) -> dict[str, Any]:
 def widths(dim: int, widest: int) -> tuple[int, int, int]:
     """Programs that share the ``dim`` columns of a product, and the two powers of 2 that each takes of them (the second
     may be 0): as few programs as can be, each of which reads what the gradient is formed of."""
-    programs = -(-dim // widest)
+    programs = max(-(-dim // widest), 1)
     need = max(-(-dim // programs), 16)
     sizes = [(main + tail, main, tail) for main in (16, 32, 64, 128, 256) for tail in (0, 16, 32, 64) if tail < main]
     _, main, tail = min(size for size in sizes if need <= size[0] <= max(widest, need))

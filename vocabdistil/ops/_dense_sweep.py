@@ -1,5 +1,5 @@
-"""The sweep of `linear_matched_kl` on a GPU, and in PyTorch on any device: matched columns first, large products, one
-kernel for the rows.
+"""The sweep of `linear_matched_kl` on a GPU, but for hidden states of half precision in Triton (``_fused_sweep.py``),
+and in PyTorch on any device: matched columns first, large products, one kernel for the rows.
 
 The rows of both weights that are needed are gathered once, the matched ones first and in one order, so that the row
 kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits; the row kernel turns

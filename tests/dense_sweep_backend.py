@@ -11,7 +11,12 @@ import torch
 import vocabdistil as vd
 from tests.compiling import assert_compiles
 from tests.numbers_backend import product_bound, test_linear_divergences_at_any_temperature  # noqa: F401
-from tests.ops.test_linear_matched_kl import make, run, test_only_what_is_wanted_is_computed  # noqa: F401
+from tests.ops.test_linear_matched_kl import (  # noqa: F401
+    make,
+    run,
+    test_only_what_is_wanted_is_computed,
+    test_upstream_gradients,
+)
 from tests.spans import make_pairs
 from tests.tolerances import RELATIVE, assert_norm_close
 from tests.vocabularies import make_matched, randn

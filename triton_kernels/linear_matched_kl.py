@@ -84,8 +84,8 @@ def _logits(
     if bias is not None:
         part = tl.load(bias + column)[None, :]
         if lengths is not None:
-            times = tl.load(lengths + row).to(tl.float32)[:, None]
-            part = tl.where(times == 0, 0.0, times * part)
+            # A pair with an empty side counts for nothing: 0 times -inf is to be no NaN there.
+            part = tl.maximum(tl.load(lengths + row), 1).to(tl.float32)[:, None] * part
         total += part
     return tl.where((c < columns)[None, :], total, float("-inf"))
 
@@ -109,7 +109,6 @@ def _write_tile(
     excess = tl.sum(rest, 1) / sum_t
     kl = tl.where(close, log_one_plus(excess), kl)
     ratio = tl.where(close, kl - mean, ratio)
-    kl = tl.where((sum_s == 0) & (sum_t != 0), float("inf"), kl)
     place, inside = stats + k.to(tl.int64) * _STATISTICS * rows + r, r < rows
     if WRITE:
         step = 1 / ((1 + excess) * sum_t)
@@ -264,12 +263,12 @@ def combine_kernel(
     shift_s, shift_t = shift_of(tl.max(tops_s, 0)), shift_of(tl.max(tops_t, 0))
     sums_s, sums_t, dots, insides = zeros, zeros, zeros, zeros
     for begin in range(0, tiles, PARTS):
-        q, p, apart, _, _, _, _ = _masses_of_tiles(stats, r, begin, tiles, rows, shift_s, shift_t, inverse, PARTS)
+        q, p, apart, _, _, own, _ = _masses_of_tiles(stats, r, begin, tiles, rows, shift_s, shift_t, inverse, PARTS)
         kl = _statistic(stats, 4, r, begin, tiles, rows, _STATISTICS, 0.0, PARTS)
         sums_s, sums_t = sums_s + q, sums_t + p
         # No mass, no contribution, even where the student has none either.
         dots += tl.where(p == 0, 0.0, p * apart)
-        insides += tl.where(p == 0, 0.0, p * kl)
+        insides += tl.where(p == 0, 0.0, tl.where(own == 0, float("inf"), p * kl))
     z_s, z_t = tl.sum(sums_s, 0), tl.sum(sums_t, 0)
     mean = tl.sum(dots, 0) / -z_t
     ratio = tl.log(quotient(z_s, z_t))
@@ -482,9 +481,12 @@ def tile(kernel: str, architecture: int) -> dict[str, Any]:
         return {**options, "BLOCK_R": rows, "BLOCK_V": columns, "num_warps": warps}
     if kernel == "masses":
         return {**options, "BLOCK_R": 128, "num_warps": 8}
+    if kernel == "combine":
+        return {"enable_fp_fusion": True, "num_warps": 4, "ROWS": 8, "PARTS": 64 if architecture >= 90 else 32}
     assert kernel == "products", kernel
     wide = architecture == 90 or tensor_memory
-    return {"enable_fp_fusion": True, "num_stages": 3, "num_warps": 4, "widest": 272 if wide else 144}
+    warps = 8 if tensor_memory else 4
+    return {"enable_fp_fusion": True, "num_stages": 3, "num_warps": warps, "widest": 272 if wide else 144}
 
 
 @functools.cache
@@ -595,10 +597,11 @@ def combine(
     ``scale [R]`` is; what the products need besides g and h, ``[tiles, 2, R]``, if that is wanted."""
     rows, (s_parts, t_parts) = len(loss), (0 if x is None else len(x) for x in (s_rest, t_rest))
     factors = _float32(stats, len(stats) + s_parts, 2, rows) if wanted else None
+    options = tile("combine", capability())
     with on_device(stats):
-        combine_kernel[(triton.cdiv(rows, 8),)](
+        combine_kernel[(triton.cdiv(rows, options["ROWS"]),)](
             stats, s_rest, t_rest, scale, temperature, loss, factors, rows, len(stats), s_parts, t_parts,
-            UNMATCHED=unmatched, ROWS=8, PARTS=128, num_warps=8, enable_fp_fusion=True,
+            UNMATCHED=unmatched, **options,
         )  # fmt: skip
     return factors
 

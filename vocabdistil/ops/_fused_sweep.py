@@ -4,7 +4,7 @@ as what is kept between forming and using the gradient takes 4 bytes per row and
 
 The student's rows that are needed are gathered once, the matched ones first and then the others, both padded to whole
 tiles. The teacher's are read where they lie, unless they have to be rounded to the dtype of its hidden states, as
-autocast would do.
+autocast would do, or their columns are not adjacent.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ def _sweep(
     kernels = functools.partial(implementation, "linear_matched_kl", "triton")
     (count, dim), narrow, v_m = student.shape, student.dtype, student_ids.numel()
     whole, wanted = unmatched != native.UNMATCHED_CODES["renormalize"], hidden_grad or weight_grad or bias_grad
-    student, teacher, teacher_weight = _rows(student), _rows(teacher), _rows(teacher_weight)
+    student, teacher = _rows(student), _rows(teacher)
     others, t_others = student_ids[:0], teacher_ids[:0]
     if whole:
         others = unmatched_last(student_ids, student_weight.shape[0])[v_m:]
-        t_others = unmatched_last(teacher_ids, teacher_weight.shape[0])[v_m:]
+        t_others, teacher_weight = unmatched_last(teacher_ids, teacher_weight.shape[0])[v_m:], _rows(teacher_weight)
     at, width = kernels("layout")(v_m, others.numel())
     w_s = student.new_zeros(width, dim)
     w_s[:v_m] = student_weight[student_ids]
     w_s[at : at + others.numel()] = student_weight[others]
-    if teacher_weight.dtype == teacher.dtype:
-        w_t, t_ids = teacher_weight, teacher_ids
-    else:
-        w_t, t_ids = teacher_weight[teacher_ids].to(teacher.dtype), None
+    w_t = teacher_weight
+    t_ids: Tensor | None = teacher_ids
+    if w_t.dtype != teacher.dtype or w_t.stride(-1) != 1:
+        w_t, t_ids = w_t[teacher_ids].to(teacher.dtype), None
     b_s, b_t = _chosen(student_bias, student_ids), _chosen(teacher_bias, teacher_ids)
     u_s, u_t = _chosen(student_bias, others), _chosen(teacher_bias, t_others)
 

@@ -17,9 +17,10 @@ are equal all is exactly 0. Of q_k and p_k the flatter one: what a difference th
 numbers are float16 in units of the largest of a row of a tile, from which 11 bits remain of all that is at least 2^-29
 of that: the gradient is then rounded once, as an operand.
 
-Memory, by counting: 4 bytes per element written once and read by both products, 12 in all, and 7 statistics and 2
-factors per row of a tile, another 1.25 (float32 logits of both sides, and their gradient in half precision, take 22 to
-30). Formulas: vocabdistil/reference/linear_matched_kl.py.
+Memory, by counting, not measured: 4 bytes per element written once and read by both products, 12 in all, and 7
+statistics and 2 factors per row of a tile, another 1.25 (float32 logits of both sides, and their gradient in half
+precision, take 22 to 30). Of hidden sizes over 272 (144 before sm_90) a product reads once more for each so many
+columns, most of it from the cache. Formulas: vocabdistil/reference/linear_matched_kl.py.
 """
 
 from __future__ import annotations

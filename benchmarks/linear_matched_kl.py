@@ -1,13 +1,17 @@
 """KL over the matched vocabulary from hidden states (`vocabdistil.linear_matched_kl`).
 
-The reference takes the matched rows of the weights first, ``full-logits`` does not. Rivals know one vocabulary only:
-they get the teacher's matched rows beforehand, the student's in each call, as its weight changes from step to step.
+The reference takes the matched rows of the weights first, ``full-logits`` does not. ``row-kernel`` is ours as it is for
+float32 hidden states, with logits in memory: what the fused kernels for half precision are to beat. Rivals know one
+vocabulary only: they get the teacher's matched rows beforehand, the student's in each call, as its weight changes from
+step to step.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,6 +46,16 @@ def rivals(tensors: list[Tensor], matched: vd.MatchedVocab) -> tuple[dict[str, C
     def full_logits() -> Tensor:
         return vd.reference.matched_kl(x @ w.t(), y @ v.t(), matched)
 
+    def row_kernel() -> Callable[[], Tensor]:
+        """Ours with float32 logits in memory, formed by torch, and a kernel that reads them, as of float32 inputs."""
+        module = importlib.import_module("vocabdistil.ops.linear_matched_kl")
+
+        def call() -> Tensor:
+            with mock.patch.object(module, "HALF", ()):
+                return vd.linear_matched_kl(x, w, y, v, matched, backend="triton")
+
+        return call
+
     def rows() -> Tensor:
         return w.index_select(0, matched.student_ids)
 
@@ -70,7 +84,7 @@ def rivals(tensors: list[Tensor], matched: vd.MatchedVocab) -> tuple[dict[str, C
         return lambda: distillation_loss(x, rows(), labels, teacher, **weights).loss
 
     here, missing = {"full-logits": full_logits}, {}
-    gpu_only = {"liger-jsd": liger_jsd, "liger-kl": liger_kl, "fla": fla}
+    gpu_only = {"row-kernel": row_kernel, "liger-jsd": liger_jsd, "liger-kl": liger_kl, "fla": fla}
     for name, make in {**gpu_only, "orda": orda}.items():
         if name in gpu_only and not cuda:
             missing[name] = "needs a CUDA device"

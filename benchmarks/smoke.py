@@ -87,8 +87,10 @@ def calls(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Call]:  # no
     for unmatched in ("renormalize", "rest", "drop"):
         logits = [made(64, v_s)], [made(64, v_t)]
         yield _call("matched_kl", unmatched, *logits, matched, unmatched=unmatched)
-        hidden, weight, teacher = made(64, d_s), made(v_s, d_s), [made(64, d_t), made(v_t, d_t)]
-        yield _call("linear_matched_kl", unmatched, [hidden, weight], teacher, matched, unmatched=unmatched)
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = [made(*shape, dtype=dtype) for shape in ((64, d_s), (v_s, d_s), (64, d_t), (v_t, d_t))]
+            name = unmatched if dtype == torch.float32 else f"{unmatched} bfloat16"
+            yield _call("linear_matched_kl", name, tensors[:2], tensors[2:], matched, unmatched=unmatched)
     for combine in ("sum", "logsumexp"):
         for top_k in (None, 7):
             options = {"combine": combine, "top_k": top_k}

@@ -15,7 +15,7 @@ from tests.numbers_backend import (  # noqa: F401
 from tests.ops import test_span_likelihood
 from tests.remapped_kl_backend import make_table, make_weights
 from tests.spans import make_pairs
-from tests.tolerances import assert_norm_close
+from tests.tolerances import RELATIVE, assert_norm_close
 from tests.vocabularies import make_matched
 from vocabdistil.ops._products import product
 
@@ -118,6 +118,58 @@ def test_memory_of_linear_matched_kl(rows, v_t, v_s, v_m, limit):
         loss.backward()
         for leaf in leaves:
             leaf.grad = None
+
+
+@pytest.mark.parametrize("unmatched", ["renormalize", "rest", "drop"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_matched_kl_in_a_cuda_graph(dtype, unmatched):
+    matched = make_matched(5031, 30000, 4700).to("cuda")
+    student, weight, *teacher = linear_tensors(700, 5031, 30000, 264, 768, dtype)
+    leaves = student.requires_grad_(), weight.requires_grad_()
+
+    def step():
+        loss = vd.linear_matched_kl(*leaves, *teacher, matched, unmatched=unmatched, backend="triton") * 2
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.copy_(torch.randn_like(student))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_rows_that_are_close_keep_their_digits(dtype, temperature):
+    """And where they are equal all is 0."""
+    ids = torch.arange(4700)
+    matched = vd.MatchedVocab(ids, ids).to("cuda")
+    student, weight, *_ = linear_tensors(700, 5031, 5031, 264, 264, dtype)
+    bias, noise = (torch.randn(5031, device="cuda") for _ in range(2))
+
+    def all_of(module, cast, apart, **options):
+        leaves = [cast(x).clone().requires_grad_() for x in (student, weight, bias)]
+        teacher = {"teacher_bias": cast(bias + apart * noise), "temperature": temperature, **options}
+        loss = module.linear_matched_kl(
+            *leaves[:2], cast(student), cast(weight), matched, student_bias=leaves[2], **teacher
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    scale = 2.0**16  # so that float16 has room for the gradients
+    got = all_of(vd, lambda x: x, 1e-3, scale=scale)
+    for i, (value, want) in enumerate(zip(got, all_of(vd.reference, torch.Tensor.double, 1e-3), strict=True)):
+        error = (value.double() / scale - want).norm() / want.norm()
+        assert error <= (2 * RELATIVE[dtype] if i else 2e-4)
+    assert all(torch.count_nonzero(value) == 0 for value in all_of(vd, lambda x: x, 0.0))
 
 
 def test_half_products_are_written_in_float32():

@@ -77,6 +77,34 @@ def test_numbers():
     assert torch.equal(unary("div.s32 %r5, %r4, -7;", ints), torch.div(ints, -7, rounding_mode="trunc"))
 
 
+@pytest.mark.parametrize(("waits", "there"), [("0", True), ("1", False), (None, False)])
+def test_a_copy_is_there_once_its_group_was_waited_for(waits, there):
+    out = torch.zeros_like(FLOATS)
+    wait = "" if waits is None else f"cp.async.wait_group {waits};"
+    copy = "cp.async.ca.shared.global [ %r3 + 0 ], [ %rd4 + 0 ], 0x4, %r5;\ncp.async.commit_group;"
+    run(
+        f"setp.lt.u32 %p1, %r1, 20; selp.b32 %r5, 4, 0, %p1;\n{copy}\n{wait}\n"
+        "ld.shared.b32 %r6, [%r3];\nst.global.b32 [%rd5], %r6;", FLOATS, out,
+    )  # fmt: skip
+    want = torch.where(torch.arange(32) < 20, FLOATS, 0.0)  # the rest is filled with nothing
+    assert torch.equal(out, want) == there
+
+
+def test_another_warp_has_to_wait_for_a_copy():
+    copy = "cp.async.ca.shared.global [ %r3 + 0 ], [ %rd4 + 0 ], 0x4;\ncp.async.commit_group;\ncp.async.wait_group 0;"
+    read = "xor.b32 %r6, %r2, 128;\nmov.u32 %r7, parts;\nadd.u32 %r7, %r7, %r6;\nld.shared.b32 %r8, [%r7];"
+    source = torch.arange(64, dtype=torch.float32)
+    for barrier in ("", "bar.sync 0;"):
+        out = torch.zeros_like(source)
+        body = f"{copy}\n{barrier}\n{read}\nst.global.b32 [%rd5], %r8;"
+        if barrier:
+            run(body, source, out, threads=64)
+            assert torch.equal(out, source.roll(32))
+        else:
+            with pytest.raises(Failure, match="a race of warps"):
+                run(body, source, out, threads=64)
+
+
 def test_threads_part_and_meet_again():
     source, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     body = """

@@ -4,6 +4,8 @@ at."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import vocabdistil as vd  # noqa: E402
 from tests import contrastive_backend as contrastive  # noqa: E402
 from tests import relation_loss_backend as relations  # noqa: E402
+from tests.output_layers import make  # noqa: E402
 from tests.ptx.launch import TritonLauncher, triton_launching  # noqa: E402
 from tests.remap_backend import test_equals_the_native_code as equals_the_native_code  # noqa: E402
 from tests.remap_backend import test_ids_outside_the_table  # noqa: E402, F401
@@ -25,7 +28,12 @@ from tests.span_loss_backend import (  # noqa: E402, F401
 from tests.span_mean_backend import test_span_mean_against_float64 as span_mean_against_float64  # noqa: E402
 from tests.span_mean_backend import test_span_mean_of_layers  # noqa: E402, F401
 from tests.spans import make_pairs  # noqa: E402
-from tests.triton_interpreted import check_log_prob, check_matched_kl, check_remapped_kl  # noqa: E402
+from tests.triton_interpreted import (  # noqa: E402
+    check_linear_matched_kl,
+    check_log_prob,
+    check_matched_kl,
+    check_remapped_kl,
+)
 from tests.vocabularies import make_matched, randn  # noqa: E402
 from vocabdistil.core import native  # noqa: E402
 
@@ -131,6 +139,26 @@ def test_a_gradient_in_the_memory_of_the_logits(dtype, unmatched, close, launche
         results.append((loss, grad.clone()))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     assert (results[0][0] < 1e-3).all() == close or unmatched == "drop"
+
+
+@pytest.mark.parametrize(
+    ("unmatched", "dtype", "bias", "rows", "dims"),
+    [
+        ("renormalize", BF16, True, 70, (264, 72)), ("rest", F16, False, 70, (16, 40)),
+        ("drop", BF16, True, 20, (7, 9)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_linear_matched_kl(unmatched, dtype, bias, rows, dims, monkeypatch, backend):
+    """On tensor cores: rows, columns and dims that fill tiles and turns, or do not, products in parts, two chunks."""
+    if rows == 20:
+        for name in ("BUDGET", "_TIMES"):
+            monkeypatch.setattr(importlib.import_module("vocabdistil.ops._dense_sweep"), name, 0)
+    tensors = make(rows, rows, v_s=300, v_t=400, d_s=dims[0], d_t=dims[1], dtype=dtype, bias=bias)
+    for side, dim in zip(("student", "teacher"), dims, strict=True):
+        tensors[f"{side}_weight"] *= (12 / dim) ** 0.5
+    options = {"unmatched": unmatched, "temperature": 1.7}
+    check_linear_matched_kl.compare(tensors, make_matched(300, 400, 150), backend, **options)
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(50, BF16), (1040, F32)], ids=str)

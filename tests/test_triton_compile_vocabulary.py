@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from vocabdistil.triton_kernels import log_prob, matched_kl, remapped_kl  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from vocabdistil.triton_kernels import linear_matched_kl, log_prob, matched_kl, remapped_kl  # noqa: E402
 
+from benchmarks import static  # noqa: E402
 from tests.test_triton_compile import CAPABILITIES, compile  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +78,86 @@ def test_rows_of_linear_matched_kl_are_read_16_bytes_at_a_time(columns, unmatche
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 and re.search(r"st\.global\.v[24]\.b32", ptx)
     assert len([x for x in scalars if ".v" not in x]) <= 5 + 3 * unmatched  # of the row
     assert not re.search(r"ld\.global\.b16", ptx)
+
+
+def compile_linear(name, dtype, capability, options, odd=(), **given):
+    """A kernel of linear_matched_kl, which spills nothing; its strides and sizes are in units of 8 elements. ``given``:
+    compile-time arguments, None among them."""
+    kernel = getattr(linear_matched_kl, name)
+    sizes = [n for n in kernel.arg_names if n.endswith(("stride", "dim"))]
+    sizes += ["rows", "columns", "tiles", "s_parts", "t_parts", "matched", "turns", "per"]
+    types = {
+        **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(("student", "teacher", "s_weight", "t_weight", "x", "weight"), f"*{dtype}"),
+        **dict.fromkeys(("g", "h"), "*fp16"), **dict.fromkeys(("t_ids", "ids"), "*i64"),
+        **dict.fromkeys(("s_lengths", "t_lengths", "lengths"), "*i32"), "temperature": "fp32",
+    }  # fmt: skip
+    constants = {"WIDE": False, "TILE": linear_matched_kl.TILE, **options, **given}
+    more = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = {n: types[n] for n in kernel.arg_names if n not in constants}
+    ptx = compile(kernel, signature, constants, capability, odd=odd, even=("matched",), **more)
+    known = static.read_spills(static.TRITON_SPILLS, static.triton_release())
+    if known is not None:  # of this compiler, as another spills otherwise
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
+            target = re.search(r"\.target (\w+)", ptx)[1]
+            ((_, told),) = static.assemble(path, target, get_ptxas(capability).path).items()
+        assert not told["spilled"]
+    return ptx
+
+
+COPY = r"cp\.async\.cg\S* \[.*\], \[.*\], 0x10"  # 16 bytes at a time, while others multiply
+PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+KINDS = [("bf16", True, None), ("fp16", True, "*i32"), ("bf16", False, None)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("dtype", "write", "lengths"), KINDS)
+def test_tiles_of_linear_matched_kl(dtype, write, lengths, capability):
+    """Of 264 columns, 33 times 8, of the student, and 768 of the teacher."""
+    options = linear_matched_kl.tile("tiles", capability)
+    absent = () if lengths else ("s_lengths", "t_lengths", "t_ids")
+    given = {"S_UNIT": 8, "T_UNIT": 8, "WRITE": write, **dict.fromkeys(absent)}
+    given |= {} if write else dict.fromkeys(("g", "h", "s_bias", "t_bias"))
+    ptx = compile_linear("tiles_kernel", dtype, capability, options, odd=("s_stride", "sw_stride"), **given)
+    assert len(re.findall(COPY, ptx)) >= 4 and PRODUCTS[capability] in ptx
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
+    assert not write or re.search(r"st\.global\S*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("write", [True, False])
+def test_columns_of_linear_matched_kl_without_a_partner(write, capability):
+    options = linear_matched_kl.tile("masses", capability)
+    given = {"UNIT": 8, "WRITE": write, "lengths": None, "BLOCK_V": 64 if write else 128, "TURNS": 1 if write else 8}
+    given["ids" if write else "h"] = None
+    ptx = compile_linear("masses_kernel", "bf16", capability, options, **given)
+    assert re.search(COPY, ptx) and not re.search(r"ld\.global\S*\.b16", ptx)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("unmatched", [0, 1, 2])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_tiles_of_linear_matched_kl_are_brought_together_by(wanted, unmatched, capability):
+    absent = (() if wanted else ("factors",)) + (() if unmatched else ("s_rest", "t_rest"))
+    options = linear_matched_kl.tile("combine", capability)
+    compile_linear("combine_kernel", "bf16", capability, options, UNMATCHED=unmatched, **dict.fromkeys(absent))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dim", [264, 384, 768])
+@pytest.mark.parametrize("name", ["hidden_kernel", "weight_kernel"])
+def test_products_of_the_gradient_of_linear_matched_kl(name, dim, capability):
+    options = dict(linear_matched_kl.tile("products", capability))
+    _, main, tail = linear_matched_kl.widths(dim, options.pop("widest"))
+    given = {"UNIT": 8, "MAIN": main, "TAIL": tail, "ADD": True, "BLOCK_V": linear_matched_kl.STEP}
+    given |= {"BLOCK_R": linear_matched_kl.STEP if name == "weight_kernel" else linear_matched_kl.TILE}
+    given |= {"lengths": None, "bias_out": None} if dim == 384 and name == "weight_kernel" else {}
+    odd = ("w_stride", "x_stride") if dim % 128 else ()
+    ptx = compile_linear(name, "bf16", capability, options, odd=odd, **given)
+    assert len(re.findall(COPY, ptx)) >= 6 and PRODUCTS[capability] in ptx
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

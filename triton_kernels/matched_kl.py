@@ -91,7 +91,7 @@ def _near_count(total, count):
 
 
 @triton.jit
-def _log_ratio(a, less_a, count_a, b, less_b, count_b):
+def log_ratio(a, less_a, count_a, b, less_b, count_b):
     """``log(a / b)`` of sums of exponentials; ``less = sum - count``."""
     x, y = less_a / count_a, less_b / count_b
     near = log_one_plus((count_a - count_b) / count_b) + log_one_plus((x - y) / (1 + y))
@@ -340,7 +340,7 @@ def _row(
                 )  # fmt: skip
                 less_u += _lacks(x, (d < v_s) & ~matched, shift_u, inverse)
 
-        rest_ratio = _log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
+        rest_ratio = log_ratio(z_u, less_u, count_u, z_v, less_v, count_v)
     begin, stop, factor = first, last, share
     if grad is not None:
         if SPANS:
@@ -495,8 +495,8 @@ def rest_kernel(
     rest += 4 * p
     before, before_count = tl.load(rest), tl.load(rest + 3)
     high = tl.maximum(top, before)
-    total, less = _shifted(top, total, less, count, high, inverse)
-    old_total, old_less = _shifted(before, tl.load(rest + 1), tl.load(rest + 2), before_count, high, inverse)
+    total, less = shifted(top, total, less, count, high, inverse)
+    old_total, old_less = shifted(before, tl.load(rest + 1), tl.load(rest + 2), before_count, high, inverse)
     tl.store(rest, high)
     tl.store(rest + 1, total + old_total)
     tl.store(rest + 2, less + old_less)
@@ -504,7 +504,7 @@ def rest_kernel(
 
 
 @triton.jit
-def _shifted(top, total, less, count, high, inverse):
+def shifted(top, total, less, count, high, inverse):
     """The sums of exponentials shifted by a larger value than the largest."""
     low = (top - shift_of(high)) * inverse
     weight = tl.exp(low)

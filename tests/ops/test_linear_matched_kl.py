@@ -185,8 +185,9 @@ def test_tied_embeddings(backend):
     assert torch.count_nonzero(leaf.grad[matched.student_ids]) == 37 * 12
 
 
-def test_only_what_is_wanted_is_computed(backend):
-    tensors, matched = make(30, 30), make_matched(50, 90, 37)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_what_is_wanted_is_computed(dtype, backend):
+    tensors, matched = make(30, 30, dtype=dtype), make_matched(50, 90, 37)
     full = run(vd, tensors, matched, backend=backend)
     for name in ("student_hidden", "student_weight", "student_bias"):
         leaf = tensors[name].clone().requires_grad_()

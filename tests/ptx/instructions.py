@@ -3,6 +3,7 @@ stands not here is refused when a kernel is read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -47,6 +48,9 @@ def compile(x: Instruction) -> tuple[Step | None, Callable[[Machine], np.ndarray
         return WHOLE_WARPS[x.opcode](x), _members(x.operands[-1])
     if x.opcode == "wgmma":
         return (_product(x) if x.modifiers[0] == "mma_async" else lambda machine, mask: None), _all
+    if x.opcode == "cp":
+        assert x.modifiers[0] == "async", x.modifiers
+        return ASYNC.get(x.modifiers[1], _copy_later)(x), None
     if x.opcode in MATRICES:
         return MATRICES[x.opcode](x), _all
     if x.opcode in MEMORY:
@@ -56,6 +60,8 @@ def compile(x: Instruction) -> tuple[Step | None, Callable[[Machine], np.ndarray
 
 def word(x: Instruction) -> int:
     """Bytes of what a load or a store takes at a time."""
+    if x.opcode == "cp":
+        return x.operands[2].value
     return bits_of(x.modifiers[-1]) // 8
 
 
@@ -466,6 +472,48 @@ def _prefetch(x: Instruction) -> Step:
     return step
 
 
+def _copy_later(x: Instruction) -> Step:
+    """``cp.async``: from global to shared memory; what is not read of it, by the last operand, is 0."""
+    size, known = word(x), x.operands[3:]
+    target, source = _address(x.operands[0]), _address(x.operands[1])
+    read = reader(known[0], "u32") if known else None
+
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        active = np.flatnonzero(mask)
+        if not active.size:
+            return
+        values = np.zeros((active.size, size), np.uint8)
+        there = np.ones(active.size, bool)
+        if read is not None:
+            given = np.broadcast_to(read(machine.registers), mask.shape)[active]
+            assert np.isin(given, (0, size)).all(), "a copy of a part"
+            there = given > 0
+        if there.any():
+            loaded = machine.load("global", source(machine.registers, active[there]), 4, size // 4, active[there])
+            values[there] = np.ascontiguousarray(loaded).view(np.uint8)
+        machine.copy_later(target(machine.registers, active), values, active)
+
+    return step
+
+
+def _commit(x: Instruction) -> Step:
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        machine.groups += mask
+
+    return step
+
+
+def _wait(x: Instruction) -> Step:
+    most = x.operands[0].value
+
+    def step(machine: Machine, mask: np.ndarray) -> None:
+        machine.wait_for_copies(mask, most)
+
+    return step
+
+
+ASYNC: dict[str, Callable[[Instruction], Step]] = {"commit_group": _commit, "wait_group": _wait}
+
 MEMORY: dict[str, Callable[[Instruction], Step]] = {"ld": _load, "st": _store, "prefetch": _prefetch}
 
 
@@ -596,29 +644,45 @@ def _load_matrices(x: Instruction) -> Step:
 GROUP = 128  # the threads of four warps that form a product together
 
 
-def _tile(machine: Machine, descriptor: np.ndarray, threads: np.ndarray, rows: int) -> np.ndarray:
-    """``[descriptors, rows, 8]``: the tile in shared memory that each descriptor tells of. A row's 32 bytes lie
-    in one of 32 to 128, whose pieces of 16 are permuted."""
-    start, stride, mode = (descriptor >> shift & most for shift, most in ((0, 0x3FFF), (32, 0x3FFF), (62, 3)))
+def _tile(machine: Machine, descriptor: np.ndarray, threads: np.ndarray, rows: int, turned: bool) -> np.ndarray:
+    """``[descriptors, rows, 32]``: the bytes of the tile in shared memory that each descriptor tells of, or, turned,
+    ``[descriptors, 16, 2 rows]`` of one that lies the other way round. Its rows of 32 to 128 bytes, whose pieces of 16
+    are permuted, lie in groups of 8; turned ones longer than that go on further behind."""
+    fields = ((0, 0x3FFF), (16, 0x3FFF), (32, 0x3FFF), (62, 3))
+    start, leading, stride, mode = ((descriptor >> shift & most)[:, None, None] for shift, most in fields)
     assert (mode > 0).all(), "a tile that is not permuted"
-    width, row = (256 >> mode)[:, None, None], np.arange(rows)[:, None]
-    address = (start * 16)[:, None, None] + row // 8 * (stride * 16)[:, None, None] + row % 8 * width
-    address = address + 4 * np.arange(8)
+    width, count, length = 256 >> mode, 16 if turned else rows, 2 * rows if turned else 32
+    row, byte = np.arange(count)[:, None], np.arange(0, length, 16)
+    address = start * 16 + row // 8 * (stride * 16) + row % 8 * width
+    address = address + (byte // width * (leading * 16) + byte % width if turned else byte)
     address ^= ((address >> 7) & (width // 16 - 1)) << 4
-    owners = np.repeat(threads, rows * 8)
-    return machine.load("shared", address.reshape(-1), 4, 1, owners).view(np.float32).reshape(-1, rows, 8)
+    owners = np.repeat(threads, count * length // 16)
+    values = machine.load("shared", address.reshape(-1), 4, 4, owners)
+    return np.ascontiguousarray(values).view(np.uint8).reshape(-1, count, length)
+
+
+FACTORS = {  # of products: as float32, of their bytes
+    "tf32": lambda x: _cut(x.view(np.float32)),
+    "f16": lambda x: x.view(np.float16).astype(np.float32),
+    "bf16": lambda x: (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32),
+}
 
 
 def _product(x: Instruction) -> Step:
-    """D += A B^T in TF32, done at once: that it is waited for is not looked at."""
+    """D += A B^T of 32 bytes of each row, done at once: that it is waited for is not looked at."""
     shape, kinds = x.modifiers[3], x.modifiers[4:]
-    assert shape.startswith("m64n") and shape.endswith("k8") and kinds == ("f32", "tf32", "tf32"), x.modifiers
-    columns = int(shape[4:-2])
-    left, right, scale, *signs = x.operands[1:]
+    assert kinds[0] == "f32" and kinds[1] == kinds[2] and kinds[1] in FACTORS, x.modifiers
+    size = 4 if kinds[1] == "tf32" else 2
+    columns, depth = (int(n) for n in re.fullmatch(r"m64n(\d+)k(\d+)", shape).groups())
+    assert depth * size == 32, x.modifiers
+    left, right, scale, *more = x.operands[1:]
+    signs, turns = more[:2], [bool(m.value) for m in more[2:]]
     assert all(sign.value == 1 for sign in signs)
     reads, writes = ([f(item, "f32") for item in _items(x.operands[0])] for f in (reader, writer))
-    parts = [reader(item, "f32") for item in left.items] if isinstance(left, Vector) else None
+    parts = [reader(item, "b32") for item in left.items] if isinstance(left, Vector) else None
     a, b = (None if parts else reader(left, "u64")), reader(right, "u64")
+    turned_b = bool(turns) and turns.pop()
+    turned_a = bool(turns) and turns.pop()
     keep = reader(scale, "pred")
 
     def step(machine: Machine, mask: np.ndarray) -> None:
@@ -631,16 +695,18 @@ def _product(x: Instruction) -> Step:
             values = np.stack([np.broadcast_to(r(machine.registers), mask.shape) for r in parts], 1)
             return values.reshape(-1, GROUP, len(parts))[groups.all(1)]
 
-        def described(read: Callable, rows: int) -> np.ndarray:
-            return _tile(machine, read(machine.registers)[first].astype(np.int64), first, rows)
+        def described(read: Callable, rows: int, turned: bool) -> np.ndarray:
+            tile = _tile(machine, read(machine.registers)[first].astype(np.int64), first, rows, turned)
+            return FACTORS[kinds[1]](tile).swapaxes(1, 2) if turned else FACTORS[kinds[1]](tile)
 
-        # Thread (warp, row, four) holds of D rows row and row + 8, columns 2 four and 2 four + 1 of every 8; of A
-        # columns four and four + 4 of those rows.
+        # Thread (warp, row, four) holds of D rows row and row + 8, columns 2 four and 2 four + 1 of every 8; of A words
+        # four and four + 4 of those rows.
         if parts:
             tile = held(parts).reshape(-1, 4, 8, 4, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(-1, 64, 8)
+            tile = FACTORS[kinds[1]](np.ascontiguousarray(tile).view(np.uint8))
         else:
-            tile = described(a, 64)
-        product = _cut(tile).astype(np.float64) @ _cut(described(b, columns)).astype(np.float64).swapaxes(1, 2)
+            tile = described(a, 64, turned_a)
+        product = tile.astype(np.float64) @ described(b, columns, turned_b).astype(np.float64).swapaxes(1, 2)
         before = held(reads)
         product = product.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(before.shape)
         kept = np.broadcast_to(keep(machine.registers), mask.shape)[mask].reshape(*before.shape[:2], 1)

@@ -251,6 +251,7 @@ TRITON_OPERATIONS = {
     "span_mean": ["span_mean_fwd", "span_mean_bwd"],
     "remap": ["measure", "remap"],
     "matched_kl": ["matched_kl"],
+    "linear_matched_kl": ["tiles", "masses", "combine", "grad_hidden", "grad_weight"],
     "remapped_kl": ["remapped_kl"],
     "log_prob": ["log_prob_fwd", "log_prob_bwd"],
     "relation_loss": ["relation_loss"],

@@ -115,6 +115,8 @@ class Machine:
         self.accesses = Accesses(program.granule)
         self.epochs = np.zeros(self.count, np.int64)  # barriers that the block has passed
         self.warp_epochs = np.zeros(self.count, np.int64)  # and the warp
+        self.groups = np.zeros(self.count, np.int64)  # of copies, that each thread has closed
+        self.copies: list[tuple[np.ndarray, ...]] = []  # under way: threads, their groups, addresses, values
         self.live = np.ones(self.count, bool)
         self.ready: dict[int, np.ndarray] = {0: self.live.copy()}
         self.held: dict[int, np.ndarray] = {}  # where a part of a warp waits for the rest
@@ -284,6 +286,23 @@ class Machine:
         at = self.place(space, address, size * count, active)
         self._note(space, at, size * count, active, values)
         self._words(space, size)[(at // size)[:, None] + np.arange(count)] = values
+
+    def copy_later(self, address: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
+        """A copy into shared memory that is there once its group was waited for, and may be there before."""
+        at = self.place("shared", address, values.shape[1], active)
+        self._note("shared", at, values.shape[1], active, values.view(np.uint32))
+        self.copies.append((active, self.groups[active], address, values))
+
+    def wait_for_copies(self, mask: np.ndarray, most: int) -> None:
+        """Until no more than the last so many groups of each thread are under way."""
+        left = []
+        for active, group, address, values in self.copies:
+            done = mask[active] & (group < self.groups[active] - most)
+            if done.any():
+                self.store("shared", address[done], values[done].view(np.uint32), active[done])
+            if not done.all():
+                left.append(tuple(x[~done] for x in (active, group, address, values)))
+        self.copies = left
 
     def _note(self, space: str, at: np.ndarray, size: int, active: np.ndarray, values: np.ndarray | None) -> None:
         if space == "shared":

@@ -1,5 +1,5 @@
-"""The sweep of `linear_matched_kl` on a GPU, and in PyTorch on any device: matched columns first, large products, one
-kernel for the rows.
+"""The sweep of `linear_matched_kl` on a GPU, but for hidden states of half precision in Triton (``_fused_sweep.py``),
+and in PyTorch on any device: matched columns first, large products, one kernel for the rows.
 
 The rows of both weights that are needed are gathered once, the matched ones first and in one order, so that the row
 kernel reads no index. Rows are then taken in a few large chunks: two products give float32 logits; the row kernel turns
@@ -55,7 +55,7 @@ def _with_bias(bias: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor |
     return out
 
 
-def _unmatched_last(ids: Tensor, columns: int) -> Tensor:
+def unmatched_last(ids: Tensor, columns: int) -> Tensor:
     """All columns, the given ones first; known to be distinct, so that no size has to be asked of the device."""
     matched = torch.zeros(columns, dtype=torch.uint8, device=ids.device)
     matched.index_fill_(0, ids, 1)
@@ -85,7 +85,7 @@ def dense_sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the private op ``linear_matched_kl``: the total, the losses and the gradients in the accumulation dtype."""
     renormalized = unmatched == native.UNMATCHED_CODES["renormalize"]
-    columns = student_ids if renormalized else _unmatched_last(student_ids, student_weight.shape[0])
+    columns = student_ids if renormalized else unmatched_last(student_ids, student_weight.shape[0])
     total, loss, grad_hidden, d_weight, d_bias = _sweep(
         student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
         columns, teacher_ids, scale, unmatched, temperature, backend, hidden_grad, weight_grad, bias_grad,

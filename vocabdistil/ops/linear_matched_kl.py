@@ -1,8 +1,9 @@
 """linear_matched_kl: schema, implementation, autograd, public function. Formula: ``reference/linear_matched_kl.py``.
 
 On a CPU the whole sweep is native (csrc/cpu/linear_matched_kl.cpp): chunks of rows, whose logits are formed from the
-weights where they lie, turned into their gradient in place, and carried on to the hidden states and the weight. A GPU,
-and a CPU without the native module, take the sweep in ``_dense_sweep.py``.
+weights where they lie, turned into their gradient in place, and carried on to the hidden states and the weight. On a
+GPU half-precision hidden states take ``_fused_sweep.py``, where logits stay in registers; others, and a CPU without the
+native module, the sweep in ``_dense_sweep.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..reference.linear_matched_kl import linear_matched_kl as reference_linear_
 from ..reference.linear_matched_kl import output_layers
 from ..reference.matched_kl import check_matched_arguments
 from ._dense_sweep import dense_sweep
-from ._gradient import LinearLoss
+from ._fused_sweep import fused_sweep
+from ._gradient import HALF, LinearLoss
 from ._library import define, without_autocast
 from ._linear import empty_grads, fake_results, pool_sides, results, wanted_grads
 from ._scale import scalable, scaled
@@ -37,6 +39,12 @@ def _impl(
     student_ids: Tensor, teacher_ids: Tensor, scale: Tensor, unmatched: int, temperature: float, backend: str,
     hidden_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton" and student.dtype in HALF and teacher.dtype in HALF:
+        return fused_sweep(
+            student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,
+            teacher_lengths, student_ids, teacher_ids, scale, unmatched, temperature, hidden_grad, weight_grad,
+            bias_grad,
+        )  # fmt: skip
     if backend != "cpu":
         return dense_sweep(
             student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,
@@ -104,9 +112,11 @@ def linear_matched_kl(
 
     Rows are taken in chunks, so that the memory does not grow with the number of rows: on a CPU chunks whose logits
     take 2 MiB (or a quarter of what the matched rows of both weights take, if that is more; at least a panel of 8 to
-    48 rows), on a GPU 64 MB for all that is held meanwhile (or 3.25 times what the gathered rows and their gradient
+    48 rows), on a GPU 64 MB for all that is held meanwhile (or 3.25 times what the matched rows and their gradient
     take). There half-precision hidden states are multiplied in their dtype on the tensor cores, with float32
-    accumulation and logits; a float32 weight and the means over spans are rounded to that dtype first.
+    accumulation and logits; a float32 weight and the means over spans are rounded to that dtype first. With Triton
+    these logits are never written to memory: 4 bytes per row and column are kept for the gradient, which is rounded
+    once to that dtype, as an operand of the two products that carry it on.
     ``"renormalize"`` reads only the matched rows of the teacher's weight. The gradients to the hidden states, the
     weight and the bias are formed in the same sweep, accumulated in float32 (float64 for float64); weight rows
     outside the matched vocabulary get exactly 0 under ``"renormalize"``.

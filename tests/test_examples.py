@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from tests import chats
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not beside the tests")
@@ -53,6 +55,24 @@ def test_trim_embedder(demo_lines, tmp_path):
     teacher, out = Path(bundled.__file__).parent / "model", tmp_path / "small"
     left, cosine = load("trim_embedder").main(str(teacher), str(texts), str(out), vocab_size=600)
     assert left < 0.5 and 0.8 < cosine <= 1
+
+
+def test_decoder(demo_lines, tmp_path, monkeypatch):
+    """A GPT-2 with the tokens of a Llama's tokenizer, taught by a Llama with byte-level BPE."""
+    monkeypatch.chdir(tmp_path)
+    names = ("byte-level split", chats.TURNS), ("llama", chats.BRACKETS)
+    tokenizers = [chats.chat_tokenizer(*name) for name in names]
+    models = chats.small_llama(len(tokenizers[0])), chats.small_gpt2(len(tokenizers[1]))
+    for folder, model, tokenizer in zip(("teacher", "student"), models, tokenizers, strict=True):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = [json.dumps({"text": line}) for line in demo_lines[:64]]
+    Path("rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = {"max_steps": 12, "learning_rate": 3e-3, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    losses = load("decoder").main("teacher", "student", "rows.jsonl", **options)
+    assert len(losses) == 12 and losses[-1] < 0.9 * losses[0]
+    saved = AutoModelForCausalLM.from_pretrained("decoder")
+    assert saved.get_output_embeddings().weight.shape[0] == len(AutoTokenizer.from_pretrained("decoder"))
 
 
 def test_notebook(demo_folder):

@@ -41,8 +41,8 @@ def _exponentials(x, inside, inverse):
 
 
 @triton.jit
-def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
-    """``s, t [ROWS, BLOCK]`` -> the divergences ``[ROWS]`` and their gradients in s."""
+def softmax_divergence(s, t, counts, inside, temperature, beta, DIVERGENCE: tl.constexpr):
+    """``s, t [ROWS, BLOCK]`` -> the divergences ``[ROWS]`` and their gradients in s, of rows that count."""
     inverse = 1.0 / temperature
     exp_s, top_s, sum_s = _exponentials(s, inside, inverse)
     exp_t, top_t, sum_t = _exponentials(t, inside, inverse)
@@ -54,7 +54,7 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
         ratio = tl.div_rn(sum_s, sum_t)
         loss = mean + tl.log(ratio)
         grad = (exp_s - exp_t * ratio[:, None]) * (temperature / sum_s)[:, None]
-        if tl.min(loss, 0) < CLOSE:
+        if tl.min(tl.where(counts, loss, CLOSE), 0) < CLOSE:
             first, rest = close_step(exp_t, exp_s, (tl.exp(loss) / ratio)[:, None], mean[:, None] - difference)
             excess = tl.sum(rest, 1) / sum_t
             near = (first - exp_t * excess[:, None]) * (temperature / (sum_t * (1 + excess)))[:, None]
@@ -66,7 +66,7 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
         loss = mean + tl.log(ratio)
         away = -difference - mean[:, None]
         grad = tl.where(exp_s == 0, 0.0, exp_s * away) * (temperature / sum_s)[:, None]
-        if tl.min(loss, 0) < CLOSE:
+        if tl.min(tl.where(counts, loss, CLOSE), 0) < CLOSE:
             first, rest = close_step(exp_s, exp_t, (tl.exp(loss) / ratio)[:, None], -away)
             loss = tl.where(loss < CLOSE, log_one_plus(tl.sum(rest, 1) / sum_s), loss)
     else:
@@ -78,7 +78,7 @@ def softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr
         terms_r, terms_q = r * log_r, q * log_q
         mean = tl.sum(tl.where(exp_s == 0, 0.0, exp_s * difference), 1) / sum_s
         reverse_kl = tl.log(tl.div_rn(sum_t, sum_s)) - mean
-        if tl.min(reverse_kl, 0) < CLOSE:
+        if tl.min(tl.where(counts, reverse_kl, CLOSE), 0) < CLOSE:
             close = (reverse_kl < CLOSE)[:, None]
             away = difference - mean[:, None]
             first, rest = close_step(exp_s, exp_t, tl.exp(-mean)[:, None], away)
@@ -122,14 +122,14 @@ def cosine(s, t):
 
 
 @triton.jit
-def divergence(s, t, inside, temperature, beta, DIVERGENCE: tl.constexpr):
+def divergence(s, t, counts, inside, temperature, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == MSE:
         difference = s - t
         return tl.sum(difference * difference, 1), 2 * difference
     elif DIVERGENCE == COSINE:
         return cosine(s, t)
     else:
-        return softmax_divergence(s, t, inside, temperature, beta, DIVERGENCE)
+        return softmax_divergence(s, t, counts, inside, temperature, beta, DIVERGENCE)
 
 
 @triton.jit(do_not_specialize=["pairs", "student_rows", "teacher_rows"])  # they differ from batch to batch
@@ -172,8 +172,8 @@ def loss_kernel(
         t, teacher, teacher_table, teacher_coef, teacher_stride, first_t, last_t, d, inside, share_t,
         TEACHER_LAYERS, ALIGNED, ACC,
     )  # fmt: skip
-    value, gradient = divergence(s, t, inside, temperature, beta, DIVERGENCE)
     both = (last_s > first_s) & (last_t > first_t)
+    value, gradient = divergence(s, t, both, inside, temperature, beta, DIVERGENCE)
     if loss is not None:
         tl.store(loss + p, tl.where(both, value, 0.0), mask=p < pairs)
     if grad is not None:

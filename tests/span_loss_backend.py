@@ -162,6 +162,30 @@ def test_cosines_of_rows_of_any_size(size, backend, device):
     assert (got["d0"].cpu().double() - want["d0"]).norm() < 1e-4 * want["d0"].norm()
 
 
+@pytest.mark.parametrize("size", [1e6, 1e12, 1e37])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd"])
+def test_divergences_of_rows_of_any_size(divergence, size, backend, device):
+    """Those of one pair: its neighbours, in the same warp perhaps, are as they were."""
+    pairs = vd.SpanPairs(*(torch.arange(i, i + 4) for i in (0, 1, 0, 1)))
+    student, teacher = rows(4, 16, 1), rows(4, 16, 2)
+    student[1] *= size
+    teacher[1] = student[1].roll(3)
+    compare(backend, device, [student], [teacher], pairs, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize(("divergence", "infinite"), [("kl", "student"), ("reverse_kl", "teacher")])
+def test_no_mass_where_the_other_side_has_some(divergence, infinite, backend, device):
+    pairs, n, _ = make_pairs(5, seed=3, same=True)
+    sides = {"student": rows(n, 16, 1), "teacher": rows(n, 16, 2)}
+    sides[infinite][pairs.student_start[2], 5] = float("-inf")
+    sides = to(device, sides["student"]), to(device, sides["teacher"])
+    options = {"divergence": divergence, "reduction": "none"}
+    got = vd.span_loss(*sides, to(device, pairs), backend=backend, **options).cpu()
+    want = vd.reference.span_loss(*(x.cpu().double() for x in sides), pairs, **options)
+    assert want[2] == float("inf")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_jsd_where_a_share_is_subnormal(backend, device):
     pairs, student, teacher = make_pairs(1, seed=0, same=True)[0], torch.zeros(3, 8), torch.zeros(3, 8)
     student[:, 7], teacher[:, 7] = -87, 50

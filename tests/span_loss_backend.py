@@ -52,10 +52,13 @@ def rows(count, dim, seed, dtype=torch.float32):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# The sizes reach every way to lay a row out: a warp with 16, 24, 32 columns a thread, blocks of some sizes, and column
-# by column where 16 bytes cannot be read at once or the row is very wide.
+# The sizes reach every way to lay a row out: 8 or 16 threads or a warp with 16, 24, 32 columns each, blocks of some
+# sizes, and column by column where 16 bytes cannot be read at once or the row is very wide.
 SIZES = [(1, "mean"), (7, "sum"), (264, "mean"), (1000, "sum")]
 CASES = [(*size, dtype) for size in SIZES for dtype in DTYPES] + [
+    (72, "mean", torch.bfloat16),
+    (256, "sum", torch.float32),
+    (512, "mean", torch.float16),
     (600, "mean", torch.float32),
     (600, "mean", torch.bfloat16),
     (1025, "mean", torch.float16),

@@ -52,10 +52,13 @@ def rows(count, dim, seed, dtype=torch.float32):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# The sizes reach every way to lay a row out: a warp with 16, 24, 32 columns a thread, blocks of some sizes, and column
-# by column where 16 bytes cannot be read at once or the row is very wide.
+# The sizes reach every way to lay a row out: 8 or 16 threads or a warp with 16, 24, 32 columns each, blocks of some
+# sizes, and column by column where 16 bytes cannot be read at once or the row is very wide.
 SIZES = [(1, "mean"), (7, "sum"), (264, "mean"), (1000, "sum")]
 CASES = [(*size, dtype) for size in SIZES for dtype in DTYPES] + [
+    (72, "mean", torch.bfloat16),
+    (256, "sum", torch.float32),
+    (512, "mean", torch.float16),
     (600, "mean", torch.float32),
     (600, "mean", torch.bfloat16),
     (1025, "mean", torch.float16),
@@ -160,6 +163,30 @@ def test_cosines_of_rows_of_any_size(size, backend, device):
     want = run(vd.reference, [student.double()], teacher.double(), pairs, divergence="cosine")
     torch.testing.assert_close(got["loss"].cpu().double(), want["loss"], rtol=1e-5, atol=1e-6)
     assert (got["d0"].cpu().double() - want["d0"]).norm() < 1e-4 * want["d0"].norm()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e12, 1e37])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd"])
+def test_divergences_of_rows_of_any_size(divergence, size, backend, device):
+    """Those of one pair: its neighbours, in the same warp perhaps, are as they were."""
+    pairs = vd.SpanPairs(*(torch.arange(i, i + 4) for i in (0, 1, 0, 1)))
+    student, teacher = rows(4, 16, 1), rows(4, 16, 2)
+    student[1] *= size
+    teacher[1] = student[1].roll(3)
+    compare(backend, device, [student], [teacher], pairs, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize(("divergence", "infinite"), [("kl", "student"), ("reverse_kl", "teacher")])
+def test_no_mass_where_the_other_side_has_some(divergence, infinite, backend, device):
+    pairs, n, _ = make_pairs(5, seed=3, same=True)
+    sides = {"student": rows(n, 16, 1), "teacher": rows(n, 16, 2)}
+    sides[infinite][pairs.student_start[2], 5] = float("-inf")
+    sides = to(device, sides["student"]), to(device, sides["teacher"])
+    options = {"divergence": divergence, "reduction": "none"}
+    got = vd.span_loss(*sides, to(device, pairs), backend=backend, **options).cpu()
+    want = vd.reference.span_loss(*(x.cpu().double() for x in sides), pairs, **options)
+    assert want[2] == float("inf")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_jsd_where_a_share_is_subnormal(backend, device):

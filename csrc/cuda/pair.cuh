@@ -172,8 +172,10 @@ struct Pair {
     group.max(top_s, top_t);
     shift_s_ = top_s * temperature.in_log2;
     shift_t_ = top_t * temperature.in_log2;
-    if (fabsf(shift_s_) < INFINITY && fabsf(shift_t_) < INFINITY) return;
-    shift_s_ = shift_t_ = 0;  // too large for products
+    // What a rounded shift lacks is at most 1 then, and no exponential far from its range.
+    constexpr float kMost = 1 << 24;
+    if (fabsf(shift_s_) < kMost && fabsf(shift_t_) < kMost) return;
+    shift_s_ = shift_t_ = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       s[e] -= top_s;
@@ -225,6 +227,7 @@ struct Pair {
     }
     group.sum(sum_s_, sum_t_, cross);
     mean_ = quotient(cross, kReverse ? sum_s_ : sum_t_);
+    if (mean_ != mean_) mean_ = cross;  // infinite where one side has no mass and the other has some
   }
   // KL of these sums, from the teacher or (reverse) from the student.
   template <bool kReverse>

@@ -81,6 +81,9 @@ struct Pair {
         column_(threadIdx.x / 32 * (32 * kSize) + threadIdx.x % 32 * width) {
     const int step = lanes_ * width, packs = dim > column_ ? (dim - column_ + step - 1) / step : 0;
     size_ = packs * width < kSize ? packs * width : kSize;
+    // A pair with an empty side goes through all that its warp goes through.
+#pragma unroll kUnroll
+    for (int e = 0; e < kSize; ++e) s[e] = t[e] = 0;
   }
 
   // A whole pack is inside, or none of it: 4 or 8 divide the hidden size.
@@ -161,7 +164,7 @@ struct Pair {
       }
     }
   }
-  // The largest values of both rows, by which every divergence of softmaxes shifts the exponents, in units of log 2.
+  // The largest values of both rows, which every divergence of softmaxes asks for first.
   __device__ void tops(Group& group, const Temperature& temperature) {
     float top_s = -INFINITY, top_t = -INFINITY;
 #pragma unroll kUnroll
@@ -170,12 +173,12 @@ struct Pair {
       top_t = fmaxf(top_t, t[e]);
     }
     group.max(top_s, top_t);
-    shift_s_ = top_s * temperature.in_log2;
-    shift_t_ = top_t * temperature.in_log2;
-    // What a rounded shift lacks is at most 1 then, and no exponential far from its range.
+    top_s_ = top_s;
+    top_t_ = top_t;
+    // Far below where products with the temperature overflow.
     constexpr float kMost = 1 << 24;
-    if (fabsf(shift_s_) < kMost && fabsf(shift_t_) < kMost) return;
-    shift_s_ = shift_t_ = 0;
+    if (fabsf(top_s * temperature.in_log2) < kMost && fabsf(top_t * temperature.in_log2) < kMost) return;
+    top_s_ = top_t_ = 0;
 #pragma unroll kUnroll
     for (int e = 0; e < kSize; ++e) {
       s[e] -= top_s;
@@ -183,15 +186,15 @@ struct Pair {
     }
   }
   // Of one column exp((x - max x) / T) of both sides, and how far the teacher's exponent is above the student's, as one
-  // of 2: exact where the values are close, as their difference is taken first. A fused multiply-add rounds once, so that
-  // what a rounded shift lacks is common to a whole row.
+  // of 2: exact where the values are close, as their difference is taken first; what its rounded shift lacks is common to
+  // a row. The exponentials are shifted first, so that the largest is exactly 1: rows of one large column need that.
   struct Column {
     float s, t, above;
   };
   __device__ Column column_of(int e, const Temperature& temperature) const {
     const float in_log2 = temperature.in_log2;
-    return {exp2_flushed(fmaf(s[e], in_log2, -shift_s_)), exp2_flushed(fmaf(t[e], in_log2, -shift_t_)),
-            fmaf(t[e] - s[e], in_log2, shift_s_ - shift_t_)};
+    return {exp2_flushed((s[e] - top_s_) * in_log2), exp2_flushed((t[e] - top_t_) * in_log2),
+            fmaf(t[e] - s[e], in_log2, (top_s_ - top_t_) * in_log2)};
   }
 
   // Keeps the compiler from holding what it has formed of all columns until that is asked for again.
@@ -512,7 +515,7 @@ struct Pair {
 
   int width_, lanes_, column_;  // of a pack; how many of a warp share the pair; the first column of this thread
   int size_;                    // how many of this thread's columns lie within the row
-  float shift_s_, shift_t_;     // of the exponents
+  float top_s_, top_t_;         // the largest values
   float sum_s_, sum_t_, mean_;  // of the exponentials; of the exponents' differences by the first side's shares
 };
 

@@ -92,10 +92,9 @@ def _impl(
     loss = torch.empty_like(scale)
     d_anchor = torch.empty_like(anchor) if anchor_grad else None
     if negatives is None or len(anchor) < _SPARSE * negatives.shape[1]:
-        with tf32() if parts == "tf32" else contextlib.nullcontext():
-            d_other = _by_products(
-                anchor, other, seen, negatives, scale, temperature, parts, backend, loss, d_anchor, other_grad
-            )  # fmt: skip
+        d_other = _by_products(
+            anchor, other, seen, negatives, scale, temperature, parts, backend, loss, d_anchor, other_grad
+        )  # fmt: skip
     else:
         d_other = torch.zeros_like(other) if other_grad else None
         _gathered(anchor, other, seen, negatives, scale, temperature, loss, d_anchor, d_other)
@@ -117,6 +116,11 @@ def _by_products(
     parts: str, backend: str, loss: Tensor, d_anchor: Tensor | None, other_grad: bool,
 ) -> Tensor | None:  # fmt: skip
     """Of every pair with all others: writes the losses and ``d_anchor``, returns the gradient of the others."""
+
+    def times(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        with tf32() if parts == "tf32" else contextlib.nullcontext():
+            product(a, b, out, add)
+
     count, fused = len(anchor), backend == "triton"
     if fused:
         # Rows of scores and of their parts then begin where a GPU reads 16 bytes at once; no pair stands in the rest.
@@ -133,7 +137,7 @@ def _by_products(
     for part in _chunks(count, each * columns, GPU_BUDGET if fused else None):
         a = split_up(anchor[part])
         scores = scale.new_empty(len(a[0]), columns)
-        product(left_parts(*a).flatten(1), across, scores)
+        times(left_parts(*a).flatten(1), across, scores)
         left_out = None
         if negatives is not None:
             left_out = torch.ones_like(scores, dtype=torch.bool).scatter_(1, negatives[part], False)
@@ -145,9 +149,9 @@ def _by_products(
             scores, part.start, count, valid, left_out, scale[part], temperature, loss[part], slopes if wanted else None
         )
         if d_anchor is not None and below is not None:
-            product(slopes.flatten(1), below, d_anchor[part])
+            times(slopes.flatten(1), below, d_anchor[part])
         if d_other is not None:
-            product(slopes.flatten(0, 1).t(), right_parts(*a).flatten(0, 1), d_other, add=True)
+            times(slopes.flatten(0, 1).t(), right_parts(*a).flatten(0, 1), d_other, add=True)
     return None if d_other is None else d_other[:count]
 
 

@@ -20,9 +20,9 @@ from . import native
 
 # operation -> device type -> implementations, best first. On a GPU both move the same bytes at any size; CUDA stands
 # first because it pads rows less where Triton pads to a power of two (768 to 1024), takes fewer instructions for them
-# (``python -m benchmarks static --costs``), and starts sooner, which is what small inputs pay for. Of matched_kl Triton stands first: it keeps a row in registers, where CUDA
-# reads the student's again from the cache. A remap is small, so of it what starts sooner stands first. That order is by
-# reasoning, not yet measured.
+# (``python -m benchmarks static --costs``), and starts sooner, which is what small inputs pay for. Of matched_kl Triton
+# stands first: it keeps a row in registers, where CUDA reads the student's again from the cache. A remap is small, so
+# what starts sooner stands first. That order is by reasoning, not yet measured.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "span_mean": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "span_loss": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},

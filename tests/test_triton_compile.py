@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -22,6 +23,8 @@ SPANS = {"start": "*i32", "end": "*i32"}
 def compile(kernel, signature, constants, capability, num_warps=4, odd=(), even=("dim",), **more):
     """``constants``: the compile-time arguments, None among them. Pointers, strides and what ``even`` names are
     multiples of 16, as Triton finds them at the usual sizes, but for those named in ``odd``. Returns the PTX."""
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("this triton takes sources in another way")
     multiples = [k for k, v in signature.items() if v.startswith("*") or k in even or k.endswith("stride")]
     multiples = [k for k in multiples if k not in odd]
     source = ASTSource(

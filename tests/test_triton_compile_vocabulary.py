@@ -31,7 +31,7 @@ def compile_matched_kl(
     constants = {
         "SPANS": spans, "MEAN": spans, "UNMATCHED": unmatched, "PADDED": dense, "ACC": matched_kl.accumulator(
             DTYPES[accumulator]
-        ), **{name: options.pop(name) for name in ("BLOCK", "WHOLE", "STREAM")},
+        ), **{name: options.pop(name) for name in ("BLOCK", "TAIL", "WHOLE", "STREAM")},
     }  # fmt: skip
     absent = [] if spans else [*SPANS]
     absent += ["teacher_of", "teacher_matched"] if dense else DENSE

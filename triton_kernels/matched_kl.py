@@ -79,6 +79,13 @@ def _sum_exp(x, inverse):
 
 
 @triton.jit
+def _sum_exp_two(x, y, inverse):
+    """The same of two tensors together."""
+    shift = shift_of(tl.maximum(tl.max(x), tl.max(y)))
+    return shift, tl.sum(tl.exp((x - shift) * inverse)) + tl.sum(tl.exp((y - shift) * inverse))
+
+
+@triton.jit
 def _lacks(x, there, shift, inverse):
     """What the exponentials lack of 1."""
     return tl.sum(tl.where(there, exp_less_one((x - shift) * inverse), 0.0))
@@ -238,7 +245,8 @@ def _row(
     student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
     teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, by, pairs, s_rows, t_rows,
     s_stride, t_stride, g_stride, v_s, v_t, SPANS: tl.constexpr, MEAN: tl.constexpr, UNMATCHED: tl.constexpr,
-    PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr,
+    PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    WHOLE: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     first, last = _span(student_start, student_end, p, s_rows, SPANS)
@@ -293,13 +301,33 @@ def _row(
             student, teacher, teacher_of, s_bias, t_bias, lanes, first, last, t_first, t_last, s_stride, t_stride,
             v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
         )  # fmt: skip
-        shift_s, z_s = _sum_exp(tl.where(both, s, float("-inf")), inverse)
-        shift_t, z_t = _sum_exp(q, inverse)
-        dot, moved = _dot(q, both, shift_t, (q - shift_t) - (s - shift_s), inverse), z_s * 0
+        if TAIL > 0:
+            behind = BLOCK + tl.arange(0, TAIL)
+            s_tail, q_tail, both_tail = _block(
+                student, teacher, teacher_of, s_bias, t_bias, behind, first, last, t_first, t_last, s_stride, t_stride,
+                v_s, v_t, share, t_share, s_times, t_times, SPANS, PADDED, ACC,
+            )  # fmt: skip
+            shift_s, z_s = _sum_exp_two(
+                tl.where(both, s, float("-inf")), tl.where(both_tail, s_tail, float("-inf")), inverse
+            )
+            shift_t, z_t = _sum_exp_two(q, q_tail, inverse)
+            dot = _dot(q, both, shift_t, (q - shift_t) - (s - shift_s), inverse)
+            dot += _dot(q_tail, both_tail, shift_t, (q_tail - shift_t) - (s_tail - shift_s), inverse)
+        else:
+            shift_s, z_s = _sum_exp(tl.where(both, s, float("-inf")), inverse)
+            shift_t, z_t = _sum_exp(q, inverse)
+            dot = _dot(q, both, shift_t, (q - shift_t) - (s - shift_s), inverse)
+        moved = z_s * 0
         if UNMATCHED != 0:
             others = (lanes < v_s) & ~both
-            shift_u, z_u = _sum_exp(tl.where(both, float("-inf"), s), inverse)
             count_u = tl.sum(others.to(ACC))
+            if TAIL > 0:
+                count_u += tl.sum(((behind < v_s) & ~both_tail).to(ACC))
+                shift_u, z_u = _sum_exp_two(
+                    tl.where(both, float("-inf"), s), tl.where(both_tail, float("-inf"), s_tail), inverse
+                )
+            else:
+                shift_u, z_u = _sum_exp(tl.where(both, float("-inf"), s), inverse)
     else:
         lowest = tl.full([STREAM], float("-inf"), dtype=ACC)
         zeros = tl.zeros([STREAM], dtype=ACC)
@@ -402,6 +430,12 @@ def _row(
                 own = tl.exp((s - shift_s) * inverse)
                 slope = _slope(s, q, both, own, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED)
                 _store(grad, slope, lanes, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
+                if TAIL > 0:
+                    own = tl.exp((s_tail - shift_s) * inverse)
+                    slope = _slope(
+                        s_tail, q_tail, both_tail, own, shift_t, shift_u, inverse, by_s, by_t, by_u, UNMATCHED
+                    )
+                    _store(grad, slope, behind, v_s, g_stride, first, last, begin, stop, filled, SPANS, PADDED)
             else:
                 for i in range(0, blocks):
                     d = (blocks - 1 - i) * STREAM + turn
@@ -423,13 +457,13 @@ def kernel(
     student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
     teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, upstream, formed, pairs,
     s_rows, t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS: tl.constexpr, MEAN: tl.constexpr,
-    UNMATCHED: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    STREAM: tl.constexpr,
+    UNMATCHED: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    WHOLE: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """UNMATCHED: 0 renormalize, 1 rest, 2 drop. PADDED: rows reach to their stride, a multiple of 16, so
-    that 16 bytes are read and written at a time. WHOLE: BLOCK holds a row. What may be None: the spans (row p with row
-    p), ``teacher_of``, ``teacher_matched`` or ``teacher_rest``, biases, lengths, ``loss``, ``grad``, ``upstream``, with
-    which the gradient is multiplied, and ``formed``: nothing is done where both are equal.
+    that 16 bytes are read and written at a time. WHOLE: BLOCK and TAIL (0: none) hold a row. What may be None: spans
+    (row p with row p), ``teacher_of``, ``teacher_matched`` or ``teacher_rest``, biases, lengths, ``loss``, ``grad``,
+    ``upstream``, with which the gradient is multiplied, and ``formed``: nothing is done where both are equal.
 
     The program of pair p also clears the rows between the span before and its own, the last one the tail."""
     # student, teacher: [s_rows, v_s], [t_rows, v_t], columns adjacent; *_start, *_end: int32 [pairs]. teacher_of: int32
@@ -440,7 +474,8 @@ def kernel(
         _row(
             student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
             teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, 1.0, pairs, s_rows,
-            t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS, MEAN, UNMATCHED, PADDED, ACC, BLOCK, WHOLE, STREAM,
+            t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS, MEAN, UNMATCHED, PADDED, ACC, BLOCK, TAIL, WHOLE,
+            STREAM,
         )  # fmt: skip
     else:
         by = tl.load(upstream)
@@ -448,8 +483,8 @@ def kernel(
             _row(
                 student, teacher, student_start, student_end, teacher_start, teacher_end, teacher_of, teacher_matched,
                 teacher_rest, s_bias, t_bias, s_lengths, t_lengths, temperature, scale, loss, grad, by, pairs, s_rows,
-                t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS, MEAN, UNMATCHED, PADDED, ACC, BLOCK, WHOLE,
-                STREAM,
+                t_rows, s_stride, t_stride, g_stride, v_s, v_t, SPANS, MEAN, UNMATCHED, PADDED, ACC, BLOCK, TAIL,
+                WHOLE, STREAM,
             )  # fmt: skip
 
 
@@ -543,16 +578,23 @@ def tile(columns: int, dtype: torch.dtype) -> dict[str, int | bool | None]:
     """Columns per turn and warps.
 
     Up to 16384 columns a row stays in registers: 16 columns of both sides per thread, 64 registers, so that 32 warps
-    share a multiprocessor: of two rows of 8192 columns one is read while the other is computed. Beyond, and where
-    float64 takes twice the registers, a row is read in turns of 8 columns per thread. Spills and 16-byte accesses were
-    looked at in the code for sm_90.
+    share a multiprocessor: of two rows of 8192 columns one is read while the other is computed. A row that 5/8 or 6/8
+    of a power of two hold takes half of it and a tail, 10 or 12 columns per thread. Beyond, and where float64 takes
+    twice the registers, a row is read in turns of 8 columns per thread. Spills and 16-byte accesses were looked at in
+    the code for sm_90.
     """
-    block, wide = triton.next_power_of_2(columns), dtype == torch.float64
+    block, tail, wide = triton.next_power_of_2(columns), 0, dtype == torch.float64
     whole = block <= (RESIDENT // 4 if wide else RESIDENT)
     block = block if whole else TURN
     warps = min(max(block // (512 if whole else 256), 1), 32)
-    turns = {"BLOCK": block, "WHOLE": whole, "STREAM": min(256 * warps, block, TURN)}
-    return turns | {"num_warps": warps, "maxnreg": None if wide else 64, "enable_fp_fusion": True}
+    turn = min(256 * warps, block, TURN)
+    if whole and block >= 1024:
+        fitting = [part for part in (block // 8, block // 4) if block // 2 + part >= columns]
+        if fitting:
+            block, tail = block // 2, fitting[0]
+    return {"BLOCK": block, "TAIL": tail, "WHOLE": whole, "STREAM": turn} | {
+        "num_warps": warps, "maxnreg": None if wide else 64, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def temperature_argument(temperature: float, like: Tensor) -> float | Tensor:

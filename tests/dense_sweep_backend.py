@@ -181,6 +181,19 @@ def test_rows_that_count_for_nothing_may_be_infinite(unmatched, backend):
     assert run(vd, tensors, matched, unmatched=unmatched, backend=backend)["loss"] == INF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_sums_over_no_tokens_of_an_infinite_bias(unmatched, dtype, backend):
+    """No token times -inf is nothing, in the reference too."""
+    pairs, n_s, n_t = make_pairs(18, seed=3, gaps=True, empty=True)
+    assert (pairs.student_end == pairs.student_start).any() and (pairs.teacher_end == pairs.teacher_start).any()
+    tensors, matched = make(n_s, n_t, dtype=dtype), make_matched(50, 90, 37)
+    tensors["teacher_bias"][matched.teacher_ids[:2]] = -INF
+    tensors["student_bias"][next(v for v in range(50) if v not in matched.student_ids.tolist())] = -INF
+    loss_dtype = None if dtype == torch.float32 else dtype
+    compare(tensors, matched, backend, loss_dtype=loss_dtype, pairs=pairs, pooling="sum", unmatched=unmatched)
+
+
 @pytest.mark.parametrize("unmatched", UNMATCHED)
 def test_columns_without_mass(unmatched, backend):
     """More of them than a tile has, of one side and of both."""

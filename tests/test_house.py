@@ -44,6 +44,19 @@ def test_no_module_stands_beside_the_wings():
     assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", "__main__", "cli"}
 
 
+def test_kernels_keep_to_what_every_triton_has():
+    """3.2 does not know ``triton.knobs``, and looks for the end of a kernel that calls itself forever."""
+    files = sorted((ROOT.parent / "triton_kernels").glob("*.py"))
+    if not files:
+        pytest.skip("triton_kernels is not beside the package")
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Attribute) and node.attr == "knobs"), f"{file}:{node.lineno}"
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+                assert node.name not in names, f"{file}:{node.lineno}"
+
+
 def test_the_table_of_what_runs_on_a_gpu_is_that_of_the_code():
     file = Path(__file__).parent.parent / "CONTRIBUTING.md"
     if not file.is_file():

@@ -13,9 +13,10 @@ flatter of p_k and q_k, both of which are written, it is for every column, but f
     Q_k q_k - P_k p_k = P_k g + (Q_k - P_k) h,  or, with h = p_k,  Q_k g + (Q_k - P_k) h.
 
 Differences are formed before anything is rounded, so that rows that are close keep their digits, and where both sides
-are equal all is exactly 0. Of q_k and p_k the flatter one: what a difference that is small beside it would lose. The
-numbers are float16 in units of the largest of a row of a tile, from which 11 bits remain of all that is at least 2^-29
-of that: the gradient is then rounded once, as an operand.
+are equal all is exactly 0 (but for rounding in the masses of the columns without a partner, which each side adds up in
+an order of its own). Of q_k and p_k the flatter one: what a difference that is small beside it would lose. The numbers
+are float16 in units of the largest of a row of a tile, from which 11 bits remain of all that is at least 2^-29 of that:
+the gradient is then rounded once, as an operand.
 
 Memory, by counting, not measured: 4 bytes per element written once and read by both products, 12 in all, and 7
 statistics and 2 factors per row of a tile, another 1.25 (float32 logits of both sides, and their gradient in half
@@ -61,6 +62,12 @@ def _operand(x, dtype: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _halves(values, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first and the last columns of ``[ROWS, WIDTH]``."""
+    return tl.split(tl.permute(tl.reshape(values, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _logits(
     x, r, x_stride, weight, ids, bias, lengths, c, w_stride, rows, columns, dim, UNIT: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,8 +92,7 @@ def _logits(
     if bias is not None:
         part = tl.load(bias + column)[None, :]
         if lengths is not None:
-            # A pair with an empty side counts for nothing: 0 times -inf is to be no NaN there.
-            part = tl.maximum(tl.load(lengths + row), 1).to(tl.float32)[:, None] * part
+            part = tl.load(lengths + row).to(tl.float32)[:, None] * part
         total += part
     return tl.where((c < columns)[None, :], total, float("-inf"))
 
@@ -155,8 +161,8 @@ def tiles_kernel(
         _write_tile(s, t, inverse, stats, g, h, r, c, k, rows, g_stride, h_stride, WRITE)
     else:
         d = begin + tl.arange(0, TILE)
-        s0, s1 = tl.split(tl.permute(tl.reshape(s, (BLOCK_R, 2, TILE)), (0, 2, 1)))
-        t0, t1 = tl.split(tl.permute(tl.reshape(t, (BLOCK_R, 2, TILE)), (0, 2, 1)))
+        s0, s1 = _halves(s, BLOCK_R, BLOCK_V)
+        t0, t1 = _halves(t, BLOCK_R, BLOCK_V)
         _write_tile(s0, t0, inverse, stats, g, h, r, d, k, rows, g_stride, h_stride, WRITE)
         _write_tile(s1, t1, inverse, stats, g, h, r, d + TILE, k + 1, rows, g_stride, h_stride, WRITE)
 
@@ -356,18 +362,33 @@ def _slopes(
 
 
 @triton.jit
-def _write(at, values, begin, size, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns ``[begin, begin + WIDTH)`` of the rows at these addresses, a part at a time where they are added to, as
-    what was there needs registers as well."""
+def _write_part(at, values, begin, size, ADD: tl.constexpr, WIDTH: tl.constexpr):
+    d = begin + tl.arange(0, WIDTH)
+    if ADD:
+        values += tl.load(at + d[None, :], mask=(d < size)[None, :], other=0.0)
+    tl.store(at + d[None, :], values, mask=(d < size)[None, :])
+
+
+@triton.jit
+def _write_half(at, values, begin, size, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     if ADD and WIDTH > 64:
-        low, high = tl.split(tl.permute(tl.reshape(values, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
-        _write(at, low, begin, size, ADD, ROWS, WIDTH // 2)
-        _write(at, high, begin + WIDTH // 2, size, ADD, ROWS, WIDTH // 2)
+        low, high = _halves(values, ROWS, WIDTH)
+        _write_part(at, low, begin, size, ADD, WIDTH // 2)
+        _write_part(at, high, begin + WIDTH // 2, size, ADD, WIDTH // 2)
     else:
-        d = begin + tl.arange(0, WIDTH)
-        if ADD:
-            values += tl.load(at + d[None, :], mask=(d < size)[None, :], other=0.0)
-        tl.store(at + d[None, :], values, mask=(d < size)[None, :])
+        _write_part(at, values, begin, size, ADD, WIDTH)
+
+
+@triton.jit
+def _write(at, values, begin, size, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns ``[begin, begin + WIDTH)`` of the rows at these addresses, 64 or fewer at a time where they are added to,
+    as what was there needs registers as well. No kernel may call itself: Triton 3.2 then looks for its end forever."""
+    if ADD and WIDTH > 64:
+        low, high = _halves(values, ROWS, WIDTH)
+        _write_half(at, low, begin, size, ADD, ROWS, WIDTH // 2)
+        _write_half(at, high, begin + WIDTH // 2, size, ADD, ROWS, WIDTH // 2)
+    else:
+        _write_part(at, values, begin, size, ADD, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -459,7 +480,7 @@ def weight_kernel(
 
 def capability() -> int:
     """Of the GPU that kernels are compiled for, as 90; the interpreter has none."""
-    if triton.knobs.runtime.interpret:
+    if _interpreted():
         return 90
     found = driver.active.get_current_target().arch
     return found if isinstance(found, int) else 80
@@ -507,7 +528,8 @@ def _unit(*sizes: int) -> int:
 
 
 def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
+    """What a kernel is where it is not compiled; the releases of Triton tell of it in ways of their own."""
+    return not isinstance(tiles_kernel, triton.JITFunction)
 
 
 def layout(matched: int, others: int) -> tuple[int, int]:

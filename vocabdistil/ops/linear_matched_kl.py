@@ -171,8 +171,9 @@ def linear_matched_kl(
     student, teacher, each = pool_sides(student, teacher, pairs, pooling, each, choice)
     student_lengths = teacher_lengths = None
     if pairs is not None and pooling == "sum":
-        student_lengths = pairs.student_end - pairs.student_start
-        teacher_lengths = pairs.teacher_end - pairs.teacher_start
+        # A pair with an empty side counts for nothing: 0 times a bias of -inf would be a NaN in its gradient.
+        student_lengths = (pairs.student_end - pairs.student_start).clamp(min=1)
+        teacher_lengths = (pairs.teacher_end - pairs.teacher_start).clamp(min=1)
     needed = wanted_grads(student, student_weight, student_bias)
     # Two names, not a loop: see matched_kl.
     student_ids = matched.student_ids.to(student.device, torch.int64)

@@ -81,8 +81,9 @@ def linear_matched_kl(
         student, teacher, valid = pool_pairs(student, teacher, pairs, pooling)
         count = pairs.num_nonempty
         if pooling == "sum":
-            student_lengths = pairs.student_end - pairs.student_start
-            teacher_lengths = pairs.teacher_end - pairs.teacher_start
+            # A pair with an empty side counts for nothing: 0 times a bias of -inf would be a NaN in its gradient.
+            student_lengths = (pairs.student_end - pairs.student_start).clamp(min=1)
+            teacher_lengths = (pairs.teacher_end - pairs.teacher_start).clamp(min=1)
     student = _logits(student, student_weight, student_bias, student_lengths)
     teacher = _logits(teacher, teacher_weight, teacher_bias, teacher_lengths)
     loss = matched_rows(student, teacher, student_ids, teacher_ids, temperature, unmatched)

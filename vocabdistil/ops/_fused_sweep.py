@@ -9,6 +9,7 @@ autocast would do, or their columns are not adjacent.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -43,10 +44,13 @@ def fused_sweep(
     weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As ``dense_sweep``."""
-    of_weight, of_bias, loss, grad_hidden, others, unit, at = _sweep(
-        student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias, teacher_lengths,
-        student_ids, teacher_ids, scale, unmatched, temperature, hidden_grad, weight_grad, bias_grad,
-    )  # fmt: skip
+    # The sizes of tiles are those of the current device.
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        of_weight, of_bias, loss, grad_hidden, others, unit, at = _sweep(
+            student, student_weight, student_bias, student_lengths, teacher, teacher_weight, teacher_bias,
+            teacher_lengths, student_ids, teacher_ids, scale, unmatched, temperature, hidden_grad, weight_grad,
+            bias_grad,
+        )  # fmt: skip
     grad_weight, grad_bias = (
         scale.new_empty(0) if x is None else _scattered(x, student_ids, others, at, student_weight.shape[0])
         for x in (of_weight, of_bias)

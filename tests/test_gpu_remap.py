@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vocabdistil as vd
+from tests.graphs import capture
 from tests.remap_backend import *  # noqa: F403
 from tests.remap_backend import make_batch, make_table
 from tests.tolerances import assert_norm_close
@@ -50,15 +51,7 @@ def test_the_host_never_waits(backend):
 def test_in_a_cuda_graph(backend):
     table = make_table(empty=True)
     ids, mask = (x.cuda() for x in make_batch(table, 64, 300, "holes"))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            table.remap(ids, mask, 400, backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = table.remap(ids, mask, 400, backend)
+    graph, captured = capture(lambda: table.remap(ids, mask, 400, backend))
     ids.copy_(make_batch(table, 64, 300, "holes", seed=1)[0])
     graph.replay()
     for a, b in zip(tensors(captured), tensors(table.remap(ids, mask, 400, backend)), strict=True):

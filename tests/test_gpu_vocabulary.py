@@ -7,6 +7,7 @@ import torch
 
 import vocabdistil as vd
 from tests import contrastive_backend, relation_loss_backend
+from tests.graphs import capture
 from tests.numbers_backend import (  # noqa: F401
     test_divergences_over_a_remapped_vocabulary_at_any_temperature,
     test_linear_classes_of_one_size_at_any_temperature,
@@ -131,15 +132,7 @@ def test_linear_matched_kl_in_a_cuda_graph(dtype, unmatched):
         loss = vd.linear_matched_kl(*leaves, *teacher, matched, unmatched=unmatched, backend="triton") * 2
         return loss, *torch.autograd.grad(loss, leaves)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         student.copy_(torch.randn_like(student))
     graph.replay()

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocabdistil.core.native import remap_results, remap_totals
+
 from .rows import on_device
 
 LONGEST = 2048  # tokens of a chunk at most
@@ -148,9 +150,7 @@ def measure(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> tuple[Tensor, T
                 *_inputs(ids, mask, indptr), found, ids.shape[1], *_strides(ids, mask), chunks, indptr.numel() - 1,
                 batch * chunks, **options,
             )  # fmt: skip
-    rows = found.sum(2)
-    longest = torch.nn.functional.pad(rows[0], (0, 1)).amax()  # of no sequences: 0
-    return torch.cat([longest[None], rows[1:].sum(1)]), found
+    return remap_totals(found), found
 
 
 def remap(
@@ -166,14 +166,11 @@ def remap(
     elif chunks > 1:
         measured = measure(ids, mask, indptr)[1]
     count = batch * length if pairs is None else pairs
-    input_ids = torch.empty(batch, width, dtype=torch.int64, device=ids.device)
-    attention = torch.empty_like(input_ids)
-    spans = torch.empty(4, count, dtype=torch.int32, device=ids.device)
-    nonempty = torch.empty(batch * chunks, dtype=torch.int32, device=ids.device)
+    out = remap_results(ids, width, count, chunks)
     if batch:
         with on_device(ids):
             write_kernel[(batch * chunks,)](
-                *_inputs(ids, mask, indptr), pieces, measured, first_pair, input_ids, attention, spans, nonempty,
-                length, *_strides(ids, mask), chunks, indptr.numel() - 1, width, count, unk_id, pad_id, **options,
+                *_inputs(ids, mask, indptr), pieces, measured, first_pair, *out, length, *_strides(ids, mask), chunks,
+                indptr.numel() - 1, width, count, unk_id, pad_id, **options,
             )  # fmt: skip
-    return input_ids, attention, spans, nonempty.sum()
+    return *out[:3], out[3].sum()

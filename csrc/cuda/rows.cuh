@@ -201,9 +201,9 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, dim3 
   config.stream = stream;
   return text(cudaLaunchKernelEx(&config, kernel, args));
 }
-// `threads` per pair: at most a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and loops:
-// once for a kernel that asks for its next pair ahead, twice for one that does not, to even out spans of different
-// length.
+// `threads` per pair: at most a warp, of which a block holds four, or a block. The grid covers the GPU `times` over and
+// loops: once for a kernel that asks for its next pair ahead, twice for one that does not, to even out spans of
+// different length.
 template <class Args>
 const char* launch(void (*kernel)(Args), const Args& args, int64_t pairs, int threads, int times,
                    cudaStream_t stream) {

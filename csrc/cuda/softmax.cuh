@@ -38,7 +38,9 @@ __device__ float quotient(float a, float b) {
 // sum += p x, but for no mass p nothing, even where x is infinite. The compiler would branch.
 __device__ void add_product(float& sum, float p, float x) {
 #ifdef __CUDA_ARCH__
-  asm("{ .reg .pred some; setp.neu.f32 some, %1, 0f00000000; @some fma.rn.f32 %0, %1, %2, %0; }" : "+f"(sum) : "f"(p), "f"(x));
+  asm("{ .reg .pred some; setp.neu.f32 some, %1, 0f00000000; @some fma.rn.f32 %0, %1, %2, %0; }"
+      : "+f"(sum)
+      : "f"(p), "f"(x));
 #else
   if (p != 0) sum = fmaf(p, x, sum);
 #endif

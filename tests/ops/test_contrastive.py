@@ -18,16 +18,6 @@ from vocabdistil.ops._products import left_parts, right_parts, split_tf32
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
-def backend():
-    return None
-
-
-@pytest.fixture
-def device():
-    return "cpu"
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A few pairs at a time, so that small inputs take several turns."""

@@ -14,16 +14,6 @@ from tests.vocabularies import randn
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
-def backend():
-    return None
-
-
-@pytest.fixture
-def device():
-    return "cpu"
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("sizes", "d_s", "d_t", "heads"),

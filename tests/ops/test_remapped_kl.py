@@ -15,11 +15,6 @@ from tests.spans import make_pairs
 from tests.vocabularies import randn
 
 
-@pytest.fixture
-def backend():
-    return None
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize(("v_s", "rows", "v_t"), [(1, 2, 2), (5, 9, 9), (60, 200, 203), (500, 5000, 5000)])

@@ -402,6 +402,22 @@ def cuda_remap_write(
         )  # fmt: skip
 
 
+def remap_totals(found: Tensor) -> Tensor:
+    """Of what GPU kernels have found of every chunk, ``[4, B, chunks]``, int64 ``[4]``: the largest sum of the first
+    numbers over a sequence, and the sums of the others."""
+    rows = found.sum(2)
+    longest = torch.nn.functional.pad(rows[0], (0, 1)).amax()  # of no sequences: 0
+    return torch.cat([longest[None], rows[1:].sum(1)])
+
+
+def remap_results(ids: Tensor, width: int, pairs: int, chunks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what GPU kernels write of ``ids [B, L]``: input ids, attention, spans, and pairs of every chunk of two
+    spans that are not empty."""
+    input_ids = ids.new_empty(len(ids), width, dtype=torch.int64)
+    spans, nonempty = (ids.new_empty(n, dtype=torch.int32) for n in ((4, pairs), (len(ids) * chunks,)))
+    return input_ids, torch.empty_like(input_ids), spans, nonempty
+
+
 def _chunks(ids: Tensor) -> int:
     return max(-(-ids.shape[1] // CUDA_REMAP_CHUNK), 1)
 
@@ -416,9 +432,7 @@ def _measured(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> Tensor:
 def cuda_measure(ids: Tensor, mask: Tensor | None, indptr: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`vocabdistil.reference.remap.measure`, on columns that are adjacent."""
     found = _measured(ids, mask, indptr)
-    rows = found.sum(2)
-    longest = torch.nn.functional.pad(rows[0], (0, 1)).amax()  # of no sequences: 0
-    return torch.cat([longest[None], rows[1:].sum(1)]), found
+    return remap_totals(found), found
 
 
 def cuda_remap(
@@ -431,11 +445,7 @@ def cuda_remap(
         measured = _measured(ids, mask, indptr)
     ends = None if measured is None or chunks == 1 else measured[0].cumsum(1)
     pair_ends = None if measured is None or pairs is None else measured[1].flatten().cumsum(0)
-    input_ids = ids.new_empty(batch, width, dtype=torch.int64)
-    attention = torch.empty_like(input_ids)
-    spans = ids.new_empty(4, batch * length if pairs is None else pairs, dtype=torch.int32)
-    nonempty = ids.new_empty(batch * chunks, dtype=torch.int32)
+    out = remap_results(ids, width, batch * length if pairs is None else pairs, chunks)
     if batch:
-        out = input_ids, attention, spans, nonempty
         cuda_remap_write(ids, mask, indptr, pieces, ends, pair_ends, unk_id, pad_id, out)
-    return input_ids, attention, spans, nonempty.sum()
+    return *out[:3], out[3].sum()

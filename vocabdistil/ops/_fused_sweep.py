@@ -18,11 +18,7 @@ from torch import Tensor
 from ..core import native
 from ..core.dispatch import implementation
 from ._dense_sweep import rows_per_chunk, unit_of, unmatched_last
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With adjacent columns."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+from .span_mean import native_rows
 
 
 def _chosen(bias: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -74,11 +70,12 @@ def _sweep(
     kernels = functools.partial(implementation, "linear_matched_kl", "triton")
     (count, dim), narrow, v_m = student.shape, student.dtype, student_ids.numel()
     whole, wanted = unmatched != native.UNMATCHED_CODES["renormalize"], hidden_grad or weight_grad or bias_grad
-    student, teacher = _rows(student), _rows(teacher)
+    student, teacher = native_rows(student), native_rows(teacher)
     others, t_others = student_ids[:0], teacher_ids[:0]
     if whole:
         others = unmatched_last(student_ids, student_weight.shape[0])[v_m:]
-        t_others, teacher_weight = unmatched_last(teacher_ids, teacher_weight.shape[0])[v_m:], _rows(teacher_weight)
+        t_others = unmatched_last(teacher_ids, teacher_weight.shape[0])[v_m:]
+        teacher_weight = native_rows(teacher_weight)
     at, width = kernels("layout")(v_m, others.numel())
     w_s = student.new_zeros(width, dim)
     w_s[:v_m] = student_weight[student_ids]
